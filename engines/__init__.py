@@ -1,0 +1,5 @@
+"""ONNX model bundle to engine bundle, and engine bundle to something that runs; one module a backend."""
+
+from pascalvl.engines.backend import Engine, build, open_engine
+
+__all__ = ["Engine", "build", "open_engine"]

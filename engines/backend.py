@@ -1,0 +1,106 @@
+"""What a backend offers, which there are, and how one is chosen."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import importlib
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from pascalvl.plugins.bundle import HOST_FILES, Manifest, atomic_directory, link_or_copy
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kv_format import KVFormat
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
+BACKENDS = {"onnxruntime": "pascalvl.engines.onnxruntime_backend"}
+"""Backends by name, the fastest first; the value is the module, which is imported only when it is chosen."""
+
+
+class Engine(abc.ABC):
+    """The engines of one bundle, loaded and ready.
+
+    `run` evaluates one graph, `bindings.DECODER` or `bindings.VISION`. It is a pure function: it never keeps or writes
+    its inputs, in particular the cache views that the caller passes.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.directory = directory
+        self.manifest = manifest
+
+    @abc.abstractmethod
+    def run(self, graph: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Evaluate ``graph`` on ``feeds`` (names, types and shapes of `bindings`) and return its outputs by name.
+
+        Raises:
+            MemoryError: the outputs or intermediate results do not fit in memory.
+        """
+
+
+def build(model_bundle: Path, output: Path, backend: str = AUTO, kv_format: KVFormat = KVFormat.F32) -> Manifest:
+    """Build the engine bundle ``output`` from a model bundle; returns its manifest.
+
+    Raises:
+        UserError: a model bundle that is damaged or not one, an unknown or missing backend, or a full disk.
+    """
+    module = _backend_module(backend)
+    manifest = Manifest.read(model_bundle, "model")
+    manifest.verify(model_bundle)
+    with atomic_directory(output) as directory:
+        for name in HOST_FILES:
+            link_or_copy(model_bundle / name, directory / name)
+        description = module.build(model_bundle, directory, manifest, kv_format)
+        return dataclasses.replace(manifest, kind="engine", kv_format=kv_format, backend=description).write(directory)
+
+
+def open_engine(
+    directory: Path,
+    backend: str = AUTO,
+    marked_layers: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Engine:
+    """Load an engine bundle.
+
+    Args:
+        directory: the bundle.
+        backend: the backend it must be for, or `AUTO` for whichever it was built for.
+        marked_layers: make the decoder return `bindings.hidden_states` of every layer as well.
+        progress: called with numbers of bytes, as the bundle's files are checked.
+
+    Raises:
+        UserError: not an engine bundle, altered files, another backend than asked for, or one that is not installed.
+    """
+    manifest = Manifest.read(directory, "engine")
+    built_for = manifest.backend.get("name")
+    if backend not in (AUTO, built_for):
+        _backend_module(backend)
+        raise UserError(
+            f"{directory} was built for backend {built_for!r}, not {backend!r}: build it with --backend {backend}."
+        )
+    module = _backend_module(str(built_for))
+    manifest.verify(directory, progress)
+    return module.open_engine(directory, manifest, marked_layers)
+
+
+def _backend_module(name: str):
+    """Import a backend's module; `AUTO` is the first that is installed."""
+    if name not in (AUTO, *BACKENDS):
+        raise UserError(f"unknown backend {name!r}: expected one of {', '.join((AUTO, *BACKENDS))}.")
+    candidates = BACKENDS if name == AUTO else [name]
+    missing = []
+    for candidate in candidates:
+        try:
+            module = importlib.import_module(BACKENDS[candidate])
+        except ModuleNotFoundError as error:
+            missing.append(f"{candidate} (needs the package {error.name})")
+            continue
+        if name == AUTO:
+            skipped = f"; not installed: {', '.join(missing)}" if missing else ""
+            log.info("backend %s: the fastest that is installed%s", candidate, skipped)
+        return module
+    raise UserError(f"backend not installed: {', '.join(missing)}; install it with pip, or choose another --backend.")

@@ -1,0 +1,139 @@
+"""Backend for machines without a Pascal card: the exported graphs themselves, attention as its ONNX body."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from pascalvl.engines.backend import Engine
+from pascalvl.plugins import bindings
+from pascalvl.plugins.bundle import Manifest, link_or_copy
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.flash_attention import ATTR_KV_FORMAT, OP_NAME
+from pascalvl.plugins.kv_format import KVFormat
+
+NAME = "onnxruntime"
+_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+_ERRORS_ONLY = 3
+_FAILURES = (
+    ort_errors.Fail,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.InvalidArgument,
+    ort_errors.NoSuchFile,
+    ort_errors.RuntimeException,
+    ort_errors.NotImplemented,
+)
+
+
+class OnnxRuntimeEngine(Engine):
+    """Both graphs as ONNX Runtime sessions, on CUDA where this build of ONNX Runtime has it, else on the CPU."""
+
+    def __init__(self, directory: Path, manifest: Manifest, marked_layers: bool) -> None:
+        super().__init__(directory, manifest)
+        model = manifest.model
+        decoder = _with_marked_layers(directory, manifest) if marked_layers else _path(directory, bindings.DECODER)
+        self._sessions = {
+            bindings.VISION: _session(directory, _path(directory, bindings.VISION)),
+            bindings.DECODER: _session(directory, decoder),
+        }
+        self._check(bindings.VISION, bindings.vision_inputs(model))
+        self._check(bindings.DECODER, bindings.decoder_inputs(model, manifest.kv_format))
+        self._output_names = {
+            graph: [output.name for output in session.get_outputs()] for graph, session in self._sessions.items()
+        }
+
+    def run(self, graph: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        names = self._output_names[graph]
+        try:
+            return dict(zip(names, self._sessions[graph].run(names, feeds), strict=True))
+        except ort_errors.RuntimeException as error:
+            if "allocate memory" in str(error) or "bad_alloc" in str(error):
+                raise MemoryError(f"the {graph} engine") from error
+            raise
+
+    def _check(self, graph: str, expected: list[bindings.Binding]) -> None:
+        """Compare a session's inputs with the manifest's model, so that mixed-up files fail here and not in a run."""
+        found = {value.name: value for value in self._sessions[graph].get_inputs()}
+        for binding in expected:
+            value = found.pop(binding.name, None)
+            kind = {"float32": "tensor(float)", "float16": "tensor(float16)", "int32": "tensor(int32)"}
+            if value is None or value.type != kind[binding.dtype.name] or tuple(value.shape) != binding.shape:
+                what = f"{value.type} {value.shape}" if value else "none"
+                raise UserError(
+                    f"the {graph} engine of {self.directory} is for another model: expected input {binding.name} "
+                    f"{binding.dtype.name} {list(binding.shape)}, found {what}; build the bundle again."
+                )
+        if found:
+            raise UserError(
+                f"the {graph} engine of {self.directory} is for another model: it has the further inputs "
+                f"{', '.join(found)}; build the bundle again."
+            )
+
+
+def build(model_bundle: Path, directory: Path, manifest: Manifest, kv_format: KVFormat) -> dict[str, str]:
+    """Write the graphs for ``kv_format`` into ``directory``, load them once, and return the manifest's description."""
+    import onnx
+
+    for graph in (bindings.VISION, bindings.DECODER):
+        proto = onnx.load(_path(model_bundle, graph), load_external_data=False)
+        if graph == bindings.DECODER:
+            _set_kv_format(proto, manifest, kv_format)
+        onnx.save(proto, _path(directory, graph))
+        data = f"{graph}.onnx.data"
+        link_or_copy(model_bundle / data, directory / data)
+        _session(directory, _path(directory, graph))
+    return {"name": NAME, "version": ort.__version__}
+
+
+def open_engine(directory: Path, manifest: Manifest, marked_layers: bool) -> OnnxRuntimeEngine:
+    """See `pascalvl.engines.open_engine`."""
+    return OnnxRuntimeEngine(directory, manifest, marked_layers)
+
+
+def _path(directory: Path, graph: str) -> Path:
+    return directory / f"{graph}.onnx"
+
+
+def _session(directory: Path, model: Path | bytes) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
+    providers = [name for name in _PROVIDERS if name in ort.get_available_providers()]
+    try:
+        return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=providers)
+    except _FAILURES as error:
+        raise UserError(
+            f"ONNX Runtime {ort.__version__} cannot load the engine in {directory} ({error}): build it again."
+        ) from error
+
+
+def _set_kv_format(proto, manifest: Manifest, kv_format: KVFormat) -> None:
+    """Make a decoder graph read a cache of ``kv_format``."""
+    from onnx import helper
+
+    inputs = {value.name: value for value in proto.graph.input}
+    for binding in bindings.decoder_inputs(manifest.model, kv_format):
+        inputs[binding.name].type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(binding.dtype)
+    for node in proto.graph.node:
+        if node.op_type == OP_NAME:
+            attribute = next(a for a in node.attribute if a.name == ATTR_KV_FORMAT)
+            attribute.s = kv_format.value.encode()
+
+
+def _with_marked_layers(directory: Path, manifest: Manifest) -> bytes:
+    import onnx
+
+    proto = onnx.load(_path(directory, bindings.DECODER), load_external_data=False)
+    text = manifest.model.text
+    for layer in range(text.num_hidden_layers):
+        shape = ("batch", "seq", text.hidden_size)
+        value = onnx.helper.make_tensor_value_info(bindings.hidden_states(layer), onnx.TensorProto.FLOAT, shape)
+        proto.graph.output.append(value)
+    return proto.SerializeToString()

@@ -1,0 +1,183 @@
+"""A Qwen3-VL checkpoint on disk, as Hugging Face writes it, read one tensor at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from pascalvl.export.attention import ATTN_IMPLEMENTATION
+from pascalvl.plugins import bundle
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.model_config import ModelConfig, TextConfig, VisionConfig
+
+_CONFIG = "config.json"
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_MODEL_TYPE = "qwen3_vl"
+_STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+"""Rope types whose frequencies do not depend on the length of the prompt."""
+
+
+class Checkpoint:
+    """A dense Qwen3-VL checkpoint directory: its config, its tensors and the files its processor needs.
+
+    Raises:
+        UserError: no such directory, another architecture, or files that are missing, truncated or do not fit.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        if not directory.is_dir():
+            raise UserError(f"no checkpoint directory at {directory}: give the folder of a Qwen3-VL model.")
+        data = self._read_json(_CONFIG)
+        if (found := data.get("model_type")) != _MODEL_TYPE:
+            raise UserError(
+                f"expected a dense Qwen3-VL checkpoint (model_type {_MODEL_TYPE!r}) in {directory}, found {found!r}: "
+                "give a Qwen3-VL 2B, 4B, 8B or 32B model."
+            )
+        if "quantization_config" in data:
+            method = data["quantization_config"].get("quant_method")
+            raise UserError(
+                f"{directory} holds weights quantised with {method!r}: give the checkpoint with its original weights."
+            )
+        try:
+            self.hf_config = Qwen3VLConfig.from_dict(data)
+        except Exception as error:  # transformers raises many kinds, all of them about this one file
+            raise UserError(f"{directory / _CONFIG} is not a valid Qwen3-VL config ({error}).") from error
+        for name in (bundle.TOKENIZER, bundle.GENERATION_CONFIG, bundle.IMAGE_PROCESSOR, bundle.VIDEO_PROCESSOR):
+            self._read_json(name)
+        self._chat_template = self._find_chat_template()
+        self._files = contextlib.ExitStack()
+        self._shard_of: dict[str, Any] = {}
+        for name in self._shard_names():
+            shard = self._open_shard(name)
+            self._shard_of.update(dict.fromkeys(shard.keys(), shard))
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def meta_model(self) -> Qwen3VLForConditionalGeneration:
+        """The Hugging Face model without memory for its weights; every tensor of it is checked to be on disk."""
+        config = self.hf_config
+        config._attn_implementation = ATTN_IMPLEMENTATION
+        with torch.device("meta"):
+            model = Qwen3VLForConditionalGeneration(config)
+        model.tie_weights()
+        for name, parameter in model.named_parameters():
+            if name not in self._shard_of:
+                raise UserError(
+                    f"{self.directory} lacks the tensor {name} ({list(parameter.shape)}): download the model again."
+                )
+            if (found := self._shard_of[name].get_slice(name).get_shape()) != list(parameter.shape):
+                raise UserError(
+                    f"tensor {name} of {self.directory} has shape {found}, the config says {list(parameter.shape)}: "
+                    "the files belong to different models."
+                )
+        return model
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor, in the type it has on disk."""
+        return self._shard_of[name].get_tensor(name)
+
+    def model_config(self) -> ModelConfig:
+        """What engines and runtime need to know of the config."""
+        from transformers.models.qwen3_vl import modeling_qwen3_vl as hf
+
+        text, vision = self.hf_config.text_config, self.hf_config.vision_config
+        if (rope_type := text.rope_parameters["rope_type"]) not in _STATIC_ROPE_TYPES:
+            raise UserError(
+                f"rope type {rope_type!r} is not supported: expected one of {', '.join(_STATIC_ROPE_TYPES)}."
+            )
+        text_rope, vision_rope = hf.Qwen3VLTextRotaryEmbedding(text), hf.Qwen3VLVisionRotaryEmbedding(vision)
+        return ModelConfig(
+            text=TextConfig(
+                vocab_size=text.vocab_size,
+                hidden_size=text.hidden_size,
+                num_hidden_layers=text.num_hidden_layers,
+                num_attention_heads=text.num_attention_heads,
+                num_key_value_heads=text.num_key_value_heads,
+                head_dim=text.head_dim,
+                max_position_embeddings=text.max_position_embeddings,
+                mrope_section=tuple(text_rope.mrope_section),
+                rope_inv_freq=tuple(text_rope.inv_freq.tolist()),
+                rope_attention_scaling=float(text_rope.attention_scaling),
+            ),
+            vision=VisionConfig(
+                depth=vision.depth,
+                hidden_size=vision.hidden_size,
+                num_heads=vision.num_heads,
+                in_channels=vision.in_channels,
+                patch_size=vision.patch_size,
+                temporal_patch_size=vision.temporal_patch_size,
+                spatial_merge_size=vision.spatial_merge_size,
+                num_position_embeddings=vision.num_position_embeddings,
+                deepstack_visual_indexes=tuple(vision.deepstack_visual_indexes),
+                rope_inv_freq=tuple(vision_rope.inv_freq.tolist()),
+            ),
+            image_token_id=self.hf_config.image_token_id,
+            video_token_id=self.hf_config.video_token_id,
+            vision_start_token_id=self.hf_config.vision_start_token_id,
+            vision_end_token_id=self.hf_config.vision_end_token_id,
+        )
+
+    def digest(self) -> str:
+        """SHA-256 over the config and all weight files: the identity of what was exported."""
+        total = hashlib.sha256()
+        for name in (_CONFIG, *self._shard_names()):
+            total.update(bytes.fromhex(bundle.sha256(self.directory / name)))
+        return total.hexdigest()
+
+    def copy_host_files(self, target: Path) -> None:
+        """Put the files that the runtime's tokenizer and processors read into ``target``."""
+        for name in (bundle.TOKENIZER, bundle.GENERATION_CONFIG, bundle.IMAGE_PROCESSOR, bundle.VIDEO_PROCESSOR):
+            shutil.copyfile(self.directory / name, target / name)
+        (target / bundle.CHAT_TEMPLATE).write_text(self._chat_template, encoding="utf-8")
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.directory / name
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.directory} lacks {name}: give the whole folder of a Qwen3-VL model, as its authors publish it."
+            ) from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}): download the model again.") from error
+        if not isinstance(data, dict):
+            raise UserError(f"expected a JSON object in {path}, found a {type(data).__name__}: download it again.")
+        return data
+
+    def _find_chat_template(self) -> str:
+        """Checkpoints of different ages keep it in a file of its own, plain or JSON, or in the tokenizer's config."""
+        path = self.directory / bundle.CHAT_TEMPLATE
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        for name in ("chat_template.json", "tokenizer_config.json"):
+            if (self.directory / name).is_file() and "chat_template" in (data := self._read_json(name)):
+                return data["chat_template"]
+        raise UserError(f"{self.directory} has no chat template: add the model's {bundle.CHAT_TEMPLATE}.")
+
+    def _shard_names(self) -> list[str]:
+        if (self.directory / _INDEX).is_file():
+            return sorted(set(self._read_json(_INDEX).get("weight_map", {}).values()))
+        return [_SINGLE]
+
+    def _open_shard(self, name: str) -> Any:
+        path = self.directory / name
+        try:
+            return self._files.enter_context(safe_open(path, framework="pt"))
+        except FileNotFoundError:
+            raise UserError(f"{self.directory} lacks its weight file {name}: download the model again.") from None
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"weight file {path} is truncated or damaged ({error}): download it again.") from error

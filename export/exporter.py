@@ -1,0 +1,174 @@
+"""Checkpoint directory to model bundle."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from rich.progress import Progress
+from transformers import Qwen3VLForConditionalGeneration
+
+from pascalvl.export import conformance, onnx_op
+from pascalvl.export.checkpoint import Checkpoint
+from pascalvl.export.modules import Decoder, VisionEncoder
+from pascalvl.export.trace import TracedGraph, Weight, example_inputs, trace
+from pascalvl.plugins import bindings
+from pascalvl.plugins.bundle import EMBEDDINGS, Manifest, atomic_directory
+from pascalvl.plugins.flash_attention import OP_NAME, OP_VERSION
+from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.model_config import ModelConfig
+
+log = logging.getLogger(__name__)
+
+_ALIGNMENT = 4096
+"""Weights start on page boundaries, so that a runtime can map them instead of reading them."""
+_EMBEDDING = "model.language_model.embed_tokens.weight"
+
+
+def export_checkpoint(checkpoint_directory: Path, output: Path) -> Manifest:
+    """Export a Qwen3-VL checkpoint to the model bundle ``output``; returns its manifest.
+
+    Weights are widened to float32 and written one at a time: beside the graphs, memory holds one tensor.
+
+    Raises:
+        UserError: a checkpoint that cannot be used, a graph that TensorRT 8.6 could not parse, or a full disk.
+    """
+    with Checkpoint(checkpoint_directory) as checkpoint, Progress(transient=True) as progress:
+        model = checkpoint.meta_model()
+        config = checkpoint.model_config()
+        with atomic_directory(output) as directory:
+            graphs = {}
+            for name, trace_graph in ((bindings.VISION, trace_vision), (bindings.DECODER, trace_decoder)):
+                task = progress.add_task(f"tracing {name}", total=None)
+                graph = trace_graph(model, config)
+                conformance.check(graph.proto, name)
+                progress.update(task, total=len(graph.weights), description=f"writing {name}")
+                for _ in write_graph(graph, checkpoint, directory / f"{name}.onnx"):
+                    progress.advance(task)
+                graphs[name] = describe(graph.proto)
+                log.info("%s: %d nodes", name, len(graph.proto.graph.node))
+            embeddings = _write_embeddings(checkpoint, directory / EMBEDDINGS)
+            checkpoint.copy_host_files(directory)
+            progress.add_task("hashing", total=None)
+            return Manifest(
+                kind="model",
+                source={"name": checkpoint_directory.resolve().name, "sha256": checkpoint.digest()},
+                model=config,
+                embeddings=embeddings,
+                graphs=graphs,
+                kv_format=KVFormat.F32,
+            ).write(directory)
+
+
+def trace_vision(model: Qwen3VLForConditionalGeneration, config: ModelConfig) -> TracedGraph:
+    """Trace the vision encoder of a model on the meta device."""
+    inputs = bindings.vision_inputs(config)
+    per_token = config.vision.spatial_merge_size**2
+    dims = {
+        "patches": per_token * torch.export.Dim("tokens"),
+        "segments_plus_1": torch.export.Dim("segments_plus_1"),
+    }
+    return trace(
+        VisionEncoder(model),
+        dict(
+            zip(_names(inputs), example_inputs(inputs, {"patches": 6 * per_token, "segments_plus_1": 3}), strict=True)
+        ),
+        dict(zip(_names(inputs), _dynamic_shapes(inputs, dims), strict=True)),
+        inputs,
+        bindings.vision_outputs(config),
+        [],
+        _sources(model, {"visual": "model.visual"}),
+    )
+
+
+def trace_decoder(model: Qwen3VLForConditionalGeneration, config: ModelConfig) -> TracedGraph:
+    """Trace the decoder of a model on the meta device."""
+    inputs = bindings.decoder_inputs(config, KVFormat.F32)
+    sizes = {"batch": 2, "seq": 3, "capacity": 5}
+    dims = {name: torch.export.Dim(name) for name in sizes}
+    cache_start = len(inputs) - 2 * config.text.num_hidden_layers
+
+    def arguments(values: list) -> dict:
+        return {**dict(zip(_names(inputs[:cache_start]), values, strict=False)), "past": values[cache_start:]}
+
+    return trace(
+        Decoder(model),
+        arguments(example_inputs(inputs, sizes)),
+        arguments(_dynamic_shapes(inputs, dims)),
+        inputs,
+        bindings.decoder_outputs(config),
+        [bindings.hidden_states(layer) for layer in range(config.text.num_hidden_layers)],
+        _sources(model, {"language_model": "model.language_model", "lm_head": "lm_head"}),
+    )
+
+
+def _names(inputs: list[bindings.Binding]) -> list[str]:
+    return [binding.name for binding in inputs]
+
+
+def _dynamic_shapes(inputs: list[bindings.Binding], dims: dict[str, object]) -> list[dict[int, object]]:
+    return [{axis: dims[d] for axis, d in enumerate(b.shape) if isinstance(d, str)} for b in inputs]
+
+
+def _sources(model: Qwen3VLForConditionalGeneration, prefixes: dict[str, str]) -> dict[str, str]:
+    """Checkpoint tensors of the parameters of an exported module, whose submodules ``prefixes`` rename."""
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        f"{inner}.{name}": name_of[id(parameter)]
+        for inner, outer in prefixes.items()
+        for name, parameter in model.get_submodule(outer).named_parameters()
+    }
+
+
+def write_graph(graph: TracedGraph, checkpoint: Checkpoint, path: Path):
+    """Write a graph and, to ``path.data`` beside it, its weights; yields after each weight."""
+    proto = graph.proto
+    others = [value for value in proto.graph.input if value.name not in graph.weights]
+    del proto.graph.input[:]
+    proto.graph.input.extend(others)
+    data_name = f"{path.name}.data"
+    with (path.parent / data_name).open("wb") as data:
+        for name, weight in graph.weights.items():
+            data.write(bytes(-data.tell() % _ALIGNMENT))
+            offset = data.tell()
+            _weight_array(checkpoint, weight).tofile(data)
+            external = onnx.TensorProto(
+                name=name,
+                data_type=onnx.TensorProto.FLOAT,
+                dims=weight.graph_shape,
+                data_location=onnx.TensorProto.EXTERNAL,
+            )
+            for key, value in (("location", data_name), ("offset", offset), ("length", data.tell() - offset)):
+                external.external_data.add(key=key, value=str(value))
+            proto.graph.initializer.append(external)
+            yield name
+    path.write_bytes(proto.SerializeToString())
+    onnx.checker.check_model(str(path))
+
+
+def _weight_array(checkpoint: Checkpoint, weight: Weight) -> np.ndarray:
+    tensor = checkpoint.tensor(weight.source).reshape(weight.shape)
+    if weight.transposed:
+        tensor = tensor.T
+    return tensor.to(torch.float32).contiguous().numpy()
+
+
+def _write_embeddings(checkpoint: Checkpoint, path: Path) -> dict[str, object]:
+    """Write the token embeddings as they are in the checkpoint, rows on end; returns their type and shape."""
+    table = checkpoint.tensor(_EMBEDDING).contiguous()
+    table.view(torch.uint8).numpy().tofile(path)
+    return {"dtype": str(table.dtype).removeprefix("torch."), "shape": list(table.shape)}
+
+
+def describe(proto: onnx.ModelProto) -> dict[str, object]:
+    """What a manifest says of a graph."""
+    return {
+        "opset": onnx_op.OPSET,
+        "ir_version": proto.ir_version,
+        "plugin": f"{OP_NAME} {OP_VERSION}",
+        "ops": dict(sorted(Counter(node.op_type for node in proto.graph.node).items())),
+    }

@@ -1,0 +1,166 @@
+"""PyTorch module to ONNX graph in the operator set that TensorRT 8.6 reads, without touching a weight.
+
+Modules are traced on the meta device; the graph comes out with its weights as names and shapes only (`Weight` says how
+each is made from a checkpoint tensor), so that a model larger than memory can be exported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Mapping
+
+import onnx
+import onnx.version_converter
+import onnx_ir as ir
+import torch
+from onnxscript import optimizer
+from torch import nn
+
+from pascalvl.export import onnx_op
+from pascalvl.plugins.bindings import Binding
+from pascalvl.plugins.flash_attention import OP_DOMAIN, OP_NAME, OP_VERSION
+
+_EXPORTER_OPSET = 18
+"""The oldest that torch's exporter writes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A float32 weight of a graph: checkpoint tensor ``source``, reshaped to ``shape``, then transposed if so told."""
+
+    source: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def graph_shape(self) -> tuple[int, ...]:
+        return self.shape[::-1] if self.transposed else self.shape
+
+
+@dataclasses.dataclass
+class TracedGraph:
+    """A graph without weight data: ``proto`` lists the weights among its inputs, ``weights`` says what they are."""
+
+    proto: onnx.ModelProto
+    weights: dict[str, Weight]
+
+
+def example_inputs(bindings: list[Binding], sizes: Mapping[str, int]) -> list[torch.Tensor]:
+    """Meta tensors for tracing, one a binding, with the varying dimensions set to ``sizes``."""
+    types = {"float32": torch.float32, "int32": torch.int32}
+    return [torch.empty([sizes.get(d, d) for d in b.shape], dtype=types[b.dtype.name], device="meta") for b in bindings]
+
+
+def trace(
+    module: nn.Module,
+    arguments: Mapping[str, torch.Tensor | list[torch.Tensor]],
+    dynamic_shapes: Mapping[str, object],
+    inputs: list[Binding],
+    outputs: list[Binding],
+    marks: list[str],
+    sources: Mapping[str, str],
+) -> TracedGraph:
+    """Trace ``module`` and lower it to opset 17.
+
+    Args:
+        module: on the meta device.
+        arguments: example arguments by name, and their ``dynamic_shapes`` as `torch.export.export` takes them.
+        inputs, outputs: bindings in the module's order; they name the graph's.
+        marks: names for the module's further outputs, which stay inside the graph (for bisection).
+        sources: checkpoint tensor of each of the module's parameters.
+    """
+    model = _trace(module, arguments, dynamic_shapes)
+    graph = model.graph
+    weights = {}
+    for value in list(graph.initializers.values()):
+        if value.name in sources:
+            weights[value.name] = Weight(sources[value.name], tuple(value.shape.numpy()))
+            del graph.initializers[value.name]
+            value.const_value = None
+            graph.inputs.append(value)
+    optimizer.optimize(model)
+
+    for value, binding in zip(graph.inputs, inputs, strict=False):
+        value.name, value.shape = binding.name, ir.Shape(binding.shape)
+    for value, binding in zip(graph.outputs, outputs, strict=False):
+        value.name, value.shape = binding.name, ir.Shape(binding.shape)
+    for value, mark in zip(graph.outputs[len(outputs) :], marks, strict=True):
+        value.name = mark
+    del graph.outputs[len(outputs) :]
+
+    proto = onnx.version_converter.convert_version(ir.to_proto(model), onnx_op.OPSET)
+    proto.ir_version = onnx_op.IR_VERSION
+    proto.producer_name, proto.producer_version = "pascalvl", ""
+    _use_old_attribute_forms(proto.graph)
+    _fold_weight_views(proto.graph, weights)
+    causal = next(a.i for n in proto.graph.node if n.op_type == OP_NAME for a in n.attribute if a.name == "causal")
+    proto.functions.append(onnx_op.function_body(bool(causal)))
+    del proto.opset_import[:]
+    proto.opset_import.extend(
+        [onnx.helper.make_opsetid("", onnx_op.OPSET), onnx.helper.make_opsetid(OP_DOMAIN, int(OP_VERSION))]
+    )
+    return TracedGraph(proto, weights)
+
+
+def _trace(module: nn.Module, arguments: Mapping[str, object], dynamic_shapes: Mapping[str, object]) -> ir.Model:
+    exporter_log = logging.getLogger("torch.onnx")
+    level = exporter_log.level
+    exporter_log.setLevel(logging.ERROR)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.onnx.export(
+                module.eval(),
+                (),
+                kwargs=dict(arguments),
+                dynamic_shapes=dict(dynamic_shapes),
+                custom_translation_table={torch.ops.pascalvl.flash_attention_2.default: onnx_op.translate},
+                dynamo=True,
+                opset_version=_EXPORTER_OPSET,
+                # Both would read the weights: optimisation is done once they are plain inputs.
+                optimize=False,
+                verify=False,
+                verbose=False,
+            ).model
+    finally:
+        exporter_log.setLevel(level)
+
+
+def _use_old_attribute_forms(graph: onnx.GraphProto) -> None:
+    """Take out what the version converter leaves of opset 18, and what TensorRT 8.6's parser has no notion of."""
+    for node in graph.node:
+        for attribute in list(node.attribute):
+            if attribute.name in ("noop_with_empty_axes", "allowzero"):
+                node.attribute.remove(attribute)
+
+
+def _fold_weight_views(graph: onnx.GraphProto, weights: dict[str, Weight]) -> None:
+    """Turn transposes and reshapes of weights into weights of that shape, to be laid out when they are written."""
+    shapes = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in graph.value_info}
+    for node in list(graph.node):
+        if node.op_type not in ("Transpose", "Reshape") or node.input[0] not in weights:
+            continue
+        weight = weights[node.input[0]]
+        if weight.transposed:
+            raise NotImplementedError(f"{node.op_type} of the transposed weight {weight.source}")
+        view = node.output[0]
+        if node.op_type == "Reshape":
+            weights[view] = dataclasses.replace(weight, shape=shapes[view])
+        else:
+            weights[view] = dataclasses.replace(weight, transposed=True)
+        graph.node.remove(node)
+    used = {name for node in graph.node for name in node.input}
+    for name in [name for name in weights if name not in used]:
+        del weights[name]
+    others = [value for value in graph.input if value.name in used and value.name not in weights]
+    del graph.input[:]
+    graph.input.extend(others)
+    graph.input.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, weight.graph_shape)
+        for name, weight in weights.items()
+    )
+    kept = [value for value in graph.value_info if value.name not in weights and value.name in used]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)

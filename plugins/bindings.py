@@ -1,0 +1,124 @@
+"""Names, types and shapes of the inputs and outputs of the two engines, used by export, build and runtime.
+
+Dimensions that vary between calls are strings; equal strings are equal lengths.
+
+The engines are pure functions. The decoder reads the cache (``past_key.i``, ``past_value.i``: the whole capacity, of
+which the first ``past_length`` rows of a sequence are valid) and returns the keys and values of this call's tokens
+for the runtime to append.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.model_config import ModelConfig
+
+DECODER = "decoder"
+VISION = "vision"
+
+INPUTS_EMBEDS = "inputs_embeds"
+ROPE_COS = "rope_cos"
+ROPE_SIN = "rope_sin"
+DEEPSTACK_EMBEDS = "deepstack_embeds"
+PAST_LENGTH = "past_length"
+LOGITS = "logits"
+
+PIXEL_VALUES = "pixel_values"
+POSITION_INDICES = "position_indices"
+POSITION_WEIGHTS = "position_weights"
+CU_SEQLENS = "cu_seqlens"
+IMAGE_EMBEDS = "image_embeds"
+
+NUM_POSITION_TAPS = 4
+"""Entries of the learned position grid that a patch mixes (bilinear interpolation)."""
+
+
+def past_key(layer: int) -> str:
+    return f"past_key.{layer}"
+
+
+def past_value(layer: int) -> str:
+    return f"past_value.{layer}"
+
+
+def new_key(layer: int) -> str:
+    return f"new_key.{layer}"
+
+
+def new_value(layer: int) -> str:
+    return f"new_value.{layer}"
+
+
+def hidden_states(layer: int) -> str:
+    """Name, inside the decoder graph, of decoder layer ``layer``'s output (after DeepStack): a mark for bisection."""
+    return f"hidden_states.{layer}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """One input or output: its name, element type and shape (a string is a dimension that varies between calls)."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int | str, ...]
+
+
+def _float(name: str, *shape: int | str) -> Binding:
+    return Binding(name, np.dtype(np.float32), shape)
+
+
+def _int(name: str, *shape: int | str) -> Binding:
+    return Binding(name, np.dtype(np.int32), shape)
+
+
+def vision_inputs(config: ModelConfig) -> list[Binding]:
+    vision = config.vision
+    return [
+        _float(PIXEL_VALUES, "patches", vision.patch_dim),
+        _int(POSITION_INDICES, "patches", NUM_POSITION_TAPS),
+        _float(POSITION_WEIGHTS, "patches", NUM_POSITION_TAPS),
+        _float(ROPE_COS, "patches", vision.head_dim),
+        _float(ROPE_SIN, "patches", vision.head_dim),
+        _int(CU_SEQLENS, "segments_plus_1"),
+    ]
+
+
+def vision_outputs(config: ModelConfig) -> list[Binding]:
+    hidden = config.text.hidden_size
+    return [
+        _float(IMAGE_EMBEDS, "tokens", hidden),
+        _float(DEEPSTACK_EMBEDS, config.num_deepstack, "tokens", hidden),
+    ]
+
+
+def decoder_inputs(config: ModelConfig, kv_format: KVFormat) -> list[Binding]:
+    text = config.text
+    cache_shape = ("batch", text.num_key_value_heads, "capacity", text.head_dim)
+    return [
+        _float(INPUTS_EMBEDS, "batch", "seq", text.hidden_size),
+        _float(ROPE_COS, "batch", "seq", text.head_dim),
+        _float(ROPE_SIN, "batch", "seq", text.head_dim),
+        _float(DEEPSTACK_EMBEDS, config.num_deepstack, "batch", "seq", text.hidden_size),
+        _int(PAST_LENGTH, "batch"),
+        *(
+            Binding(name(layer), kv_format.dtype, cache_shape)
+            for layer in range(text.num_hidden_layers)
+            for name in (past_key, past_value)
+        ),
+    ]
+
+
+def decoder_outputs(config: ModelConfig) -> list[Binding]:
+    """Logits of the last position, and this call's keys (after RoPE) and values, uncompressed."""
+    text = config.text
+    return [
+        _float(LOGITS, "batch", text.vocab_size),
+        *(
+            _float(name(layer), "batch", text.num_key_value_heads, "seq", text.head_dim)
+            for layer in range(text.num_hidden_layers)
+            for name in (new_key, new_value)
+        ),
+    ]

@@ -1,0 +1,196 @@
+"""Bundles: directories of artefacts with a manifest that says what they are and what bytes they must be.
+
+A *model bundle* (written by export) holds the two ONNX graphs, the embedding table and the tokenizer's files. An
+*engine bundle* (written by a build) holds what one backend runs, and the same tables. `manifest.json` carries:
+
+========== ===========================================================================================================
+kind       ``model`` or ``engine``
+version    layout version of the bundle, `BUNDLE_VERSION`
+source     checkpoint name and hash
+model      `ModelConfig`
+embeddings element type and shape of `EMBEDDINGS`
+graphs     per graph: opset, IR version, plugin op version, and how many nodes of each operator it has
+kv_format  cache format the graphs read (a model bundle's can still be changed by a build)
+backend    engine bundles: backend name, its version, and what else its engines depend on
+files      per file: size in bytes and SHA-256
+========== ===========================================================================================================
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.model_config import ModelConfig
+
+BUNDLE_VERSION = 1
+MANIFEST = "manifest.json"
+EMBEDDINGS = "embeddings.bin"
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+GENERATION_CONFIG = "generation_config.json"
+IMAGE_PROCESSOR = "preprocessor_config.json"
+VIDEO_PROCESSOR = "video_preprocessor_config.json"
+HOST_FILES = (EMBEDDINGS, TOKENIZER, CHAT_TEMPLATE, GENERATION_CONFIG, IMAGE_PROCESSOR, VIDEO_PROCESSOR)
+"""Files the runtime reads itself; a build passes them on unchanged."""
+
+_CHUNK = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """Contents of `manifest.json`; the module's docstring says what each field means."""
+
+    kind: str
+    source: dict[str, str]
+    model: ModelConfig
+    embeddings: dict[str, Any]
+    graphs: dict[str, dict[str, Any]]
+    kv_format: KVFormat
+    backend: dict[str, Any] = dataclasses.field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    version: int = BUNDLE_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
+            "model": self.model.to_json(),
+            "kv_format": self.kv_format.value,
+        }
+
+    @classmethod
+    def read(cls, directory: Path, kind: str) -> Manifest:
+        """Read the manifest in ``directory``; raises `UserError` unless it is a ``kind`` bundle of this version."""
+        path = directory / MANIFEST
+        made_by = {"model": "'pascalvl export'", "engine": "'pascalvl build'"}[kind]
+        if not directory.is_dir():
+            raise UserError(f"no {kind} bundle at {directory}: give the directory that {made_by} wrote.")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"{directory} is not a {kind} bundle (it has no {MANIFEST}): give the directory that {made_by} wrote."
+            ) from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}): write the bundle again with {made_by}.") from error
+        if not isinstance(data, dict) or data.get("kind") != kind:
+            found = data.get("kind") if isinstance(data, dict) else type(data).__name__
+            raise UserError(
+                f"expected a bundle of kind {kind!r} at {directory}, found {found!r}: it is made by {made_by}."
+            )
+        if data.get("version") != BUNDLE_VERSION:
+            raise UserError(
+                f"{directory} has bundle version {data.get('version')}, this PascalVL reads version {BUNDLE_VERSION}: "
+                f"write it again with {made_by}."
+            )
+        try:
+            return cls(
+                **{
+                    **data,
+                    "model": ModelConfig.from_json(data["model"]),
+                    "kv_format": KVFormat.parse(data["kv_format"]),
+                }
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} is not complete ({error}): write the bundle again with {made_by}.") from error
+
+    def verify(self, directory: Path, progress: Callable[[int], None] = lambda _: None) -> None:
+        """Check every file's size and hash; raises `UserError` naming the first that is missing or altered.
+
+        ``progress`` is called with the number of bytes hashed since the last call (from several threads).
+        """
+        remedy = f"write the bundle again with 'pascalvl {'export' if self.kind == 'model' else 'build'}'"
+        for name, expected in self.files.items():
+            path = directory / name
+            if not path.is_file():
+                raise UserError(f"{directory} lacks the file {name}: {remedy}.")
+            if (size := path.stat().st_size) != expected["bytes"]:
+                raise UserError(f"{path} was altered: expected {expected['bytes']} bytes, found {size}; {remedy}.")
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            digests = pool.map(lambda name: sha256(directory / name, progress), self.files)
+            for (name, expected), digest in zip(self.files.items(), digests, strict=True):
+                if digest != expected["sha256"]:
+                    raise UserError(
+                        f"{directory / name} was altered: expected SHA-256 {expected['sha256'][:12]}…, "
+                        f"found {digest[:12]}…; {remedy}."
+                    )
+
+    def write(self, directory: Path) -> Manifest:
+        """Write `manifest.json` beside the files in ``directory``, adding their sizes and hashes; returns it."""
+        paths = sorted(path for path in directory.iterdir() if path.name != MANIFEST)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            digests = list(pool.map(sha256, paths))
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(paths, digests, strict=True)
+        }
+        manifest = dataclasses.replace(self, files=files)
+        (directory / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
+        return manifest
+
+
+def sha256(path: Path, progress: Callable[[int], None] = lambda _: None) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            progress(len(chunk))
+    return digest.hexdigest()
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make ``target`` the same file as ``source`` where the file system can, else a copy: bundles are never edited."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty directory that becomes ``target`` if the block ends well, and vanishes if it does not.
+
+    An earlier bundle at ``target`` is replaced; anything else there raises `UserError`, as does a full disk.
+    """
+    if target.exists() and not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target} exists and is not a bundle: choose another output directory, or remove it.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {target.parent} ({error.strerror}): choose another output directory."
+        ) from error
+    try:
+        partial.chmod(0o755)
+        yield partial
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            target.rename(old / target.name)
+            partial.rename(target)
+            shutil.rmtree(old)
+        else:
+            partial.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(target.parent).free
+            raise UserError(
+                f"the disk is full: writing {target} needs more than the {free / 1e6:.0f} MB now left beside what was "
+                "written; free some space or choose another output directory."
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,8 @@
+"""The one exception that is meant for the person at the terminal."""
+
+
+class UserError(Exception):
+    """Something the user can put right: one sentence saying what was expected, what was found and what to do.
+
+    The command line prints the sentence and exits with code 2; it never prints a traceback for it.
+    """

@@ -1,0 +1,97 @@
+"""The shape of a Qwen3-VL model: what engines and runtime must know of a checkpoint, and nothing more."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pascalvl.plugins.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Vision encoder: patches in, one embedding (and one per DeepStack level) for each merged block out."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    in_channels: int
+    patch_size: int
+    """Side of a square patch, in pixels."""
+    temporal_patch_size: int
+    """Frames folded into one patch; a still picture is repeated."""
+    spatial_merge_size: int
+    """Side of the block of patches that becomes one token."""
+    num_position_embeddings: int
+    """Entries of the learned square position grid, interpolated to each picture's size."""
+    deepstack_visual_indexes: tuple[int, ...]
+    """Encoder layers whose features are added to the first decoder layers' outputs."""
+    rope_inv_freq: tuple[float, ...]
+    """Inverse frequencies of the axial rotary embedding, shared by rows and columns: ``[head_dim / 4]``."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_dim(self) -> int:
+        """Length of a flattened patch: channels x frames x rows x columns."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def num_grid_per_side(self) -> int:
+        return round(self.num_position_embeddings**0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Decoder: causal, grouped-query attention with interleaved M-RoPE."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    mrope_section: tuple[int, int, int]
+    """Frequencies given to time, height and width; they interleave T, H, W, T, H, W, ... (Qwen3-VL report)."""
+    rope_inv_freq: tuple[float, ...]
+    """Inverse frequencies of the rotary embedding: ``[head_dim / 2]``."""
+    rope_attention_scaling: float
+    """Factor on cos and sin (1 unless the rope type scales attention)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A dense Qwen3-VL model."""
+
+    text: TextConfig
+    vision: VisionConfig
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+
+    @property
+    def num_deepstack(self) -> int:
+        return len(self.vision.deepstack_visual_indexes)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ModelConfig:
+        """Inverse of `to_json`; raises `UserError` when a field is missing or unknown."""
+
+        def build(kind: type, fields: dict[str, Any]) -> Any:
+            return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+        try:
+            nested = {"text": build(TextConfig, data["text"]), "vision": build(VisionConfig, data["vision"])}
+            return cls(**{**data, **nested})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"the manifest's model description does not fit this version of PascalVL ({error}): "
+                "export the checkpoint again."
+            ) from error
