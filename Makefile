@@ -1,0 +1,76 @@
+# What a person does with PascalVL. `make help` lists it.
+
+MODEL   ?= tests/nano/checkpoint
+BACKEND ?= auto
+KV      ?= f32
+IMAGE   ?= tests/nano/pictures/sample.png
+PROMPT  ?= Describe the picture.
+
+PYTHON  ?= python3
+# Further arguments for pip, for example an index with CPU-only wheels of torch (much smaller than the default ones).
+PIP_ARGS ?=
+TORCH       := 2.13.0
+TORCHVISION := 0.28.0
+
+NAME   ?= $(subst /,-,$(patsubst tests/%,%,$(patsubst %/,%,$(patsubst %/checkpoint,%,$(MODEL)))))
+BUNDLE := build/model/$(NAME)
+ENGINE := build/engine/$(NAME)-$(BACKEND)-$(KV)
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+RUN    := $(BIN)/pascalvl
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo export engine run chat validate inspect test lint clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@echo 'with MODEL=<checkpoint> BACKEND=$(BACKEND) KV=$(KV) IMAGE=<picture> PROMPT=<text>, as they apply'
+
+setup: $(VENV)/installed ## a virtual environment in .venv with everything that is needed
+
+demo: validate run ## export the nano checkpoint, check its engines against PyTorch, describe a picture
+
+export: $(BUNDLE)/manifest.json ## checkpoint MODEL to ONNX model bundle in build/model
+
+engine: $(ENGINE)/manifest.json ## model bundle to engine bundle for BACKEND and KV in build/engine
+
+run: engine ## ask PROMPT about IMAGE
+	$(RUN) run $(ENGINE) --image "$(IMAGE)" --prompt "$(PROMPT)"
+
+chat: engine ## talk to the model
+	$(RUN) chat $(ENGINE)
+
+validate: engine ## compare the engines with the PyTorch model, output by output
+	$(RUN) validate $(ENGINE) --reference $(MODEL)
+
+inspect: engine ## what the engine bundle is, and the memory it needs
+	$(RUN) inspect $(ENGINE)
+
+test: setup $(VENV)/torchvision ## the tests
+	$(BIN)/python -m pytest -q
+
+lint: setup ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean: ## remove what was built, and the environment
+	rm -rf build $(VENV)
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(PIP_ARGS) torch==$(TORCH)
+	$(PIP) install $(PIP_ARGS) -e '.[dev]'
+	touch $@
+
+# Reference for video preprocessing. It stays out of the environment: beside a CPU-only torch, torchvision's default
+# wheel breaks every import of transformers, for which the tests alone have a cure.
+$(VENV)/torchvision: $(VENV)/installed
+	$(PIP) install $(PIP_ARGS) --no-deps --upgrade --target $@ torchvision==$(TORCHVISION)
+
+$(BUNDLE)/manifest.json: $(VENV)/installed $(wildcard $(MODEL)/*) $(wildcard export/*.py plugins/*.py)
+	$(RUN) export $(MODEL) --output $(BUNDLE)
+
+$(ENGINE)/manifest.json: $(BUNDLE)/manifest.json $(wildcard engines/*.py)
+	$(RUN) build $(BUNDLE) --output $(ENGINE) --backend $(BACKEND) --kv $(KV)

@@ -1,0 +1,269 @@
+"""Engine against Hugging Face's model in float32, output by output, through polygraphy.
+
+A prompt is answered greedily by the reference; the candidate is then forced along the same tokens, so that every decode
+step of both sees the same past and each step's logits can be compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from polygraphy.backend.base import BaseRunner
+from polygraphy.common import TensorMetadata
+from polygraphy.comparator import Comparator, CompareFunc
+from polygraphy.logger import G_LOGGER
+
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kv_format import KVFormat
+
+VISION_EMBEDS = "vision.embeds"
+PREFILL_LOGITS = "prefill.logits"
+
+TOLERANCE = {KVFormat.F32: 1e-4, KVFormat.F16: 5e-3}
+"""Largest error of an output, relative to the largest value of the reference's.
+
+Both sides compute in float32, but sum in different orders: after some 30 layers that leaves a few units in 1e-6 of the
+largest value, here given a margin for long prompts. A float16 cache rounds every key and value by up to 2^-11 = 5e-4.
+"""
+
+
+def vision_deepstack(level: int) -> str:
+    return f"vision.deepstack.{level}"
+
+
+def prefill_hidden_states(layer: int) -> str:
+    return f"prefill.hidden_states.{layer}"
+
+
+def decode_logits(step: int) -> str:
+    return f"decode.logits.{step}"
+
+
+@dataclasses.dataclass(frozen=True)
+class VisualInput:
+    """A preprocessed picture or video: ``pixel_values`` ``[patches, patch_dim]`` and its ``grid`` (t, h, w)."""
+
+    pixel_values: np.ndarray
+    grid: tuple[int, int, int]
+    is_video: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationPrompt:
+    """A tokenised prompt, ``token_ids`` ``[n]`` with placeholders expanded, and its visuals in order."""
+
+    name: str
+    token_ids: np.ndarray
+    visuals: Sequence[VisualInput]
+
+
+Outputs = Mapping[str, np.ndarray]
+Candidate = Callable[[int, Sequence[int]], Outputs]
+"""Answers prompt number ``i`` forced along the given tokens; returns outputs by the names above."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One output of one prompt compared: its largest absolute error against what is allowed."""
+
+    prompt: str
+    output: str
+    shape: tuple[int, ...]
+    max_error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.max_error <= self.tolerance  # false for NaN
+
+
+class ReferenceRunner(BaseRunner):
+    """Hugging Face's Qwen3-VL, float32 on the CPU; ``forced[i]`` receives its greedy answer to prompt ``i``."""
+
+    def __init__(self, checkpoint: Path, prompts: Sequence[ValidationPrompt], new_tokens: int) -> None:
+        super().__init__(name="reference", prefix="reference")
+        self._checkpoint = checkpoint
+        self._prompts = prompts
+        self._new_tokens = new_tokens
+        self.forced: list[list[int]] = []
+
+    def activate_impl(self) -> None:
+        import torch
+        from transformers import Qwen3VLForConditionalGeneration
+
+        model = Qwen3VLForConditionalGeneration.from_pretrained(self._checkpoint, dtype=torch.float32)
+        self._model = model.eval()
+
+    def deactivate_impl(self) -> None:
+        del self._model
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        return _PROMPT_METADATA
+
+    def infer_impl(self, feed_dict: dict[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
+        import torch
+
+        prompt = self._prompts[int(feed_dict["prompt"][0])]
+        with torch.no_grad(), _hidden_states(self._model) as hidden:
+            outputs = OrderedDict(self._vision(prompt))
+            inputs = self._inputs(prompt)
+            result = self._model(**inputs, use_cache=True, logits_to_keep=1)
+            outputs[PREFILL_LOGITS] = result.logits[:, -1].numpy()
+            outputs.update((prefill_hidden_states(layer), value[0].numpy()) for layer, value in hidden.items())
+            forced = []
+            for step in range(self._new_tokens):
+                forced.append(int(result.logits[0, -1].argmax()))
+                token = torch.tensor([[forced[-1]]])
+                result = self._model(input_ids=token, past_key_values=result.past_key_values, use_cache=True)
+                outputs[decode_logits(step)] = result.logits[:, -1].numpy()
+        self.forced.append(forced)
+        return outputs
+
+    def _vision(self, prompt: ValidationPrompt) -> list[tuple[str, np.ndarray]]:
+        import torch
+
+        features = [
+            self._model.model.visual(torch.from_numpy(visual.pixel_values), torch.tensor([visual.grid]))
+            for visual in prompt.visuals
+        ]
+        if not features:
+            return []
+        levels = zip(*(feature.deepstack_features for feature in features), strict=True)
+        return [
+            (VISION_EMBEDS, torch.cat([feature.pooler_output for feature in features]).numpy()),
+            *((vision_deepstack(i), torch.cat(level).numpy()) for i, level in enumerate(levels)),
+        ]
+
+    def _inputs(self, prompt: ValidationPrompt) -> dict:
+        import torch
+
+        config = self._model.config
+        token_ids = torch.from_numpy(prompt.token_ids)[None]
+        inputs = {
+            "input_ids": token_ids,
+            "mm_token_type_ids": (token_ids == config.image_token_id).int() + 2 * (token_ids == config.video_token_id),
+        }
+        for is_video, pixels, grid in (
+            (False, "pixel_values", "image_grid_thw"),
+            (True, "pixel_values_videos", "video_grid_thw"),
+        ):
+            visuals = [visual for visual in prompt.visuals if visual.is_video == is_video]
+            if visuals:
+                inputs[pixels] = torch.from_numpy(np.concatenate([visual.pixel_values for visual in visuals]))
+                inputs[grid] = torch.tensor([visual.grid for visual in visuals])
+        return inputs
+
+
+class CandidateRunner(BaseRunner):
+    """The runtime on the engines, forced along the reference's tokens."""
+
+    def __init__(self, candidate: Candidate, forced: Sequence[Sequence[int]], name: str) -> None:
+        super().__init__(name=name, prefix=name)
+        self._candidate = candidate
+        self._forced = forced
+
+    def activate_impl(self) -> None:
+        pass
+
+    def deactivate_impl(self) -> None:
+        pass
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        return _PROMPT_METADATA
+
+    def infer_impl(self, feed_dict: dict[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
+        index = int(feed_dict["prompt"][0])
+        return OrderedDict(self._candidate(index, self._forced[index]))
+
+
+_PROMPT_METADATA = TensorMetadata().add("prompt", dtype=np.int64, shape=(1,))
+
+
+def validate(
+    checkpoint: Path,
+    candidate: Candidate,
+    prompts: Sequence[ValidationPrompt],
+    kv_format: KVFormat,
+    new_tokens: int = 16,
+    name: str = "engine",
+) -> list[Row]:
+    """Compare the candidate's outputs with those of the checkpoint in float32; returns one row an output and prompt.
+
+    Raises:
+        UserError: the candidate does not return an output that the reference has.
+    """
+    reference = ReferenceRunner(checkpoint, prompts, new_tokens)
+    runners = [reference, CandidateRunner(candidate, reference.forced, name)]
+    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+        results = Comparator.run(
+            runners, data_loader=[{"prompt": np.array([i], np.int64)} for i in range(len(prompts))]
+        )
+        (_, expected), (_, found) = results.items()
+        return [
+            row
+            for prompt, reference_outputs, outputs in zip(prompts, expected, found, strict=True)
+            for row in _compare(prompt.name, reference_outputs, outputs, TOLERANCE[kv_format])
+        ]
+
+
+def _compare(prompt: str, expected: Outputs, found: Outputs, tolerance: float) -> list[Row]:
+    if missing := [name for name in expected if name not in found and not name.startswith("prefill.hidden_states")]:
+        raise UserError(f"the engine returned no {', '.join(missing)} for prompt {prompt!r}: it is for another model.")
+    rows = []
+    for name in (name for name in expected if name in found):
+        allowed = tolerance * float(np.abs(expected[name]).max())
+        simple = CompareFunc.simple(atol=allowed, rtol=0.0, check_error_stat="max")
+        result = simple({name: expected[name]}, {name: found[name]})[name]
+        rows.append(Row(prompt, name, expected[name].shape, float(result.max_absdiff), allowed))
+    return rows
+
+
+def summarise(rows: Sequence[Row]) -> list[Row]:
+    """The worst row of each stage over all prompts and decode steps: vision, prefill, decode."""
+    worst: dict[str, Row] = {}
+    for row in rows:
+        stage = re.sub(r"^decode\.logits\.\d+$", "decode.logits", row.output)
+        row = dataclasses.replace(row, output=stage)
+        if stage not in worst or not row.max_error / row.tolerance <= worst[stage].max_error / worst[stage].tolerance:
+            worst[stage] = row
+    return list(worst.values())
+
+
+def first_deviation(rows: Sequence[Row]) -> Row | None:
+    """The first output, in the order of computation, that is out of tolerance; None if there is none."""
+    order = {"vision": 0, "prefill.hidden_states": 1, "prefill.logits": 2, "decode": 3}
+
+    def stage(row: Row) -> int:
+        return next(rank for prefix, rank in order.items() if row.output.startswith(prefix))
+
+    return next((row for row in sorted(rows, key=stage) if not row.passed), None)
+
+
+@contextlib.contextmanager
+def _hidden_states(model):
+    """Collect, during a forward pass of several tokens, what each decoder layer hands to the next (DeepStack added)."""
+    collected = {}
+    language_model = model.model.language_model
+
+    def note(layer: int):
+        def hook(_module, args, kwargs):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            collected.setdefault(layer, hidden)
+
+        return hook
+
+    receivers = [*language_model.layers[1:], language_model.norm]
+    handles = [
+        receiver.register_forward_pre_hook(note(layer), with_kwargs=True) for layer, receiver in enumerate(receivers)
+    ]
+    try:
+        yield collected
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,83 @@
+"""Fixtures that more than one folder of tests uses: the nano checkpoint, its bundles and its Hugging Face reference."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Hugging Face's video processor needs torchvision, whose default wheel expects operators that a CPU-only torch lacks.
+sys.path.append(str(Path(__file__).parents[1] / ".venv" / "torchvision"))
+if not hasattr(torch.ops.torchvision, "nms"):
+    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from pascalvl.engines import build
+from pascalvl.export import export_checkpoint
+from pascalvl.plugins.kv_format import KVFormat
+
+NANO = Path(__file__).parent / "nano"
+HOST_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "generation_config.json",
+)
+
+
+@pytest.fixture(scope="session")
+def nano_checkpoint() -> Path:
+    return NANO / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def nano_model_bundle(nano_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    bundle = tmp_path_factory.mktemp("nano") / "model"
+    export_checkpoint(nano_checkpoint, bundle)
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def nano_engine_bundle(nano_model_bundle: Path) -> Path:
+    bundle = nano_model_bundle.parent / "engine-f32"
+    build(nano_model_bundle, bundle, "onnxruntime", KVFormat.F32)
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def nano_engine_bundle_f16(nano_model_bundle: Path) -> Path:
+    bundle = nano_model_bundle.parent / "engine-f16"
+    build(nano_model_bundle, bundle, "onnxruntime", KVFormat.F16)
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def nano_reference(nano_checkpoint: Path) -> Qwen3VLForConditionalGeneration:
+    """Hugging Face's model in float32."""
+    return Qwen3VLForConditionalGeneration.from_pretrained(nano_checkpoint, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(nano_checkpoint: Path):
+    """Make checkpoints of given configs with random weights: ``random_checkpoint(directory, text, vision)``."""
+
+    def make(directory: Path, text: dict, vision: dict, **options: object) -> Qwen3VLForConditionalGeneration:
+        torch.manual_seed(0)
+        config = Qwen3VLConfig(text_config=text, vision_config=vision, **options)
+        model = Qwen3VLForConditionalGeneration(config).eval()
+        # Norm weights of one would hide a norm that is left out, and tiny logits any error.
+        for name, parameter in model.named_parameters():
+            if "norm" in name and parameter.dim() == 1:
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        model.save_pretrained(directory)
+        for name in HOST_FILES:
+            shutil.copyfile(nano_checkpoint / name, directory / name)
+        return model
+
+    return make

@@ -1,0 +1,121 @@
+"""Checkpoints that cannot be exported end in one sentence, and leave nothing behind."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pascalvl.export import export_checkpoint
+from pascalvl.plugins.errors import UserError
+
+
+@pytest.fixture
+def copy(nano_checkpoint, tmp_path):
+    return shutil.copytree(nano_checkpoint, tmp_path / "checkpoint")
+
+
+def refused(checkpoint, phrase):
+    output = checkpoint.parent / "out" / "bundle"
+    with pytest.raises(UserError) as error:
+        export_checkpoint(checkpoint, output)
+    message = str(error.value)
+    assert phrase in message
+    assert "\n" not in message
+    assert not output.parent.exists() or not list(output.parent.iterdir())
+
+
+def shards(checkpoint):
+    return sorted(checkpoint.glob("*.safetensors"))
+
+
+def test_missing_directory(tmp_path):
+    refused(tmp_path / "nowhere", "no checkpoint directory at")
+
+
+def test_directory_without_a_config(tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "lacks config.json")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_vl_moe", None])
+def test_another_architecture(copy, model_type):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    refused(copy, f"found {model_type!r}")
+
+
+def test_quantised_checkpoint(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    refused(copy, "quantised with 'awq'")
+
+
+def test_config_that_is_no_json(copy):
+    (copy / "config.json").write_text("{")
+    refused(copy, "config.json cannot be read")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "preprocessor_config.json"])
+def test_missing_processor_file(copy, name):
+    (copy / name).unlink()
+    refused(copy, f"lacks {name}")
+
+
+def test_missing_chat_template(copy):
+    (copy / "chat_template.jinja").unlink()
+    refused(copy, "no chat template")
+
+
+@pytest.mark.parametrize("holder", ["chat_template.json", "tokenizer_config.json"])
+def test_chat_template_in_its_older_places(copy, holder, tmp_path):
+    template = (copy / "chat_template.jinja").read_text()
+    (copy / "chat_template.jinja").unlink()
+    (copy / holder).write_text(json.dumps({"chat_template": template}))
+    export_checkpoint(copy, tmp_path / "bundle")
+    assert (tmp_path / "bundle" / "chat_template.jinja").read_text() == template
+
+
+def test_missing_shard(copy):
+    shards(copy)[-1].unlink()
+    refused(copy, f"lacks its weight file {shards(copy)[0].name.replace('-00001-', '-00002-')}")
+
+
+def test_truncated_shard(copy):
+    path = shards(copy)[0]
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(copy, "truncated or damaged")
+
+
+def test_tensor_missing_from_its_shard(copy):
+    path = shards(copy)[0]
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    del tensors[name]
+    save_file(tensors, path)
+    refused(copy, f"lacks the tensor {name}")
+
+
+def test_tensor_of_another_model(copy):
+    path = shards(copy)[0]
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    save_file({**tensors, name: torch.zeros(3, 5)}, path)
+    refused(copy, f"tensor {name}")
+
+
+def test_rope_that_depends_on_the_length(copy):
+    config = json.loads((copy / "config.json").read_text())
+    text = config["text_config"]
+    key = "rope_parameters" if "rope_parameters" in text else "rope_scaling"
+    text[key] = {**text[key], "rope_type": "dynamic", "factor": 2.0}
+    (copy / "config.json").write_text(json.dumps(config))
+    refused(copy, "rope type 'dynamic'")
+
+
+def test_output_that_is_not_a_bundle_is_not_overwritten(nano_checkpoint, tmp_path):
+    (tmp_path / "precious.txt").write_text("keep")
+    with pytest.raises(UserError, match="exists and is not a bundle"):
+        export_checkpoint(nano_checkpoint, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
