@@ -6,12 +6,13 @@ import abc
 import dataclasses
 import importlib
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from pascalvl.plugins.bundle import HOST_FILES, Manifest, atomic_directory, link_or_copy
+from pascalvl.plugins.bundle import HOST_FILES, Manifest, atomic_directory
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import KVFormat
 
@@ -53,7 +54,7 @@ def build(model_bundle: Path, output: Path, backend: str = AUTO, kv_format: KVFo
     manifest.verify(model_bundle)
     with atomic_directory(output) as directory:
         for name in HOST_FILES:
-            link_or_copy(model_bundle / name, directory / name)
+            shutil.copyfile(model_bundle / name, directory / name)
         description = module.build(model_bundle, directory, manifest, kv_format)
         return dataclasses.replace(manifest, kind="engine", kv_format=kv_format, backend=description).write(directory)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from pascalvl.engines.backend import Engine
 from pascalvl.plugins import bindings
-from pascalvl.plugins.bundle import Manifest, link_or_copy
+from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.flash_attention import ATTR_KV_FORMAT, OP_NAME
 from pascalvl.plugins.kv_format import KVFormat
@@ -86,7 +87,7 @@ def build(model_bundle: Path, directory: Path, manifest: Manifest, kv_format: KV
             _set_kv_format(proto, manifest, kv_format)
         onnx.save(proto, _path(directory, graph))
         data = f"{graph}.onnx.data"
-        link_or_copy(model_bundle / data, directory / data)
+        shutil.copyfile(model_bundle / data, directory / data)
         _session(directory, _path(directory, graph))
     return {"name": NAME, "version": ort.__version__}
 

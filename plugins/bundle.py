@@ -24,7 +24,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -149,14 +148,6 @@ def sha256(path: Path, progress: Callable[[int], None] = lambda _: None) -> str:
             digest.update(chunk)
             progress(len(chunk))
     return digest.hexdigest()
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make ``target`` the same file as ``source`` where the file system can, else a copy: bundles are never edited."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,120 @@
+"""Bundles: manifests that round-trip, alterations that are found, writes that happen wholly or not at all."""
+
+import dataclasses
+import errno
+import json
+
+import pytest
+
+from pascalvl.plugins import bundle
+from pascalvl.plugins.bundle import Manifest, atomic_directory
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.model_config import ModelConfig, TextConfig, VisionConfig
+
+MODEL = ModelConfig(
+    TextConfig(512, 64, 2, 4, 1, 16, 1024, (4, 2, 2), (1.0, 0.1, 1 / 3), 1.0),
+    VisionConfig(2, 64, 4, 3, 16, 2, 2, 16, (0, 1), (1.0, 0.5)),
+    image_token_id=1,
+    video_token_id=2,
+    vision_start_token_id=3,
+    vision_end_token_id=4,
+)
+MANIFEST = Manifest(
+    "model", {"name": "x", "sha256": "0"}, MODEL, {"dtype": "float16", "shape": [512, 64]}, {}, KVFormat.F16
+)
+
+
+@pytest.fixture
+def written(tmp_path):
+    (tmp_path / "decoder.onnx").write_bytes(b"graph")
+    (tmp_path / "decoder.onnx.data").write_bytes(bytes(1000))
+    MANIFEST.write(tmp_path)
+    return tmp_path
+
+
+def test_manifest_round_trips(written):
+    manifest = Manifest.read(written, "model")
+    assert dataclasses.replace(manifest, files={}) == MANIFEST
+    assert set(manifest.files) == {"decoder.onnx", "decoder.onnx.data"}
+    hashed = []
+    manifest.verify(written, hashed.append)
+    assert sum(hashed) == 1005
+
+
+@pytest.mark.parametrize(
+    ("alter", "phrase"),
+    [
+        (lambda d: (d / "decoder.onnx").write_bytes(b"grapf"), "decoder.onnx was altered: expected SHA-256"),
+        (lambda d: (d / "decoder.onnx.data").write_bytes(bytes(999)), "expected 1000 bytes, found 999"),
+        (lambda d: (d / "decoder.onnx").unlink(), "lacks the file decoder.onnx"),
+    ],
+)
+def test_altered_files_are_found(written, alter, phrase):
+    alter(written)
+    with pytest.raises(UserError, match=phrase):
+        Manifest.read(written, "model").verify(written)
+
+
+@pytest.mark.parametrize(
+    ("change", "phrase"),
+    [
+        ({"kind": "engine"}, "expected a bundle of kind 'model'"),
+        ({"version": 99}, "has bundle version 99"),
+        ({"kv_format": "k3v3"}, "unknown KV cache format 'k3v3'"),
+        ({"model": {"text": {}}}, "does not fit this version"),
+        ({"graphs": None, "colour": 1}, "is not complete"),
+    ],
+)
+def test_manifests_that_do_not_fit_are_refused(written, change, phrase):
+    path = written / bundle.MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=phrase):
+        Manifest.read(written, "model")
+
+
+def test_what_is_no_bundle_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no model bundle at"):
+        Manifest.read(tmp_path / "nowhere", "model")
+    with pytest.raises(UserError, match="is not a model bundle"):
+        Manifest.read(tmp_path, "model")
+    (tmp_path / bundle.MANIFEST).write_text("[")
+    with pytest.raises(UserError, match="cannot be read"):
+        Manifest.read(tmp_path, "model")
+
+
+def test_a_failed_write_leaves_the_earlier_bundle(tmp_path):
+    target = tmp_path / "bundle"
+    with atomic_directory(target) as directory:
+        (directory / bundle.MANIFEST).write_text("first")
+
+    def interrupted():
+        with atomic_directory(target) as directory:
+            (directory / bundle.MANIFEST).write_text("second")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+    assert (target / bundle.MANIFEST).read_text() == "first"
+    with atomic_directory(target) as directory:
+        (directory / bundle.MANIFEST).write_text("third")
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+    assert (target / bundle.MANIFEST).read_text() == "third"
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="the disk is full"), atomic_directory(tmp_path / "bundle"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to"), atomic_directory(tmp_path / "file" / "bundle"):
+        pass
+
+
+def test_unknown_kv_format_names_those_there_are():
+    with pytest.raises(UserError, match="expected one of f32, f16"):
+        KVFormat.parse("q8_0")
