@@ -11,24 +11,18 @@ import torch
 
 # Hugging Face's video processor needs torchvision, whose default wheel expects operators that a CPU-only torch lacks.
 sys.path.append(str(Path(__file__).parents[1] / ".venv" / "torchvision"))
-if not hasattr(torch.ops.torchvision, "nms"):
-    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+for _op in ("nms", "qnms"):
+    if not hasattr(torch.ops.torchvision, _op):
+        torch.library.define(f"torchvision::{_op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from pascalvl.engines import build
 from pascalvl.export import export_checkpoint
 from pascalvl.plugins.kv_format import KVFormat
+from tests.real_sizes import HOST_FILES
 
 NANO = Path(__file__).parent / "nano"
-HOST_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "generation_config.json",
-)
 
 
 @pytest.fixture(scope="session")
@@ -65,13 +59,12 @@ def nano_reference(nano_checkpoint: Path) -> Qwen3VLForConditionalGeneration:
 
 @pytest.fixture(scope="session")
 def random_checkpoint(nano_checkpoint: Path):
-    """Make checkpoints of given configs with random weights: ``random_checkpoint(directory, text, vision)``."""
+    """Make checkpoints with random weights, in float32: ``random_checkpoint(directory, config)``."""
 
-    def make(directory: Path, text: dict, vision: dict, **options: object) -> Qwen3VLForConditionalGeneration:
+    def make(directory: Path, config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
         torch.manual_seed(0)
-        config = Qwen3VLConfig(text_config=text, vision_config=vision, **options)
         model = Qwen3VLForConditionalGeneration(config).eval()
-        # Norm weights of one would hide a norm that is left out, and tiny logits any error.
+        # Norm weights of one would hide a norm that is left out.
         for name, parameter in model.named_parameters():
             if "norm" in name and parameter.dim() == 1:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)

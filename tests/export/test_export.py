@@ -21,31 +21,16 @@ from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.flash_attention import OP_DOMAIN, OP_NAME
 from pascalvl.plugins.kv_format import KVFormat
+from tests import real_sizes
 
 # Both sides float32, summed in different orders: a few units in 1e-6 of values of size one after a few layers.
 TOLERANCE = 2e-5
 
-MROPE = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
-REAL_SIZES = {
-    # text hidden, ffn, heads; vision hidden, ffn; tied embeddings
-    "2B": (2048, 6144, 16, 1024, 4096, True),
-    "4B": (2560, 9728, 32, 1024, 4096, True),
-    "8B": (4096, 12288, 32, 1152, 4304, False),
-    "32B": (5120, 25600, 64, 1152, 4304, False),
-}
 
-
-@pytest.mark.parametrize("size", REAL_SIZES)
-def test_graphs_of_the_real_sizes_fit_tensorrt(size, tmp_path):
+@pytest.mark.parametrize("size", real_sizes.SIZES)
+def test_graphs_of_the_real_sizes_fit_tensorrt(size):
     """Two decoder layers and the vision layers up to the second DeepStack level, at full width."""
-    hidden, ffn, heads, vision_hidden, vision_ffn, tied = REAL_SIZES[size]
-    config = Qwen3VLConfig(
-        text_config={"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": 2, "head_dim": 128,
-                     "num_attention_heads": heads, "num_key_value_heads": 8, "rope_parameters": MROPE},
-        vision_config={"hidden_size": vision_hidden, "intermediate_size": vision_ffn, "depth": 2, "num_heads": 16,
-                       "out_hidden_size": hidden, "deepstack_visual_indexes": [0, 1]},
-        tie_word_embeddings=tied,
-    )  # fmt: skip
+    config = real_sizes.config(size, {"num_hidden_layers": 2}, {"depth": 2, "deepstack_visual_indexes": [0, 1]})
     config._attn_implementation = ATTN_IMPLEMENTATION
     checkpoint = Checkpoint.__new__(Checkpoint)
     checkpoint.hf_config = config
@@ -69,7 +54,7 @@ def test_graphs_of_the_real_sizes_fit_tensorrt(size, tmp_path):
         module = model.model.visual if graph == bindings.VISION else model.model.language_model.layers
         assert sizes >= sum(p.numel() for p in module.parameters())
         assert all(w.shape[0] < 10**6 for w in traced.weights.values())
-    lm_head = "model.language_model.embed_tokens.weight" if tied else "lm_head.weight"
+    lm_head = "model.language_model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     assert any(w.source == lm_head for w in traced.weights.values())
 
 
@@ -88,13 +73,13 @@ def _signature(value):
 
 def test_default_text_config_keeps_its_32_layers_and_32_heads(random_checkpoint, tmp_path):
     """Hugging Face's default text config, narrowed: every layer and head is exported, the logits are the model's."""
-    model = random_checkpoint(
-        tmp_path / "checkpoint",
-        {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16,
-         "rope_parameters": {**MROPE, "mrope_section": [4, 2, 2]}},
-        {"depth": 3, "hidden_size": 64, "num_heads": 4, "intermediate_size": 96, "out_hidden_size": 64,
+    config = Qwen3VLConfig(
+        text_config={"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16,
+         "rope_parameters": {**real_sizes.MROPE, "mrope_section": [4, 2, 2]}},
+        vision_config={"depth": 3, "hidden_size": 64, "num_heads": 4, "intermediate_size": 96, "out_hidden_size": 64,
          "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1, 2]},
     )  # fmt: skip
+    model = random_checkpoint(tmp_path / "checkpoint", config)
     text = model.config.text_config
     assert (text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads) == (32, 32, 32)
     manifest = export_checkpoint(tmp_path / "checkpoint", tmp_path / "model")
@@ -103,15 +88,10 @@ def test_default_text_config_keeps_its_32_layers_and_32_heads(random_checkpoint,
 
 
 def test_numbers_at_the_width_of_the_2b_model(random_checkpoint, tmp_path):
-    hidden, ffn, heads, vision_hidden, vision_ffn, tied = REAL_SIZES["2B"]
-    model = random_checkpoint(
-        tmp_path / "checkpoint",
-        {"vocab_size": 2048, "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": 2, "head_dim": 128,
-         "num_attention_heads": heads, "num_key_value_heads": 8, "rope_parameters": MROPE},
-        {"hidden_size": vision_hidden, "intermediate_size": vision_ffn, "depth": 2, "num_heads": 16,
-         "out_hidden_size": hidden, "deepstack_visual_indexes": [0, 1]},
-        tie_word_embeddings=tied,
-    )  # fmt: skip
+    config = real_sizes.config(
+        "2B", {"num_hidden_layers": 2, "vocab_size": 2048}, {"depth": 2, "deepstack_visual_indexes": [0, 1]}
+    )
+    model = random_checkpoint(tmp_path / "checkpoint", config)
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "model")
     _compare_decoder(model, tmp_path)
     _compare_vision(model, tmp_path)

@@ -1,0 +1,122 @@
+"""Messages to everything the model takes: token ids with their placeholders expanded, patches, positions."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pascalvl.plugins.bundle import CHAT_TEMPLATE, IMAGE_PROCESSOR, TOKENIZER, VIDEO_PROCESSOR
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.model_config import ModelConfig
+from pascalvl.runtime.chat_template import ChatTemplate, Message, parts
+from pascalvl.runtime.image import ImageProcessor, Patches, load_image
+from pascalvl.runtime.positions import mrope_position_ids
+from pascalvl.runtime.tokenizer import Tokenizer
+from pascalvl.runtime.video import VideoProcessor, load_video
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Visual:
+    """A picture or video in a prompt, and where its tokens are."""
+
+    patches: Patches
+    token_indices: np.ndarray
+    """``[t * tokens_per_frame]``, in the order of the vision encoder's output."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt ready to run."""
+
+    token_ids: np.ndarray
+    """int64 ``[n]``."""
+    position_ids: np.ndarray
+    """M-RoPE positions, int64 ``[3, n]``."""
+    visuals: tuple[Visual, ...]
+
+    @property
+    def next_position(self) -> int:
+        """Position, in all three dimensions, of the token that follows."""
+        return int(self.position_ids.max()) + 1
+
+
+class PromptBuilder:
+    """Turns messages into prompts with the tokenizer, template and processors of a bundle."""
+
+    def __init__(self, directory: Path, config: ModelConfig) -> None:
+        self.tokenizer = Tokenizer(directory / TOKENIZER)
+        self._config = config
+        self._template = ChatTemplate(directory / CHAT_TEMPLATE)
+        self._image_processor = ImageProcessor.from_file(directory / IMAGE_PROCESSOR)
+        self._video_processor = VideoProcessor.from_file(directory / VIDEO_PROCESSOR)
+        self._image_token = self.tokenizer.token(config.image_token_id)
+        self._video_token = self.tokenizer.token(config.video_token_id)
+        self._vision_start = self.tokenizer.token(config.vision_start_token_id)
+        self._vision_end = self.tokenizer.token(config.vision_end_token_id)
+
+    def build(self, messages: Sequence[Message]) -> Prompt:
+        """Render, load, preprocess and tokenise.
+
+        Raises:
+            UserError: messages, pictures or videos that cannot be used.
+        """
+        text = self._template.render(messages)
+        visuals = [
+            self._image_processor(load_image(part["image"]))
+            if part["type"] == "image"
+            else self._video_processor(load_video(part["video"]))
+            for message in messages
+            for part in parts(message)
+            if part["type"] != "text"
+        ]
+        token_ids = self.tokenizer.encode(self._expand(text, visuals))
+        return self._place(token_ids, visuals)
+
+    def _expand(self, text: str, visuals: list[Patches]) -> str:
+        """Give each placeholder as many tokens as its visual has; a video's frames come each with their time.
+
+        As in Hugging Face's processor, the marks that the template sets around a video stay around all of its frames.
+        """
+        placeholder = re.compile(f"{re.escape(self._image_token)}|{re.escape(self._video_token)}")
+        waiting = iter(visuals)
+
+        def tokens(match: re.Match[str]) -> str:
+            patches = next(waiting, None)
+            if patches is None or patches.is_video == (match.group() == self._image_token):
+                raise UserError(
+                    f"the messages' text holds the placeholder {match.group()!r} where no such picture or video is "
+                    "given: give it as a part of the message."
+                )
+            if not patches.is_video:
+                return self._image_token * patches.tokens_per_frame
+            frame = self._vision_start + self._video_token * patches.tokens_per_frame + self._vision_end
+            return "".join(f"<{seconds:.1f} seconds>{frame}" for seconds in patches.timestamps)
+
+        expanded = placeholder.sub(tokens, text)
+        if next(waiting, None) is not None:
+            raise UserError("the chat template has no place for one of the pictures or videos: put them in user turns.")
+        return expanded
+
+    def _place(self, token_ids: np.ndarray, visuals: list[Patches]) -> Prompt:
+        of_visual = np.isin(token_ids, (self._config.image_token_id, self._config.video_token_id))
+        indices = np.flatnonzero(of_visual)
+        placed, spans = [], []
+        used = end = 0
+        for patches in visuals:
+            t, h, w = patches.grid
+            count = patches.tokens_per_frame
+            own = indices[used : used + t * count]
+            placed.append(Visual(patches, own))
+            for frame in range(t):
+                start = int(own[frame * count])
+                spans += [start - end, (1, h, w)]
+                end = start + count
+            used += t * count
+        spans.append(len(token_ids) - end)
+        merge_size = self._config.vision.spatial_merge_size
+        position_ids = mrope_position_ids([span for span in spans if span != 0], merge_size)
+        return Prompt(token_ids, position_ids, tuple(placed))
