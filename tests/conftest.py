@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
+from tests import torchvision_for_cpu  # noqa: F401
+
+# isort: split
 import pytest
 import torch
-
-# Hugging Face's video processor needs torchvision, whose default wheel expects operators that a CPU-only torch lacks.
-sys.path.append(str(Path(__file__).parents[1] / ".venv" / "torchvision"))
-for _op in ("nms", "qnms"):
-    if not hasattr(torch.ops.torchvision, _op):
-        torch.library.define(f"torchvision::{_op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from pascalvl.engines import build

@@ -41,10 +41,7 @@ def test_parses_and_compiles(graph, nano_model_bundle, tmp_path):
     profile = builder.create_optimization_profile()
     for binding in inputs:
         smallest, usual, largest = (tuple(RANGES[d][i] if d in RANGES else d for d in binding.shape) for i in range(3))
-        if binding.name == bindings.PAST_LENGTH:
-            profile.set_shape_input(binding.name, (0,), (64,), (128,))
-        else:
-            profile.set_shape(binding.name, smallest, usual, largest)
+        profile.set_shape(binding.name, smallest, usual, largest)
     config = builder.create_builder_config()
     config.add_optimization_profile(profile)
     assert builder.build_serialized_network(network, config) is not None

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pascalvl.export import export_checkpoint
+from pascalvl.export.checkpoint import Checkpoint
 from pascalvl.plugins.errors import UserError
 
 
@@ -73,8 +74,9 @@ def test_chat_template_in_its_older_places(copy, holder, tmp_path):
     template = (copy / "chat_template.jinja").read_text()
     (copy / "chat_template.jinja").unlink()
     (copy / holder).write_text(json.dumps({"chat_template": template}))
-    export_checkpoint(copy, tmp_path / "bundle")
-    assert (tmp_path / "bundle" / "chat_template.jinja").read_text() == template
+    with Checkpoint(copy) as checkpoint:
+        checkpoint.copy_host_files(tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_text() == template
 
 
 def test_missing_shard(copy):

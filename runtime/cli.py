@@ -1,0 +1,464 @@
+"""The command `pascalvl`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pascalvl.plugins.errors import UserError
+
+if TYPE_CHECKING:
+    from pascalvl.runtime.generation import Generation
+    from pascalvl.runtime.model import VisionLanguageModel
+    from pascalvl.runtime.sampling import SamplingParams
+
+log = logging.getLogger(__name__)
+
+_FAILED_VALIDATION = 1
+_USER_ERROR = 2
+_CHAT_COMMANDS = "/image PATH, /video PATH, /reset, /exit"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code.
+
+    0: done; 1: `validate` found a deviation; 2: something the user can put right, told in one sentence on stderr.
+    """
+    try:
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+        args = _parser().parse_args(argv)
+        logging.basicConfig(level=logging.DEBUG if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
+        code = args.command(args)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        return _fail(f"error: {error}")
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was left half-written")
+    except BrokenPipeError:
+        # The reader has what it wants. Python flushes stdout at exit: let that not fail too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError as error:
+        what = f" ({error})" if str(error) else ""
+        return _fail(f"error: there is not enough memory{what}: give a shorter context, or fewer or smaller pictures.")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("pascalvl"):
+            raise
+        return _fail(f"error: the package {error.name} is not installed: pip install 'pascalvl[{args.needs}]'.")
+    except OSError as error:
+        return _fail(f"error: {error.filename or 'a file'} cannot be used: {error.strerror or error}.")
+
+
+def _fail(sentence: str) -> int:
+    log.debug("the error comes from here", exc_info=True)
+    print(f"pascalvl: {' '.join(sentence.split())}", file=sys.stderr)
+    return _USER_ERROR
+
+
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports bad arguments as every other bad input is: in one sentence, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see '{self.prog} --help'.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("pascalvl", description="Qwen3-VL on NVIDIA Pascal, and on machines without a card.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], needs: str, description: str) -> _Parser:
+        sub = commands.add_parser(name, help=description, description=f"{description[0].upper()}{description[1:]}.")
+        sub.set_defaults(command=run, needs=needs)
+        sub.add_argument("--verbose", action="store_true", help="log what is done, and where errors come from")
+        return sub
+
+    sub = command("export", _export, "export", "checkpoint to model bundle")
+    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a Hugging Face Qwen3-VL model")
+    _add_output(sub)
+
+    sub = command("build", _build, "engines", "model bundle to engine bundle")
+    sub.add_argument("bundle", type=Path, metavar="MODEL_BUNDLE", help="folder written by 'pascalvl export'")
+    _add_output(sub)
+    _add_backend(sub, "what runs the engines; auto: the fastest that is installed")
+    sub.add_argument("--kv", type=_kv_format, default="f32", metavar="FORMAT", help="format of the KV cache: f32, f16")
+
+    sub = command("run", _run, "runtime", "answer one prompt")
+    _add_engine(sub)
+    sub.add_argument("--prompt", type=_text, required=True, metavar="TEXT", help="what to ask")
+    _add_visuals(sub)
+    _add_generation(sub)
+
+    sub = command("chat", _chat, "runtime", f"talk to the model: lines of text, or {_CHAT_COMMANDS}")
+    _add_engine(sub)
+    _add_generation(sub)
+
+    sub = command("validate", _validate, "engines,export,runtime", "compare the engines with the PyTorch model")
+    _add_engine(sub)
+    sub.add_argument(
+        "--reference", type=Path, required=True, metavar="CHECKPOINT", help="the checkpoint that was exported"
+    )
+    sub.add_argument("--prompt", type=_text, metavar="TEXT", help="compare on this prompt, not the built-in ones")
+    _add_visuals(sub)
+    sub.add_argument("--bisect", action="store_true", help="compare every layer, and name the first that deviates")
+
+    sub = command("inspect", _inspect, "runtime", "what a bundle is, and the memory it needs")
+    sub.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of a model or engine bundle")
+    return parser
+
+
+def _add_output(parser: _Parser) -> None:
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+
+
+def _add_backend(parser: _Parser, meaning: str) -> None:
+    parser.add_argument("--backend", default="auto", metavar="NAME", help=meaning)
+
+
+def _add_engine(parser: _Parser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="ENGINE_BUNDLE", help="folder written by 'pascalvl build'")
+    _add_backend(parser, "backend the bundle must be for; auto: any")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together, at most")
+
+
+def _add_visuals(parser: _Parser) -> None:
+    for kind, meaning in (("image", "picture file"), ("video", "video file or folder of pictures")):
+        parser.add_argument(
+            f"--{kind}",
+            type=lambda path, kind=kind: (kind, path),
+            action="append",
+            dest="visuals",
+            default=[],
+            metavar="PATH",
+            help=f"{meaning} to ask about; may be given several times",
+        )
+
+
+def _add_generation(parser: _Parser) -> None:
+    parser.add_argument("--system", type=_text, metavar="TEXT", help="instructions that come before the conversation")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens of an answer at most")
+    parser.add_argument("--stop", type=_text, action="append", default=[], metavar="STR", help="text to end before")
+    sampling = parser.add_argument_group("sampling", "what is not given is as the model's authors set it")
+    for name, kind, meaning in (
+        ("temperature", float, "randomness; 0 always takes the likeliest token"),
+        ("top-k", int, "choose among the K likeliest tokens; 0: all"),
+        ("top-p", float, "choose among the likeliest tokens that together have probability P"),
+        ("min-p", float, "choose among tokens at least P times as likely as the likeliest"),
+        ("repetition-penalty", float, "above 1 makes tokens that were there before less likely"),
+        ("seed", int, "the same seed gives the same answer"),
+    ):
+        sampling.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, metavar="X", help=meaning)
+
+
+def _text(argument: str) -> str:
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"expected text in UTF-8, found {argument.encode(errors='surrogateescape')!r}.") from None
+    return argument
+
+
+def _kv_format(text: str) -> Any:
+    from pascalvl.plugins.kv_format import KVFormat
+
+    return KVFormat.parse(text)
+
+
+def _given_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling options on the command line; raises `UserError` for values out of range, before any work."""
+    from pascalvl.runtime.sampling import SamplingParams
+
+    names = SamplingParams.__dataclass_fields__
+    given = {name: value for name, value in vars(args).items() if name in names}
+    SamplingParams(**given)
+    return given
+
+
+def _sampling(model: VisionLanguageModel, given: dict[str, Any]) -> SamplingParams:
+    import dataclasses
+
+    sampling = dataclasses.replace(model.generation_config.sampling, **given)
+    without_effect = [name for name in ("top_k", "top_p", "min_p", "seed") if name in given]
+    if sampling.temperature == 0 and without_effect:
+        option = "--" + without_effect[0].replace("_", "-")
+        raise UserError(
+            f"{option} has no effect at temperature 0, which takes the likeliest token: give --temperature."
+        )
+    return sampling
+
+
+# Commands -------------------------------------------------------------------------------------------------------------
+
+
+def _export(args: argparse.Namespace) -> int:
+    from pascalvl.export import export_checkpoint
+
+    _report(args.output, export_checkpoint(args.checkpoint, args.output))
+    return 0
+
+
+def _build(args: argparse.Namespace) -> int:
+    from pascalvl.engines import build
+
+    _report(args.output, build(args.bundle, args.output, args.backend, args.kv))
+    return 0
+
+
+def _report(output: Path, manifest: Any) -> None:
+    megabytes = sum(file["bytes"] for file in manifest.files.values()) / 1e6
+    print(f"{output}: {manifest.kind} bundle of {manifest.source['name']}, {megabytes:.0f} MB")
+
+
+def _run(args: argparse.Namespace) -> int:
+    given = _given_sampling(args)
+    messages = [*_system(args), _user_message([_load(*visual) for visual in args.visuals], args.prompt)]
+    model = _open(args)
+    generation = model.generate(messages, _sampling(model, given), args.max_new_tokens, args.stop)
+    for piece in generation:
+        print(piece, end="", flush=True)
+    print()
+    print(_summary(generation), file=sys.stderr)
+    return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    given = _given_sampling(args)
+    model = _open(args)
+    sampling = _sampling(model, given)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - input() then edits lines
+        print(f"Write a line, or {_CHAT_COMMANDS}.", file=sys.stderr)
+    messages, visuals = _system(args), []
+    while (line := _read_line("> " if interactive else "")) is not None:
+        word, _, rest = line.strip().partition(" ")
+        try:
+            if word == "/exit":
+                break
+            elif word == "/reset":
+                messages, visuals = _system(args), []
+            elif word in ("/image", "/video"):
+                visuals.append(_load(word[1:], rest.strip()))
+            elif word.startswith("/"):
+                raise UserError(f"unknown command {word}: expected {_CHAT_COMMANDS}.")
+            elif word:
+                asked = [*messages, _user_message(visuals, line.strip())]
+                if answer := _answer(model, asked, sampling, args.max_new_tokens, args.stop):
+                    messages, visuals = [*asked, {"role": "assistant", "content": answer}], []
+        except UserError as error:
+            if not interactive:
+                raise
+            _fail(f"error: {error}")
+    return 0
+
+
+def _answer(model: VisionLanguageModel, *request: Any) -> str:
+    """Print an answer as it comes; returns as much of it as came before an interrupt."""
+    text = ""
+    try:
+        for piece in model.generate(*request):
+            text += piece
+            print(piece, end="", flush=True)
+        print()
+    except KeyboardInterrupt:
+        print(" [stopped]")
+    return text
+
+
+def _read_line(prompt: str) -> str | None:
+    try:
+        return input(prompt)
+    except EOFError:
+        return None
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pascalvl.engines import validation
+    from pascalvl.export.checkpoint import Checkpoint
+
+    requests = _validation_requests(args)
+    with Checkpoint(args.reference) as checkpoint:
+        digest = checkpoint.digest()
+    model = _open(args, marked_layers=args.bisect)
+    if digest != (exported := model.manifest.source)["sha256"]:
+        raise UserError(
+            f"{args.bundle} was not made from {args.reference} but from another checkpoint, {exported['name']}: give "
+            "that as --reference."
+        )
+    prompts = []
+    for name, messages in requests.items():
+        prompt = model.prompt(messages)
+        patches = [visual.patches for visual in prompt.visuals]
+        visuals = [validation.VisualInput(p.pixel_values, p.grid, p.is_video) for p in patches]
+        prompts.append(validation.ValidationPrompt(name, prompt.token_ids, visuals))
+    conversations = list(requests.values())
+    rows = validation.validate(
+        args.reference,
+        lambda index, forced: model.trace(conversations[index], forced),
+        prompts,
+        model.manifest.kv_format,
+        name=model.manifest.backend["name"],
+    )
+    table = Table("output", "prompt", "largest error", "tolerance", "", title="worst of each output")
+    for row in validation.summarise(rows):
+        error, tolerance = f"{row.max_error:.2e}", f"{row.tolerance:.2e}"
+        table.add_row(row.output, row.prompt, error, tolerance, "ok" if row.passed else "DEVIATES")
+    failed = sum(not row.passed for row in rows)
+    console = Console()
+    console.print(table)
+    console.print(f"{len(rows)} outputs compared, {failed} out of tolerance", highlight=False)
+    if args.bisect and (first := validation.first_deviation(rows)):
+        console.print(f"the first to deviate is {first.output}, of prompt {first.prompt!r}", highlight=False)
+    return _FAILED_VALIDATION if failed else 0
+
+
+def _validation_requests(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Conversations by name: the user's, or some of every kind."""
+    if args.prompt is not None or args.visuals:
+        visuals = [_load(*visual) for visual in args.visuals]
+        return {"given": [_user_message(visuals, args.prompt or "Describe what you see.")]}
+    import numpy as np
+    from PIL import Image
+
+    from pascalvl.runtime.video import Video
+
+    def picture(width: int, height: int, turn: float = 0.0) -> Image.Image:
+        """Rings of changing colour, whose details are of all sizes."""
+        y, x = np.mgrid[:height, :width] / 24.0
+        phase = np.hypot(x - 2, y - 3)[..., None] ** 1.5 + np.array([0, 2, 4]) + turn
+        return Image.fromarray((127.5 + 127.5 * np.sin(phase)).astype(np.uint8))
+
+    clip = Video([picture(128, 96, turn / 4) for turn in range(8)], 2.0)
+    first = _user_message([("image", picture(300, 200))], "What is in the picture?")
+    return {
+        "text": [_user_message([], "Why is the sky blue?")],
+        "picture": [first],
+        "pictures": [_user_message([("image", picture(90, 210)), ("image", picture(256, 128, 1))], "Compare them.")],
+        "video": [_user_message([("video", clip)], "What happens?")],
+        "turns": [first, {"role": "assistant", "content": "Rings."}, _user_message([], "Which colours have they?")],
+    }
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pascalvl.plugins.bundle import MANIFEST, Manifest
+    from pascalvl.plugins.kv_format import KVFormat
+    from pascalvl.runtime.kv_cache import KVCache
+
+    try:
+        is_model = json.loads((args.bundle / MANIFEST).read_text(encoding="utf-8"))["kind"] == "model"
+    except (OSError, ValueError, KeyError, TypeError):
+        is_model = False
+    manifest = Manifest.read(args.bundle, "model" if is_model else "engine")
+    text, vision = manifest.model.text, manifest.model.vision
+    formats = list(KVFormat) if is_model else [manifest.kv_format]
+    weights = sum(manifest.files[name]["bytes"] for name in manifest.files if name.startswith(tuple(manifest.graphs)))
+    per_token = {f: KVCache.bytes_per_token(text, f) for f in formats}
+
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("bundle", f"{manifest.kind}, version {manifest.version}")
+    facts.add_row("source", f"{manifest.source['name']} (SHA-256 {manifest.source['sha256'][:12]}…)")
+    if manifest.backend:
+        facts.add_row("backend", ", ".join(f"{key} {value}" for key, value in manifest.backend.items()))
+    facts.add_row(
+        "decoder",
+        f"{text.num_hidden_layers} layers, hidden size {text.hidden_size}, {text.num_attention_heads} heads on "
+        f"{text.num_key_value_heads} KV heads of {text.head_dim}, vocabulary {text.vocab_size}",
+    )
+    facts.add_row(
+        "vision",
+        f"{vision.depth} layers, hidden size {vision.hidden_size}, {vision.num_heads} heads of {vision.head_dim}, "
+        f"DeepStack after layers {', '.join(map(str, vision.deepstack_visual_indexes))}",
+    )
+    embeddings = manifest.embeddings
+    facts.add_row("embeddings", f"{embeddings['dtype']} {embeddings['shape']}, mapped from their file")
+    for name, graph in manifest.graphs.items():
+        ops = ", ".join(f"{count} {op}" for op, count in graph["ops"].items())
+        facts.add_row(f"{name} graph", f"opset {graph['opset']}, IR {graph['ir_version']}, {graph['plugin']}; {ops}")
+    facts.add_row("KV cache", ", ".join(f"{f.value}: {size} bytes a token" for f, size in per_token.items()))
+
+    memory = Table("context", "weights", title="memory (GB)")
+    for kv_format in formats:
+        memory.add_column(f"{kv_format.value} cache", justify="right")
+        memory.add_column("together", justify="right")
+    for context in _context_lengths(text.max_position_embeddings):
+        sizes = [size for f in formats for size in (context * per_token[f], weights + context * per_token[f])]
+        memory.add_row(str(context), *(f"{size / 1e9:.3f}" for size in (weights, *sizes)))
+    console = Console(highlight=False)
+    console.print(facts, memory)
+    return 0
+
+
+def _context_lengths(longest: int) -> list[int]:
+    """1024, doubled as often as fits, and the longest."""
+    return [*(1 << bits for bits in range(10, longest.bit_length()) if 1 << bits < longest), longest]
+
+
+# Parts of commands ----------------------------------------------------------------------------------------------------
+
+
+def _open(args: argparse.Namespace, marked_layers: bool = False) -> VisionLanguageModel:
+    """Open the engine bundle, showing how far the check of its files is."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from pascalvl.plugins.bundle import Manifest
+    from pascalvl.runtime.model import VisionLanguageModel
+
+    total = sum(file["bytes"] for file in Manifest.read(args.bundle, "engine").files.values())
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("checking the bundle", total=total)
+        return VisionLanguageModel.open(
+            args.bundle,
+            args.backend,
+            args.context,
+            marked_layers=marked_layers,
+            progress=lambda count: progress.advance(task, count),
+        )
+
+
+def _system(args: argparse.Namespace) -> list[dict[str, Any]]:
+    return [] if args.system is None else [{"role": "system", "content": args.system}]
+
+
+def _load(kind: str, path: str) -> tuple[str, Any]:
+    """Read a picture or video at once, so that one that cannot be used is known before any work."""
+    from pascalvl.runtime.image import load_image
+    from pascalvl.runtime.video import load_video
+
+    return kind, load_image(path) if kind == "image" else load_video(path)
+
+
+def _user_message(visuals: Sequence[tuple[str, Any]], text: str) -> dict[str, Any]:
+    parts = [{"type": kind, kind: visual} for kind, visual in visuals]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def _summary(generation: Generation) -> str:
+    count = len(generation.token_ids)
+    # The first token comes with the prompt.
+    speed = f" ({(count - 1) / generation.decode_seconds:.1f} tokens/s)" if count > 1 else ""
+    return (
+        f"{generation.prompt_tokens} prompt tokens in {generation.vision_seconds + generation.prefill_seconds:.2f} s, "
+        f"{count} new in {generation.decode_seconds:.2f} s{speed}; ended by {generation.finish_reason.value}"
+    )

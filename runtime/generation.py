@@ -1,0 +1,126 @@
+"""What a model's authors set for generation, when an answer ends, and the answer as it streams."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pascalvl.plugins.errors import UserError
+from pascalvl.runtime.sampling import SamplingParams
+
+_DEFAULT_TEMPERATURE, _DEFAULT_TOP_K = 1.0, 50
+"""What Hugging Face's `generate` takes where a config that samples does not say."""
+
+
+class FinishReason(enum.Enum):
+    """Why an answer ended."""
+
+    STOP = "stop"
+    """An EOS token or a stop string."""
+    LENGTH = "length"
+    """As many tokens as were asked for, or as the context holds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """`generation_config.json`: the tokens that end an answer, and how tokens are chosen unless the user says."""
+
+    eos_token_ids: frozenset[int]
+    sampling: SamplingParams
+    max_new_tokens: int | None = None
+    """Tokens in an answer at most; None: as many as the context holds."""
+
+    @classmethod
+    def from_file(cls, path: Path) -> GenerationConfig:
+        """Read the file; raises `UserError` if that cannot be done."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            eos = data["eos_token_id"]
+            sampling = {"repetition_penalty": float(data.get("repetition_penalty") or 1)}
+            if data.get("do_sample"):
+                for name, default in (("temperature", _DEFAULT_TEMPERATURE), ("top_p", 1.0), ("min_p", 0.0)):
+                    value = data.get(name)
+                    sampling[name] = default if value is None else float(value)
+                top_k = data.get("top_k")
+                sampling["top_k"] = _DEFAULT_TOP_K if top_k is None else int(top_k)
+            return cls(
+                eos_token_ids=frozenset(eos if isinstance(eos, list) else [eos]),
+                sampling=SamplingParams(**sampling),
+                max_new_tokens=data.get("max_new_tokens"),
+            )
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{path} is not a generation config ({error!r}): export the checkpoint again.") from error
+
+
+class StopMatcher:
+    """Finds the first stop string in streamed text, however it is cut into pieces, and lets none of it through."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        if not all(stop):
+            raise UserError("a stop string is empty: expected at least one character in each.")
+        self._stop = stop
+        self._held = ""
+        self.stopped = False
+        """Whether a stop string has come; nothing is let through from then on."""
+
+    def push(self, piece: str) -> str:
+        """Take the next piece; returns the text that no stop string can begin in any more."""
+        if self.stopped:
+            return ""
+        self._held += piece
+        found = [index for stop in self._stop if (index := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return self._take(min(found))
+        return self._take(min((self._possible_start(stop) for stop in self._stop), default=len(self._held)))
+
+    def flush(self) -> str:
+        """The text is complete; returns what was held back."""
+        return self._take(0 if self.stopped else len(self._held))
+
+    def _take(self, length: int) -> str:
+        text, self._held = self._held[:length], "" if self.stopped else self._held[length:]
+        return text
+
+    def _possible_start(self, stop: str) -> int:
+        """Where the end of the held text may be the beginning of ``stop``; its length if nowhere."""
+        end = len(self._held)
+        return next((i for i in range(max(0, end - len(stop) + 1), end) if stop.startswith(self._held[i:])), end)
+
+
+class Generation:
+    """An answer being written: iterate over it for its text, piece by piece; the fields fill while that goes on.
+
+    An answer that is not iterated to its end is left unfinished: the model is ready for its next prompt at any time.
+    """
+
+    def __init__(self, prompt_tokens: int, reused_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.reused_tokens = reused_tokens
+        """Tokens of the prompt whose keys and values were still in the cache."""
+        self.token_ids: list[int] = []
+        """The tokens chosen, with the one that ended the answer."""
+        self.finish_reason: FinishReason | None = None
+        """None while the answer is not finished."""
+        self.vision_seconds = 0.0
+        self.prefill_seconds = 0.0
+        self.decode_seconds = 0.0
+        self.pieces: Iterator[str] = iter(())
+        """Set by the model: does the work."""
+        self._written: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        return self.pieces
+
+    def add(self, piece: str) -> str:
+        """Note a piece of the text, and return it."""
+        self._written.append(piece)
+        return piece
+
+    @property
+    def text(self) -> str:
+        """The answer so far, without the stop string that ended it."""
+        return "".join(self._written)

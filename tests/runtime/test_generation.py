@@ -1,0 +1,114 @@
+"""Generation configs, and stop strings in text that comes in pieces."""
+
+import itertools
+import json
+
+import pytest
+
+from pascalvl.plugins.errors import UserError
+from pascalvl.runtime.generation import GenerationConfig, StopMatcher
+from pascalvl.runtime.sampling import SamplingParams
+
+
+def _config(tmp_path, **data):
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(data))
+    return GenerationConfig.from_file(path)
+
+
+def test_published_config(tmp_path):
+    config = _config(
+        tmp_path,
+        bos_token_id=151643,
+        pad_token_id=151643,
+        do_sample=True,
+        eos_token_id=[151645, 151643],
+        top_p=0.8,
+        top_k=20,
+        temperature=0.7,
+        repetition_penalty=1.05,
+    )
+    assert config.eos_token_ids == {151645, 151643}
+    assert config.sampling == SamplingParams(temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.05)
+    assert config.max_new_tokens is None
+
+
+def test_without_sampling_the_filters_are_off(tmp_path):
+    config = _config(tmp_path, eos_token_id=3, temperature=0.7, top_k=20, max_new_tokens=9)
+    assert config.eos_token_ids == {3}
+    assert config.sampling == SamplingParams(temperature=0.0)
+    assert config.max_new_tokens == 9
+
+
+def test_defaults_of_sampling_are_hugging_faces(tmp_path):
+    assert _config(tmp_path, eos_token_id=3, do_sample=True).sampling == SamplingParams(temperature=1.0, top_k=50)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"eos_token_id": 1, "repetition_penalty": "much"}'])
+def test_unusable_config(tmp_path, text):
+    path = tmp_path / "generation_config.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="is not a generation config"):
+        GenerationConfig.from_file(path)
+    with pytest.raises(UserError, match="is not a generation config"):
+        GenerationConfig.from_file(tmp_path / "absent.json")
+
+
+def _cuts(text):
+    """Every way to cut a short text into pieces."""
+    for bounds in itertools.product((False, True), repeat=len(text) - 1):
+        pieces, piece = [], ""
+        for character, cut in zip(text, (*bounds, True), strict=True):
+            piece += character
+            if cut:
+                pieces.append(piece)
+                piece = ""
+        yield pieces
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("one END two", ("END",), "one "),
+        ("aaab", ("aab",), "a"),
+        ("ababac", ("abac",), "ab"),
+        ("xyz", ("yz", "xy"), ""),
+        ("a\n\nb", ("\n\n",), "a"),
+        ("ok 🙂🙂!", ("🙂🙂",), "ok "),
+        ("almost EN", ("END",), "almost EN"),
+        ("nothing", (), "nothing"),
+        ("no stop", ("stop!", "q"), "no stop"),
+        ("é…日本", ("日本",), "é…"),
+    ],
+)
+def test_stop_strings_across_pieces(text, stop, expected):
+    for pieces in _cuts(text):
+        matcher = StopMatcher(stop)
+        shown = []
+        for piece in pieces:
+            shown.append(matcher.push(piece))
+            # What was let through never has to be taken back.
+            assert expected.startswith("".join(shown))
+        shown.append(matcher.flush())
+        assert "".join(shown) == expected
+        assert matcher.stopped == (expected != text)
+
+
+def test_only_a_possible_stop_string_is_held_back():
+    matcher = StopMatcher(("<end>",))
+    assert matcher.push("a < b") == "a < b"
+    assert matcher.push(" <e") == " "
+    assert matcher.push("x") == "<ex"
+
+
+def test_nothing_follows_a_stop_string():
+    matcher = StopMatcher(("!",))
+    assert matcher.push("hi! there") == "hi"
+    assert matcher.stopped
+    assert matcher.push("more") == ""
+    assert matcher.flush() == ""
+
+
+def test_empty_stop_string():
+    with pytest.raises(UserError, match="stop string is empty"):
+        StopMatcher(("a", ""))
