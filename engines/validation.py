@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
-from polygraphy.comparator import Comparator, CompareFunc
+from polygraphy.comparator import Comparator, IterationResult, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
 from pascalvl.plugins.errors import UserError
@@ -109,6 +110,7 @@ class ReferenceRunner(BaseRunner):
     def infer_impl(self, feed_dict: dict[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
         import torch
 
+        start = time.perf_counter()
         prompt = self._prompts[int(feed_dict["prompt"][0])]
         with torch.no_grad(), _hidden_states(self._model) as hidden:
             outputs = OrderedDict(self._vision(prompt))
@@ -123,6 +125,7 @@ class ReferenceRunner(BaseRunner):
                 result = self._model(input_ids=token, past_key_values=result.past_key_values, use_cache=True)
                 outputs[decode_logits(step)] = result.logits[:, -1].numpy()
         self.forced.append(forced)
+        self.inference_time = time.perf_counter() - start
         return outputs
 
     def _vision(self, prompt: ValidationPrompt) -> list[tuple[str, np.ndarray]]:
@@ -178,8 +181,11 @@ class CandidateRunner(BaseRunner):
         return _PROMPT_METADATA
 
     def infer_impl(self, feed_dict: dict[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
+        start = time.perf_counter()
         index = int(feed_dict["prompt"][0])
-        return OrderedDict(self._candidate(index, self._forced[index]))
+        outputs = OrderedDict(self._candidate(index, self._forced[index]))
+        self.inference_time = time.perf_counter() - start
+        return outputs
 
 
 _PROMPT_METADATA = TensorMetadata().add("prompt", dtype=np.int64, shape=(1,))
@@ -215,13 +221,11 @@ def validate(
 def _compare(prompt: str, expected: Outputs, found: Outputs, tolerance: float) -> list[Row]:
     if missing := [name for name in expected if name not in found and not name.startswith("prefill.hidden_states")]:
         raise UserError(f"the engine returned no {', '.join(missing)} for prompt {prompt!r}: it is for another model.")
-    rows = []
-    for name in (name for name in expected if name in found):
-        allowed = tolerance * float(np.abs(expected[name]).max())
-        simple = CompareFunc.simple(atol=allowed, rtol=0.0, check_error_stat="max")
-        result = simple({name: expected[name]}, {name: found[name]})[name]
-        rows.append(Row(prompt, name, expected[name].shape, float(result.max_absdiff), allowed))
-    return rows
+    names = sorted((name for name in expected if name in found), key=_stage)
+    allowed = {name: tolerance * float(np.abs(expected[name]).max()) for name in names}
+    compare = SimpleCompareFunc(atol=allowed, rtol={name: 0.0 for name in names}, check_error_stat="max")
+    results = compare(*(IterationResult({name: outputs[name] for name in names}) for outputs in (expected, found)))
+    return [Row(prompt, name, expected[name].shape, float(results[name].max_absdiff), allowed[name]) for name in names]
 
 
 def summarise(rows: Sequence[Row]) -> list[Row]:
@@ -232,17 +236,18 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
         row = dataclasses.replace(row, output=stage)
         if stage not in worst or not row.max_error / row.tolerance <= worst[stage].max_error / worst[stage].tolerance:
             worst[stage] = row
-    return list(worst.values())
+    return sorted(worst.values(), key=lambda row: _stage(row.output))
 
 
 def first_deviation(rows: Sequence[Row]) -> Row | None:
     """The first output, in the order of computation, that is out of tolerance; None if there is none."""
-    order = {"vision": 0, "prefill.hidden_states": 1, "prefill.logits": 2, "decode": 3}
+    return next((row for row in sorted(rows, key=lambda row: _stage(row.output)) if not row.passed), None)
 
-    def stage(row: Row) -> int:
-        return next(rank for prefix, rank in order.items() if row.output.startswith(prefix))
 
-    return next((row for row in sorted(rows, key=stage) if not row.passed), None)
+def _stage(output: str) -> int:
+    """Rank of an output in the order of computation."""
+    stages = ("vision", "prefill.hidden_states", "prefill.logits", "decode")
+    return next(rank for rank, prefix in enumerate(stages) if output.startswith(prefix))
 
 
 @contextlib.contextmanager

@@ -68,11 +68,11 @@ class Checkpoint:
         self._files.close()
 
     def meta_model(self) -> Qwen3VLForConditionalGeneration:
-        """The Hugging Face model without memory for its weights; every tensor of it is checked to be on disk."""
+        """The Hugging Face model in float32, without memory for its weights; each of its tensors is on disk."""
         config = self.hf_config
         config._attn_implementation = ATTN_IMPLEMENTATION
         with torch.device("meta"):
-            model = Qwen3VLForConditionalGeneration(config)
+            model = Qwen3VLForConditionalGeneration(config).float()
         model.tie_weights()
         for name, parameter in model.named_parameters():
             if name not in self._shard_of:

@@ -180,6 +180,7 @@ def test_bundle_carries_what_the_checkpoint_says(nano_checkpoint, nano_model_bun
         proto = onnx.load(nano_model_bundle / f"{graph}.onnx", load_external_data=False)
         conformance.check(proto, graph)
         assert proto.ir_version <= 8
+        assert all(node.op_type != "Cast" for node in proto.graph.node)  # float32 throughout
         assert [(f.domain, f.name) for f in proto.functions] == [(OP_DOMAIN, OP_NAME)]
         assert manifest.graphs[graph]["ops"][OP_NAME] == sum(n.op_type == OP_NAME for n in proto.graph.node)
     with Checkpoint(nano_checkpoint) as checkpoint:
