@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -101,30 +102,14 @@ class Checkpoint:
             )
         text_rope, vision_rope = hf.Qwen3VLTextRotaryEmbedding(text), hf.Qwen3VLVisionRotaryEmbedding(vision)
         return ModelConfig(
-            text=TextConfig(
-                vocab_size=text.vocab_size,
-                hidden_size=text.hidden_size,
-                num_hidden_layers=text.num_hidden_layers,
-                num_attention_heads=text.num_attention_heads,
-                num_key_value_heads=text.num_key_value_heads,
-                head_dim=text.head_dim,
-                max_position_embeddings=text.max_position_embeddings,
+            text=_take(
+                TextConfig,
+                text,
                 mrope_section=tuple(text_rope.mrope_section),
                 rope_inv_freq=tuple(text_rope.inv_freq.tolist()),
                 rope_attention_scaling=float(text_rope.attention_scaling),
             ),
-            vision=VisionConfig(
-                depth=vision.depth,
-                hidden_size=vision.hidden_size,
-                num_heads=vision.num_heads,
-                in_channels=vision.in_channels,
-                patch_size=vision.patch_size,
-                temporal_patch_size=vision.temporal_patch_size,
-                spatial_merge_size=vision.spatial_merge_size,
-                num_position_embeddings=vision.num_position_embeddings,
-                deepstack_visual_indexes=tuple(vision.deepstack_visual_indexes),
-                rope_inv_freq=tuple(vision_rope.inv_freq.tolist()),
-            ),
+            vision=_take(VisionConfig, vision, rope_inv_freq=tuple(vision_rope.inv_freq.tolist())),
             image_token_id=self.hf_config.image_token_id,
             video_token_id=self.hf_config.video_token_id,
             vision_start_token_id=self.hf_config.vision_start_token_id,
@@ -181,3 +166,10 @@ class Checkpoint:
             raise UserError(f"{self.directory} lacks its weight file {name}: download the model again.") from None
         except (OSError, SafetensorError) as error:
             raise UserError(f"weight file {path} is truncated or damaged ({error}): download it again.") from error
+
+
+def _take(kind: type, config: Any, **computed: Any) -> Any:
+    """Make a ``kind`` from the fields of a Hugging Face config that have its fields' names, and the computed ones."""
+    names = [field.name for field in dataclasses.fields(kind) if field.name not in computed]
+    values = {name: getattr(config, name) for name in names}
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}, **computed)

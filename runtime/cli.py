@@ -8,8 +8,9 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -64,6 +65,19 @@ def _fail(sentence: str) -> int:
     log.debug("the error comes from here", exc_info=True)
     print(f"pascalvl: {' '.join(sentence.split())}", file=sys.stderr)
     return _USER_ERROR
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back while torch is imported, which aborts the process if it comes up in its native code."""
+    pending = []
+    previous = signal.signal(signal.SIGINT, lambda *_: pending.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if pending:
+        raise KeyboardInterrupt
 
 
 # Arguments ------------------------------------------------------------------------------------------------------------
@@ -204,7 +218,8 @@ def _sampling(model: VisionLanguageModel, given: dict[str, Any]) -> SamplingPara
 
 
 def _export(args: argparse.Namespace) -> int:
-    from pascalvl.export import export_checkpoint
+    with _uninterrupted():
+        from pascalvl.export import export_checkpoint
 
     _report(args.output, export_checkpoint(args.checkpoint, args.output))
     return 0
@@ -290,8 +305,9 @@ def _validate(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from pascalvl.engines import validation
-    from pascalvl.export.checkpoint import Checkpoint
+    with _uninterrupted():
+        from pascalvl.engines import validation
+        from pascalvl.export.checkpoint import Checkpoint
 
     requests = _validation_requests(args)
     with Checkpoint(args.reference) as checkpoint:

@@ -7,6 +7,7 @@ evaluation and tests draw single PNGs with it on a CPU.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import random
 import zlib
@@ -51,7 +52,7 @@ ATLAS_EXTENT = 1.15
 
 @dataclass(frozen=True)
 class Scene:
-    """A grid of things. `glyphs` and `colours` are row-major indices into GLYPHS and COLOUR_NAMES; EMPTY has colour 0."""
+    """A grid of things: row-major indices into GLYPHS (or EMPTY, with colour 0) and COLOUR_NAMES."""
 
     rows: int
     cols: int
@@ -193,8 +194,8 @@ def rasterise(drawing: Drawing, width: int, height: int, device: torch.device | 
     rows, cols = put(drawing.grid).float()[:, :, None].unbind(1)  # [n, 1]
     y = (torch.arange(height, device=device) + 0.5) / height * rows  # [n, height], in cells
     x = (torch.arange(width, device=device) + 0.5) / width * cols
-    cell = (y.floor() * cols)[:, :, None] + x.floor()[:, None, :]  # [n, height, width]
-    cell = cell.long().flatten(1)
+    first = torch.arange(0, n * MAX_CELLS, MAX_CELLS, device=device)[:, None, None]
+    cell = first + ((y.floor() * cols)[:, :, None] + x.floor()[:, None, :]).long()  # [n, height, width]
 
     cell_h, cell_w = height / rows, width / cols  # [n, 1], pixels
     half = put(drawing.scale) * torch.minimum(cell_h, cell_w) / 2  # [n, cells], pixels
@@ -205,7 +206,7 @@ def rasterise(drawing: Drawing, width: int, height: int, device: torch.device | 
     seen = glyph != EMPTY
     table = torch.stack([centre_x, centre_y, half, glyph.clamp(min=0).float(), seen.float()], -1)
     table = torch.cat([table, put(drawing.rgb)], -1)  # [n, cells, 8]
-    per_pixel = table.gather(1, cell[..., None].expand(-1, -1, 8)).view(n, height, width, 8)
+    per_pixel = torch.nn.functional.embedding(cell, table.flatten(0, 1))  # [n, height, width, 8]
     centre_x, centre_y, half, glyph, seen = per_pixel[..., :5].unbind(-1)
 
     in_x = (x - x.floor())[:, None, :] * cell_w[:, :, None]  # pixels from the cell's left edge
@@ -299,7 +300,7 @@ def polygon_distance(points: np.ndarray, corners: list[tuple[float, float]]) -> 
 
 def stroke_distance(points: np.ndarray, strokes: list[list[tuple[float, float]]], radius: float = 0.16) -> np.ndarray:
     """Signed distance of points [..., 2] to pen strokes, each a chain of points."""
-    segments = [pair for stroke in strokes for pair in zip(stroke, stroke[1:], strict=False)]
+    segments = [pair for stroke in strokes for pair in itertools.pairwise(stroke)]
     return np.min([segment_distance(points, start, end) for start, end in segments], axis=0) - radius
 
 
