@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -97,7 +98,10 @@ class ReferenceRunner(BaseRunner):
     def activate_impl(self) -> None:
         import torch
         from transformers import Qwen3VLForConditionalGeneration
+        from transformers.utils import logging
 
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
         model = Qwen3VLForConditionalGeneration.from_pretrained(self._checkpoint, dtype=torch.float32)
         self._model = model.eval()
 
@@ -206,7 +210,7 @@ def validate(
     """
     reference = ReferenceRunner(checkpoint, prompts, new_tokens)
     runners = [reference, CandidateRunner(candidate, reference.forced, name)]
-    with G_LOGGER.verbosity(G_LOGGER.ERROR):
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         results = Comparator.run(
             runners, data_loader=[{"prompt": np.array([i], np.int64)} for i in range(len(prompts))]
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from transformers import Qwen3VLForConditionalGeneration
 
@@ -37,7 +38,9 @@ def export_checkpoint(checkpoint_directory: Path, output: Path) -> Manifest:
     Raises:
         UserError: a checkpoint that cannot be used, a graph that TensorRT 8.6 could not parse, or a full disk.
     """
-    with Checkpoint(checkpoint_directory) as checkpoint, Progress(transient=True) as progress:
+    console = Console(stderr=True)
+    bars = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with Checkpoint(checkpoint_directory) as checkpoint, bars as progress:
         model = checkpoint.meta_model()
         config = checkpoint.model_config()
         with atomic_directory(output) as directory:
@@ -135,7 +138,7 @@ def write_graph(graph: TracedGraph, checkpoint: Checkpoint, path: Path):
         for name, weight in graph.weights.items():
             data.write(bytes(-data.tell() % _ALIGNMENT))
             offset = data.tell()
-            _weight_array(checkpoint, weight).tofile(data)
+            data.write(_weight_array(checkpoint, weight))  # tofile would hide a full disk
             external = onnx.TensorProto(
                 name=name,
                 data_type=onnx.TensorProto.FLOAT,
@@ -160,7 +163,7 @@ def _weight_array(checkpoint: Checkpoint, weight: Weight) -> np.ndarray:
 def _write_embeddings(checkpoint: Checkpoint, path: Path) -> dict[str, object]:
     """Write the token embeddings as they are in the checkpoint, rows on end; returns their type and shape."""
     table = checkpoint.tensor(_EMBEDDING).contiguous()
-    table.view(torch.uint8).numpy().tofile(path)
+    path.write_bytes(table.view(torch.uint8).numpy())
     return {"dtype": str(table.dtype).removeprefix("torch."), "shape": list(table.shape)}
 
 

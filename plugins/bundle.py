@@ -45,6 +45,7 @@ VIDEO_PROCESSOR = "video_preprocessor_config.json"
 HOST_FILES = (EMBEDDINGS, TOKENIZER, CHAT_TEMPLATE, GENERATION_CONFIG, IMAGE_PROCESSOR, VIDEO_PROCESSOR)
 """Files the runtime reads itself; a build passes them on unchanged."""
 
+_WRITTEN_BY = {"model": "pascalvl export", "engine": "pascalvl build"}
 _CHUNK = 1 << 22
 
 
@@ -70,47 +71,49 @@ class Manifest:
         }
 
     @classmethod
-    def read(cls, directory: Path, kind: str) -> Manifest:
-        """Read the manifest in ``directory``; raises `UserError` unless it is a ``kind`` bundle of this version."""
+    def read(cls, directory: Path, *kinds: str) -> Manifest:
+        """Read the manifest in ``directory``; raises `UserError` unless it is a bundle of one of ``kinds``."""
         path = directory / MANIFEST
-        made_by = {"model": "'pascalvl export'", "engine": "'pascalvl build'"}[kind]
+        expected = " or ".join(f"the {kind} bundle that {_WRITTEN_BY[kind]!r} wrote" for kind in kinds)
+        rewrite = f"write it again with {_WRITTEN_BY[kinds[0]]!r}"
         if not directory.is_dir():
-            raise UserError(f"no {kind} bundle at {directory}: give the directory that {made_by} wrote.")
+            raise UserError(f"no directory {directory}: expected {expected}.")
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UserError(
-                f"{directory} is not a {kind} bundle (it has no {MANIFEST}): give the directory that {made_by} wrote."
-            ) from None
+            raise UserError(f"{directory} is not a bundle (it has no {MANIFEST}): expected {expected}.") from None
         except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}): write the bundle again with {made_by}.") from error
-        if not isinstance(data, dict) or data.get("kind") != kind:
-            found = data.get("kind") if isinstance(data, dict) else type(data).__name__
-            raise UserError(
-                f"expected a bundle of kind {kind!r} at {directory}, found {found!r}: it is made by {made_by}."
-            )
+            raise UserError(f"{path} cannot be read ({error}): {rewrite}.") from error
+        found = data.get("kind") if isinstance(data, dict) else type(data).__name__
+        if found not in kinds:
+            raise UserError(f"{directory} is a bundle of kind {found!r}: expected {expected}.")
         if data.get("version") != BUNDLE_VERSION:
             raise UserError(
                 f"{directory} has bundle version {data.get('version')}, this PascalVL reads version {BUNDLE_VERSION}: "
-                f"write it again with {made_by}."
+                f"{rewrite}."
             )
         try:
-            return cls(
+            manifest = cls(
                 **{
                     **data,
                     "model": ModelConfig.from_json(data["model"]),
                     "kv_format": KVFormat.parse(data["kv_format"]),
                 }
             )
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path} is not complete ({error}): write the bundle again with {made_by}.") from error
+            if not all(isinstance(entry["bytes"], int) and entry["sha256"] for entry in manifest.files.values()):
+                raise TypeError("files without sizes or hashes")
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not complete ({error}): {rewrite}.") from error
+        if not manifest.files:
+            raise UserError(f"{path} is not complete (it lists no files): {rewrite}.")
+        return manifest
 
     def verify(self, directory: Path, progress: Callable[[int], None] = lambda _: None) -> None:
         """Check every file's size and hash; raises `UserError` naming the first that is missing or altered.
 
         ``progress`` is called with the number of bytes hashed since the last call (from several threads).
         """
-        remedy = f"write the bundle again with 'pascalvl {'export' if self.kind == 'model' else 'build'}'"
+        remedy = f"write the bundle again with {_WRITTEN_BY[self.kind]!r}"
         for name, expected in self.files.items():
             path = directory / name
             if not path.is_file():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import logging
 import os
 import signal
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"error: the package {error.name} is not installed: pip install 'pascalvl[{args.needs}]'.")
     except OSError as error:
-        return _fail(f"error: {error.filename or 'a file'} cannot be used: {error.strerror or error}.")
+        return _fail(f"error: {error.filename or 'a file'} cannot be read or written: {error.strerror or error}.")
 
 
 def _fail(sentence: str) -> int:
@@ -376,17 +375,13 @@ def _inspect(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from pascalvl.plugins.bundle import MANIFEST, Manifest
+    from pascalvl.plugins.bundle import Manifest
     from pascalvl.plugins.kv_format import KVFormat
     from pascalvl.runtime.kv_cache import KVCache
 
-    try:
-        is_model = json.loads((args.bundle / MANIFEST).read_text(encoding="utf-8"))["kind"] == "model"
-    except (OSError, ValueError, KeyError, TypeError):
-        is_model = False
-    manifest = Manifest.read(args.bundle, "model" if is_model else "engine")
+    manifest = Manifest.read(args.bundle, "model", "engine")
     text, vision = manifest.model.text, manifest.model.vision
-    formats = list(KVFormat) if is_model else [manifest.kv_format]
+    formats = list(KVFormat) if manifest.kind == "model" else [manifest.kv_format]
     weights = sum(manifest.files[name]["bytes"] for name in manifest.files if name.startswith(tuple(manifest.graphs)))
     per_token = {f: KVCache.bytes_per_token(text, f) for f in formats}
 

@@ -95,6 +95,7 @@ class Generation:
     """An answer being written: iterate over it for its text, piece by piece; the fields fill while that goes on.
 
     An answer that is not iterated to its end is left unfinished: the model is ready for its next prompt at any time.
+    Text holds whole characters; one that the last token leaves incomplete is dropped.
     """
 
     def __init__(self, prompt_tokens: int, reused_tokens: int) -> None:

@@ -34,9 +34,9 @@ def test_unknown_backend(nano_model_bundle, nano_engine_bundle, tmp_path):
 
 
 def test_model_bundle_is_not_an_engine_bundle(nano_model_bundle, nano_engine_bundle, tmp_path):
-    with pytest.raises(UserError, match="expected a bundle of kind 'engine'"):
+    with pytest.raises(UserError, match="is a bundle of kind 'model': expected"):
         open_engine(nano_model_bundle)
-    with pytest.raises(UserError, match="expected a bundle of kind 'model'"):
+    with pytest.raises(UserError, match="is a bundle of kind 'engine': expected"):
         build(nano_engine_bundle, tmp_path / "engine")
 
 

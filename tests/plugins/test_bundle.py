@@ -59,11 +59,13 @@ def test_altered_files_are_found(written, alter, phrase):
 @pytest.mark.parametrize(
     ("change", "phrase"),
     [
-        ({"kind": "engine"}, "expected a bundle of kind 'model'"),
+        ({"kind": "engine"}, "is a bundle of kind 'engine'"),
         ({"version": 99}, "has bundle version 99"),
         ({"kv_format": "k3v3"}, "unknown KV cache format 'k3v3'"),
         ({"model": {"text": {}}}, "does not fit this version"),
-        ({"graphs": None, "colour": 1}, "is not complete"),
+        ({"colour": 1}, "is not complete"),
+        ({"files": {}}, "it lists no files"),
+        ({"files": {"decoder.onnx": {"bytes": "5"}}}, "is not complete"),
     ],
 )
 def test_manifests_that_do_not_fit_are_refused(written, change, phrase):
@@ -74,9 +76,9 @@ def test_manifests_that_do_not_fit_are_refused(written, change, phrase):
 
 
 def test_what_is_no_bundle_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no model bundle at"):
+    with pytest.raises(UserError, match="no directory"):
         Manifest.read(tmp_path / "nowhere", "model")
-    with pytest.raises(UserError, match="is not a model bundle"):
+    with pytest.raises(UserError, match="is not a bundle"):
         Manifest.read(tmp_path, "model")
     (tmp_path / bundle.MANIFEST).write_text("[")
     with pytest.raises(UserError, match="cannot be read"):

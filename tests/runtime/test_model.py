@@ -1,0 +1,406 @@
+"""The model: what it streams and when it stops, with scripted tokens; that its cache changes nothing, with engines."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pascalvl.engines import Engine, open_engine
+from pascalvl.engines.validation import PREFILL_LOGITS, VISION_EMBEDS, decode_logits, vision_deepstack
+from pascalvl.plugins import bindings
+from pascalvl.plugins.bundle import GENERATION_CONFIG, Manifest
+from pascalvl.plugins.errors import UserError
+from pascalvl.runtime import FinishReason, SamplingParams, VisionLanguageModel
+from pascalvl.runtime.model import EmbeddingTable, token_identities
+from pascalvl.runtime.positions import position_grid_taps, vision_cu_seqlens, vision_rope_tables
+from pascalvl.runtime.tokenizer import Tokenizer
+from pascalvl.runtime.video import Video
+
+GREEDY = SamplingParams()
+HELLO = [{"role": "user", "content": "Hello!"}]
+
+
+class ScriptedEngine(Engine):
+    """Answers every prompt with the tokens it was given, and counts how often the decoder runs.
+
+    The second likeliest token is always the one with the next higher id.
+    """
+
+    def __init__(self, directory, token_ids):
+        super().__init__(directory, Manifest.read(directory, "engine"))
+        self.token_ids = list(token_ids)
+        self.decoder_runs = 0
+
+    def run(self, graph, feeds):
+        assert graph == bindings.DECODER
+        seq = feeds[bindings.INPUTS_EMBEDS].shape[1]
+        shapes = {"batch": 1, "seq": seq}
+        outputs = {
+            binding.name: np.zeros([shapes.get(d, d) for d in binding.shape], binding.dtype)
+            for binding in bindings.decoder_outputs(self.manifest.model)
+        }
+        token = self.token_ids[self.decoder_runs]
+        outputs[bindings.LOGITS][0, token : token + 2] = [1.0, 0.5]
+        self.decoder_runs += 1
+        return outputs
+
+
+def scripted(bundle, text, then=(), **options):
+    """A model that will say ``text``, then the tokens ``then``."""
+    ids = Tokenizer(bundle / "tokenizer.json").encode(text) if isinstance(text, str) else text
+    engine = ScriptedEngine(bundle, [*ids, *then])
+    return VisionLanguageModel(engine, options.get("context_length"), options.get("prefill_chunk", 512)), engine
+
+
+# What is streamed, and when it ends -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["Plain words.", "naïve 日本語 🙂🚀🌍 end", "a\n\n  b\t🐱", "👩‍👩‍👧 é́"])
+def test_text_comes_in_whole_characters(nano_engine_bundle, text):
+    model, engine = scripted(nano_engine_bundle, text)
+    generation = model.generate(HELLO, GREEDY, max_new_tokens=len(engine.token_ids))
+    pieces = list(generation)
+    assert "".join(pieces) == generation.text == text
+    assert all(pieces)
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert generation.finish_reason is FinishReason.LENGTH
+    if not text.isascii():
+        assert len(pieces) < len(engine.token_ids)
+
+
+def test_half_a_character_at_the_end_is_left_out(nano_engine_bundle):
+    ids = Tokenizer(nano_engine_bundle / "tokenizer.json").encode("ok ‱")
+    model, _ = scripted(nano_engine_bundle, ids)
+    assert "".join(model.generate(HELLO, GREEDY, max_new_tokens=len(ids) - 1)) in ("ok", "ok ")
+
+
+def test_every_eos_token_ends_the_answer(nano_engine_bundle):
+    config = json.loads((nano_engine_bundle / GENERATION_CONFIG).read_text())
+    assert len(config["eos_token_id"]) > 1
+    for eos in config["eos_token_id"]:
+        model, engine = scripted(nano_engine_bundle, "Yes.", then=[eos, 5, 5, 5])
+        generation = model.generate(HELLO, GREEDY)
+        assert "".join(generation) == "Yes."
+        assert generation.finish_reason is FinishReason.STOP
+        assert generation.token_ids == engine.token_ids[:-3]
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("one two three four", ["three"], "one two "),
+        ("one two three four", ["absent", "o t"], "one tw"),
+        ("lamp lamp door", ["p d", "door"], "lamp lam"),
+        ("🙂🚀🌍 end", ["🚀🌍"], "🙂"),
+        ("one two", ["two and more"], "one two"),
+    ],
+)
+def test_stop_strings_across_tokens(nano_engine_bundle, text, stop, expected):
+    model, engine = scripted(nano_engine_bundle, text)
+    generation = model.generate(HELLO, GREEDY, max_new_tokens=len(engine.token_ids), stop=stop)
+    assert "".join(generation) == generation.text == expected
+    assert generation.finish_reason is (FinishReason.LENGTH if expected == text else FinishReason.STOP)
+
+
+def test_the_decoder_runs_once_a_token(nano_engine_bundle):
+    model, engine = scripted(nano_engine_bundle, "one two three four five six")
+    generation = model.generate(HELLO, GREEDY, max_new_tokens=4)
+    list(generation)
+    assert len(generation.token_ids) == engine.decoder_runs == 4
+
+
+def test_generation_ends_where_the_context_does(nano_engine_bundle):
+    model, _ = scripted(nano_engine_bundle, [7] * 40, context_length=30)
+    generation = model.generate(HELLO, GREEDY)
+    list(generation)
+    assert generation.finish_reason is FinishReason.LENGTH
+    assert generation.prompt_tokens + len(generation.token_ids) == 30
+
+
+def test_settings_of_the_generation_config(nano_engine_bundle, tmp_path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(nano_engine_bundle, bundle)
+    config = json.loads((bundle / GENERATION_CONFIG).read_text())
+    config |= {"do_sample": True, "temperature": 1e-6, "repetition_penalty": 3.0, "max_new_tokens": 2}
+    (bundle / GENERATION_CONFIG).write_text(json.dumps(config))
+    model, _ = scripted(bundle, [700] * 3)
+    assert not set(model.prompt(HELLO).token_ids) & {700, 701}
+    generation = model.generate(HELLO)
+    list(generation)
+    assert generation.token_ids == [700, 701]  # once it was said, 700 is worth a third
+    assert generation.finish_reason is FinishReason.LENGTH
+    overruled = model.generate(HELLO, GREEDY, max_new_tokens=1)
+    list(overruled)
+    assert overruled.token_ids == [700]
+
+
+def test_prompt_longer_than_the_context(nano_engine_bundle):
+    model, engine = scripted(nano_engine_bundle, [7] * 9, context_length=8)
+    with pytest.raises(UserError, match=r"the prompt has \d+ tokens, but the context holds 8 .* \(up to 8192\)"):
+        model.generate(HELLO)
+    assert engine.decoder_runs == 0
+
+
+@pytest.mark.parametrize("context_length", [-1, 0, 1, 10**6])
+def test_context_out_of_range(nano_engine_bundle, context_length):
+    with pytest.raises(UserError, match=f"a context of {context_length} tokens is out of range: expected 2 to 8192"):
+        scripted(nano_engine_bundle, [7], context_length=context_length)
+
+
+def test_limits_out_of_range(nano_engine_bundle):
+    model, _ = scripted(nano_engine_bundle, [7])
+    with pytest.raises(UserError, match="max_new_tokens is out of range: expected at least 1, found 0"):
+        model.generate(HELLO, max_new_tokens=0)
+    with pytest.raises(UserError, match="stop string is empty"):
+        model.generate(HELLO, stop=[""])
+    with pytest.raises(UserError, match="prefill chunk of 0 tokens"):
+        scripted(nano_engine_bundle, [7], prefill_chunk=0)
+
+
+# What the cache may not change ----------------------------------------------------------------------------------------
+
+
+def picture(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def user(*content):
+    kinds = {str: "text", Video: "video", Image.Image: "image"}
+    return {"role": "user", "content": [{"type": kinds[type(c)], kinds[type(c)]: c} for c in content]}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+CLIP = Video([picture(96, 64, seed) for seed in range(6)], 3.0)
+FIRST = [user(picture(200, 100), "Describe the picture.")]
+CONVERSATIONS = {
+    "text": [user(" ".join(f"The code of lamp {i} is {7 * i}." for i in range(40)) + " What is the code of lamp 3?")],
+    "picture": FIRST,
+    "pictures": [user(picture(64, 256), "and", picture(200, 100), "and", picture(77, 80, 1), "Which is larger?")],
+    "video": [user(CLIP, "What happens?")],
+    "mixed turns": [*FIRST, assistant("A red star 🙂."), user(CLIP, picture(90, 90, 2), "And here?")],
+}
+
+
+def fresh(bundle, **options):
+    return VisionLanguageModel.open(bundle, **options)
+
+
+def answer(model, messages, tokens=12):
+    generation = model.generate(messages, GREEDY, tokens)
+    text = "".join(generation)
+    assert text == generation.text
+    return generation
+
+
+@pytest.fixture(scope="module")
+def expected(nano_engine_bundle):
+    """Answers of a model that has seen nothing before."""
+    return {name: answer(fresh(nano_engine_bundle), messages) for name, messages in CONVERSATIONS.items()}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("prefill_chunk", [1, 7, 64])
+def test_chunked_prefill_equals_one_shot(nano_engine_bundle, expected, name, prefill_chunk):
+    one_shot, chunked = fresh(nano_engine_bundle), fresh(nano_engine_bundle, prefill_chunk=prefill_chunk)
+    messages = CONVERSATIONS[name]
+    assert answer(chunked, messages).token_ids == expected[name].token_ids
+    logits = [model.trace(messages, [])[PREFILL_LOGITS] for model in (one_shot, chunked)]
+    np.testing.assert_allclose(logits[0], logits[1], rtol=0, atol=1e-4 * np.abs(logits[0]).max())
+
+
+def test_order_of_prompts_changes_nothing(nano_engine_bundle, expected):
+    model = fresh(nano_engine_bundle)
+    for name in [*CONVERSATIONS, *reversed(CONVERSATIONS)]:
+        assert answer(model, CONVERSATIONS[name]).token_ids == expected[name].token_ids
+
+
+def _count_runs(monkeypatch, model):
+    counts = {bindings.VISION: 0, bindings.DECODER: 0}
+    run = model._engine.run
+
+    def counting(graph, feeds):
+        counts[graph] += 1
+        return run(graph, feeds)
+
+    monkeypatch.setattr(model._engine, "run", counting)
+    return counts
+
+
+def test_a_conversation_is_continued_from_the_cache(nano_engine_bundle, monkeypatch):
+    model = fresh(nano_engine_bundle)
+    counts = _count_runs(monkeypatch, model)
+    messages = list(FIRST)
+    before = 0
+    for question in ("Where is it?", "How many are there?", "Thank you."):
+        generation = answer(model, messages)
+        assert generation.token_ids == answer(fresh(nano_engine_bundle), messages).token_ids
+        assert generation.reused_tokens >= before
+        before = generation.prompt_tokens
+        messages += [assistant(generation.text), user(question)]
+    assert counts[bindings.VISION] == 1
+    assert generation.reused_tokens > 0
+
+
+def test_the_same_prompt_again_runs_one_token(nano_engine_bundle, expected, monkeypatch):
+    model = fresh(nano_engine_bundle, prefill_chunk=1)
+    answer(model, CONVERSATIONS["pictures"])
+    counts = _count_runs(monkeypatch, model)
+    generation = answer(model, CONVERSATIONS["pictures"], tokens=1)
+    assert generation.reused_tokens == generation.prompt_tokens - 1
+    assert counts == {bindings.VISION: 0, bindings.DECODER: 1}
+    assert generation.token_ids == expected["pictures"].token_ids[:1]
+
+
+def test_another_picture_of_the_same_size_is_not_reused(nano_engine_bundle):
+    model = fresh(nano_engine_bundle)
+    answer(model, FIRST)
+    other = [user(picture(200, 100, seed=9), "Describe the picture.")]
+    generation = answer(model, other)
+    first_visual = model.prompt(other).visuals[0].token_indices[0]
+    assert generation.reused_tokens == first_visual
+    assert generation.token_ids == answer(fresh(nano_engine_bundle), other).token_ids
+
+
+def test_an_unfinished_answer_leaves_nothing_behind(nano_engine_bundle, expected):
+    model = fresh(nano_engine_bundle)
+    abandoned = model.generate(CONVERSATIONS["video"], GREEDY)
+    next(iter(abandoned))
+    never_started = model.generate(CONVERSATIONS["text"], GREEDY)
+    assert list(abandoned) == []
+    assert answer(model, CONVERSATIONS["picture"]).token_ids == expected["picture"].token_ids
+    assert list(never_started) == []
+    assert abandoned.finish_reason is never_started.finish_reason is None
+
+
+@pytest.mark.parametrize("runs", [0, 1, 3, 4, 5, 6, 7, 14])
+def test_an_interrupted_answer_leaves_nothing_behind(nano_engine_bundle, expected, monkeypatch, runs):
+    """Wherever in vision, prefill (in the middle of a picture too) or decode Ctrl-C comes."""
+    model = fresh(nano_engine_bundle, prefill_chunk=16)
+    endless = dataclasses.replace(model.generation_config, eos_token_ids=frozenset())
+    run, left = model._engine.run, runs
+
+    def interrupted(graph, feeds):
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        return run(graph, feeds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model._engine, "run", interrupted)
+        patch.setattr(model, "generation_config", endless)
+        with pytest.raises(KeyboardInterrupt):
+            list(model.generate(CONVERSATIONS["pictures"], GREEDY, 40))
+    for name in ("pictures", "text"):
+        assert answer(model, CONVERSATIONS[name]).token_ids == expected[name].token_ids
+
+
+def test_a_refused_prompt_leaves_the_cache_alone(nano_engine_bundle):
+    model = fresh(nano_engine_bundle)
+    generation = answer(model, FIRST)
+    with pytest.raises(UserError):
+        model.generate([user("word " * 20_000)])
+    assert answer(model, FIRST).reused_tokens == generation.prompt_tokens - 1
+
+
+def test_float16_cache_is_near_float32(nano_engine_bundle, nano_engine_bundle_f16):
+    full, half = (
+        fresh(bundle, prefill_chunk=16).trace(CONVERSATIONS["mixed turns"], [5, 6, 7])
+        for bundle in (nano_engine_bundle, nano_engine_bundle_f16)
+    )
+    for name in (PREFILL_LOGITS, decode_logits(0), decode_logits(2)):
+        error = np.abs(full[name] - half[name]).max() / np.abs(full[name]).max()
+        assert 0 < error < 5e-3  # rounding by 2^-11 in every layer
+
+
+# Sampling, tracing, inputs --------------------------------------------------------------------------------------------
+
+
+def test_sampled_answers_depend_on_the_seed_alone(nano_engine_bundle):
+    model = fresh(nano_engine_bundle)
+
+    def sample(seed):
+        generation = model.generate(FIRST, SamplingParams(temperature=3.0, seed=seed), 20)
+        list(generation)
+        return generation.token_ids
+
+    first = sample(1)
+    assert sample(2) != first
+    assert sample(1) == first
+
+
+def test_trace_follows_the_greedy_answer(nano_engine_bundle, expected):
+    model = fresh(nano_engine_bundle)
+    forced = expected["mixed turns"].token_ids
+    traced = model.trace(CONVERSATIONS["mixed turns"], forced)
+    logits = [traced[PREFILL_LOGITS], *(traced[decode_logits(step)] for step in range(len(forced)))]
+    assert [int(step.argmax()) for step in logits[:-1]] == forced
+    tokens = sum(len(visual.token_indices) for visual in model.prompt(CONVERSATIONS["mixed turns"]).visuals)
+    hidden_size = model.config.text.hidden_size
+    assert traced[VISION_EMBEDS].shape == traced[vision_deepstack(2)].shape == (tokens, hidden_size)
+
+
+def test_trace_of_marked_layers(nano_engine_bundle):
+    model = fresh(nano_engine_bundle, marked_layers=True, prefill_chunk=16)
+    traced = model.trace(FIRST, [])
+    hidden = [value for name, value in traced.items() if name.startswith("prefill.hidden_states")]
+    assert len(hidden) == model.config.text.num_hidden_layers
+    length = len(model.prompt(FIRST).token_ids)
+    assert all(value.shape == (length, model.config.text.hidden_size) for value in hidden)
+
+
+def test_frames_of_a_video_are_encoded_alone(nano_engine_bundle):
+    """One temporal patch a call gives what all of them packed into one call give."""
+    model = fresh(nano_engine_bundle)
+    patches = model.prompt(CONVERSATIONS["video"]).visuals[0].patches
+    assert patches.grid[0] > 1
+    embeds, deepstack = model._encode(patches)
+    indices, weights = position_grid_taps(patches.grid, model.config.vision)
+    cos, sin = vision_rope_tables(patches.grid, model.config.vision)
+    packed = open_engine(nano_engine_bundle).run(
+        bindings.VISION,
+        {
+            bindings.PIXEL_VALUES: patches.pixel_values,
+            bindings.POSITION_INDICES: indices,
+            bindings.POSITION_WEIGHTS: weights,
+            bindings.ROPE_COS: cos,
+            bindings.ROPE_SIN: sin,
+            bindings.CU_SEQLENS: vision_cu_seqlens(patches.grid),
+        },
+    )
+    np.testing.assert_allclose(embeds, packed[bindings.IMAGE_EMBEDS], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(deepstack, packed[bindings.DEEPSTACK_EMBEDS], rtol=0, atol=1e-4)
+
+
+def test_identities(nano_engine_bundle):
+    model = fresh(nano_engine_bundle)
+    prompt = model.prompt(CONVERSATIONS["pictures"])
+    identities = token_identities(prompt)
+    of_visual = np.concatenate([visual.token_indices for visual in prompt.visuals])
+    is_text = np.ones(len(identities), bool)
+    is_text[of_visual] = False
+    np.testing.assert_array_equal(identities[is_text], prompt.token_ids[is_text])
+    assert (identities[of_visual] < 0).all()
+    assert len(set(identities[of_visual].tolist())) == len(of_visual)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_embedding_table(tmp_path, dtype):
+    rows = np.random.default_rng(0).standard_normal((10, 6)).astype(np.float32)
+    path = tmp_path / "embeddings.bin"
+    if dtype == "bfloat16":
+        bits = (rows.view(np.uint32) >> 16).astype(np.uint16)
+        rows = (bits.astype(np.uint32) << 16).view(np.float32)
+        bits.tofile(path)
+    else:
+        rows = rows.astype(dtype)
+        rows.tofile(path)
+    found = EmbeddingTable(path, dtype, [10, 6])[np.array([7, 0, 7])]
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, rows[[7, 0, 7]])

@@ -1,0 +1,317 @@
+"""The command line on bad input: exit code 2, one sentence on stderr, nothing on stdout, nothing half-written."""
+
+import io
+import json
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from pascalvl.plugins.bundle import EMBEDDINGS, GENERATION_CONFIG, MANIFEST, Manifest
+from pascalvl.runtime.cli import main
+
+COMMAND = [sys.executable, "-c", "import sys; from pascalvl.runtime.cli import main; sys.exit(main())"]
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a command and check that it fails as it should, with an error that matches ``match``."""
+
+    def check(match, *argv):
+        code = main([str(argument) for argument in argv])
+        out, err = capsys.readouterr()
+        assert code == 2
+        assert out == ""
+        check_sentence(err, match)
+
+    return check
+
+
+def check_sentence(err, match):
+    assert re.fullmatch(r"pascalvl: error: [^\n]+\.\n", err), err
+    assert re.search(match, err), err
+
+
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "match"),
+    [
+        ([], "required: COMMAND"),
+        (["translate"], "invalid choice: 'translate'"),
+        (["run", "engine"], "required: --prompt; see 'pascalvl run --help'"),
+        (["run", "engine", "--prompt", "x", "--colour", "red"], "unrecognized arguments: --colour red"),
+        (["build", "model", "--output", "o", "--kv", "f8"], "unknown KV cache format 'f8': expected one of f32, f16"),
+        (["run", "engine", "--prompt", "x", "--temperature", "hot"], "--temperature: invalid float value: 'hot'"),
+        (["run", "engine", "--prompt", "x", "--temperature", "-1"], "temperature is out of range: expected 0 .* -1.0"),
+        (["run", "engine", "--prompt", "x", "--top-k", "-2"], "top_k is out of range"),
+        (["run", "engine", "--prompt", "x", "--top-p", "1.5"], "top_p is out of range"),
+        (["run", "engine", "--prompt", "x", "--min-p", "nan"], "min_p is out of range"),
+        (["run", "engine", "--prompt", "x", "--repetition-penalty", "0"], "repetition_penalty is out of range"),
+        (["chat", "engine", "--seed", "-1"], "seed is out of range"),
+        (["run", "engine", "--prompt", "caf\udce9"], r"expected text in UTF-8, found b'caf\\xe9'"),
+    ],
+)
+def test_arguments(refused, argv, match):
+    refused(match, *argv)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--backend", "cuda"], "unknown backend 'cuda': expected one of auto, onnxruntime"),
+        (["--context", "0"], "a context of 0 tokens is out of range: expected 2 to 8192"),
+        (["--context", "1000000"], "a context of 1000000 tokens is out of range"),
+        (["--max-new-tokens", "0"], "max_new_tokens is out of range: expected at least 1, found 0"),
+        (["--stop", ""], "stop string is empty"),
+        (["--top-k", "5", "--temperature", "0"], "--top-k has no effect at temperature 0"),
+    ],
+)
+def test_options_that_the_model_refuses(refused, nano_engine_bundle, options, match):
+    refused(match, "run", nano_engine_bundle, "--prompt", "Hello!", *options)
+
+
+def test_prompt_longer_than_the_context(refused, nano_engine_bundle):
+    prompt = "The old farmer watched the lamp. " * 40
+    match = r"the prompt has \d+ tokens, but the context holds 100 with the answer: shorten the prompt, or set"
+    refused(match, "run", nano_engine_bundle, "--prompt", prompt, "--context", 100)
+
+
+# Pictures and videos --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Paths of things that are no pictures and videos."""
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("This is no picture.")
+    encoded = io.BytesIO()
+    Image.effect_noise((200, 200), 50).save(encoded, "PNG")
+    (tmp_path / "truncated.png").write_bytes(encoded.getvalue()[:5000])
+    Image.new("RGB", (4000, 4)).save(tmp_path / "thin.png")
+    (tmp_path / "folder").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "match"),
+    [
+        ("--image", "absent.png", "no picture at .*absent.png: give"),
+        ("--image", "empty.png", "empty.png is not a picture"),
+        ("--image", "text.png", "text.png is not a picture"),
+        ("--image", "truncated.png", "truncated.png cannot be read"),
+        ("--image", "folder", "folder cannot be read"),
+        ("--image", "thin.png", "4000x4 pixels is too thin"),
+        ("--video", "absent.mp4", "no video at .*absent.mp4"),
+        ("--video", "folder", "folder holds no frames"),
+        ("--video", "text.png", "text.png cannot be read as an animation"),
+    ],
+)
+def test_pictures_and_videos(refused, broken, nano_engine_bundle, option, name, match):
+    refused(match, "run", nano_engine_bundle, "--prompt", "What is it?", option, broken / name)
+
+
+def test_piped_chat(refused, broken, nano_engine_bundle, monkeypatch):
+    for line, match in ((f"/image {broken}/text.png", "is not a picture"), ("/undo", "unknown command /undo")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(f"{line}\nWhat is it?\n"))
+        refused(match, "chat", nano_engine_bundle)
+
+
+# Bundles --------------------------------------------------------------------------------------------------------------
+
+
+def _flip_a_byte(bundle):
+    path = bundle / "decoder.onnx.data"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _edit_manifest(bundle, edit):
+    path = bundle / MANIFEST
+    data = json.loads(path.read_text())
+    edit(data)
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (_flip_a_byte, r"decoder.onnx.data was altered: expected SHA-256 [0-9a-f]+…, found"),
+        (lambda b: (b / EMBEDDINGS).write_bytes(b"short"), "embeddings.bin was altered: expected .* found 5"),
+        (lambda b: (b / "tokenizer.json").unlink(), "lacks the file tokenizer.json"),
+        (lambda b: (b / MANIFEST).unlink(), "it has no manifest.json"),
+        (lambda b: (b / MANIFEST).write_text("{"), "manifest.json cannot be read"),
+        (lambda b: _edit_manifest(b, lambda m: m.update(version=0)), "has bundle version 0"),
+        (lambda b: _edit_manifest(b, lambda m: m.update(kv_format="f16")), "is for another model: .* float16"),
+        (lambda b: _edit_manifest(b, lambda m: m["model"]["text"].update(head_dim=64)), "is for another model"),
+        (lambda b: _edit_manifest(b, lambda m: m["backend"].update(name="abacus")), "unknown backend 'abacus'"),
+    ],
+)
+def test_damaged_engine_bundles(refused, nano_engine_bundle, tmp_path, damage, match):
+    bundle = tmp_path / "engine"
+    shutil.copytree(nano_engine_bundle, bundle)
+    damage(bundle)
+    refused(match, "run", bundle, "--prompt", "Hello!")
+
+
+def test_what_is_no_engine_bundle(refused, nano_model_bundle, tmp_path):
+    refused("no directory .* engine bundle", "run", tmp_path / "absent", "--prompt", "Hello!")
+    refused("has no manifest.json", "chat", tmp_path)
+    refused("has no manifest.json", "inspect", tmp_path)
+    refused("is a bundle of kind 'model': expected the engine", "run", nano_model_bundle, "--prompt", "Hello!")
+
+
+def test_build_from_what_is_no_model_bundle(refused, nano_model_bundle, nano_engine_bundle, tmp_path):
+    output = tmp_path / "out" / "engine"
+    refused("no directory .* the model bundle", "build", tmp_path / "absent", "--output", output)
+    refused("is a bundle of kind 'engine': expected the model", "build", nano_engine_bundle, "--output", output)
+    refused("unknown backend 'cuda'", "build", nano_model_bundle, "--output", output, "--backend", "cuda")
+    altered = tmp_path / "model"
+    shutil.copytree(nano_model_bundle, altered)
+    _flip_a_byte(altered)
+    refused("was altered", "build", altered, "--output", output)
+    assert not output.parent.exists()
+
+
+def test_output_that_is_something_else(refused, nano_model_bundle, tmp_path):
+    (tmp_path / "thesis.txt").write_text("Important.")
+    refused("exists and is not a bundle", "build", nano_model_bundle, "--output", tmp_path)
+    refused("exists and is not a bundle", "build", nano_model_bundle, "--output", tmp_path / "thesis.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def _shards(checkpoint):
+    return sorted(checkpoint.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda c: shutil.rmtree(c), "no checkpoint directory at"),
+        (lambda c: (c / "config.json").unlink(), "lacks config.json"),
+        (lambda c: (c / "config.json").write_text('{"model_type": "llama"}'), "expected a dense .* found 'llama'"),
+        (lambda c: _shards(c)[-1].unlink(), "lacks its weight file"),
+        (lambda c: _shards(c)[0].write_bytes(_shards(c)[0].read_bytes()[:-1000]), "is truncated or damaged"),
+        (lambda c: (c / "tokenizer.json").unlink(), "lacks tokenizer.json"),
+    ],
+)
+def test_damaged_checkpoints(refused, nano_checkpoint, tmp_path, damage, match):
+    checkpoint, output = tmp_path / "checkpoint", tmp_path / "out" / "model"
+    shutil.copytree(nano_checkpoint, checkpoint)
+    damage(checkpoint)
+    refused(match, "export", checkpoint, "--output", output)
+    assert not output.parent.exists()
+
+
+def test_validation_against_another_checkpoint(refused, nano_engine_bundle, nano_checkpoint, tmp_path):
+    refused("no checkpoint directory at", "validate", nano_engine_bundle, "--reference", tmp_path / "absent")
+    other = tmp_path / "other"
+    shutil.copytree(nano_checkpoint, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"initializer_range": 0.5}))
+    match = "was not made from .*other but from another checkpoint"
+    refused(match, "validate", nano_engine_bundle, "--reference", other)
+
+
+# Ctrl-C, full disks, closed pipes -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def endless_bundle(nano_engine_bundle, tmp_path):
+    """An engine bundle whose answers only the context ends."""
+    bundle = tmp_path / "engine"
+    shutil.copytree(nano_engine_bundle, bundle)
+    (bundle / GENERATION_CONFIG).write_text('{"eos_token_id": []}')
+    Manifest.read(bundle, "engine").write(bundle)
+    return bundle
+
+
+def _start(*argv, **options):
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen([*COMMAND, *map(str, argv)], text=True, **pipes, **options)
+
+
+def test_interrupted_generation(endless_bundle):
+    process = _start("run", endless_bundle, "--prompt", "Hello!", "--context", 8192)
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err == "pascalvl: interrupted; nothing was left half-written\n"
+
+
+def test_interrupted_chat_goes_on(endless_bundle):
+    process = _start("chat", endless_bundle, "--context", 8192)
+    process.stdin.write("Hello!\n")
+    process.stdin.flush()
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    while "[stopped]\n" not in process.stdout.readline():
+        pass
+    process.stdin.write("Go on.\n")
+    process.stdin.flush()
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate("/exit\n", timeout=60)
+    assert out.endswith("[stopped]\n")
+    assert err == ""
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("written", ["", "vision.onnx.data"])
+def test_interrupted_export(nano_checkpoint, tmp_path, written):
+    """In the middle of tracing, and in the middle of writing."""
+    output = tmp_path / "out" / "model"
+    process = _start("export", nano_checkpoint, "--output", output)
+    while not list(output.parent.glob(f".model.*/{written}")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert (out, err) == ("", "pascalvl: interrupted; nothing was left half-written\n")
+    assert not list(output.parent.iterdir())
+
+
+@pytest.mark.parametrize("command", ["export", "build"])
+def test_files_that_cannot_be_written(command, nano_checkpoint, nano_model_bundle, tmp_path):
+    """A limit on the size of files makes writes fail as a full disk does."""
+    output = tmp_path / "out" / "bundle"
+    source = nano_checkpoint if command == "export" else nano_model_bundle
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))
+
+    process = _start(command, source, "--output", output, preexec_fn=limit)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert out == ""
+    check_sentence(err, "the disk is full|File too large")
+    assert not list(output.parent.iterdir())
+
+
+def test_closed_pipe(endless_bundle):
+    process = _start("run", endless_bundle, "--prompt", "Hello!", "--context", 8192)
+    assert process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr.read() == ""
+
+
+def test_not_enough_memory(refused, nano_engine_bundle, monkeypatch):
+    def run(*_):
+        raise MemoryError("the decoder engine")
+
+    monkeypatch.setattr("pascalvl.engines.onnxruntime_backend.OnnxRuntimeEngine.run", run)
+    refused(r"not enough memory \(the decoder engine\): give", "run", nano_engine_bundle, "--prompt", "Hello!")
