@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except MemoryError as error:
         what = f" ({error})" if str(error) else ""
-        return _fail(f"error: there is not enough memory{what}: give a shorter context, or fewer or smaller pictures.")
+        return _fail(f"error: there is not enough memory{what}: give a smaller --context or --max-pixels.")
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("pascalvl"):
             raise
@@ -145,6 +145,7 @@ def _add_engine(parser: _Parser) -> None:
     parser.add_argument("bundle", type=Path, metavar="ENGINE_BUNDLE", help="folder written by 'pascalvl build'")
     _add_backend(parser, "backend the bundle must be for; auto: any")
     parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together, at most")
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="resize larger pictures to this area")
 
 
 def _add_visuals(parser: _Parser) -> None:
@@ -443,6 +444,7 @@ def _open(args: argparse.Namespace, marked_layers: bool = False) -> VisionLangua
             args.bundle,
             args.backend,
             args.context,
+            max_pixels=args.max_pixels,
             marked_layers=marked_layers,
             progress=lambda count: progress.advance(task, count),
         )

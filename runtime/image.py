@@ -92,11 +92,16 @@ class PatchParameters:
     std: tuple[float, ...]
 
     @classmethod
-    def read(cls, path: Path, defaults: dict[str, Any]) -> tuple[PatchParameters, dict[str, Any]]:
+    def read(
+        cls, path: Path, defaults: dict[str, Any], max_pixels: int | None
+    ) -> tuple[PatchParameters, dict[str, Any]]:
         """Read a processor's JSON; returns the parameters and all of its settings, ``defaults`` filling in.
 
+        ``max_pixels`` lowers the largest area that the file allows.
+
         Raises:
-            UserError: not readable, or a processing step switched off that the model cannot do without.
+            UserError: not readable, a limit below one token's area, or a processing step switched off that the model
+                cannot do without.
         """
         try:
             settings = {**defaults, **json.loads(path.read_text(encoding="utf-8"))}
@@ -106,12 +111,21 @@ class PatchParameters:
         if off:
             raise UserError(f"{path} switches off {', '.join(off)}: expected a processor that does all its steps.")
         size = settings["size"]
+        smallest = settings.get("min_pixels") or size["shortest_edge"]
+        largest = settings.get("max_pixels") or size["longest_edge"]
+        if max_pixels is not None:
+            token = (settings["patch_size"] * settings["merge_size"]) ** 2
+            if max_pixels < token:
+                raise UserError(
+                    f"a limit of {max_pixels} pixels is out of range: expected at least {token}, one token."
+                )
+            largest = min(largest, max_pixels)
         return cls(
             settings["patch_size"],
             settings["temporal_patch_size"],
             settings["merge_size"],
-            settings.get("min_pixels") or size["shortest_edge"],
-            settings.get("max_pixels") or size["longest_edge"],
+            min(smallest, largest),
+            largest,
             tuple(settings["image_mean"]),
             tuple(settings["image_std"]),
         ), settings
@@ -144,7 +158,7 @@ class ImageProcessor:
     parameters: PatchParameters
 
     @classmethod
-    def from_file(cls, path: Path) -> ImageProcessor:
+    def from_file(cls, path: Path, max_pixels: int | None = None) -> ImageProcessor:
         """Read ``preprocessor_config.json``; what it leaves out is Qwen2-VL's default."""
         defaults = {
             "patch_size": 14,
@@ -154,7 +168,7 @@ class ImageProcessor:
             "image_mean": [0.48145466, 0.4578275, 0.40821073],
             "image_std": [0.26862954, 0.26130258, 0.27577711],
         }
-        return cls(PatchParameters.read(path, defaults)[0])
+        return cls(PatchParameters.read(path, defaults, max_pixels)[0])
 
     def __call__(self, image: Image.Image) -> Patches:
         """Raises `UserError` for a picture more than 200 times as long as it is wide."""

@@ -35,7 +35,9 @@ class VisionLanguageModel:
     computed again, so a conversation is continued by giving all of its messages with every call.
     """
 
-    def __init__(self, engine: Engine, context_length: int | None, prefill_chunk: int) -> None:
+    def __init__(
+        self, engine: Engine, context_length: int | None, prefill_chunk: int, max_pixels: int | None = None
+    ) -> None:
         self.manifest = engine.manifest
         self.config = self.manifest.model
         text = self.config.text
@@ -51,7 +53,7 @@ class VisionLanguageModel:
         self.generation_config = GenerationConfig.from_file(engine.directory / GENERATION_CONFIG)
         self._engine = engine
         self._prefill_chunk = prefill_chunk
-        self._prompts = PromptBuilder(engine.directory, self.config)
+        self._prompts = PromptBuilder(engine.directory, self.config, max_pixels)
         self._embeddings = EmbeddingTable(engine.directory / EMBEDDINGS, **self.manifest.embeddings)
         self._cache = KVCache(text, self.manifest.kv_format, self.context_length)
         self._answering: Generator[str, None, None] = (piece for piece in ())
@@ -68,6 +70,7 @@ class VisionLanguageModel:
         backend: str = "auto",
         context_length: int | None = None,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
+        max_pixels: int | None = None,
         marked_layers: bool = False,
         progress: Callable[[int], None] = lambda _: None,
     ) -> VisionLanguageModel:
@@ -79,6 +82,8 @@ class VisionLanguageModel:
             context_length: tokens of prompt and answer together, for which the cache is laid out;
                 `DEFAULT_CONTEXT_LENGTH`, or less if the model was made for less.
             prefill_chunk: tokens of a prompt that are run at a time.
+            max_pixels: area that larger pictures (videos: all frames together) are resized to; by default, and at most,
+                what the model's authors set, which for a photograph can mean tens of thousands of patches.
             marked_layers: let `trace` return the hidden states after each decoder layer.
             progress: called with numbers of bytes, as the bundle's files are checked.
 
@@ -86,7 +91,7 @@ class VisionLanguageModel:
             UserError: a bundle that cannot be used here, or a context out of range.
         """
         engine = open_engine(Path(directory), backend, marked_layers, progress)
-        return cls(engine, context_length, prefill_chunk)
+        return cls(engine, context_length, prefill_chunk, max_pixels)
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
         """What `generate` makes of messages before it runs them."""
@@ -165,7 +170,7 @@ class VisionLanguageModel:
             longest = self.config.text.max_position_embeddings
             raise UserError(
                 f"the prompt has {length} tokens, but the context holds {self.context_length} with the answer: shorten "
-                f"the prompt, or set a longer context (up to {longest})."
+                f"the prompt, limit its pictures' pixels, or set a longer context (up to {longest})."
             )
         return self.context_length - length
 

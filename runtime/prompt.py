@@ -47,12 +47,12 @@ class Prompt:
 class PromptBuilder:
     """Turns messages into prompts with the tokenizer, template and processors of a bundle."""
 
-    def __init__(self, directory: Path, config: ModelConfig) -> None:
+    def __init__(self, directory: Path, config: ModelConfig, max_pixels: int | None = None) -> None:
         self.tokenizer = Tokenizer(directory / TOKENIZER)
         self._config = config
         self._template = ChatTemplate(directory / CHAT_TEMPLATE)
-        self._image_processor = ImageProcessor.from_file(directory / IMAGE_PROCESSOR)
-        self._video_processor = VideoProcessor.from_file(directory / VIDEO_PROCESSOR)
+        self._image_processor = ImageProcessor.from_file(directory / IMAGE_PROCESSOR, max_pixels)
+        self._video_processor = VideoProcessor.from_file(directory / VIDEO_PROCESSOR, max_pixels)
         self._image_token = self.tokenizer.token(config.image_token_id)
         self._video_token = self.tokenizer.token(config.video_token_id)
         self._vision_start = self.tokenizer.token(config.vision_start_token_id)

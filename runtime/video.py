@@ -97,7 +97,7 @@ class VideoProcessor:
     max_frames: int
 
     @classmethod
-    def from_file(cls, path: Path) -> VideoProcessor:
+    def from_file(cls, path: Path, max_pixels: int | None = None) -> VideoProcessor:
         """Read ``video_preprocessor_config.json``; what it leaves out is Qwen3-VL's default."""
         defaults: dict[str, Any] = {
             "patch_size": 16,
@@ -110,7 +110,7 @@ class VideoProcessor:
             "min_frames": 4,
             "max_frames": 768,
         }
-        parameters, settings = PatchParameters.read(path, defaults)
+        parameters, settings = PatchParameters.read(path, defaults, max_pixels)
         return cls(parameters, settings["fps"], settings["min_frames"], settings["max_frames"])
 
     def __call__(self, video: Video) -> Patches:

@@ -80,7 +80,7 @@ def test_options_that_the_model_refuses(refused, nano_engine_bundle, options, ma
 
 def test_prompt_longer_than_the_context(refused, nano_engine_bundle):
     prompt = "The old farmer watched the lamp. " * 40
-    match = r"the prompt has \d+ tokens, but the context holds 100 with the answer: shorten the prompt, or set"
+    match = r"the prompt has \d+ tokens, but the context holds 100 with the answer: shorten the prompt, limit its"
     refused(match, "run", nano_engine_bundle, "--prompt", prompt, "--context", 100)
 
 

@@ -93,6 +93,19 @@ def test_defaults_are_the_references(tmp_path):
     check_equal(processor, Qwen2VLImageProcessorPil(), noise(300, 200))
 
 
+def test_max_pixels_lowers_the_limit(nano_checkpoint):
+    path = nano_checkpoint / "preprocessor_config.json"
+    image = noise(300, 200)
+    limited = ImageProcessor.from_file(path, 32 * 32 * 6)(image)
+    expected = Qwen2VLImageProcessorPil.from_pretrained(nano_checkpoint)(
+        image, size={"shortest_edge": 32 * 32 * 4, "longest_edge": 32 * 32 * 6}, return_tensors="np"
+    )
+    np.testing.assert_allclose(limited.pixel_values, expected["pixel_values"], atol=TOLERANCE, rtol=0)
+    assert np.prod(ImageProcessor.from_file(path, 10**9)(image).grid) > np.prod(limited.grid)
+    with pytest.raises(UserError, match="a limit of 1000 pixels is out of range: expected at least 1024"):
+        ImageProcessor.from_file(path, 1000)
+
+
 def test_digest_is_of_the_content(processor):
     first, again, other = noise(64, 64), noise(64, 64), noise(64, 96)
     assert processor(first).digest == processor(again).digest != processor(other).digest
