@@ -46,7 +46,7 @@ def test_a_right_kernel_computes_and_is_clean(flags, tmp_path):
 @pytest.mark.parametrize(
     ("bug", "flags", "told"),
     [
-        ("OUT_OF_BOUNDS", SANITIZERS["address"], "AddressSanitizer: global-buffer-overflow"),
+        ("OUT_OF_BOUNDS", (THREADS, "-g", "-O1", "-fsanitize=address"), "AddressSanitizer: global-buffer-overflow"),
         ("OVERFLOW", SANITIZERS["address"], "runtime error: signed integer overflow"),
         ("MISSING_BARRIER", SANITIZERS["thread"], "ThreadSanitizer: data race"),
         ("UNWRITTEN", (THREADS, "-O1"), "is nan, expected"),
