@@ -100,13 +100,28 @@ class Manifest:
                     "kv_format": KVFormat.parse(data["kv_format"]),
                 }
             )
-            if not all(isinstance(entry["bytes"], int) and entry["sha256"] for entry in manifest.files.values()):
-                raise TypeError("files without sizes or hashes")
+            manifest._check_types()
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not complete ({error}): {rewrite}.") from error
         if not manifest.files:
             raise UserError(f"{path} is not complete (it lists no files): {rewrite}.")
         return manifest
+
+    def _check_types(self) -> None:
+        """Raise `TypeError` or `KeyError` for a field of another form than the runtime relies on."""
+        text = self.model.text
+        if not all(isinstance(self.source[key], str) for key in ("name", "sha256")):
+            raise TypeError("source is not a name and a hash")
+        if self.embeddings["dtype"] not in ("bfloat16", "float16", "float32"):
+            raise TypeError(f"embeddings of type {self.embeddings['dtype']!r}")
+        if self.embeddings["shape"] != [text.vocab_size, text.hidden_size]:
+            raise TypeError(f"embeddings of shape {self.embeddings['shape']!r}")
+        if not all(isinstance(graph["ops"], dict) for graph in self.graphs.values()):
+            raise TypeError("graphs without their operators")
+        if not isinstance(self.backend, dict):
+            raise TypeError("backend is no object")
+        if not all(type(file["bytes"]) is int and isinstance(file["sha256"], str) for file in self.files.values()):
+            raise TypeError("files without sizes or hashes")
 
     def verify(self, directory: Path, progress: Callable[[int], None] = lambda _: None) -> None:
         """Check every file's size and hash; raises `UserError` naming the first that is missing or altered.

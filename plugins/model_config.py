@@ -84,14 +84,24 @@ class ModelConfig:
     def from_json(cls, data: dict[str, Any]) -> ModelConfig:
         """Inverse of `to_json`; raises `UserError` when a field is missing or unknown."""
 
-        def build(kind: type, fields: dict[str, Any]) -> Any:
-            return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-
         try:
-            nested = {"text": build(TextConfig, data["text"]), "vision": build(VisionConfig, data["vision"])}
-            return cls(**{**data, **nested})
+            nested = {"text": _build(TextConfig, data["text"]), "vision": _build(VisionConfig, data["vision"])}
+            return _build(cls, {**data, **nested})
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"the manifest's model description does not fit this version of PascalVL ({error}): "
                 "export the checkpoint again."
             ) from error
+
+
+def _build(kind: type, fields: dict[str, Any]) -> Any:
+    """Make a config of values read from JSON; raises `TypeError` for what is not of its field's type."""
+    for field in dataclasses.fields(kind):
+        if field.type in ("TextConfig", "VisionConfig"):
+            continue
+        value, is_tuple = fields[field.name], field.type.startswith("tuple")
+        numbers = (int, float) if "float" in field.type else (int,)
+        elements = value if isinstance(value, list) else [value]
+        if isinstance(value, list) != is_tuple or not all(type(x) in numbers and 0 <= x < 2**31 for x in elements):
+            raise TypeError(f"{field.name} is {value!r}, not {field.type}")
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})

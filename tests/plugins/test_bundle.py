@@ -65,6 +65,12 @@ def test_altered_files_are_found(written, alter, phrase):
         ({"model": {"text": {}}}, "does not fit this version"),
         ({"colour": 1}, "is not complete"),
         ({"files": {}}, "it lists no files"),
+        ({"source": "x"}, "is not complete"),
+        ({"graphs": {"decoder": {}}}, "is not complete"),
+        ({"backend": "onnxruntime"}, "is not complete"),
+        ({"embeddings": {"dtype": "int8", "shape": [512, 64]}}, "embeddings of type 'int8'"),
+        ({"embeddings": {"dtype": "float16", "shape": [511, 64]}}, "embeddings of shape"),
+        ({"model": {**MODEL.to_json(), "image_token_id": "1"}}, "image_token_id is '1'"),
         ({"files": {"decoder.onnx": {"bytes": "5"}}}, "is not complete"),
     ],
 )
