@@ -5,6 +5,9 @@ BACKEND ?= auto
 KV      ?= f32
 IMAGE   ?= tests/nano/pictures/sample.png
 PROMPT  ?= Describe the picture.
+# Further options of `pascalvl run` and `chat`, for example --max-pixels 1000000.
+OPTIONS ?=
+export IMAGE PROMPT
 
 PYTHON  ?= python3
 # Further arguments for pip, for example an index with CPU-only wheels of torch (much smaller than the default ones).
@@ -12,9 +15,9 @@ PIP_ARGS ?=
 TORCH       := 2.13.0
 TORCHVISION := 0.28.0
 
-NAME   ?= $(subst /,-,$(patsubst tests/%,%,$(patsubst %/,%,$(patsubst %/checkpoint,%,$(MODEL)))))
-BUNDLE := build/model/$(NAME)
-ENGINE := build/engine/$(NAME)-$(BACKEND)-$(KV)
+LABEL  := $(subst /,-,$(patsubst tests/%,%,$(patsubst %/,%,$(patsubst %/checkpoint,%,$(MODEL)))))
+BUNDLE := build/model/$(LABEL)
+ENGINE := build/engine/$(LABEL)-$(BACKEND)-$(KV)
 
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -37,10 +40,10 @@ export: $(BUNDLE)/manifest.json ## checkpoint MODEL to ONNX model bundle in buil
 engine: $(ENGINE)/manifest.json ## model bundle to engine bundle for BACKEND and KV in build/engine
 
 run: engine ## ask PROMPT about IMAGE
-	$(RUN) run $(ENGINE) --image "$(IMAGE)" --prompt "$(PROMPT)"
+	$(RUN) run $(ENGINE) --image "$$IMAGE" --prompt "$$PROMPT" $(OPTIONS)
 
 chat: engine ## talk to the model
-	$(RUN) chat $(ENGINE)
+	$(RUN) chat $(ENGINE) $(OPTIONS)
 
 validate: engine ## compare the engines with the PyTorch model, output by output
 	$(RUN) validate $(ENGINE) --reference $(MODEL)

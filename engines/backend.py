@@ -52,7 +52,7 @@ def build(model_bundle: Path, output: Path, backend: str = AUTO, kv_format: KVFo
     module = _backend_module(backend)
     manifest = Manifest.read(model_bundle, "model")
     manifest.verify(model_bundle)
-    with atomic_directory(output) as directory:
+    with atomic_directory(output, "engine") as directory:
         for name in HOST_FILES:
             shutil.copyfile(model_bundle / name, directory / name)
         description = module.build(model_bundle, directory, manifest, kv_format)

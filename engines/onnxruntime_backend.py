@@ -53,7 +53,7 @@ class OnnxRuntimeEngine(Engine):
         names = self._output_names[graph]
         try:
             return dict(zip(names, self._sessions[graph].run(names, feeds), strict=True))
-        except ort_errors.RuntimeException as error:
+        except _FAILURES as error:
             if "allocate memory" in str(error) or "bad_alloc" in str(error):
                 raise MemoryError(f"the {graph} engine") from error
             raise

@@ -108,6 +108,9 @@ def attention_forward(
     """
     if dropout:
         raise ValueError(f"{ATTN_IMPLEMENTATION} has no attention dropout; found {dropout}, set attention_dropout=0")
+    for name in ("sliding_window", "softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{ATTN_IMPLEMENTATION} has no {name}; found {kwargs[name]}, use another implementation")
     if not module.is_causal:
         if cu_seq_lens_q is None:
             cu_seq_lens_q = torch.tensor([0, query.shape[2]], dtype=torch.int32, device=query.device)

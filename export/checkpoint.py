@@ -44,8 +44,8 @@ class Checkpoint:
                 f"expected a dense Qwen3-VL checkpoint (model_type {_MODEL_TYPE!r}) in {directory}, found {found!r}: "
                 "give a Qwen3-VL 2B, 4B, 8B or 32B model."
             )
-        if "quantization_config" in data:
-            method = data["quantization_config"].get("quant_method")
+        if quantization := data.get("quantization_config"):
+            method = quantization.get("quant_method")
             raise UserError(
                 f"{directory} holds weights quantised with {method!r}: give the checkpoint with its original weights."
             )
@@ -147,15 +147,23 @@ class Checkpoint:
         """Checkpoints of different ages keep it in a file of its own, plain or JSON, or in the tokenizer's config."""
         path = self.directory / bundle.CHAT_TEMPLATE
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            try:
+                return path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{path} cannot be read ({error}): download the model again.") from error
         for name in ("chat_template.json", "tokenizer_config.json"):
-            if (self.directory / name).is_file() and "chat_template" in (data := self._read_json(name)):
-                return data["chat_template"]
+            if (self.directory / name).is_file() and isinstance(
+                template := self._read_json(name).get("chat_template"), str
+            ):
+                return template
         raise UserError(f"{self.directory} has no chat template: add the model's {bundle.CHAT_TEMPLATE}.")
 
     def _shard_names(self) -> list[str]:
         if (self.directory / _INDEX).is_file():
-            return sorted(set(self._read_json(_INDEX).get("weight_map", {}).values()))
+            weight_map = self._read_json(_INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise UserError(f"{self.directory / _INDEX} names no weight files: download the model again.")
+            return sorted(set(weight_map.values()))
         return [_SINGLE]
 
     def _open_shard(self, name: str) -> Any:

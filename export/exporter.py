@@ -43,7 +43,7 @@ def export_checkpoint(checkpoint_directory: Path, output: Path) -> Manifest:
     with Checkpoint(checkpoint_directory) as checkpoint, bars as progress:
         model = checkpoint.meta_model()
         config = checkpoint.model_config()
-        with atomic_directory(output) as directory:
+        with atomic_directory(output, "model") as directory:
             graphs = {}
             for name, trace_graph in ((bindings.VISION, trace_vision), (bindings.DECODER, trace_decoder)):
                 task = progress.add_task(f"tracing {name}", total=None)

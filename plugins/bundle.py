@@ -169,13 +169,20 @@ def sha256(path: Path, progress: Callable[[int], None] = lambda _: None) -> str:
 
 
 @contextlib.contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path, kind: str) -> Iterator[Path]:
     """Yield an empty directory that becomes ``target`` if the block ends well, and vanishes if it does not.
 
-    An earlier bundle at ``target`` is replaced; anything else there raises `UserError`, as does a full disk.
+    An earlier bundle of the same ``kind`` at ``target`` is replaced; anything else there raises `UserError`, as does a
+    full disk.
     """
-    if target.exists() and not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target} exists and is not a bundle: choose another output directory, or remove it.")
+    target = target.resolve()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        try:
+            found = json.loads((target / MANIFEST).read_text(encoding="utf-8"))["kind"]
+        except (OSError, ValueError, LookupError, TypeError):
+            found = None
+        if found != kind:
+            raise UserError(f"{target} exists and is no {kind} bundle: choose another output directory, or remove it.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -189,8 +196,13 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             target.rename(old / target.name)
-            partial.rename(target)
-            shutil.rmtree(old)
+            try:
+                partial.rename(target)
+            except BaseException:
+                (old / target.name).rename(target)
+                raise
+            finally:
+                shutil.rmtree(old)
         else:
             partial.rename(target)
     except OSError as error:

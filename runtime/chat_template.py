@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pascalvl.plugins.errors import UserError
@@ -30,13 +31,15 @@ class ChatTemplate:
     """
 
     def __init__(self, path: Path) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
+        )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
         try:
             self._template = environment.from_string(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
+        except (OSError, UnicodeDecodeError, jinja2.TemplateError, RecursionError) as error:
             raise UserError(f"the chat template {path} cannot be used ({error}): write the bundle again.") from error
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -45,12 +48,16 @@ class ChatTemplate:
         Raises:
             UserError: messages of another form, or that the template refuses.
         """
+        if not isinstance(messages, Sequence) or not messages:
+            raise UserError(f"expected a list of at least one message, found {messages!r}.")
         for message in messages:
             check_message(message)
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=True)
-        except jinja2.TemplateError as error:
-            raise UserError(f"the chat template refuses the messages: {error}") from error
+            return self._template.render(
+                messages=_plain(messages), tools=None, documents=None, add_generation_prompt=True
+            )
+        except Exception as error:  # whatever Python raises for what the template does with the messages
+            raise UserError(f"the chat template refuses the messages: {error}.") from error
 
 
 def check_message(message: Message) -> None:
@@ -60,7 +67,7 @@ def check_message(message: Message) -> None:
         raise UserError(f"expected a message with a role of {', '.join(ROLES)}, found {found!r}.")
     for part in parts(message):
         kind = part.get("type") if isinstance(part, dict) else part
-        if kind not in PART_TYPES or kind not in part:
+        if kind not in PART_TYPES or kind not in part or (kind == "text" and not isinstance(part["text"], str)):
             raise UserError(
                 f"expected message parts of type {', '.join(PART_TYPES)} with a field of that name, found {part!r}."
             )
@@ -74,6 +81,31 @@ def parts(message: Message) -> list[dict[str, Any]]:
     if not isinstance(content, list):
         raise UserError(f"expected a message's content to be a text or a list of parts, found {content!r}.")
     return content
+
+
+def _plain(value: Any) -> Any:
+    """What a template may see of messages: the types of JSON.
+
+    Templates come with checkpoints, from anyone, and the methods of a picture or path write files.
+    """
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, str):
+        return str(value)
+    return value if value is None or type(value) in (bool, int, float) else f"<{type(value).__name__}>"
+
+
+class _GenerationTag(Extension):
+    """``{% generation %}``: marks, for training, what the assistant says; here its content alone matters."""
+
+    tags = {"generation"}  # noqa: RUF012 (the base class declares it)
+
+    def parse(self, parser: Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,33 @@ from pascalvl.runtime.positions import Grid
 
 ImageSource = str | Path | bytes | Image.Image
 _MAX_ASPECT_RATIO = 200
+_RESCALE = 1 / 255
+_FIXED_SETTINGS = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "resample": Image.Resampling.BICUBIC.value,
+    "rescale_factor": _RESCALE,
+}
+"""What a processor's file may say, but not otherwise."""
+
+
+@contextlib.contextmanager
+def picture_errors(name: str) -> Iterator[None]:
+    """Raise `UserError` about the picture ``name`` for what Pillow raises on files that it cannot read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"no picture at {name}: give the path of an image file.") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{name} is not a picture that can be read: give a PNG, JPEG, WebP, GIF or BMP file.") from None
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{name} is too large ({error}): make it smaller first.") from error
+    except Exception as error:  # each decoder raises kinds of its own on damaged files
+        raise UserError(f"{name} cannot be read ({error}): give an undamaged image file.") from error
 
 
 def load_image(source: ImageSource) -> Image.Image:
@@ -27,8 +56,10 @@ def load_image(source: ImageSource) -> Image.Image:
     Raises:
         UserError: missing, unreadable, not a picture, or without pixels.
     """
+    if not isinstance(source, ImageSource):
+        raise UserError(f"expected a picture as a path, bytes or PIL image, found {source!r}.")
     name = "the picture" if isinstance(source, bytes | Image.Image) else str(source)
-    try:
+    with picture_errors(name):
         if isinstance(source, Image.Image):
             image = source
         else:
@@ -38,14 +69,6 @@ def load_image(source: ImageSource) -> Image.Image:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         image = image.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"no picture at {name}: give the path of an image file.") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{name} is not a picture that can be read: give a PNG, JPEG, WebP, GIF or BMP file.") from None
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{name} is too large ({error}): make it smaller first.") from error
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{name} cannot be read ({error}): give an undamaged image file.") from error
     if not image.width or not image.height:
         raise UserError(f"{name} has no pixels ({image.width}x{image.height}): give a picture of at least 1x1.")
     return image
@@ -75,7 +98,9 @@ class Patches:
     @functools.cached_property
     def digest(self) -> bytes:
         """Identity of the content: equal digests mean equal features."""
-        return hashlib.sha256(repr(self.grid).encode() + self.pixel_values.tobytes()).digest()
+        digest = hashlib.sha256(repr(self.grid).encode())
+        digest.update(self.pixel_values)
+        return digest.digest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,42 +118,37 @@ class PatchParameters:
 
     @classmethod
     def read(
-        cls, path: Path, defaults: dict[str, Any], max_pixels: int | None
+        cls, path: Path, defaults: dict[str, Any], fixed: dict[str, Any], max_pixels: int | None
     ) -> tuple[PatchParameters, dict[str, Any]]:
-        """Read a processor's JSON; returns the parameters and all of its settings, ``defaults`` filling in.
+        """Read a processor's JSON; returns the parameters and all settings that ``defaults`` names, filled in from it.
 
         ``max_pixels`` lowers the largest area that the file allows.
 
         Raises:
-            UserError: not readable, a limit below one token's area, or a processing step switched off that the model
-                cannot do without.
+            UserError: not readable, a setting that differs from `_FIXED_SETTINGS` or ``fixed``, or a limit below one
+                token's area.
         """
         try:
-            settings = {**defaults, **json.loads(path.read_text(encoding="utf-8"))}
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}): write the bundle again.") from error
-        off = [s for s in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb") if not settings.get(s, True)]
-        if off:
-            raise UserError(f"{path} switches off {', '.join(off)}: expected a processor that does all its steps.")
-        size = settings["size"]
-        smallest = settings.get("min_pixels") or size["shortest_edge"]
-        largest = settings.get("max_pixels") or size["longest_edge"]
+            data = json.loads(path.read_text(encoding="utf-8"))
+            settings = {name: data.get(name, default) for name, default in defaults.items()}
+            for name, expected in {**_FIXED_SETTINGS, **fixed}.items():
+                if (found := data.get(name)) not in (None, expected):
+                    raise UserError(f"{path} sets {name} to {found!r}: only {expected!r} is supported.")
+            smallest = int(settings.get("min_pixels") or settings["size"]["shortest_edge"])
+            largest = int(settings.get("max_pixels") or settings["size"]["longest_edge"])
+            sizes = [int(settings[name]) for name in ("patch_size", "temporal_patch_size", "merge_size")]
+            mean, std = (tuple(map(float, settings[name])) for name in ("image_mean", "image_std"))
+            if min(*sizes, smallest, largest) < 1 or not len(mean) == len(std) == 3 or 0 in std:
+                raise ValueError("sizes below 1, or colours that are not three")
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise UserError(f"{path} cannot be read ({error!r}): write the bundle again.") from error
         if max_pixels is not None:
-            token = (settings["patch_size"] * settings["merge_size"]) ** 2
-            if max_pixels < token:
+            if max_pixels < (token := (sizes[0] * sizes[2]) ** 2):
                 raise UserError(
                     f"a limit of {max_pixels} pixels is out of range: expected at least {token}, one token."
                 )
             largest = min(largest, max_pixels)
-        return cls(
-            settings["patch_size"],
-            settings["temporal_patch_size"],
-            settings["merge_size"],
-            min(smallest, largest),
-            largest,
-            tuple(settings["image_mean"]),
-            tuple(settings["image_std"]),
-        ), settings
+        return cls(*sizes, min(smallest, largest), largest, mean, std), settings
 
     @property
     def factor(self) -> int:
@@ -136,10 +156,8 @@ class PatchParameters:
         return self.patch_size * self.merge_size
 
     def patches(self, frames: list[Image.Image]) -> tuple[np.ndarray, Grid]:
-        """Normalise and cut frames of one size, whose number is a multiple of ``temporal_patch_size``."""
-        # Rescaling is a float64 factor rounded to float32, then normalising in float32: the reference's rounding.
-        pixels = np.stack([np.asarray(frame, np.uint8) for frame in frames]).astype(np.float64) * (1 / 255)
-        pixels = (pixels.astype(np.float32) - np.float32(self.mean)) / np.float32(self.std)
+        """Normalise and cut RGB frames of one size, whose number is a multiple of ``temporal_patch_size``."""
+        pixels = np.stack([np.asarray(frame) for frame in frames])
         count, height, width, channels = pixels.shape
         t, h, w = count // self.temporal_patch_size, height // self.patch_size, width // self.patch_size
         m = self.merge_size
@@ -147,8 +165,15 @@ class PatchParameters:
             t, self.temporal_patch_size, h // m, m, self.patch_size, w // m, m, self.patch_size, channels
         )
         # to [t, block row, block column, row in block, column in block, channel, frame, y, x]
-        flat = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, -1)
-        return np.ascontiguousarray(flat, np.float32), (t, h, w)
+        levels = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, channels, -1)
+        # Rescaling is a float64 product rounded to float32, then normalising in float32: the reference's rounding. Done
+        # once for each of a byte's values: the float arrays of a large picture would take gigabytes.
+        rescaled = (np.arange(256) * _RESCALE).astype(np.float32)
+        pixel_values = np.empty(levels.shape, np.float32)
+        for channel in range(channels):
+            normalised = (rescaled - np.float32(self.mean[channel])) / np.float32(self.std[channel])
+            pixel_values[:, channel] = normalised[levels[:, channel]]
+        return pixel_values.reshape(t * h * w, -1), (t, h, w)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,10 +190,12 @@ class ImageProcessor:
             "temporal_patch_size": 2,
             "merge_size": 2,
             "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+            "min_pixels": None,
+            "max_pixels": None,
             "image_mean": [0.48145466, 0.4578275, 0.40821073],
             "image_std": [0.26862954, 0.26130258, 0.27577711],
         }
-        return cls(PatchParameters.read(path, defaults, max_pixels)[0])
+        return cls(PatchParameters.read(path, defaults, {}, max_pixels)[0])
 
     def __call__(self, image: Image.Image) -> Patches:
         """Raises `UserError` for a picture more than 200 times as long as it is wide."""

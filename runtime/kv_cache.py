@@ -72,9 +72,10 @@ class KVCache:
             identities: int64 ``[seq]``; equal numbers are tokens whose embeddings are equal.
         """
         start, stop = self.length, self.length + len(identities)
-        for new_key, keys, new_value, values in self._layers:
-            keys[:, :, start:stop] = outputs[new_key]
-            values[:, :, start:stop] = outputs[new_value]
+        with np.errstate(over="ignore"):  # a value too large for the format is stored as infinity
+            for new_key, keys, new_value, values in self._layers:
+                keys[:, :, start:stop] = outputs[new_key]
+                values[:, :, start:stop] = outputs[new_value]
         self._identities[start:stop] = identities
         # Last, so that an interrupt anywhere above leaves the cache as it was.
         self._past_length[0] = stop

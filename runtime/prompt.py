@@ -53,6 +53,15 @@ class PromptBuilder:
         self._template = ChatTemplate(directory / CHAT_TEMPLATE)
         self._image_processor = ImageProcessor.from_file(directory / IMAGE_PROCESSOR, max_pixels)
         self._video_processor = VideoProcessor.from_file(directory / VIDEO_PROCESSOR, max_pixels)
+        vision = config.vision
+        expected = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
+        for name, processor in ((IMAGE_PROCESSOR, self._image_processor), (VIDEO_PROCESSOR, self._video_processor)):
+            p = processor.parameters
+            if (found := (p.patch_size, p.temporal_patch_size, p.merge_size)) != expected:
+                raise UserError(
+                    f"{directory / name} makes patches (size, frames, merged) of {found}, the model takes {expected}: "
+                    "the files belong to different models."
+                )
         self._image_token = self.tokenizer.token(config.image_token_id)
         self._video_token = self.tokenizer.token(config.video_token_id)
         self._vision_start = self.tokenizer.token(config.vision_start_token_id)

@@ -28,7 +28,15 @@ class Tokenizer:
             raise UserError(f"{path} is not a tokenizer that can be read ({error}): write the bundle again.") from error
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids ``[n]``; special tokens in the text are recognised, none are added."""
+        """Token ids ``[n]``; special tokens in the text are recognised, none are added.
+
+        Raises:
+            UserError: halves of surrogate pairs, which are no text.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"expected text in Unicode, found {text[error.start : error.end]!r}: correct it.") from None
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
 
     def decode(self, token_ids: Sequence[int]) -> str:

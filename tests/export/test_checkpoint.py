@@ -118,6 +118,6 @@ def test_rope_that_depends_on_the_length(copy):
 
 def test_output_that_is_not_a_bundle_is_not_overwritten(nano_checkpoint, tmp_path):
     (tmp_path / "precious.txt").write_text("keep")
-    with pytest.raises(UserError, match="exists and is not a bundle"):
+    with pytest.raises(UserError, match="exists and is no model bundle"):
         export_checkpoint(nano_checkpoint, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]

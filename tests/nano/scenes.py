@@ -11,6 +11,7 @@ import itertools
 import math
 import random
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -42,7 +43,7 @@ BACKGROUNDS = (
 MAX_ROWS, MAX_COLS = 3, 4
 MAX_CELLS = MAX_ROWS * MAX_COLS
 EMPTY = -1
-MIN_CELL = 28
+MIN_CELL = 32
 """Smallest cell side, in pixels, that a scene is drawn with."""
 HELD_OUT_ONE_IN = 8
 ATLAS_SIZE = 64
@@ -126,7 +127,8 @@ class Drawing:
 
     grid: np.ndarray  # [n, 2] rows, columns
     glyph: np.ndarray  # [n, MAX_CELLS] index into GLYPHS, EMPTY where nothing is drawn
-    rgb: np.ndarray  # [n, MAX_CELLS, 3] 0..255
+    colour: np.ndarray  # [n, MAX_CELLS] index into COLOUR_NAMES
+    rgb: np.ndarray  # [n, MAX_CELLS, 3] 0..255, about that colour
     shift: np.ndarray  # [n, MAX_CELLS, 2] x, y in [-1, 1] of the free room in the cell
     scale: np.ndarray  # [n, MAX_CELLS] glyph size, fraction of the cell's shorter side
     background: np.ndarray  # [n, 3]
@@ -153,6 +155,7 @@ def draw(scenes: list[Scene], rng: np.random.Generator) -> Drawing:
     return Drawing(
         grid=np.array([(scene.rows, scene.cols) for scene in scenes], np.int64),
         glyph=glyph,
+        colour=colour,
         rgb=(palette[colour] + rng.uniform(-10, 10, (n, MAX_CELLS, 3))).clip(0, 255).astype(np.float32),
         shift=rng.uniform(-0.8, 0.8, (n, MAX_CELLS, 2)).astype(np.float32),
         scale=rng.uniform(0.62, 0.9, (n, MAX_CELLS)).astype(np.float32),
@@ -175,59 +178,86 @@ def draw_clips(clips: list[Clip], rng: np.random.Generator) -> Drawing:
             scale[i] *= 0.5
             line_width[i] = 0
     flat = replace(base, scale=scale, line_width=line_width).take(np.repeat(np.arange(len(clips)), len(frames)))
-    same_rgb = np.stack([frame.glyph for frame in frames], 1), np.stack([frame.rgb for frame in frames], 1)
-    return replace(
-        flat,
-        glyph=same_rgb[0].reshape(-1, MAX_CELLS),
-        rgb=same_rgb[1].reshape(-1, MAX_CELLS, 3),
-        shift=shift.reshape(-1, MAX_CELLS, 2),
-    )
+    changing = {
+        name: np.stack([getattr(frame, name) for frame in frames], 1).reshape(-1, *getattr(base, name).shape[1:])
+        for name in ("glyph", "colour", "rgb")
+    }
+    return replace(flat, **changing, shift=shift.reshape(-1, MAX_CELLS, 2))
 
 
-def rasterise(drawing: Drawing, width: int, height: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Renders to [n, 3, height, width], float32 in 0..255, edges antialiased. Pixel noise is left to the caller."""
+def put(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """Copies an array to a device. Through pinned memory, without which the copy would wait for the GPU's queue."""
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
-    def put(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
 
-    n = len(drawing.grid)
-    rows, cols = put(drawing.grid).float()[:, :, None].unbind(1)  # [n, 1]
+def rasterise(
+    drawing: Drawing, width: int, height: int, device: torch.device | str = "cpu", painter: Callable | None = None
+) -> torch.Tensor:
+    """Renders to [n, 3, height, width], float32 in 0..255, edges antialiased. Pixel noise is left to the caller.
+
+    `painter` is `paint` or a compiled version of it.
+    """
+    rows, cols = put(drawing.grid, device).float()[:, :, None].unbind(1)  # [n, 1]
     y = (torch.arange(height, device=device) + 0.5) / height * rows  # [n, height], in cells
     x = (torch.arange(width, device=device) + 0.5) / width * cols
-    first = torch.arange(0, n * MAX_CELLS, MAX_CELLS, device=device)[:, None, None]
-    cell = first + ((y.floor() * cols)[:, :, None] + x.floor()[:, None, :]).long()  # [n, height, width]
-
     cell_h, cell_w = height / rows, width / cols  # [n, 1], pixels
-    half = put(drawing.scale) * torch.minimum(cell_h, cell_w) / 2  # [n, cells], pixels
-    shift = put(drawing.shift)
+    half = put(drawing.scale, device) * torch.minimum(cell_h, cell_w) / 2  # [n, MAX_CELLS], pixels
+    shift = put(drawing.shift, device)
     centre_x = cell_w / 2 + shift[..., 0] * (cell_w / 2 - half)
     centre_y = cell_h / 2 + shift[..., 1] * (cell_h / 2 - half)
-    glyph = put(drawing.glyph)
-    seen = glyph != EMPTY
-    table = torch.stack([centre_x, centre_y, half, glyph.clamp(min=0).float(), seen.float()], -1)
-    table = torch.cat([table, put(drawing.rgb)], -1)  # [n, cells, 8]
-    per_pixel = torch.nn.functional.embedding(cell, table.flatten(0, 1))  # [n, height, width, 8]
-    centre_x, centre_y, half, glyph, seen = per_pixel[..., :5].unbind(-1)
+    glyph = put(drawing.glyph, device)
+    columns = [centre_x, centre_y, half, glyph.clamp(min=0).float(), (glyph != EMPTY).float()]
+    cells = torch.cat([torch.stack(columns, -1), put(drawing.rgb, device)], -1)
+    line_width = put(drawing.line_width, device)[:, None]
+    pictures = torch.cat([cell_h, cell_w, line_width, put(drawing.background, device), put(drawing.line, device)], -1)
+    return (painter or paint)(x, y, cols.long(), cells, pictures, atlas_on(torch.device(device)))
 
-    in_x = (x - x.floor())[:, None, :] * cell_w[:, :, None]  # pixels from the cell's left edge
-    in_y = (y - y.floor())[:, :, None] * cell_h[:, :, None]
-    u = (in_x - centre_x) / half / ATLAS_EXTENT
-    v = (in_y - centre_y) / half / ATLAS_EXTENT
-    depth = glyph / (len(GLYPHS) - 1) * 2 - 1
-    atlas = torch.from_numpy(glyph_atlas()).to(device)
-    points = torch.stack([u, v, depth], -1)[None]
-    distance = torch.nn.functional.grid_sample(atlas[None, None], points, padding_mode="border", align_corners=True)
-    inside = (u.abs() < 1) & (v.abs() < 1)
-    alpha = (0.5 - distance[0, 0] * half).clamp(0, 1) * seen * inside
 
-    edge_x = torch.minimum(in_x, cell_w[:, :, None] - in_x)  # pixels to the nearest vertical line
-    edge_y = torch.minimum(in_y, cell_h[:, :, None] - in_y)
-    width_px = put(drawing.line_width)[:, None, None]
-    line = (width_px / 2 - torch.minimum(edge_x, edge_y) + 0.5).clamp(0, 1) * (width_px > 0)
+def paint(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    cols: torch.Tensor,
+    cells: torch.Tensor,
+    pictures: torch.Tensor,
+    atlas: torch.Tensor,
+) -> torch.Tensor:
+    """The renderer's inner part, one value a pixel, so that a compiler can make one kernel of it.
 
-    background = put(drawing.background)[:, :, None, None]
-    image = background + (put(drawing.line)[:, :, None, None] - background) * line[:, None]
-    return image + (per_pixel[..., 5:].permute(0, 3, 1, 2) - image) * alpha[:, None]
+    x [n, width], y [n, height]: pixel centres in cells; cols [n, 1]; cells [n, MAX_CELLS, 8]: centre x, centre y and
+    half size in pixels, glyph, seen, red, green, blue; pictures [n, 9]: cell height and width in pixels, line width,
+    background, line colour; atlas: glyph_atlas, flat. Returns [n, 3, height, width].
+    """
+    n = len(x)
+    cell_h, cell_w, line_width = pictures[:, :3, None, None].unbind(1)  # [n, 1, 1]
+    first = torch.arange(0, n * MAX_CELLS, MAX_CELLS, device=x.device)[:, None, None]
+    cell = first + y.long()[:, :, None] * cols[:, :, None] + x.long()[:, None, :]  # [n, height, width]
+    table = cells.flatten(0, 1)
+    half, glyph = table[:, 2][cell], table[:, 3][cell].long()
+
+    in_x = (x - x.floor())[:, None, :] * cell_w  # pixels from the cell's left edge
+    in_y = (y - y.floor())[:, :, None] * cell_h
+    u = (in_x - table[:, 0][cell]) / half / ATLAS_EXTENT
+    v = (in_y - table[:, 1][cell]) / half / ATLAS_EXTENT
+    s = ((u + 1) / 2 * (ATLAS_SIZE - 1)).clamp(0, ATLAS_SIZE - 1.001)
+    t = ((v + 1) / 2 * (ATLAS_SIZE - 1)).clamp(0, ATLAS_SIZE - 1.001)
+    corner = glyph * ATLAS_SIZE**2 + t.long() * ATLAS_SIZE + s.long()
+    s, t = s - s.floor(), t - t.floor()
+    upper = torch.lerp(atlas[corner], atlas[corner + 1], s)
+    lower = torch.lerp(atlas[corner + ATLAS_SIZE], atlas[corner + ATLAS_SIZE + 1], s)
+    distance = torch.lerp(upper, lower, t) * half  # pixels
+    alpha = (0.5 - distance).clamp(0, 1) * table[:, 4][cell] * ((u.abs() < 1) & (v.abs() < 1))
+
+    edge = torch.minimum(torch.minimum(in_x, cell_w - in_x), torch.minimum(in_y, cell_h - in_y))
+    line = (line_width / 2 - edge + 0.5).clamp(0, 1) * (line_width > 0)
+    channels = []
+    for i in range(3):
+        background, ink = pictures[:, 3 + i, None, None], pictures[:, 6 + i, None, None]
+        channel = torch.lerp(background, ink, line)
+        channels.append(torch.lerp(channel, table[:, 5 + i][cell], alpha))
+    return torch.stack(channels, 1)
 
 
 def to_pil(images: torch.Tensor, noise: np.ndarray, rng: np.random.Generator) -> list[Image.Image]:
@@ -250,6 +280,12 @@ def render_clip(clip: Clip, width: int, height: int, seed: int = 0) -> np.ndarra
     rng = np.random.default_rng(seed)
     drawing = draw_clips([clip], rng)
     return np.stack([np.asarray(frame) for frame in to_pil(rasterise(drawing, width, height), drawing.noise, rng)])
+
+
+@functools.cache
+def atlas_on(device: torch.device) -> torch.Tensor:
+    """The glyph atlas on a device, flat."""
+    return torch.from_numpy(glyph_atlas()).to(device).flatten()
 
 
 @functools.cache

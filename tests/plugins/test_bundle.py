@@ -92,34 +92,44 @@ def test_what_is_no_bundle_is_refused(tmp_path):
 
 
 def test_a_failed_write_leaves_the_earlier_bundle(tmp_path):
+    def manifest(name):
+        return json.dumps({"kind": "model", "name": name})
+
     target = tmp_path / "bundle"
-    with atomic_directory(target) as directory:
-        (directory / bundle.MANIFEST).write_text("first")
+    with atomic_directory(target, "model") as directory:
+        (directory / bundle.MANIFEST).write_text(manifest("first"))
 
     def interrupted():
-        with atomic_directory(target) as directory:
-            (directory / bundle.MANIFEST).write_text("second")
+        with atomic_directory(target, "model") as directory:
+            (directory / bundle.MANIFEST).write_text(manifest("second"))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
-    assert (target / bundle.MANIFEST).read_text() == "first"
-    with atomic_directory(target) as directory:
-        (directory / bundle.MANIFEST).write_text("third")
+    assert (target / bundle.MANIFEST).read_text() == manifest("first")
+    with atomic_directory(target, "model") as directory:
+        (directory / bundle.MANIFEST).write_text(manifest("third"))
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
-    assert (target / bundle.MANIFEST).read_text() == "third"
+    assert (target / bundle.MANIFEST).read_text() == manifest("third")
+
+
+def test_a_bundle_of_another_kind_is_not_replaced(tmp_path):
+    (tmp_path / bundle.MANIFEST).write_text(json.dumps({"kind": "model"}))
+    with pytest.raises(UserError, match="is no engine bundle"), atomic_directory(tmp_path, "engine"):
+        pass
+    assert (tmp_path / bundle.MANIFEST).exists()
 
 
 def test_a_full_disk_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="the disk is full"), atomic_directory(tmp_path / "bundle"):
+    with pytest.raises(UserError, match="the disk is full"), atomic_directory(tmp_path / "bundle", "model"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert not list(tmp_path.iterdir())
 
 
 def test_an_output_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write to"), atomic_directory(tmp_path / "file" / "bundle"):
+    with pytest.raises(UserError, match="cannot write to"), atomic_directory(tmp_path / "file" / "bundle", "model"):
         pass
 
 

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 from transformers import Qwen2VLImageProcessor, Qwen2VLImageProcessorPil
+from transformers.image_utils import load_image as reference_load_image
 
 from pascalvl.plugins.errors import UserError
 from pascalvl.runtime.image import ImageProcessor, load_image
 
-# One rounding of float32 near one; the reference rescales and normalises in the same order.
+# What the interface promises; both round alike, and the difference measured is 0.
 TOLERANCE = 1e-5
+LEVEL = 2 / 255
+"""One of a byte's levels, after normalising with mean and deviation 0.5."""
 SIZES = [(64, 64), (63, 97), (1, 1), (1, 150), (150, 1), (31, 33), (500, 500), (1999, 301), (48, 80)]
 
 
@@ -74,23 +77,49 @@ def test_equals_the_reference_on_files(processor, reference, tmp_path):
         np.testing.assert_allclose(patches.pixel_values, expected, atol=TOLERANCE, rtol=0, err_msg=path.name)
 
 
-def test_torchvision_backed_processor_differs_by_its_rounding_alone(processor, nano_checkpoint):
-    """Its 8-bit resize has 16-bit weights where Pillow's have 22: smooth pictures are at most two levels apart."""
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_opening_equals_the_reference_in_every_orientation(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise(90, 40).save(tmp_path / "turned.jpg", exif=exif)
+    expected = reference_load_image(str(tmp_path / "turned.jpg"))
+    for source in (tmp_path / "turned.jpg", (tmp_path / "turned.jpg").read_bytes()):
+        np.testing.assert_array_equal(np.asarray(load_image(source)), np.asarray(expected))
+
+
+def test_transparency_is_on_white():
+    """As the reference's processor does it; its `load_image`, which drops the alpha channel, shows what was hidden."""
+    assert load_image(Image.new("RGBA", (4, 4), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(("picture", "most", "mean"), [(smooth, 2, 0.25), (noise, 30, 0.5)])
+def test_torchvision_backed_processor_differs_by_rounding_alone(processor, nano_checkpoint, picture, most, mean):
+    """Levels that differ at most, measured over sizes from 20 to 700: smooth pictures 2, on average 0.14; noise 25 and
+    0.39. Both round to bytes between a pass over rows and one over columns, where Pillow from version 13 on takes the
+    quicker one first: up to version 12 noise too differs by 2."""
     reference = Qwen2VLImageProcessor.from_pretrained(nano_checkpoint)
-    for size in [(500, 333), (40, 70), (63, 97)]:
-        image = smooth(*size)
+    for size in [(500, 333), (40, 70), (63, 97), (120, 600)]:
+        image = picture(*size)
         expected = reference(image, return_tensors="np")
         patches = processor(image)
         assert patches.grid == tuple(expected["image_grid_thw"][0])
-        difference = np.abs(patches.pixel_values - np.asarray(expected["pixel_values"]))
-        assert difference.max() <= 2 * 2 / 255 + TOLERANCE
-        assert difference.mean() <= 0.25 * 2 / 255
+        difference = np.abs(patches.pixel_values - np.asarray(expected["pixel_values"])) / LEVEL
+        assert difference.max() <= most + 1e-3
+        assert difference.mean() <= mean
 
 
 def test_defaults_are_the_references(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text("{}")
     processor = ImageProcessor.from_file(tmp_path / "preprocessor_config.json")
     check_equal(processor, Qwen2VLImageProcessorPil(), noise(300, 200))
+
+
+@pytest.mark.parametrize("settings", [{"min_pixels": 10000, "max_pixels": 30000}, {"max_pixels": 20000}])
+def test_older_names_of_the_limits(tmp_path, settings):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    processor = ImageProcessor.from_file(tmp_path / "preprocessor_config.json")
+    for size in [(300, 200), (60, 30)]:
+        check_equal(processor, Qwen2VLImageProcessorPil(**settings), noise(*size))
 
 
 def test_max_pixels_lowers_the_limit(nano_checkpoint):
@@ -107,8 +136,13 @@ def test_max_pixels_lowers_the_limit(nano_checkpoint):
 
 
 def test_digest_is_of_the_content(processor):
-    first, again, other = noise(64, 64), noise(64, 64), noise(64, 96)
-    assert processor(first).digest == processor(again).digest != processor(other).digest
+    first = processor(noise(64, 96)).digest
+    assert processor(noise(64, 96)).digest == first
+    black = Image.new("RGB", (64, 96))
+    dot = black.copy()
+    dot.putpixel((63, 95), (0, 0, 1))
+    others = [processor(picture).digest for picture in (black, dot, Image.new("RGB", (96, 64)))]
+    assert len({first, *others}) == 4
 
 
 @pytest.mark.parametrize(
@@ -134,6 +168,22 @@ def test_missing_file_and_folder(tmp_path):
         load_image(tmp_path)
 
 
+@pytest.mark.parametrize("source", [None, 5, ["a.png"]])
+def test_what_is_no_source(source):
+    with pytest.raises(UserError, match="expected a picture as a path"):
+        load_image(source)
+
+
+@pytest.mark.parametrize("error", [IndexError("index"), RuntimeError("codec"), EOFError("end"), ZeroDivisionError("0")])
+def test_damage_of_which_decoders_raise_other_errors(monkeypatch, error):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(UserError, match=rf"bad\.avif cannot be read \({error}\)"):
+        load_image("bad.avif")
+
+
 def test_picture_without_pixels():
     with pytest.raises(UserError, match="has no pixels"):
         load_image(Image.new("RGB", (0, 5)))
@@ -151,11 +201,28 @@ def test_too_thin(processor):
         processor(noise(1, 201))
 
 
-def test_processor_with_a_step_switched_off(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "phrase"),
+    [
+        ('{"do_normalize": false}', "sets do_normalize to False: only True is supported"),
+        ('{"resample": 2}', "sets resample to 2: only 3"),
+        ('{"rescale_factor": 1}', "sets rescale_factor to 1"),
+        ("[", "cannot be read"),
+        ("[]", "cannot be read"),
+        ('{"size": {"height": 64, "width": 64}}', "cannot be read .*shortest_edge"),
+        ('{"patch_size": 0}', "cannot be read"),
+        ('{"image_mean": [0.5]}', "cannot be read"),
+        ('{"image_std": 0.5}', "cannot be read"),
+    ],
+)
+def test_processor_files_that_cannot_be_used(tmp_path, content, phrase):
     path = tmp_path / "preprocessor_config.json"
-    path.write_text(json.dumps({"do_normalize": False}))
-    with pytest.raises(UserError, match="switches off do_normalize"):
+    path.write_text(content)
+    with pytest.raises(UserError, match=phrase):
         ImageProcessor.from_file(path)
-    path.write_text("[")
-    with pytest.raises(UserError, match="cannot be read"):
-        ImageProcessor.from_file(path)
+
+
+def test_steps_that_are_not_set_are_done(tmp_path):
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text('{"do_normalize": null, "rescale_factor": 0.00392156862745098, "resample": 3, "do_resize": true}')
+    check_equal(ImageProcessor.from_file(path), Qwen2VLImageProcessorPil(), noise(70, 90))

@@ -9,7 +9,7 @@ from transformers.vision_utils import (
     get_vision_position_ids,
 )
 
-from pascalvl.plugins.bundle import Manifest
+from pascalvl.export.checkpoint import Checkpoint
 from pascalvl.runtime import positions
 
 GRIDS = [(1, 2, 2), (1, 8, 4), (1, 6, 14), (3, 4, 6), (1, 32, 2)]
@@ -18,8 +18,9 @@ LAST_PLACE = 1.2e-7
 
 
 @pytest.fixture(scope="module")
-def config(nano_model_bundle):
-    return Manifest.read(nano_model_bundle, "model").model
+def config(nano_checkpoint):
+    with Checkpoint(nano_checkpoint) as checkpoint:
+        return checkpoint.model_config()
 
 
 def reference_positions(model, config, layout):

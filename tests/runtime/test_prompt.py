@@ -1,25 +1,39 @@
-"""Tokenizer, chat template and placeholders: whole prompts equal to Hugging Face's processor."""
+"""Whole prompts equal to Hugging Face's processor and model: token ids with placeholders expanded, positions."""
 
 import json
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers import AutoProcessor
 from transformers.video_utils import VideoMetadata
 
-from pascalvl.plugins.bundle import Manifest
+from pascalvl.export.checkpoint import Checkpoint
 from pascalvl.plugins.errors import UserError
-from pascalvl.runtime.chat_template import ChatTemplate
 from pascalvl.runtime.prompt import PromptBuilder
-from pascalvl.runtime.tokenizer import Tokenizer
 from pascalvl.runtime.video import Video
+from tests.real_sizes import HOST_FILES
 
 
 @pytest.fixture(scope="module")
-def builder(nano_model_bundle):
-    return PromptBuilder(nano_model_bundle, Manifest.read(nano_model_bundle, "model").model)
+def config(nano_checkpoint):
+    with Checkpoint(nano_checkpoint) as checkpoint:
+        return checkpoint.model_config()
+
+
+@pytest.fixture(scope="module")
+def builder(nano_checkpoint, config):
+    return PromptBuilder(nano_checkpoint, config)
+
+
+@pytest.fixture
+def host_files(nano_checkpoint, tmp_path):
+    """A copy of the files that prompts are built with, to be changed."""
+    for name in HOST_FILES:
+        shutil.copyfile(nano_checkpoint / name, tmp_path / name)
+    return tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +80,7 @@ CONVERSATIONS = {
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_token_ids_equal_the_reference(builder, processor, name):
+def test_tokens_and_positions_equal_the_reference(builder, processor, nano_reference, name):
     messages = CONVERSATIONS[name]
     content = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
     images = [part["image"] for part in content if part["type"] == "image"]
@@ -79,23 +93,23 @@ def test_token_ids_equal_the_reference(builder, processor, name):
     if videos:
         frames = [np.stack([np.asarray(frame) for frame in v.frames]) for v in videos]
         media |= {"videos": frames, "video_metadata": metadata, "do_sample_frames": True}
-    expected = processor(text=[text], return_tensors="np", **media)
+    expected = processor(text=[text], return_tensors="pt", **media)
     prompt = builder.build(messages)
     np.testing.assert_array_equal(prompt.token_ids, expected["input_ids"][0])
-    assert (
-        sum(len(visual.token_indices) for visual in prompt.visuals)
-        == expected["mm_token_type_ids"][0].astype(bool).sum()
+    grids = {kind: expected.get(f"{kind}_grid_thw") for kind in ("image", "video")}
+    for kind, grid in grids.items():
+        found = [list(v.patches.grid) for v in prompt.visuals if v.patches.is_video == (kind == "video")]
+        assert found == ([] if grid is None else grid.tolist())
+    position_ids, deltas = nano_reference.model.get_rope_index(
+        expected["input_ids"], expected["mm_token_type_ids"], grids["image"], grids["video"]
     )
-    grids = (
-        [tuple(g) for g in expected.get("image_grid_thw", [])],
-        [tuple(g) for g in expected.get("video_grid_thw", [])],
-    )
-    assert [v.patches.grid for v in prompt.visuals if not v.patches.is_video] == grids[0]
-    assert [v.patches.grid for v in prompt.visuals if v.patches.is_video] == grids[1]
+    np.testing.assert_array_equal(prompt.position_ids, position_ids[:, 0])
+    assert prompt.next_position == len(prompt.token_ids) + int(deltas[0])
+    visual = torch.from_numpy(np.concatenate([[], *(v.token_indices for v in prompt.visuals)]))
+    assert sorted(visual.tolist()) == torch.nonzero(expected["mm_token_type_ids"][0])[:, 0].tolist()
 
 
-def test_visual_tokens_are_where_their_placeholders_are(builder, nano_model_bundle):
-    config = Manifest.read(nano_model_bundle, "model").model
+def test_visual_tokens_are_where_their_placeholders_are(builder, config):
     prompt = builder.build(CONVERSATIONS["video and picture"])
     kinds = [config.video_token_id, config.image_token_id, config.video_token_id]
     for visual, token_id in zip(prompt.visuals, kinds, strict=True):
@@ -105,27 +119,26 @@ def test_visual_tokens_are_where_their_placeholders_are(builder, nano_model_bund
     assert len(set(everywhere.tolist())) == len(everywhere)
 
 
-def test_decoding_inverts_encoding_and_streams_whole_characters(builder):
-    text = "naïve façade 你好 🙂🚀 — 12.5 %"
-    token_ids = builder.tokenizer.encode(text)
-    assert builder.tokenizer.decode(token_ids.tolist()) == text
-    stream = builder.tokenizer.stream()
-    pieces = [stream.push(int(token_id)) for token_id in token_ids]
-    assert "".join(pieces) == text
-    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
-    assert len(token_ids) > len(text.split())
+def test_max_pixels_limits_pictures_and_videos(nano_checkpoint, config, builder):
+    limit = 64 * 64
+    prompt = PromptBuilder(nano_checkpoint, config, limit).build(CONVERSATIONS["video and picture"])
+    whole = builder.build(CONVERSATIONS["video and picture"])
+    for limited, visual in zip(prompt.visuals, whole.visuals, strict=True):
+        frames = 2 * limited.patches.grid[0] if limited.patches.is_video else 1
+        assert limited.patches.grid[1] * limited.patches.grid[2] * 256 * frames <= max(limit, 1024 * frames)
+        assert len(limited.token_indices) < len(visual.token_indices)
 
 
 @pytest.mark.parametrize(
     ("messages", "phrase"),
     [
-        ([{"role": "robot", "content": "hi"}], "role of system, user"),
-        (["hi"], "expected a message with a role"),
-        ([{"role": "user"}], "found None"),
-        ([user({"type": "audio", "audio": "x"})], "found {'type': 'audio'"),
-        ([user({"type": "image"})], "with a field of that name"),
+        ([], "at least one message"),
+        ([{"role": "user", "content": [{"type": "audio", "audio": "x"}]}], "found {'type': 'audio'"),
         ([user("text with <|image_pad|> in it")], "no such picture or video is given"),
         ([user(video(4, 2.0), "<|image_pad|>", image(64, 64))], "no such picture or video is given"),
+        ([user({"type": "image", "image": None})], "expected a picture as a path"),
+        ([user({"type": "video", "video": 3})], "expected a video as a path"),
+        ([user("\ud83d")], "expected text in Unicode"),
     ],
 )
 def test_bad_messages(builder, messages, phrase):
@@ -134,43 +147,15 @@ def test_bad_messages(builder, messages, phrase):
     assert phrase in str(error.value)
 
 
-def test_template_that_drops_a_picture(builder, nano_model_bundle, tmp_path):
-    bundle = shutil.copytree(nano_model_bundle, tmp_path / "bundle")
-    (bundle / "chat_template.jinja").write_text("no pictures here")
-    builder = PromptBuilder(bundle, Manifest.read(bundle, "model").model)
+def test_template_that_drops_a_picture(host_files, config):
+    (host_files / "chat_template.jinja").write_text("no pictures here")
     with pytest.raises(UserError, match="no place for one of the pictures"):
-        builder.build(CONVERSATIONS["picture"])
+        PromptBuilder(host_files, config).build(CONVERSATIONS["picture"])
 
 
-def test_bad_templates(tmp_path):
-    path = tmp_path / "chat_template.jinja"
-    path.write_text("{% for %}")
-    with pytest.raises(UserError, match="cannot be used"):
-        ChatTemplate(path)
-    path.write_text("{{ raise_exception('only one system message') }}")
-    with pytest.raises(UserError, match="refuses the messages: only one system message"):
-        ChatTemplate(path).render([user("hi")])
-    path.write_text("{{ messages.__class__.__mro__ }}{{ missing.field }}")
-    with pytest.raises(UserError, match="refuses the messages"):
-        ChatTemplate(path).render([user("hi")])
-    with pytest.raises(UserError, match="cannot be used"):
-        ChatTemplate(tmp_path / "nowhere")
-
-
-def test_templates_have_hugging_faces_names(tmp_path):
-    path = tmp_path / "chat_template.jinja"
-    path.write_text(
-        "{% for m in messages %}\n  {% if m.role == 'system' %}{% continue %}{% endif %}\n{{ m | tojson }}{% endfor %}"
-    )
-    message = {"role": "user", "content": "<é>"}
-    assert ChatTemplate(path).render([{"role": "system", "content": "s"}, message]) == json.dumps(
-        message, ensure_ascii=False
-    )
-
-
-def test_bad_tokenizer(tmp_path):
-    with pytest.raises(UserError, match="no tokenizer at"):
-        Tokenizer(tmp_path / "tokenizer.json")
-    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
-    with pytest.raises(UserError, match="is not a tokenizer"):
-        Tokenizer(tmp_path / "tokenizer.json")
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "video_preprocessor_config.json"])
+def test_processor_of_another_model(host_files, config, name):
+    settings = json.loads((host_files / name).read_text())
+    (host_files / name).write_text(json.dumps(settings | {"patch_size": 14}))
+    with pytest.raises(UserError, match=rf"{name} makes patches .* of \(14, 2, 2\), the model takes \(16, 2, 2\)"):
+        PromptBuilder(host_files, config)
