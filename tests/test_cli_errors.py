@@ -183,8 +183,8 @@ def test_build_from_what_is_no_model_bundle(refused, nano_model_bundle, nano_eng
 
 def test_output_that_is_something_else(refused, nano_model_bundle, tmp_path):
     (tmp_path / "thesis.txt").write_text("Important.")
-    refused("exists and is not a bundle", "build", nano_model_bundle, "--output", tmp_path)
-    refused("exists and is not a bundle", "build", nano_model_bundle, "--output", tmp_path / "thesis.txt")
+    refused("exists and is no engine bundle", "build", nano_model_bundle, "--output", tmp_path)
+    refused("exists and is no engine bundle", "build", nano_model_bundle, "--output", tmp_path / "thesis.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 

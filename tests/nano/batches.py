@@ -64,6 +64,7 @@ class Batch:
     label_index: np.ndarray  # [labels] int32, flat places whose next token is trained
     labels: np.ndarray  # [labels] int32, those next tokens
     answer: np.ndarray  # [labels] int32, which answer of the batch a label belongs to
+    weights: np.ndarray  # [labels] float32, its share in the loss: an answer weighs the root of its length
     kinds: list[str]  # one an answer
 
 
@@ -189,13 +190,15 @@ def collate(plan: Plan, talks: list[Conversation], tokenizer: Tokenizer, nested:
     ends = np.flatnonzero(flat == token("<|im_end|>"))
     ends = ends[np.searchsorted(ends, starts)]
     index = np.concatenate([np.arange(start - 1, end) for start, end in zip(starts, ends, strict=True)])
+    lengths = ends - starts + 1
     return {
         "input_ids": ids,
         "position_ids": mrope_positions(visual, blocks(plan), length),
         "visual_index": visual.astype(np.int32),
         "label_index": index.astype(np.int32),
         "labels": flat[index + 1],
-        "answer": np.repeat(np.arange(len(starts), dtype=np.int32), ends - starts + 1),
+        "answer": np.repeat(np.arange(len(starts), dtype=np.int32), lengths),
+        "weights": np.repeat(1 / np.sqrt(lengths), lengths).astype(np.float32),
         "kinds": [kind for talk in talks for kind in talk.kinds],
     }
 

@@ -457,7 +457,8 @@ def filler(rng: random.Random) -> str:
     if rng.random() < 0.1:
         return rng.choice(english())
     text = f"The {rng.choice(ADJECTIVES)} {rng.choice(PEOPLE)} {rng.choice(VERBS)} the {rng.choice(ADJECTIVES)}"
-    return f"{text} {rng.choice(KEYS)} {rng.choice(PLACES)}."
+    other = rng.choice(KEYS if rng.random() < 0.15 else PEOPLE)
+    return f"{text} {other} {rng.choice(PLACES)}."
 
 
 def sample_value(rng: random.Random) -> str:

@@ -145,7 +145,10 @@ def train(recipe: Recipe, out: Path, device: torch.device, workers: int, compile
                 for slot, patches, tokens in zip(batch.slots, output.patches, output.tokens, strict=True):
                     labels = put(slot.patch_labels, device).flatten(0, 1).long()
                     patch_loss = patch_loss + heads(patches, tokens, labels) / len(batch.slots)
-            loss = nn.functional.cross_entropy(output.logits.float(), put(batch.labels, device).long())
+            labels, weights = put(batch.labels, device).long(), put(batch.weights, device)
+            loss = (
+                nn.functional.cross_entropy(output.logits.float(), labels, reduction="none") @ weights / weights.sum()
+            )
             (loss + patch_loss).backward()
             losses[batch.task].append(loss.detach())
             if batch.slots:

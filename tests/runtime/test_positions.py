@@ -1,8 +1,12 @@
 """Positions and tables equal to Hugging Face's."""
 
+import copy
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
     get_vision_interpolation_indices_and_weights,
@@ -86,6 +90,24 @@ def test_rope_tables(nano_reference, config):
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, table[0].numpy(), atol=LAST_PLACE, rtol=0)
     assert np.abs(cos - positions.rope_tables(position_ids[[0, 0, 0]], config.text)[0]).max() > 1  # all axes matter
+
+
+def test_rope_tables_of_a_stretched_context(nano_reference, config):
+    """YaRN scales cos and sin, which the default, of factor 1, does not show."""
+    stretched = copy.deepcopy(nano_reference.config.text_config)
+    stretched.rope_parameters |= {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+    reference = Qwen3VLTextRotaryEmbedding(stretched)
+    assert reference.attention_scaling > 1.1
+    text = dataclasses.replace(
+        config.text,
+        rope_inv_freq=tuple(reference.inv_freq.tolist()),
+        rope_attention_scaling=reference.attention_scaling,
+    )
+    position_ids = np.random.default_rng(1).integers(0, 8000, (3, 40))
+    expected = reference(torch.zeros(1), torch.from_numpy(position_ids)[:, None])
+    for found, table in zip(positions.rope_tables(position_ids, text), expected, strict=True):
+        # LAST_PLACE again, of values above one
+        np.testing.assert_allclose(found, table[0].numpy(), atol=2 * LAST_PLACE, rtol=0)
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -153,6 +153,12 @@ def test_template_that_drops_a_picture(host_files, config):
         PromptBuilder(host_files, config).build(CONVERSATIONS["picture"])
 
 
+def test_template_that_takes_a_video_for_a_picture(host_files, config):
+    (host_files / "chat_template.jinja").write_text("<|image_pad|>")
+    with pytest.raises(UserError, match="no such picture or video is given"):
+        PromptBuilder(host_files, config).build(CONVERSATIONS["video"])
+
+
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "video_preprocessor_config.json"])
 def test_processor_of_another_model(host_files, config, name):
     settings = json.loads((host_files / name).read_text())
