@@ -172,17 +172,11 @@ def sha256(path: Path, progress: Callable[[int], None] = lambda _: None) -> str:
 def atomic_directory(target: Path, kind: str) -> Iterator[Path]:
     """Yield an empty directory that becomes ``target`` if the block ends well, and vanishes if it does not.
 
-    An earlier bundle of the same ``kind`` at ``target`` is replaced; anything else there raises `UserError`, as does a
-    full disk.
+    An earlier bundle of the same ``kind`` at ``target`` is replaced, if it holds nothing but its own files; anything
+    else there raises `UserError`, as does a full disk.
     """
     target = target.resolve()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        try:
-            found = json.loads((target / MANIFEST).read_text(encoding="utf-8"))["kind"]
-        except (OSError, ValueError, LookupError, TypeError):
-            found = None
-        if found != kind:
-            raise UserError(f"{target} exists and is no {kind} bundle: choose another output directory, or remove it.")
+    _check_replaceable(target, kind)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -193,16 +187,9 @@ def atomic_directory(target: Path, kind: str) -> Iterator[Path]:
     try:
         partial.chmod(0o755)
         yield partial
+        _check_replaceable(target, kind)  # building takes long enough for something to have been put there
         if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            target.rename(old / target.name)
-            try:
-                partial.rename(target)
-            except BaseException:
-                (old / target.name).rename(target)
-                raise
-            finally:
-                shutil.rmtree(old)
+            _swap(partial, target)
         else:
             partial.rename(target)
     except OSError as error:
@@ -215,3 +202,35 @@ def atomic_directory(target: Path, kind: str) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_replaceable(target: Path, kind: str) -> None:
+    """Raise `UserError` if ``target`` holds anything but a bundle of ``kind``."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    try:
+        data = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        found, own = data["kind"], {MANIFEST, *data.get("files", ())}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        found, own = None, set()
+    if found != kind:
+        raise UserError(f"{target} exists and is no {kind} bundle: choose another output directory, or remove it.")
+    if others := sorted(path.name for path in target.iterdir() if path.name not in own):
+        raise UserError(
+            f"{target} holds {others[0]!r} beside its {kind} bundle, which would be lost: choose another output "
+            "directory, or move that away."
+        )
+
+
+def _swap(partial: Path, target: Path) -> None:
+    """Put ``partial`` in the place of ``target``, which comes back if that fails."""
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    try:
+        target.rename(old / target.name)
+        try:
+            partial.rename(target)
+        except BaseException:
+            (old / target.name).rename(target)
+            raise
+    finally:
+        shutil.rmtree(old)

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,8 @@ MANIFEST = Manifest(
 
 @pytest.fixture
 def written(tmp_path):
+    tmp_path = tmp_path / "bundle"
+    tmp_path.mkdir()
     (tmp_path / "decoder.onnx").write_bytes(b"graph")
     (tmp_path / "decoder.onnx.data").write_bytes(bytes(1000))
     MANIFEST.write(tmp_path)
@@ -119,6 +122,43 @@ def test_a_bundle_of_another_kind_is_not_replaced(tmp_path):
     with pytest.raises(UserError, match="is no engine bundle"), atomic_directory(tmp_path, "engine"):
         pass
     assert (tmp_path / bundle.MANIFEST).exists()
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_what_lies_beside_a_bundle_is_not_lost(when, written):
+    """Notes, or the very bundle that is being built from."""
+
+    def add():
+        (written / "inside").mkdir()
+        (written / "inside" / "precious").write_text("keep")
+
+    def replace():
+        with atomic_directory(written, "model"):
+            if when == "meanwhile":
+                add()
+
+    if when == "before":
+        add()
+    with pytest.raises(UserError, match="holds 'inside' beside its model bundle"):
+        replace()
+    assert (written / "inside" / "precious").read_text() == "keep"
+    Manifest.read(written, "model").verify(written)
+    assert [path.name for path in written.parent.iterdir()] == [written.name]
+
+
+def test_a_target_that_cannot_be_moved_leaves_nothing(written, monkeypatch):
+    rename = Path.rename
+
+    def busy(self, target):
+        if self == written:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(OSError, match="busy"), atomic_directory(written, "model"):
+        pass
+    assert [path.name for path in written.parent.iterdir()] == [written.name]
+    Manifest.read(written, "model").verify(written)
 
 
 def test_a_full_disk_is_one_sentence(tmp_path):
