@@ -76,7 +76,6 @@ class Row:
 
     prompt: str
     output: str
-    shape: tuple[int, ...]
     max_error: float
     tolerance: float
 
@@ -231,7 +230,7 @@ def _compare(prompt: str, expected: Outputs, found: Outputs, kv_format: KVFormat
     allowed = {name: TOLERANCE[formats[name]] * float(np.abs(expected[name]).max()) for name in names}
     compare = SimpleCompareFunc(atol=allowed, rtol={name: 0.0 for name in names}, check_error_stat="max")
     results = compare(*(IterationResult({name: outputs[name] for name in names}) for outputs in (expected, found)))
-    return [Row(prompt, name, expected[name].shape, float(results[name].max_absdiff), allowed[name]) for name in names]
+    return [Row(prompt, name, float(results[name].max_absdiff), allowed[name]) for name in names]
 
 
 def summarise(rows: Sequence[Row]) -> list[Row]:

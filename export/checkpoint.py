@@ -23,6 +23,8 @@ _CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MODEL_TYPE = "qwen3_vl"
+_COPIED_FILES = (bundle.TOKENIZER, bundle.GENERATION_CONFIG, bundle.IMAGE_PROCESSOR, bundle.VIDEO_PROCESSOR)
+"""JSON that the runtime reads as it is."""
 _STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 """Rope types whose frequencies do not depend on the length of the prompt."""
 
@@ -53,7 +55,7 @@ class Checkpoint:
             self.hf_config = Qwen3VLConfig.from_dict(data)
         except Exception as error:  # transformers raises many kinds, all of them about this one file
             raise UserError(f"{directory / _CONFIG} is not a valid Qwen3-VL config ({error}).") from error
-        for name in (bundle.TOKENIZER, bundle.GENERATION_CONFIG, bundle.IMAGE_PROCESSOR, bundle.VIDEO_PROCESSOR):
+        for name in _COPIED_FILES:
             self._read_json(name)
         self._chat_template = self._find_chat_template()
         self._files = contextlib.ExitStack()
@@ -125,7 +127,7 @@ class Checkpoint:
 
     def copy_host_files(self, target: Path) -> None:
         """Put the files that the runtime's tokenizer and processors read into ``target``."""
-        for name in (bundle.TOKENIZER, bundle.GENERATION_CONFIG, bundle.IMAGE_PROCESSOR, bundle.VIDEO_PROCESSOR):
+        for name in _COPIED_FILES:
             shutil.copyfile(self.directory / name, target / name)
         (target / bundle.CHAT_TEMPLATE).write_text(self._chat_template, encoding="utf-8")
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from pascalvl.export import onnx_op
 from pascalvl.plugins.bindings import Binding
-from pascalvl.plugins.flash_attention import OP_DOMAIN, OP_NAME, OP_VERSION
+from pascalvl.plugins.flash_attention import ATTR_CAUSAL, OP_DOMAIN, OP_NAME, OP_VERSION
 
 _EXPORTER_OPSET = 18
 """The oldest that torch's exporter writes."""
@@ -95,7 +95,7 @@ def trace(
     proto.producer_name, proto.producer_version = "pascalvl", ""
     _use_old_attribute_forms(proto.graph)
     _fold_weight_views(proto.graph, weights)
-    causal = next(a.i for n in proto.graph.node if n.op_type == OP_NAME for a in n.attribute if a.name == "causal")
+    causal = next(a.i for n in proto.graph.node if n.op_type == OP_NAME for a in n.attribute if a.name == ATTR_CAUSAL)
     proto.functions.append(onnx_op.function_body(bool(causal)))
     del proto.opset_import[:]
     proto.opset_import.extend(

@@ -103,8 +103,6 @@ class Manifest:
             manifest._check_types()
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not complete ({error}): {rewrite}.") from error
-        if not manifest.files:
-            raise UserError(f"{path} is not complete (it lists no files): {rewrite}.")
         return manifest
 
     def _check_types(self) -> None:
@@ -122,6 +120,8 @@ class Manifest:
             raise TypeError("backend is no object")
         if not all(type(file["bytes"]) is int and isinstance(file["sha256"], str) for file in self.files.values()):
             raise TypeError("files without sizes or hashes")
+        if not self.files:
+            raise TypeError("it lists no files")
 
     def verify(self, directory: Path, progress: Callable[[int], None] = lambda _: None) -> None:
         """Check every file's size and hash; raises `UserError` naming the first that is missing or altered.
