@@ -8,6 +8,7 @@ text model sees; they are thrown away after training.
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ def merged_order(table: np.ndarray) -> np.ndarray:
 
 
 def patch_labels(drawing: Drawing, rows: int, cols: int) -> np.ndarray:
-    """For pictures of rows x cols patches, the class of each patch's centre in each of CLASSES: [n, patches, 6]."""
+    """What stands behind each patch of pictures of rows x cols patches, in CLASSES: uint8 [n, patches, 6]."""
     grid_rows, grid_cols = drawing.grid[:, 0, None, None], drawing.grid[:, 1, None, None]
     row = ((np.arange(rows) + 0.5) / rows)[None, :, None] * grid_rows
     col = ((np.arange(cols) + 0.5) / cols)[None, None, :] * grid_cols
@@ -39,7 +40,7 @@ def patch_labels(drawing: Drawing, rows: int, cols: int) -> np.ndarray:
     colour = np.where(glyph == EMPTY, len(COLOURS), np.take_along_axis(drawing.colour, cell, 1))
     glyph = np.where(glyph == EMPTY, len(GLYPHS), glyph)
     number = np.broadcast_to(drawing.grid[:, None, :] - 1, (*cell.shape, 2))
-    return np.concatenate([np.stack([glyph, colour, row, col], -1), number], -1)
+    return np.concatenate([np.stack([glyph, colour, row, col], -1), number], -1).astype(np.uint8)
 
 
 class PatchHeads(nn.Module):
@@ -53,8 +54,7 @@ class PatchHeads(nn.Module):
     def forward(self, patches: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of both heads. patches [all patches, hidden], tokens [all tokens, hidden], labels int64
         [all patches, 6]."""
-        losses = []
-        for logits in (self.patches(patches), self.tokens(tokens).view(-1, sum(CLASSES))):
-            parts = logits.float().split(CLASSES, -1)
-            losses += [nn.functional.cross_entropy(part, labels[:, i]) for i, part in enumerate(parts)]
-        return functools.reduce(torch.add, losses) / len(losses)
+        logits = torch.cat([self.patches(patches), self.tokens(tokens).view(-1, sum(CLASSES))])
+        twice = labels.repeat(2, 1).unbind(1)
+        parts = zip(logits.float().split(CLASSES, -1), twice, strict=True)
+        return functools.reduce(torch.add, itertools.starmap(nn.functional.cross_entropy, parts)) / len(CLASSES)

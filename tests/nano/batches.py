@@ -49,7 +49,7 @@ class Slot:
     size: Size
     """Size after it."""
     patch_labels: np.ndarray
-    """What stands behind each patch: [pictures, patches, 6], see tests.nano.auxiliary."""
+    """What stands behind each patch: uint8 [pictures, patches, 6], see tests.nano.auxiliary."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def sample_plan(rng: random.Random, task: str, budget: int, max_recall: int) -> 
         options = {"length": length, "turns": turns}
     grids = tuple(sample_tokens(rng, tokens) for _ in range(number))
     visual = sum(width * height for width, height in grids) * max(1, -(-frames // TEMPORAL_PATCH_SIZE))
-    return Plan(task, grids, options, frames, max(8, min(384, budget // (80 + text + visual))))
+    return Plan(task, grids, options, frames, max(8, min(768, budget // (80 + text + visual))))
 
 
 def make_conversations(rng: random.Random, plan: Plan, held_out: bool) -> list[Conversation]:

@@ -1,4 +1,4 @@
-"""Muon for the weight matrices of the blocks, AdamW for everything else."""
+"""Muon for most weight matrices of the blocks, AdamW for everything else."""
 
 from __future__ import annotations
 
@@ -48,16 +48,18 @@ def orthogonalise(stack: torch.Tensor, steps: int = 5) -> torch.Tensor:
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).to(stack.dtype)
 
 
 def optimisers(model: nn.Module, matrix_lr: float, other_lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon on the blocks' and mergers' matrices, AdamW on embeddings, convolution, norms, biases and heads."""
+    """Muon on the blocks' and mergers' matrices, AdamW on embeddings, convolution, norms, biases and heads, and on the
+    text model's q_proj and k_proj: with Muon on those, recall never learned which fact is asked for."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         inside = "blocks." in name or "layers." in name or "merger" in name
-        (matrices if inside and p.ndim == 2 else others).append(p)
+        asks = "q_proj" in name or "k_proj" in name
+        (matrices if inside and p.ndim == 2 and not asks else others).append(p)
     fused = others[0].device.type == "cuda"
     return [
         Muon(matrices, matrix_lr, weight_decay=weight_decay),
