@@ -1,0 +1,1 @@
+"""Benchmarks of the kernels on a GPU; `README.md` has the last results."""

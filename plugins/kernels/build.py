@@ -1,0 +1,165 @@
+"""Builds the kernels' library: ``python -m pascalvl.plugins.kernels.build OUTPUT [--target emulator]``.
+
+CUDA: NVRTC 12.9, the last compiler for SM61 (package nvidia-cuda-nvrtc-cu12), makes a cubin for sm_61 and PTX for
+compute_61, which newer GPUs' drivers compile; g++ puts both into the library. Emulator: g++ compiles the same kernels
+for the CPU. Neither needs a GPU or a CUDA toolkit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import enum
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pascalvl.plugins.errors import UserError
+
+FOLDER = Path(__file__).parent
+SOURCES = ("append", "decode", "prefill")
+"""Files of kernels; each becomes one CUDA module."""
+NVRTC_PACKAGE = "nvidia-cuda-nvrtc-cu12>=12.4,<13"
+CXX_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread")
+
+
+class Target(enum.Enum):
+    """What runs the kernels; the value is the name on the command line."""
+
+    CUDA = "cuda"
+    EMULATOR = "emulator"
+
+
+def build(output: Path, target: Target, flags: Sequence[str] = ()) -> None:
+    """Write the shared library ``output``.
+
+    Args:
+        output: the library's path; it appears there complete.
+        target: what is to run the kernels.
+        flags: further ones for g++, for example a sanitizer's.
+
+    Raises:
+        UserError: g++ or NVRTC is missing, or they refuse the sources.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise UserError(f"the C++ compiler {compiler!r} was not found: install g++ or set CXX.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as work:
+        if target is Target.CUDA:
+            sources = [FOLDER / "library.cpp", FOLDER / "driver.cpp", _images(Path(work))]
+        else:
+            sources = [FOLDER / "library.cpp", FOLDER / "emulated.cpp"]
+        made = Path(work) / output.name
+        command = [compiler, *CXX_FLAGS, *flags, f"-I{FOLDER.parents[1]}", *map(str, sources), "-ldl", "-o", str(made)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise UserError(f"{compiler} failed to build {output.name}:\n{result.stderr}")
+        made.replace(output)
+
+
+def _images(directory: Path) -> Path:
+    """Compile all sources and write the assembler file that embeds them."""
+    lines = [".section .rodata", '.section .note.GNU-stack,"",@progbits', ".section .rodata"]
+    with ThreadPoolExecutor() as pool:
+        jobs = {
+            (source, kind): pool.submit(compile_cuda, source, kind == "cubin")
+            for source in SOURCES
+            for kind in ("cubin", "ptx")
+        }
+        for (source, kind), job in jobs.items():
+            image = directory / f"{source}.{kind}"
+            image.write_bytes(job.result()[0])
+            symbol = f"pascalvl_{source}_{kind}"
+            lines += [f".global {symbol}", ".balign 16", f"{symbol}:", f'.incbin "{image}"', ".byte 0"]
+    assembler = directory / "images.S"
+    assembler.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return assembler
+
+
+def _nvrtc() -> ctypes.CDLL:
+    spec = importlib.util.find_spec("nvidia.cuda_nvrtc") if importlib.util.find_spec("nvidia") else None
+    folders = [Path(folder) / "lib" for folder in spec.submodule_search_locations] if spec else []
+    found = [library for folder in folders for library in folder.glob("libnvrtc.so.12")]
+    if not found:
+        raise UserError(f"NVRTC 12, which compiles for SM61, was not found: pip install '{NVRTC_PACKAGE}'.")
+    return ctypes.CDLL(str(found[0]))
+
+
+def compile_cuda(source: str, cubin: bool) -> tuple[bytes, str]:
+    """Compile one of `SOURCES` to a cubin for sm_61 or PTX for compute_61.
+
+    Returns:
+        The image and, for a cubin, ptxas's report on registers, spills and shared memory.
+    """
+    nvrtc = _nvrtc()
+    path = FOLDER / f"{source}.cu"
+    program = ctypes.c_void_p()
+    created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), path.read_bytes(), path.name.encode(), 0, None, None)
+    if created:
+        raise UserError(f"NVRTC could not start (error {created}).")
+    options = ["--std=c++17", f"--include-path={FOLDER.parents[1]}", "--extra-device-vectorization"]
+    options.append("--gpu-architecture=" + ("sm_61" if cubin else "compute_61"))
+    if cubin:
+        options.append("--ptxas-options=-v")
+    arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    failed = nvrtc.nvrtcCompileProgram(program, len(options), arguments)
+    log = _read(nvrtc, program, "ProgramLog").decode().rstrip("\0\n")
+    try:
+        if failed:
+            raise UserError(f"NVRTC refused {path.name}:\n{log}")
+        return _read(nvrtc, program, "CUBIN" if cubin else "PTX"), log
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _read(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+    size = ctypes.c_size_t()
+    getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    getattr(nvrtc, f"nvrtcGet{what}")(program, buffer)
+    return buffer.raw
+
+
+_FUNCTION = re.compile(
+    r"Compiling entry function '(?P<kernel>\w+)'.*?(?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
+    re.DOTALL,
+)
+
+
+def resources() -> dict[str, dict[str, int]]:
+    """For each kernel, what ptxas says of sm_61: ``registers``, ``spills`` (bytes), ``shared`` (bytes)."""
+    table = {}
+    for source in SOURCES:
+        for match in _FUNCTION.finditer(compile_cuda(source, cubin=True)[1]):
+            table[match["kernel"]] = {
+                "registers": int(match["registers"]),
+                "spills": int(match["stores"]) + int(match["loads"]),
+                "shared": int(match["shared"] or 0),
+            }
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path, help="path of the library")
+    parser.add_argument("--target", choices=[target.value for target in Target], default=Target.CUDA.value)
+    options = parser.parse_args()
+    try:
+        build(options.output, Target(options.target))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

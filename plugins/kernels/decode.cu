@@ -1,0 +1,414 @@
+// Decode: one new token a sequence, attention over its cache by split-KV, and the merge of the splits.
+//
+// A block takes one split of one kv head's past and serves all query heads of the group, so that each byte of the cache
+// is read once, 16 bytes a lane. A warp takes tiles of 16 keys (8 in FP32); a row of K lies in row_bytes / 16 lanes,
+// as does a row of V where registers allow. Quantised keys meet queries quantised to int8 (one scale a head) with DP4A;
+// their scale multiplies the score, that of the values the probability. Scores are summed over lanes by halving: each
+// exchange also halves how many a lane keeps, so that in the end each lane has its own few, does their softmax, and
+// shows the probabilities to the warp through shared memory. Bound by DRAM: both tiles of K and V are under way at
+// once.
+//
+// The past is cut into splits on the device, by past_length: no length passes through the host. The first split takes
+// the new token too. Softmax statistics in FP32, merged at the end.
+#include "plugins/kernels/device.cuh"
+
+namespace pascalvl {
+
+constexpr int kDecodeWarps = 4;
+constexpr int kDecodeThreads = kDecodeWarps * kWarp;
+constexpr int kDim = 128;       // lanes are laid out for this; shorter rows leave some idle
+constexpr int kLeastKeys = 64;  // of a split
+
+PASCALVL_BOTH_SIDES constexpr int format_bits(int format) {
+  return format == kFloat32 ? 32 : format == kFloat16 ? 16 : format == kInt8 ? 8 : 4;
+}
+
+// How rows of a format lie in a warp: `kLanes` lanes hold one row, each `kElements` elements of it.
+template <int kFormat, int kLeastLanes>
+struct RowLanes {
+  static constexpr int kWhole = kDim * format_bits(kFormat) / 128;  // with 16 bytes a lane
+  static constexpr int kLanes = kWhole > kLeastLanes ? kWhole : kLeastLanes;
+  static constexpr int kElements = kDim / kLanes;
+  static constexpr int kBytes = kElements * format_bits(kFormat) / 8;
+  static constexpr int kWords = kBytes / 4;
+  static constexpr int kAtOnce = kWarp / kLanes;  // rows a warp loads at once
+  static_assert(kBytes >= 4 && kBytes <= 16 && kLanes <= kWarp, "4, 8 or 16 bytes a lane");
+};
+
+// Reads kWords words, aligned to their size.
+template <int kWords>
+__device__ __forceinline__ void load_words(const unsigned char* from, unsigned* words) {
+  if (kWords == 4) {
+    const uint4 x = *reinterpret_cast<const uint4*>(from);
+    words[0] = x.x, words[1 % kWords] = x.y, words[2 % kWords] = x.z, words[3 % kWords] = x.w;
+  } else if (kWords == 2) {
+    const uint2 x = *reinterpret_cast<const uint2*>(from);
+    words[0] = x.x, words[1 % kWords] = x.y;
+  } else {
+    words[0] = *reinterpret_cast<const unsigned*>(from);
+  }
+}
+
+// Elements of a lane's words, as floats; codes without their scale.
+template <int kFormat, int kWords>
+__device__ __forceinline__ void unpack(const unsigned* words, float* elements) {
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    if (kFormat == kFloat32) {
+      elements[w] = __int_as_float(int(words[w]));
+    } else if (kFormat == kFloat16) {
+      const float2 pair = halves_to_floats(words[w]);
+      elements[2 * w] = pair.x;
+      elements[2 * w + 1] = pair.y;
+    } else if (kFormat == kInt8) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) elements[4 * w + i] = float(signed_byte(words[w], i));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) elements[8 * w + i] = float(int(words[w] >> (8 * (i % 4) + 4 * (i / 4)) & 15) - 8);
+    }
+  }
+}
+
+// Sums each of kCount values over lanes that differ in the bits of kMask and below, halving how many a lane keeps while
+// it can: the lane with the bit set keeps the upper half.
+template <int kCount, int kMask>
+struct SumOverLanes {
+  static __device__ __forceinline__ void run(float* values) {
+    if (kCount > 1) {
+      const bool upper = threadIdx.x & kMask;
+#pragma unroll
+      for (int i = 0; i < kCount / 2; ++i) {
+        const float sent = upper ? values[i] : values[i + kCount / 2];
+        const float kept = upper ? values[i + kCount / 2] : values[i];
+        values[i] = kept + __shfl_xor_sync(kAllLanes, sent, kMask);
+      }
+    } else {
+      values[0] += __shfl_xor_sync(kAllLanes, values[0], kMask);
+    }
+    SumOverLanes<(kCount > 1 ? kCount / 2 : 1), kMask / 2>::run(values);
+  }
+};
+template <int kCount>
+struct SumOverLanes<kCount, 0> {
+  static __device__ __forceinline__ void run(float*) {}
+};
+
+// What a block keeps in shared memory.
+template <int kGroup>
+struct DecodeShared {
+  float q[kGroup][kDim];  // as the cache's keys are: rotated or not
+  unsigned q_codes[kGroup][kDim / 4];
+  float q_scale[kGroup];
+  float new_score[kGroup];  // of the new token
+  float probability[kDecodeWarps][kGroup][16];
+  float factor[kDecodeWarps][kGroup];
+  float maximum[kDecodeWarps][kGroup];
+  float sum[kDecodeWarps][kGroup];
+  float output[kDecodeWarps][kGroup][kDim];
+};
+
+// Puts the group's queries into shared memory: the new token's score, then rotated and quantised as the cache needs.
+// A warp takes a head.
+template <int kGroup, int kKeyFormat>
+__device__ __forceinline__ void prepare_queries(const DecodeParams& p, DecodeShared<kGroup>& shared) {
+  const AttentionParams& a = p.attention;
+  const int head = blockIdx.y, sequence = blockIdx.z, lane = threadIdx.x % kWarp, d = 4 * lane;
+  for (int g = threadIdx.x / kWarp; g < kGroup; g += kDecodeWarps) {
+    float4 q = make_float4(0, 0, 0, 0), k = q;
+    if (d < a.key_dim) {
+      const long long row = (long long)sequence * a.num_kv_heads + head;
+      q = *reinterpret_cast<const float4*>(a.q + (row * kGroup + g) * a.key_dim + d);
+      k = *reinterpret_cast<const float4*>(a.k + row * a.key_dim + d);
+    }
+    float dot = q.x * k.x + q.y * k.y + q.z * k.z + q.w * k.w;
+#pragma unroll
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) dot += __shfl_xor_sync(kAllLanes, dot, mask);
+    if (lane == 0) shared.new_score[g] = dot * a.scale_log2;
+    if (p.rotated) q = hadamard(q);
+    *reinterpret_cast<float4*>(&shared.q[g][d]) = q;
+    if (is_quantised(kKeyFormat)) {
+      const float most = warp_max(max_abs(q));
+      shared.q_codes[g][lane] = quantise(q, most > 0 ? 127 / most : 0, 127);
+      if (lane == 0) shared.q_scale[g] = most / 127;
+    }
+  }
+}
+
+template <int kGroup, int kKeyFormat, int kValueFormat>
+__device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGroup>& shared) {
+  using Keys = RowLanes<kKeyFormat, kGroup>;              // the scores a lane ends with are of one head
+  using Values = RowLanes<kValueFormat, 2 * kGroup>;      // at most 64 accumulators
+  constexpr int kTile = kKeyFormat == kFloat32 ? 8 : 16;  // keys a warp takes at once
+  constexpr int kKeyLoads = kTile / Keys::kAtOnce, kValueLoads = kTile / Values::kAtOnce;
+  constexpr int kScores = kGroup * kKeyLoads;  // of a lane before the sum over lanes: [group][load]
+  constexpr int kOwn = kScores > Keys::kLanes ? kScores / Keys::kLanes : 1;  // after it
+  constexpr bool kCodes = is_quantised(kKeyFormat);
+  constexpr int kLanesOfHead = Keys::kLanes / kGroup;  // lanes of a row that end with scores of the same head
+  constexpr int kCopies = Keys::kLanes > kScores ? Keys::kLanes / kScores : 1;  // of them, with the very same scores
+  static_assert(kOwn <= kKeyLoads, "a lane's scores are of one head");
+
+  const AttentionParams& a = p.attention;
+  const Cache& cache = a.cache;
+  const int split = blockIdx.x, head = blockIdx.y, sequence = blockIdx.z;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int past = a.past_length[sequence];
+  float* partial =
+      p.partial + (((long long)sequence * a.num_heads + head * kGroup) * p.splits + split) * (a.value_dim + 2);
+  const long long partial_stride = (long long)p.splits * (a.value_dim + 2);  // between heads
+
+  // The query's position is `past`. Of the cache it sees the sinks and the window, `seen` keys; those are cut into
+  // splits, and key number t lies in slot t, or `gap` further on once the sinks are over.
+  const int window = a.window ? min2(a.window - 1, past) : past;
+  const int sinks = min2(a.sinks, past - window);
+  const int seen = sinks + window, gap = past - seen;
+  const int share = max2(ceil_div(ceil_div(seen, p.splits), kLeastKeys), 1) * kLeastKeys;
+  const int begin = split * share, end = min2(begin + share, seen);
+  if (begin >= end && split > 0) {
+    if (threadIdx.x < kGroup) {
+      partial[threadIdx.x * partial_stride + a.value_dim] = kLowest;
+      partial[threadIdx.x * partial_stride + a.value_dim + 1] = 0;
+    }
+    return;
+  }
+  prepare_queries<kGroup, kKeyFormat>(p, shared);
+  __syncthreads();
+
+  // This lane's part of the queries.
+  const int key_lane = lane % Keys::kLanes, value_lane = lane % Values::kLanes;
+  const int key_d = key_lane * Keys::kElements, value_d = value_lane * Values::kElements;
+  float q[kGroup][kCodes ? 1 : Keys::kElements];
+  int q_codes[kGroup][kCodes ? Keys::kElements / 4 : 1];
+  int bias[kGroup];  // takes back the 8 that is added to codes of four bits
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) {
+    if (kCodes) {
+      bias[g] = 0;
+#pragma unroll
+      for (int i = 0; i < Keys::kElements / 4; ++i) {
+        q_codes[g][i % (kCodes ? Keys::kElements / 4 : 1)] = int(shared.q_codes[g][key_d / 4 + i]);
+        if (kKeyFormat == kInt4) bias[g] = __dp4a(int(shared.q_codes[g][key_d / 4 + i]), int(0xf8f8f8f8u), bias[g]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < Keys::kElements; ++i) q[g][i % (kCodes ? 1 : Keys::kElements)] = shared.q[g][key_d + i];
+    }
+  }
+
+  // After the sum over lanes, this lane has scores number own .. own + kOwn - 1 of [group][load], of the key that its
+  // row of lanes loads. The higher a bit of its number, the earlier the halves it has told apart: first the head.
+  int own = 0;
+#pragma unroll
+  for (int mask = Keys::kLanes / 2, count = kScores; mask > 0; mask /= 2) {
+    if (count > 1) count /= 2, own += lane & mask ? count : 0;
+  }
+  const int own_head = own / kKeyLoads, own_load = own % kKeyLoads;
+  const bool tells = lane < Keys::kLanes && lane % kLanesOfHead == 0;  // what its head has in common
+  const float own_scale = a.scale_log2 * (kCodes ? shared.q_scale[own_head] : 1.0f);
+
+  // Online softmax. Maximum and sum are of own_head, the sum of this lane's keys alone.
+  float maximum = kLowest, sum = 0;
+  float output[kGroup][Values::kElements];
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) {
+#pragma unroll
+    for (int i = 0; i < Values::kElements; ++i) output[g][i] = 0;
+  }
+
+  const long long first_slot = ((long long)sequence * a.num_kv_heads + head) * cache.capacity;
+  const int key_row = row_bytes(kKeyFormat, a.key_dim), value_row = row_bytes(kValueFormat, a.value_dim);
+  const unsigned char* keys = cache.key + first_slot * key_row + key_lane * Keys::kBytes;
+  const unsigned char* values = cache.value + first_slot * value_row + value_lane * Values::kBytes;
+  const bool key_inside = key_d < a.key_dim, value_inside = value_d < a.value_dim;
+  auto slot = [&](int t) { return t < sinks ? t : t + gap; };
+
+  for (int first = begin + warp * kTile; first < end; first += kDecodeWarps * kTile) {
+    unsigned key_words[kKeyLoads][Keys::kWords], value_words[kValueLoads][Values::kWords];
+#pragma unroll
+    for (int i = 0; i < kKeyLoads; ++i) {
+      const int t = first + i * Keys::kAtOnce + lane / Keys::kLanes;
+#pragma unroll
+      for (int w = 0; w < Keys::kWords; ++w) key_words[i][w] = 0;
+      if (t < end && key_inside) load_words<Keys::kWords>(keys + (long long)slot(t) * key_row, key_words[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kValueLoads; ++i) {
+      const int t = first + i * Values::kAtOnce + lane / Values::kLanes;
+#pragma unroll
+      for (int w = 0; w < Values::kWords; ++w) value_words[i][w] = 0;
+      if (t < end && value_inside) load_words<Values::kWords>(values + (long long)slot(t) * value_row, value_words[i]);
+    }
+    float key_scale[kOwn], value_scale[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int t = first + (own_load + i) * Keys::kAtOnce + lane / Keys::kLanes;
+      key_scale[i] = own_scale, value_scale[i] = 1;
+      if (kCodes && t < end) key_scale[i] *= half_to_float(cache.key_scale[first_slot + slot(t)]);
+      if (is_quantised(kValueFormat) && t < end)
+        value_scale[i] = half_to_float(cache.value_scale[first_slot + slot(t)]);
+    }
+
+    float score[kScores];
+#pragma unroll
+    for (int i = 0; i < kKeyLoads; ++i) {
+      if (kCodes) {
+#pragma unroll
+        for (int g = 0; g < kGroup; ++g) {
+          int dot = kKeyFormat == kInt4 && key_inside ? bias[g] : 0;
+#pragma unroll
+          for (int w = 0; w < Keys::kWords; ++w) {
+            if (kKeyFormat == kInt8) {
+              dot = __dp4a(int(key_words[i][w]), q_codes[g][w], dot);
+            } else {
+              dot = __dp4a(int(key_words[i][w] & 0x0f0f0f0fu), q_codes[g][2 * w], dot);
+              dot = __dp4a(int(key_words[i][w] >> 4 & 0x0f0f0f0fu), q_codes[g][2 * w + 1], dot);
+            }
+          }
+          score[g * kKeyLoads + i] = float(dot);
+        }
+      } else {
+        float k[Keys::kElements];
+        unpack<kKeyFormat, Keys::kWords>(key_words[i], k);
+#pragma unroll
+        for (int g = 0; g < kGroup; ++g) {
+          float dot = 0;
+#pragma unroll
+          for (int j = 0; j < Keys::kElements; ++j) dot += q[g][j % (kCodes ? 1 : Keys::kElements)] * k[j];
+          score[g * kKeyLoads + i] = dot;
+        }
+      }
+    }
+    SumOverLanes<kScores, Keys::kLanes / 2>::run(score);
+
+    // Softmax of the scores that this lane has: the maximum over all lanes that have scores of the same head.
+    float most = maximum;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int t = first + (own_load + i) * Keys::kAtOnce + lane / Keys::kLanes;
+      score[i] = t < end ? score[i] * key_scale[i] : kLowest;
+      most = max2(most, score[i]);
+    }
+#pragma unroll
+    for (int mask = 1; mask < kWarp; mask *= 2) {
+      if (mask < kLanesOfHead || mask >= Keys::kLanes) most = max2(most, __shfl_xor_sync(kAllLanes, most, mask));
+    }
+    const float factor = exp2f(maximum - most);  // the tile's first key is there: most is a number
+    maximum = most;
+    sum *= factor;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const float probability = exp2f(score[i] - most);
+      sum += probability;
+      if (lane % kCopies == 0) {
+        shared.probability[warp][own_head][(own_load + i) * Keys::kAtOnce + lane / Keys::kLanes] =
+            probability * value_scale[i];
+      }
+    }
+    if (tells) shared.factor[warp][own_head] = factor;
+    __syncwarp();
+    float factors[kGroup];
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+      factors[g] = shared.factor[warp][g];
+#pragma unroll
+      for (int i = 0; i < Values::kElements; ++i) output[g][i] *= factors[g];
+    }
+#pragma unroll
+    for (int i = 0; i < kValueLoads; ++i) {
+      float v[Values::kElements];
+      unpack<kValueFormat, Values::kWords>(value_words[i], v);
+#pragma unroll
+      for (int g = 0; g < kGroup; ++g) {
+        const float probability = shared.probability[warp][g][i * Values::kAtOnce + lane / Values::kLanes];
+#pragma unroll
+        for (int j = 0; j < Values::kElements; ++j) output[g][j] += probability * v[j];
+      }
+    }
+    __syncwarp();
+  }
+
+  // The warp's state: sums over the lanes that have different keys of a head, output over rows of lanes.
+#pragma unroll
+  for (int mask = 1; mask < kWarp; mask *= 2) {
+    if ((mask >= kCopies && mask < kLanesOfHead) || mask >= Keys::kLanes) sum += __shfl_xor_sync(kAllLanes, sum, mask);
+  }
+  if (tells) {
+    shared.maximum[warp][own_head] = maximum;
+    shared.sum[warp][own_head] = sum;
+  }
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) {
+#pragma unroll
+    for (int i = 0; i < Values::kElements; ++i) {
+#pragma unroll
+      for (int mask = Values::kLanes; mask < kWarp; mask *= 2) {
+        output[g][i] += __shfl_xor_sync(kAllLanes, output[g][i], mask);
+      }
+      if (lane < Values::kLanes) shared.output[warp][g][value_d + i] = output[g][i];
+    }
+  }
+  __syncthreads();
+
+  // The block's state: the warps', and the new token in the first split.
+  const int d = threadIdx.x;
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) {
+    float most = split == 0 ? shared.new_score[g] : kLowest;
+#pragma unroll
+    for (int w = 0; w < kDecodeWarps; ++w) most = max2(most, shared.maximum[w][g]);
+    const float weight = split == 0 ? exp2f(shared.new_score[g] - most) : 0;
+    float total = weight, value = 0;
+    if (d < a.value_dim && split == 0) {
+      value = weight * a.v[((long long)sequence * a.num_kv_heads + head) * a.value_dim + d];
+    }
+#pragma unroll
+    for (int w = 0; w < kDecodeWarps; ++w) {
+      const float factor = exp2f(shared.maximum[w][g] - most);
+      total += factor * shared.sum[w][g];
+      value += factor * shared.output[w][g][d];
+    }
+    if (d < a.value_dim) partial[g * partial_stride + d] = value;
+    if (d == 0) {
+      partial[g * partial_stride + a.value_dim] = most;
+      partial[g * partial_stride + a.value_dim + 1] = total;
+    }
+  }
+}
+
+// Merges the splits: grid (query heads, batch), a thread a channel. Out: [batch, 1, num_heads, value_dim].
+extern "C" __global__ void __launch_bounds__(kDim) decode_merge(const DecodeParams p) {
+  const AttentionParams& a = p.attention;
+  const long long row = (long long)blockIdx.y * a.num_heads + blockIdx.x;
+  const int d = threadIdx.x, pitch = a.value_dim + 2;
+  const float* partial = p.partial + row * p.splits * pitch;
+  float most = kLowest;
+  for (int s = 0; s < p.splits; ++s) most = max2(most, partial[s * pitch + a.value_dim]);
+  float total = 0, value = 0;
+  for (int s = 0; s < p.splits; ++s) {
+    const float weight = exp2f(partial[s * pitch + a.value_dim] - most);
+    if (weight == 0) continue;  // an empty split has written no output
+    total += weight * partial[s * pitch + a.value_dim + 1];
+    if (d < a.value_dim) value += weight * partial[s * pitch + d];
+  }
+  if (d < a.value_dim) a.out[row * a.value_dim + d] = value / total;
+}
+
+#define DECODE(GROUP, KEY, VALUE)                              \
+  extern "C" __global__ void __launch_bounds__(kDecodeThreads) \
+      decode_##GROUP##_##KEY##_##VALUE(const DecodeParams p) { \
+    __shared__ __align__(16) DecodeShared<GROUP> shared;       \
+    decode<GROUP, KEY, VALUE>(p, shared);                      \
+  }
+#define DECODE_FORMATS(GROUP)       \
+  DECODE(GROUP, kFloat32, kFloat32) \
+  DECODE(GROUP, kFloat16, kFloat16) \
+  DECODE(GROUP, kInt8, kInt8)       \
+  DECODE(GROUP, kInt8, kInt4)       \
+  DECODE(GROUP, kInt4, kInt8)       \
+  DECODE(GROUP, kInt4, kInt4)
+DECODE_FORMATS(1)
+DECODE_FORMATS(2)
+DECODE_FORMATS(4)
+DECODE_FORMATS(8)
+
+}  // namespace pascalvl

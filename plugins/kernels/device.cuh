@@ -1,0 +1,116 @@
+// What all kernels use: the language (CUDA, or the emulator's), half conversion, warp reductions, the Hadamard rotation
+// and the reading of cache rows.
+#pragma once
+
+#ifdef PASCALVL_EMULATED
+#include "plugins/emulator/cuda_emulator.h"
+#endif
+
+#include "plugins/kernels/params.h"
+
+namespace pascalvl {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr float kLowest = -3e38f;  // below every score: stands for no key seen
+constexpr int kHadamardDim = 128;
+
+// Half is a storage type alone: its arithmetic runs at 1/64 rate on SM61. No header of the toolkit is needed for that.
+#ifdef PASCALVL_EMULATED
+__device__ __forceinline__ float half_to_float(unsigned short bits) {
+  _Float16 h;
+  __builtin_memcpy(&h, &bits, sizeof h);
+  return float(h);
+}
+__device__ __forceinline__ unsigned short float_to_half(float x) {
+  const _Float16 h = _Float16(x);
+  unsigned short bits;
+  __builtin_memcpy(&bits, &h, sizeof h);
+  return bits;
+}
+#else
+__device__ __forceinline__ float half_to_float(unsigned short bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+__device__ __forceinline__ unsigned short float_to_half(float x) {
+  unsigned short bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+#endif
+
+__device__ __forceinline__ float2 halves_to_floats(unsigned pair) {
+  return make_float2(half_to_float(pair & 0xffff), half_to_float(pair >> 16));
+}
+
+__device__ __forceinline__ float max2(float a, float b) { return a > b ? a : b; }
+__device__ __forceinline__ int min2(int a, int b) { return a < b ? a : b; }
+__device__ __forceinline__ int max2(int a, int b) { return a > b ? a : b; }
+__device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// The signed code in byte `i` of a word.
+__device__ __forceinline__ int signed_byte(unsigned word, int i) { return int(word << (24 - 8 * i)) >> 24; }
+
+// The word of four codes + 8 that holds elements 4 * quad to 4 * quad + 3 of a row in kInt4, one a byte.
+__device__ __forceinline__ unsigned int4_quad(unsigned word, int quad) {
+  return word >> (4 * (quad & 1)) & 0x0f0f0f0fu;
+}
+
+// Elements d to d + 3 (d a multiple of 4) of a row; of a quantised one without its scale. Formats other than FP32 share
+// their first load: fewer branches need fewer registers.
+__device__ __forceinline__ float4 load_quad(int format, const unsigned char* row, int d) {
+  if (format == kFloat32) return *reinterpret_cast<const float4*>(row + 4 * d);
+  const unsigned char* at = row + (format == kFloat16 ? 2 * d : format == kInt8 ? d : d / 8 * 4);
+  const unsigned word = *reinterpret_cast<const unsigned*>(at);
+  if (format == kFloat16) {
+    const float2 low = halves_to_floats(word), high = halves_to_floats(*reinterpret_cast<const unsigned*>(at + 4));
+    return make_float4(low.x, low.y, high.x, high.y);
+  }
+  const unsigned codes = format == kInt8 ? word ^ 0x80808080u : int4_quad(word, d / 4);  // plus 128, or plus 8
+  const float bias = format == kInt8 ? 128 : 8;
+  return make_float4(float(codes & 0xff) - bias, float(codes >> 8 & 0xff) - bias, float(codes >> 16 & 0xff) - bias,
+                     float(codes >> 24) - bias);
+}
+
+// Rotates a row of 128 held by a warp, elements 4 * lane to 4 * lane + 3 in each lane: two butterfly stages within a
+// lane, five between lanes, then the factor that makes it orthonormal.
+__device__ __forceinline__ float4 hadamard(float4 x) {
+  x = make_float4(x.x + x.y, x.x - x.y, x.z + x.w, x.z - x.w);
+  x = make_float4(x.x + x.z, x.y + x.w, x.x - x.z, x.y - x.w);
+#pragma unroll
+  for (int mask = 1; mask < kWarp; mask *= 2) {
+    const float sign = threadIdx.x & mask ? -1.0f : 1.0f;
+    x.x = sign * x.x + __shfl_xor_sync(kAllLanes, x.x, mask);
+    x.y = sign * x.y + __shfl_xor_sync(kAllLanes, x.y, mask);
+    x.z = sign * x.z + __shfl_xor_sync(kAllLanes, x.z, mask);
+    x.w = sign * x.w + __shfl_xor_sync(kAllLanes, x.w, mask);
+  }
+  const float norm = 0.08838834764831845f;  // 128^-0.5
+  return make_float4(norm * x.x, norm * x.y, norm * x.z, norm * x.w);
+}
+
+__device__ __forceinline__ float max_abs(float4 x) {
+  return max2(max2(fabsf(x.x), fabsf(x.y)), max2(fabsf(x.z), fabsf(x.w)));
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) x = max2(x, __shfl_xor_sync(kAllLanes, x, mask));
+  return x;
+}
+
+// Four codes in a word: x * inverse_scale, rounded to the nearest even, at most `most` in size.
+__device__ __forceinline__ unsigned quantise(float4 x, float inverse_scale, int most) {
+  const float values[4] = {x.x, x.y, x.z, x.w};
+  unsigned word = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int code = __float2int_rn(values[i] * inverse_scale);
+    word |= unsigned(min2(max2(code, -most), most) & 0xff) << (8 * i);
+  }
+  return word;
+}
+
+}  // namespace pascalvl

@@ -1,0 +1,60 @@
+// Starts kernels on the emulator: the same sources, compiled for the CPU.
+#define PASCALVL_EMULATED
+#include <cstring>
+#include <map>
+#include <string>
+
+#include "plugins/kernels/append.cu"
+#include "plugins/kernels/decode.cu"
+#include "plugins/kernels/launch.h"
+#include "plugins/kernels/prefill.cu"
+
+namespace pascalvl {
+namespace {
+
+using Starter = std::function<void(Dim, unsigned, const void*)>;
+
+template <typename Params>
+Starter starter(void (*kernel)(Params)) {
+  return [kernel](Dim grid, unsigned threads, const void* bytes) {
+    Params params;
+    std::memcpy(&params, bytes, sizeof params);
+    emulator::run([&] { kernel(params); }, dim3(grid.x, grid.y, grid.z), dim3(threads));
+  };
+}
+
+#define KERNEL(NAME) {#NAME, starter(NAME)}
+#define DECODERS(GROUP)                                                                   \
+  KERNEL(decode_##GROUP##_kFloat32_kFloat32), KERNEL(decode_##GROUP##_kFloat16_kFloat16), \
+      KERNEL(decode_##GROUP##_kInt8_kInt8), KERNEL(decode_##GROUP##_kInt8_kInt4),         \
+      KERNEL(decode_##GROUP##_kInt4_kInt8), KERNEL(decode_##GROUP##_kInt4_kInt4)
+
+const std::map<std::string, Starter>& kernels() {
+  static const std::map<std::string, Starter> all{KERNEL(kv_append),
+                                                  KERNEL(rotate),
+                                                  KERNEL(prefill_causal_64),
+                                                  KERNEL(prefill_causal_128),
+                                                  KERNEL(prefill_packed_64),
+                                                  KERNEL(prefill_packed_72),
+                                                  KERNEL(prefill_packed_128),
+                                                  KERNEL(decode_merge),
+                                                  DECODERS(1),
+                                                  DECODERS(2),
+                                                  DECODERS(4),
+                                                  DECODERS(8)};
+  return all;
+}
+
+}  // namespace
+
+void load_kernels() {}
+
+void launch(const char* kernel, Dim grid, unsigned threads, const void* params, size_t, void*) {
+  const auto found = kernels().find(kernel);
+  if (found == kernels().end()) throw CudaError(std::string("There is no kernel ") + kernel + ".");
+  found->second(grid, threads, params);
+}
+
+int multiprocessors() { return 2; }  // enough for several splits, few enough for tests to be quick
+
+}  // namespace pascalvl

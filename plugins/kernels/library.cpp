@@ -1,0 +1,272 @@
+// The C ABI: checks arguments, chooses kernels and their grids.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <string>
+
+#include "plugins/kernels/launch.h"
+#include "plugins/kernels/params.h"
+#include "plugins/kernels/pascalvl.h"
+
+namespace pascalvl {
+namespace {
+
+constexpr int kTileRows = 64;  // query rows of a prefill block
+constexpr int kPrefillThreads = 128;
+constexpr int kDecodeThreads = 128;
+constexpr int kAppendRows = 4;  // of a block, a warp each
+constexpr int kAppendThreads = 128;
+constexpr int kMaxDim = 128;
+constexpr int kLeastKeys = 64;               // of a decode split
+constexpr int kBlocksPerMultiprocessor = 4;  // of decode blocks, for splits to fill the card
+constexpr int kMaxSplits = 512;
+
+thread_local std::string last_error;
+
+struct BadArgument : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+template <typename... Values>
+std::string text(const char* format, Values... values) {
+  char buffer[320];
+  std::snprintf(buffer, sizeof buffer, format, values...);
+  return buffer;
+}
+
+template <typename... Values>
+void require(bool condition, const char* format, Values... values) {
+  if (!condition) throw BadArgument(text(format, values...));
+}
+
+// Runs what may throw, and turns that into a status and a message.
+template <typename Work>
+int guarded(Work work) {
+  try {
+    work();
+    return PASCALVL_OK;
+  } catch (const CudaError& error) {
+    last_error = error.what();
+    return PASCALVL_CUDA_ERROR;
+  } catch (const std::exception& error) {
+    last_error = error.what();
+    return PASCALVL_BAD_ARGUMENT;
+  }
+}
+
+void require_pointer(const void* pointer, const char* name) {
+  require(pointer, "%s is a null pointer.", name);
+  require(reinterpret_cast<uintptr_t>(pointer) % 16 == 0, "%s is not aligned to 16 bytes.", name);
+}
+
+void require_positive(int value, const char* name) {
+  require(value > 0, "%s is %d; it must be at least 1.", name, value);
+}
+
+void require_dim(int dim, const char* name) {
+  require(dim == 64 || dim == 96 || dim == 112 || dim == 128, "%s is %d; expected 64, 96, 112 or 128.", name, dim);
+}
+
+const char* format_name(int format) {
+  static const char* const names[] = {"float32", "float16", "int8", "int4"};
+  return format >= kFloat32 && format <= kInt4 ? names[format] : "unknown";
+}
+
+void check_cache(const pascalvl_cache& cache, int key_dim) {
+  require(cache.key_format >= kFloat32 && cache.key_format <= kInt4 && cache.value_format >= kFloat32 &&
+              cache.value_format <= kInt4,
+          "The cache's formats are %d and %d; expected 0 (float32), 1 (float16), 2 (int8) or 3 (int4).",
+          cache.key_format, cache.value_format);
+  require(
+      is_quantised(cache.key_format) ? is_quantised(cache.value_format) : cache.key_format == cache.value_format,
+      "A cache of %s keys and %s values is not supported; expected both float32, both float16, or each int8 or int4.",
+      format_name(cache.key_format), format_name(cache.value_format));
+  require_positive(cache.capacity, "The cache's capacity");
+  require_pointer(cache.key, "The cache of keys");
+  require_pointer(cache.value, "The cache of values");
+  if (is_quantised(cache.key_format)) {
+    require(cache.key_scale && cache.value_scale, "A quantised cache needs arrays of scales; one is a null pointer.");
+  }
+  require(!cache.rotated || key_dim == kMaxDim, "Rotated keys have 128 channels; found key_dim %d.", key_dim);
+}
+
+Cache to_cache(const pascalvl_cache& c) {
+  return {static_cast<unsigned char*>(c.key),
+          static_cast<unsigned char*>(c.value),
+          static_cast<unsigned short*>(c.key_scale),
+          static_cast<unsigned short*>(c.value_scale),
+          c.key_format,
+          c.value_format,
+          c.capacity};
+}
+
+bool is_decode(const pascalvl_attention_args& a) { return a.causal && a.seq == 1 && a.past_length; }
+
+bool rotates_queries(const pascalvl_attention_args& a) {  // in a launch of its own
+  return a.causal && a.past_length && a.cache.rotated && !is_decode(a);
+}
+
+void check(const pascalvl_attention_args& a) {
+  require_pointer(a.q, "q");
+  require_pointer(a.k, "k");
+  require_pointer(a.v, "v");
+  require_pointer(a.out, "out");
+  require_positive(a.batch, "batch");
+  require_positive(a.num_heads, "num_heads");
+  require_positive(a.num_kv_heads, "num_kv_heads");
+  require_positive(a.seq, "seq");
+  require(a.num_heads % a.num_kv_heads == 0, "num_heads %d is not a multiple of num_kv_heads %d.", a.num_heads,
+          a.num_kv_heads);
+  require(std::isfinite(a.softmax_scale), "softmax_scale is not a finite number.");
+  if (!a.causal) {
+    require(a.key_dim == a.value_dim && (a.key_dim == 64 || a.key_dim == 72 || a.key_dim == 128),
+            "Packed attention has head sizes 64, 72 and 128; found key_dim %d and value_dim %d.", a.key_dim,
+            a.value_dim);
+    require(a.batch == 1, "Packed attention has batch 1; found %d.", a.batch);
+    require(a.num_heads == a.num_kv_heads, "Packed attention has as many kv heads as heads; found %d and %d.",
+            a.num_kv_heads, a.num_heads);
+    require_positive(a.num_sequences, "num_sequences");
+    require(a.cu_seqlens, "cu_seqlens is a null pointer.");
+    require(!a.window && !a.sinks, "Packed attention has no window and no sinks; found %d and %d.", a.window, a.sinks);
+    return;
+  }
+  require_dim(a.key_dim, "key_dim");
+  require_dim(a.value_dim, "value_dim");
+  require(a.window >= 0 && a.sinks >= 0, "window is %d and sinks %d; they must not be negative.", a.window, a.sinks);
+  require(a.window > 0 || a.sinks == 0, "sinks is %d without a window.", a.sinks);
+  if (a.past_length) check_cache(a.cache, a.key_dim);
+  if (is_decode(a)) {
+    const int group = a.num_heads / a.num_kv_heads;
+    require(group == 1 || group == 2 || group == 4 || group == 8,
+            "Decode has 1, 2, 4 or 8 query heads a kv head; found %d.", group);
+  }
+}
+
+// As many splits as fill the card, none shorter than it pays.
+int decode_splits(const pascalvl_attention_args& a) {
+  const int blocks = a.batch * a.num_kv_heads, wanted = multiprocessors() * kBlocksPerMultiprocessor;
+  const int longest = a.window ? std::min(a.cache.capacity, a.window + a.sinks) : a.cache.capacity;
+  const int most = (longest + kLeastKeys - 1) / kLeastKeys;
+  return std::max(1, std::min({most, (wanted + blocks - 1) / blocks, kMaxSplits}));
+}
+
+size_t workspace_bytes(const pascalvl_attention_args& a) {
+  const size_t rows = size_t(a.batch) * a.num_heads;
+  if (is_decode(a)) return rows * decode_splits(a) * (a.value_dim + 2) * sizeof(float);
+  return rotates_queries(a) ? rows * a.seq * a.key_dim * sizeof(float) : 0;
+}
+
+AttentionParams to_params(const pascalvl_attention_args& a) {
+  AttentionParams p{};
+  p.q = p.q_past = a.q;
+  p.k = a.k;
+  p.v = a.v;
+  p.out = a.out;
+  if (a.causal && a.past_length) p.cache = to_cache(a.cache);
+  p.past_length = a.causal ? a.past_length : nullptr;
+  p.cu_seqlens = a.cu_seqlens;
+  p.num_sequences = a.num_sequences;
+  p.num_heads = a.num_heads;
+  p.num_kv_heads = a.num_kv_heads;
+  p.group = a.num_heads / a.num_kv_heads;
+  p.seq = a.seq;
+  p.key_dim = a.key_dim;
+  p.value_dim = a.value_dim;
+  p.scale_log2 = a.softmax_scale * 1.4426950408889634f;
+  p.window = a.window;
+  p.sinks = a.sinks;
+  return p;
+}
+
+template <typename Params>
+void launch(const std::string& kernel, Dim grid, unsigned threads, const Params& params, void* stream) {
+  launch(kernel.c_str(), grid, threads, &params, sizeof params, stream);
+}
+
+void decode(const pascalvl_attention_args& a, void* workspace, void* stream) {
+  static const char* const kinds[] = {"kFloat32", "kFloat16", "kInt8", "kInt4"};
+  DecodeParams p{to_params(a), static_cast<float*>(workspace), decode_splits(a), bool(a.cache.rotated)};
+  const std::string kernel =
+      text("decode_%d_%s_%s", a.num_heads / a.num_kv_heads, kinds[a.cache.key_format], kinds[a.cache.value_format]);
+  launch(kernel, {unsigned(p.splits), unsigned(a.num_kv_heads), unsigned(a.batch)}, kDecodeThreads, p, stream);
+  launch("decode_merge", {unsigned(a.num_heads), unsigned(a.batch), 1}, kMaxDim, p, stream);
+}
+
+void prefill(const pascalvl_attention_args& a, void* workspace, void* stream) {
+  AttentionParams p = to_params(a);
+  if (!a.causal) {
+    const unsigned tiles = a.seq / kTileRows + a.num_sequences;
+    return launch(text("prefill_packed_%d", a.value_dim), {tiles, unsigned(a.num_heads), 1}, kPrefillThreads, p,
+                  stream);
+  }
+  if (rotates_queries(a)) {
+    const RotateParams rotation{a.q, static_cast<float*>(workspace), int64_t(a.batch) * a.num_heads * a.seq};
+    const unsigned blocks = (rotation.rows + kAppendRows - 1) / kAppendRows;
+    launch("rotate", {blocks, 1, 1}, kAppendThreads, rotation, stream);
+    p.q_past = rotation.out;
+  }
+  const int64_t rows = int64_t(a.seq) * (a.num_heads / a.num_kv_heads);
+  launch(text("prefill_causal_%d", a.value_dim <= 64 ? 64 : 128),
+         {unsigned((rows + kTileRows - 1) / kTileRows), unsigned(a.num_kv_heads), unsigned(a.batch)}, kPrefillThreads,
+         p, stream);
+}
+
+}  // namespace
+}  // namespace pascalvl
+
+using namespace pascalvl;
+
+extern "C" int pascalvl_attention_workspace(const pascalvl_attention_args* args, size_t* bytes) {
+  return guarded([&] {
+    require(args && bytes, "The arguments are a null pointer.");
+    check(*args);
+    *bytes = workspace_bytes(*args);
+  });
+}
+
+extern "C" int pascalvl_attention(const pascalvl_attention_args* args, void* workspace, size_t bytes, void* stream) {
+  return guarded([&] {
+    require(args, "The arguments are a null pointer.");
+    check(*args);
+    const size_t needed = workspace_bytes(*args);
+    require(bytes >= needed, "The workspace has %zu bytes; expected at least %zu.", bytes, needed);
+    if (needed) require_pointer(workspace, "The workspace");
+    is_decode(*args) ? decode(*args, workspace, stream) : prefill(*args, workspace, stream);
+  });
+}
+
+extern "C" int pascalvl_kv_append(const pascalvl_append_args* args, void* stream) {
+  return guarded([&] {
+    require(args, "The arguments are a null pointer.");
+    const pascalvl_append_args& a = *args;
+    require_pointer(a.key, "key");
+    require_pointer(a.value, "value");
+    require_positive(a.layers, "layers");
+    require_positive(a.batch, "batch");
+    require_positive(a.num_kv_heads, "num_kv_heads");
+    require_positive(a.seq, "seq");
+    require_dim(a.key_dim, "key_dim");
+    require_dim(a.value_dim, "value_dim");
+    require(a.past_length || a.slots, "past_length and slots are null pointers; expected one of them.");
+    check_cache(a.cache, a.key_dim);
+    for (const int64_t stride : {a.key_stride, a.value_stride}) {
+      require(a.layers == 1 || stride % 16 == 0, "A layer's stride is %lld bytes; expected a multiple of 16.",
+              static_cast<long long>(stride));
+    }
+    const AppendParams p{
+        a.key,          a.value,        to_cache(a.cache),  a.past_length,        a.slots,
+        a.key_stride,   a.value_stride, a.key_scale_stride, a.value_scale_stride, a.batch,
+        a.num_kv_heads, a.seq,          a.key_dim,          a.value_dim,          bool(a.cache.rotated)};
+    const int64_t rows = int64_t(a.batch) * a.num_kv_heads * a.seq;
+    launch("kv_append", {unsigned((rows + kAppendRows - 1) / kAppendRows), 2, unsigned(a.layers)}, kAppendThreads, p,
+           stream);
+  });
+}
+
+extern "C" size_t pascalvl_row_bytes(int32_t format, int32_t dim) {
+  return format >= kFloat32 && format <= kInt4 && dim > 0 && dim <= kMaxDim ? row_bytes(format, dim) : 0;
+}
+
+extern "C" int pascalvl_load(void) { return guarded(load_kernels); }
+
+extern "C" const char* pascalvl_last_error(void) { return last_error.c_str(); }

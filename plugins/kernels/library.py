@@ -1,0 +1,117 @@
+"""Calls the kernels' library: `pascalvl.h` in ctypes. Pointers are integers; `pascalvl.h` tells shapes and meanings."""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+from pathlib import Path
+
+from pascalvl.plugins.errors import UserError
+
+
+class RowFormat(enum.IntEnum):
+    """How the elements of a cache row are stored."""
+
+    FLOAT32 = 0
+    FLOAT16 = 1
+    INT8 = 2
+    INT4 = 3
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether rows have a scale, in an array of their own."""
+        return self in (RowFormat.INT8, RowFormat.INT4)
+
+
+class _Struct(ctypes.Structure):
+    def __init__(self, **fields: object) -> None:
+        unknown = fields.keys() - {name for name, _ in self._fields_}
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}")
+        super().__init__(**fields)
+
+
+def _fields(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+class Cache(_Struct):
+    """``pascalvl_cache``: one layer's cache."""
+
+    _fields_ = (
+        *_fields(ctypes.c_void_p, "key value key_scale value_scale"),
+        *_fields(ctypes.c_int32, "key_format value_format capacity rotated"),
+    )
+
+
+class AttentionArgs(_Struct):
+    """``pascalvl_attention_args``."""
+
+    _fields_ = (
+        *_fields(ctypes.c_void_p, "q k v out"),
+        *_fields(ctypes.c_int32, "batch num_heads num_kv_heads seq key_dim value_dim"),
+        ("softmax_scale", ctypes.c_float),
+        ("causal", ctypes.c_int32),
+        *_fields(ctypes.c_void_p, "past_length cu_seqlens"),
+        *_fields(ctypes.c_int32, "num_sequences window sinks"),
+        ("cache", Cache),
+    )
+
+
+class AppendArgs(_Struct):
+    """``pascalvl_append_args``."""
+
+    _fields_ = (
+        *_fields(ctypes.c_void_p, "key value"),
+        *_fields(ctypes.c_int32, "layers batch num_kv_heads seq key_dim value_dim"),
+        *_fields(ctypes.c_void_p, "past_length slots"),
+        ("cache", Cache),
+        *_fields(ctypes.c_int64, "key_stride value_stride key_scale_stride value_scale_stride"),
+    )
+
+
+class KernelLibrary:
+    """The library at a path: for CUDA or for the emulator, see `pascalvl.plugins.kernels.build`.
+
+    Every method raises `UserError` with the library's own sentence where arguments are bad or CUDA fails.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise UserError(f"the kernels' library {path} cannot be loaded: {error}.") from None
+        self._library.pascalvl_last_error.restype = ctypes.c_char_p
+        self._library.pascalvl_row_bytes.restype = ctypes.c_size_t
+
+    def _call(self, name: str, *arguments: object) -> None:
+        if getattr(self._library, name)(*arguments):
+            raise UserError(self._library.pascalvl_last_error().decode())
+
+    def load(self) -> None:
+        """Make the kernels ready in the current CUDA context."""
+        self._call("pascalvl_load")
+
+    def row_bytes(self, row_format: RowFormat, dim: int) -> int:
+        """Bytes of a cache row of ``dim`` elements."""
+        return self._library.pascalvl_row_bytes(int(row_format), dim)
+
+    def attention_workspace(self, args: AttentionArgs) -> int:
+        """Bytes of workspace that `attention` needs."""
+        size = ctypes.c_size_t()
+        self._call("pascalvl_attention_workspace", ctypes.byref(args), ctypes.byref(size))
+        return size.value
+
+    def attention(self, args: AttentionArgs, workspace: int = 0, workspace_bytes: int = 0, stream: int = 0) -> None:
+        """Launch attention on a stream."""
+        self._call(
+            "pascalvl_attention",
+            ctypes.byref(args),
+            ctypes.c_void_p(workspace),
+            ctypes.c_size_t(workspace_bytes),
+            ctypes.c_void_p(stream),
+        )
+
+    def kv_append(self, args: AppendArgs, stream: int = 0) -> None:
+        """Launch the writing of new keys and values into the caches of all layers."""
+        self._call("pascalvl_kv_append", ctypes.byref(args), ctypes.c_void_p(stream))

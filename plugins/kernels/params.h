@@ -1,0 +1,96 @@
+// What the kernels are told: plain structs that the host fills and passes by value. Also the byte layout of the cache.
+#pragma once
+
+#ifdef __CUDACC__
+#define PASCALVL_BOTH_SIDES __host__ __device__
+#else
+#define PASCALVL_BOTH_SIDES
+#endif
+
+namespace pascalvl {
+
+// How the elements of a cache row are stored. A row is one token's key (or value) of one head; rows start on 16-byte
+// boundaries. kInt8 and kInt4 have one scale a row, in half, in an array of their own: element = code * scale.
+enum Format : int {
+  kFloat32 = 0,
+  kFloat16 = 1,
+  kInt8 = 2,  // two's complement, -127..127
+  kInt4 = 3,  // code + 8 in a nibble, codes -7..7; of eight elements, byte i holds number i low and number i + 4 high
+};
+
+// Bytes of a row of `dim` elements.
+PASCALVL_BOTH_SIDES constexpr int row_bytes(int format, int dim) {
+  const int bits = format == kFloat32 ? 32 : format == kFloat16 ? 16 : format == kInt8 ? 8 : 4;
+  return (dim * bits / 8 + 15) / 16 * 16;
+}
+
+PASCALVL_BOTH_SIDES constexpr bool is_quantised(int format) { return format == kInt8 || format == kInt4; }
+
+// One layer's cache: rows [batch, num_kv_heads, capacity, row_bytes], scales [batch, num_kv_heads, capacity].
+struct Cache {
+  unsigned char* key;
+  unsigned char* value;
+  unsigned short* key_scale;
+  unsigned short* value_scale;
+  int key_format;
+  int value_format;
+  int capacity;
+};
+
+// Attention of q over the past in the cache and the new keys and values; see pascalvl.h for shapes.
+struct AttentionParams {
+  const float* q;
+  const float* q_past;  // what meets the cache's keys: q, rotated where they are
+  const float* k;
+  const float* v;
+  float* out;
+  Cache cache;
+  const int* past_length;  // [batch]; null: no past
+  const int* cu_seqlens;   // [num_sequences + 1]; only where packed
+  int num_sequences;
+  int num_heads;
+  int num_kv_heads;
+  int group;  // query heads of a kv head
+  int seq;
+  int key_dim;
+  int value_dim;
+  float scale_log2;  // softmax_scale * log2(e): exponentials are powers of two
+  int window;        // a query sees the last `window` positions, its own included; 0: all
+  int sinks;         // and the first `sinks`
+};
+
+// Decode: AttentionParams with seq 1, cut into splits of the past.
+struct DecodeParams {
+  AttentionParams attention;
+  float* partial;  // [batch, num_heads, splits, value_dim + 2]: unnormalised output, maximum, sum
+  int splits;
+  bool rotated;  // the cache's keys
+};
+
+// Writes new keys and values of all layers into their caches.
+struct AppendParams {
+  const float* key;        // [layers, batch, num_kv_heads, seq, key_dim]
+  const float* value;      // [layers, batch, num_kv_heads, seq, value_dim]
+  Cache cache;             // of layer 0
+  const int* past_length;  // [batch]: token i of a sequence goes to slot past_length + i,
+  const int* slots;        // [batch, seq]: or, where not null, to this one; negative: nowhere
+  long long key_stride;    // bytes from a layer's cache to the next one's
+  long long value_stride;
+  long long key_scale_stride;
+  long long value_scale_stride;
+  int batch;
+  int num_kv_heads;
+  int seq;
+  int key_dim;
+  int value_dim;
+  bool rotated;
+};
+
+// Rotates rows of 128 by the orthonormal Hadamard matrix, its own inverse.
+struct RotateParams {
+  const float* in;
+  float* out;
+  long long rows;
+};
+
+}  // namespace pascalvl

@@ -1,0 +1,88 @@
+// The kernels' C ABI. One library, made in two ways: for CUDA (kernels for SM61 and, as PTX, for every newer GPU; the
+// driver is found when first needed, so that the library loads without one) and for the CPU, by the emulator.
+//
+// Calls launch on the stream given and return. They allocate nothing and wait for nothing, so that they can be captured
+// in a CUDA graph; the first call in a CUDA context loads the kernels there, which a capture does not allow: call
+// pascalvl_load before. Pointers are to device memory (of the emulator: plain memory), to rows aligned to 16 bytes.
+//
+// Every function returns 0, or an error code after which pascalvl_last_error tells, in one sentence, what was expected
+// and what was found; then nothing was launched.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum pascalvl_status {
+  PASCALVL_OK = 0,
+  PASCALVL_BAD_ARGUMENT = 1,
+  PASCALVL_CUDA_ERROR = 2,
+};
+
+enum pascalvl_format { PASCALVL_FLOAT32 = 0, PASCALVL_FLOAT16 = 1, PASCALVL_INT8 = 2, PASCALVL_INT4 = 3 };
+
+// One layer's cache of keys and values: rows [batch, num_kv_heads, capacity, row bytes], see params.h; of quantised
+// formats also a scale in half for each row, [batch, num_kv_heads, capacity].
+typedef struct {
+  void* key;
+  void* value;
+  void* key_scale;
+  void* value_scale;
+  int32_t key_format;
+  int32_t value_format;
+  int32_t capacity;
+  int32_t rotated;  // whether keys are stored rotated by the Hadamard matrix of 128
+} pascalvl_cache;
+
+// Attention(q, k, v) = softmax(softmax_scale * q k^T + mask) v. Query head h reads kv head h / (num_heads /
+// num_kv_heads).
+typedef struct {
+  const float* q;  // [batch, num_heads, seq, key_dim]
+  const float* k;  // [batch, num_kv_heads, seq, key_dim]
+  const float* v;  // [batch, num_kv_heads, seq, value_dim]
+  float* out;      // [batch, seq, num_heads, value_dim]
+  int32_t batch, num_heads, num_kv_heads, seq, key_dim, value_dim;
+  float softmax_scale;
+  // Causal: new token i of sequence b sees the first past_length[b] slots of the cache and the new tokens up to itself.
+  // Not causal: `seq` tokens of batch 1, cut into num_sequences by cu_seqlens [num_sequences + 1]; each sees its own.
+  int32_t causal;
+  const int32_t* past_length;  // [batch], at most capacity each; null: no past
+  const int32_t* cu_seqlens;
+  int32_t num_sequences;
+  int32_t window;  // causal: a token sees the last `window` positions, its own included (0: all) ...
+  int32_t sinks;   // ... and the first `sinks`
+  pascalvl_cache cache;
+} pascalvl_attention_args;
+
+// Bytes of workspace that a call with these arguments needs; it does not depend on what the device arrays hold.
+int pascalvl_attention_workspace(const pascalvl_attention_args* args, size_t* bytes);
+int pascalvl_attention(const pascalvl_attention_args* args, void* workspace, size_t workspace_bytes, void* stream);
+
+// Writes the new keys and values of all layers into their caches.
+typedef struct {
+  const float* key;    // [layers, batch, num_kv_heads, seq, key_dim]
+  const float* value;  // [layers, batch, num_kv_heads, seq, value_dim]
+  int32_t layers, batch, num_kv_heads, seq, key_dim, value_dim;
+  const int32_t* past_length;  // [batch]: token i goes to slot past_length + i; or
+  const int32_t* slots;        // [batch, seq]: to these (negative: nowhere). Slots beyond the capacity are not written.
+  pascalvl_cache cache;        // of the first layer
+  int64_t key_stride, value_stride, key_scale_stride, value_scale_stride;  // bytes from a layer's to the next one's
+} pascalvl_append_args;
+
+int pascalvl_kv_append(const pascalvl_append_args* args, void* stream);
+
+// Bytes of a cache row of `dim` elements in a format, or 0 where there is no such format or dimension.
+size_t pascalvl_row_bytes(int32_t format, int32_t dim);
+
+// Makes the kernels ready in the current CUDA context.
+int pascalvl_load(void);
+
+// What went wrong in this thread's last call that did not return 0.
+const char* pascalvl_last_error(void);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,218 @@
+"""What the kernels must compute, in NumPy: attention in float64, cache rows bit for bit. And calls of the library."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary, RowFormat
+
+PAIRS = [
+    (RowFormat.FLOAT32, RowFormat.FLOAT32),
+    (RowFormat.FLOAT16, RowFormat.FLOAT16),
+    (RowFormat.INT8, RowFormat.INT8),
+    (RowFormat.INT8, RowFormat.INT4),
+    (RowFormat.INT4, RowFormat.INT8),
+    (RowFormat.INT4, RowFormat.INT4),
+]
+"""The formats of keys and values that a cache may have."""
+
+
+def hadamard(x: np.ndarray) -> np.ndarray:
+    """Rows of 128 times the orthonormal Hadamard matrix (Sylvester's)."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < 128:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return x @ matrix / np.sqrt(128)
+
+
+def quantise(x: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and float16 scales of float32 rows: one scale a row, symmetric, rounded to nearest even."""
+    scale = (np.abs(x).max(-1) / np.float32(most)).astype(np.float16)
+    stored = scale.astype(np.float32)
+    inverse = np.where(stored > 0, np.float32(1) / np.where(stored > 0, stored, 1), 0).astype(np.float32)
+    codes = np.clip(np.rint(x * inverse[..., None]), -most, most).astype(np.int8)
+    return codes, scale
+
+
+def unpack(rows: np.ndarray, scale: np.ndarray, row_format: RowFormat, dim: int) -> np.ndarray:
+    """Cache rows [..., bytes] to float64 [..., dim]."""
+    if row_format is RowFormat.FLOAT32:
+        return rows.view(np.float32)[..., :dim].astype(np.float64)
+    if row_format is RowFormat.FLOAT16:
+        return rows.view(np.float16)[..., :dim].astype(np.float64)
+    if row_format is RowFormat.INT8:
+        codes = rows.view(np.int8)[..., :dim].astype(np.float64)
+    else:
+        words = rows.reshape(*rows.shape[:-1], -1, 4)  # four bytes hold eight elements: low nibbles, then high ones
+        codes = np.concatenate([words & 15, words >> 4], -1).reshape(*rows.shape[:-1], -1)[..., :dim] - 8.0
+    return codes * scale.astype(np.float64)[..., None]
+
+
+def attention(q, k, v, visible, softmax_scale: float) -> np.ndarray:
+    """Float64 attention of q [heads, rows, dim] over k, v [kv_heads, keys, dim]; visible [rows, keys].
+
+    Returns [rows, heads, value_dim].
+    """
+    group = len(q) // len(k)
+    k, v = (np.repeat(x.astype(np.float64), group, 0) for x in (k, v))
+    scores = np.where(visible, q.astype(np.float64) @ k.transpose(0, 2, 1) * softmax_scale, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True) @ v).transpose(1, 0, 2)
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def aligned(shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
+    """Zeros whose first element lies on a 16-byte boundary."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + 16, np.uint8)
+    start = -raw.ctypes.data % 16
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def pointer(array: np.ndarray | None) -> int | None:
+    return None if array is None else array.ctypes.data
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of a causal attention."""
+
+    batch: int = 1
+    num_heads: int = 4
+    num_kv_heads: int = 1
+    key_dim: int = 128
+    value_dim: int = 128
+    capacity: int = 256
+
+
+class HostCache:
+    """A cache of one layer or several in plain memory, and the library's view of it."""
+
+    def __init__(
+        self, library: KernelLibrary, shape: Shape, formats: tuple[RowFormat, RowFormat], rotated: bool, layers: int = 1
+    ) -> None:
+        self.shape, self.formats, self.rotated = shape, formats, rotated
+        lead = (layers, shape.batch, shape.num_kv_heads, shape.capacity)
+        self.dims = (shape.key_dim, shape.value_dim)
+        self.rows = [
+            aligned((*lead, library.row_bytes(f, dim)), np.uint8) for f, dim in zip(formats, self.dims, strict=True)
+        ]
+        self.scales = [aligned(lead, np.float16) for _ in formats]
+
+    def view(self) -> Cache:
+        """As the library takes it: of the first layer."""
+        key, value = map(pointer, self.rows)
+        key_scale, value_scale = map(pointer, self.scales)
+        return Cache(
+            key=key,
+            value=value,
+            key_scale=key_scale,
+            value_scale=value_scale,
+            key_format=self.formats[0],
+            value_format=self.formats[1],
+            capacity=self.shape.capacity,
+            rotated=self.rotated,
+        )
+
+    def contents(self, which: int, layer: int = 0) -> np.ndarray:
+        """Keys (0, still rotated) or values (1) as float64 [batch, num_kv_heads, capacity, dim]."""
+        return unpack(self.rows[which][layer], self.scales[which][layer], self.formats[which], self.dims[which])
+
+
+def append(
+    library: KernelLibrary,
+    cache: HostCache,
+    key: np.ndarray,
+    value: np.ndarray,
+    past_length: np.ndarray,
+    slots: np.ndarray | None = None,
+) -> None:
+    """kv_append of key and value [layers, batch, num_kv_heads, seq, dim]."""
+    layers, batch, num_kv_heads, seq, _ = key.shape
+    library.kv_append(
+        AppendArgs(
+            key=pointer(key),
+            value=pointer(value),
+            layers=layers,
+            batch=batch,
+            num_kv_heads=num_kv_heads,
+            seq=seq,
+            key_dim=key.shape[-1],
+            value_dim=value.shape[-1],
+            past_length=pointer(past_length),
+            slots=pointer(slots),
+            cache=cache.view(),
+            key_stride=cache.rows[0].strides[0],
+            value_stride=cache.rows[1].strides[0],
+            key_scale_stride=cache.scales[0].strides[0],
+            value_scale_stride=cache.scales[1].strides[0],
+        )
+    )
+
+
+def causal_attention(
+    library: KernelLibrary,
+    cache: HostCache,
+    q,
+    k,
+    v,
+    past_length: np.ndarray,
+    softmax_scale: float,
+    window: int = 0,
+    sinks: int = 0,
+) -> np.ndarray:
+    """The library's attention of q [batch, num_heads, seq, dim] and new k, v over a cache."""
+    batch, num_heads, seq, key_dim = q.shape
+    out = aligned((batch, seq, num_heads, v.shape[-1]))
+    out[:] = np.nan
+    args = AttentionArgs(
+        q=pointer(q),
+        k=pointer(k),
+        v=pointer(v),
+        out=pointer(out),
+        batch=batch,
+        num_heads=num_heads,
+        num_kv_heads=k.shape[1],
+        seq=seq,
+        key_dim=key_dim,
+        value_dim=v.shape[-1],
+        softmax_scale=softmax_scale,
+        causal=1,
+        past_length=pointer(past_length),
+        window=window,
+        sinks=sinks,
+        cache=cache.view(),
+    )
+    workspace = aligned((library.attention_workspace(args),), np.uint8)
+    library.attention(args, pointer(workspace), workspace.nbytes)
+    return out
+
+
+def expected_attention(cache: HostCache, q, k, v, past_length, softmax_scale, window=0, sinks=0) -> np.ndarray:
+    """The same in float64, over the cache's very codes. Decode meets quantised keys with queries quantised to int8."""
+    outs = []
+    quantised = cache.formats[0].is_quantised and q.shape[2] == 1
+    for b, past in enumerate(past_length):
+        own = past + np.arange(q.shape[2])[:, None]
+        position = np.arange(past + q.shape[2])[None]
+        visible = position <= own
+        if window:
+            visible &= (position > own - window) | (position < sinks)
+        old_q = hadamard(q[b].astype(np.float64)) if cache.rotated else q[b].astype(np.float64)
+        if quantised:
+            scale = np.abs(old_q).max(-1, keepdims=True) / 127
+            old_q = np.rint(old_q / np.where(scale > 0, scale, 1)) * scale
+        # Old and new keys meet different forms of q: stack both, zeros where the other form is due.
+        both = np.concatenate([old_q, q[b].astype(np.float64)], -1)
+        old_k = cache.contents(0)[b][:, :past]
+        keys = np.concatenate(
+            [np.concatenate([old_k, np.zeros_like(old_k)], -1), np.concatenate([np.zeros_like(k[b]), k[b]], -1)], 1
+        )
+        values = np.concatenate([cache.contents(1)[b][:, :past], v[b]], 1)
+        outs.append(attention(both, keys, values, visible, softmax_scale))
+    return np.stack(outs)

@@ -1,0 +1,281 @@
+"""The kernels, compiled for the emulator, against NumPy."""
+
+import numpy as np
+import pytest
+
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kernels.build import Target, build
+from pascalvl.plugins.kernels.library import AttentionArgs, KernelLibrary, RowFormat
+from tests.plugins.kernels.reference import (
+    PAIRS,
+    HostCache,
+    Shape,
+    aligned,
+    append,
+    attention,
+    causal_attention,
+    expected_attention,
+    hadamard,
+    pointer,
+    quantise,
+    relative_error,
+)
+
+F32 = PAIRS[0]
+TOLERANCE = 3e-6
+"""FP32 sums of some hundred terms against float64: measured up to 6e-7. A cache's rounding is in the reference too."""
+ROUNDING_TOLERANCE = 1e-3
+"""Where queries are quantised in FP32 after a rotation in FP32: a code at a tie may fall to the other side, and a step
+of one of 128 codes is 1/127 of the largest. Measured: equal in most cases, up to 3e-4 where a tie falls."""
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory) -> KernelLibrary:
+    path = tmp_path_factory.mktemp("kernels") / "libpascalvl_emulated.so"
+    build(path, Target.EMULATOR)
+    return KernelLibrary(path)
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    array = aligned(shape)
+    array[:] = rng.standard_normal(shape)
+    return array
+
+
+def make_case(library, shape: Shape, formats, rotated: bool, seq: int, past, seed: int, outliers: bool = False):
+    """A cache that holds `past` tokens of each sequence, and new q, k, v."""
+    rng = np.random.default_rng(seed)
+    cache = HostCache(library, shape, formats, rotated)
+    old = (1, shape.batch, shape.num_kv_heads, shape.capacity)
+    old_k, old_v = normal(rng, *old, shape.key_dim), normal(rng, *old, shape.value_dim)
+    q = normal(rng, shape.batch, shape.num_heads, seq, shape.key_dim)
+    k = normal(rng, shape.batch, shape.num_kv_heads, seq, shape.key_dim)
+    v = normal(rng, shape.batch, shape.num_kv_heads, seq, shape.value_dim)
+    if outliers:
+        spread = np.geomspace(0.1, 10, shape.key_dim).astype(np.float32)
+        old_k *= spread
+        k *= spread
+        q /= spread
+    append(library, cache, old_k, old_v, np.zeros(shape.batch, np.int32))
+    # What lies beyond the past must not be seen.
+    for rows, scales in zip(cache.rows, cache.scales, strict=True):
+        for b, length in enumerate(past):
+            rows[:, b, :, length:] = 0x7F
+            scales[:, b, :, length:] = np.nan
+    return cache, q, k, v, np.array(past, np.int32)
+
+
+# kv_append ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("formats", PAIRS)
+@pytest.mark.parametrize(("key_dim", "value_dim", "rotated"), [(128, 128, True), (128, 96, False), (64, 112, False)])
+def test_append_writes_these_codes(library, formats, key_dim, value_dim, rotated):
+    rng = np.random.default_rng(0)
+    shape = Shape(batch=2, num_kv_heads=3, key_dim=key_dim, value_dim=value_dim, capacity=11)
+    cache = HostCache(library, shape, formats, rotated, layers=2)
+    key, value = normal(rng, 2, 2, 3, 4, key_dim), normal(rng, 2, 2, 3, 4, value_dim)
+    key[0, 0, 0, 0] = 0
+    past = np.array([5, 2], np.int32)
+    append(library, cache, key, value, past)
+    for which, (new, form) in enumerate(zip((key, value), formats, strict=True)):
+        turned = which == 0 and rotated
+        exact = hadamard(new.astype(np.float64)) if turned else new.astype(np.float64)
+        for layer in range(2):
+            found = cache.contents(which, layer)
+            for b in range(2):
+                written = found[b, :, past[b] : past[b] + 4]
+                rest = np.delete(cache.rows[which][layer][b], np.s_[past[b] : past[b] + 4], 1)
+                assert not rest.any()
+                if form.is_quantised and not turned:
+                    codes, scale = quantise(new[layer, b], 127 if form is RowFormat.INT8 else 7)
+                    np.testing.assert_array_equal(written, codes * scale.astype(np.float64)[..., None])
+                    continue
+                # Within half a step of a code, or the format's own rounding; and that of the rotation in FP32.
+                step = {
+                    RowFormat.FLOAT32: 2e-6,
+                    RowFormat.FLOAT16: 2**-10,
+                    RowFormat.INT8: 1 / 127,
+                    RowFormat.INT4: 1 / 7,
+                }
+                size = np.abs(exact[layer, b]).max(-1, keepdims=True)
+                assert (np.abs(written - exact[layer, b]) <= 0.51 * step[form] * size).all()
+
+
+def test_append_takes_slots_and_skips_negative_ones(library):
+    rng = np.random.default_rng(1)
+    cache = HostCache(library, Shape(capacity=6), F32, False)
+    key, value = normal(rng, 1, 1, 1, 4, 128), normal(rng, 1, 1, 1, 4, 128)
+    append(library, cache, key, value, None, np.array([[5, -1, 0, 6]], np.int32))
+    expected = np.zeros((6, 128))
+    expected[5], expected[0] = key[0, 0, 0, 0], key[0, 0, 0, 2]
+    np.testing.assert_array_equal(cache.contents(0)[0, 0], expected)
+
+
+# Prefill --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("formats", PAIRS)
+@pytest.mark.parametrize("rotated", [False, True])
+def test_prefill_over_every_format(library, formats, rotated):
+    case = make_case(library, Shape(batch=2, num_heads=4, num_kv_heads=2), formats, rotated, 37, [130, 64], 2)
+    found, expected = causal_attention(library, *case, 0.1), expected_attention(*case, 0.1)
+    assert relative_error(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("seq", [1, 2, 15, 16, 17, 64, 65, 100])
+@pytest.mark.parametrize("past", [0, 1, 63, 64, 65])
+def test_prefill_of_any_length(library, seq, past):
+    shape = Shape(batch=1, num_heads=8, num_kv_heads=1)
+    case = make_case(library, shape, F32, False, seq, [past], 3)
+    assert relative_error(causal_attention(library, *case, 0.2), expected_attention(*case, 0.2)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (96, 64), (112, 96), (64, 128), (128, 112)])
+@pytest.mark.parametrize("formats", [F32, PAIRS[-1]])
+def test_prefill_of_reduced_ranks(library, formats, key_dim, value_dim):
+    shape = Shape(num_heads=3, num_kv_heads=1, key_dim=key_dim, value_dim=value_dim)
+    case = make_case(library, shape, formats, False, 20, [70], 4)
+    assert relative_error(causal_attention(library, *case, 0.1), expected_attention(*case, 0.1)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (5, 0), (64, 3), (100, 70), (1000, 2)])
+@pytest.mark.parametrize("seq", [1, 90])
+def test_windows_and_sinks(library, window, sinks, seq):
+    case = make_case(library, Shape(), F32, False, seq, [200], 5)
+    found = causal_attention(library, *case, 0.1, window, sinks)
+    assert relative_error(found, expected_attention(*case, 0.1, window, sinks)) < TOLERANCE
+
+
+def test_prefill_without_a_past(library):
+    cache, q, k, v, _ = make_case(library, Shape(), F32, False, 30, [0], 6)
+    found = causal_attention(library, cache, q, k, v, None, 0.1)
+    assert relative_error(found, expected_attention(cache, q, k, v, [0], 0.1)) < TOLERANCE
+
+
+# Decode ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("formats", PAIRS)
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize("past", [[0, 1], [200, 63], [256, 129]])
+def test_decode(library, formats, group, past):
+    shape = Shape(batch=2, num_heads=2 * group, num_kv_heads=2)
+    case = make_case(library, shape, formats, False, 1, past, 7)
+    assert relative_error(causal_attention(library, *case, 0.1), expected_attention(*case, 0.1)) < TOLERANCE
+
+
+@pytest.mark.parametrize("formats", PAIRS[2:])
+def test_decode_with_rotated_keys_that_have_outliers(library, formats):
+    case = make_case(library, Shape(num_heads=8, num_kv_heads=2), formats, True, 1, [201], 8, outliers=True)
+    found, expected = causal_attention(library, *case, 0.1), expected_attention(*case, 0.1)
+    assert relative_error(found, expected) < ROUNDING_TOLERANCE
+
+
+@pytest.mark.parametrize("formats", PAIRS)
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (96, 112), (112, 96)])
+def test_decode_of_reduced_ranks(library, formats, key_dim, value_dim):
+    shape = Shape(num_heads=4, num_kv_heads=1, key_dim=key_dim, value_dim=value_dim)
+    case = make_case(library, shape, formats, False, 1, [150], 9)
+    assert relative_error(causal_attention(library, *case, 0.1), expected_attention(*case, 0.1)) < TOLERANCE
+
+
+# Extremes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seq", [1, 40])
+def test_equal_keys_give_the_mean(library, seq):
+    cache, q, k, v, past = make_case(library, Shape(), F32, False, seq, [100], 10)
+    cache.rows[0][:] = 0
+    k[:] = 0
+    found = causal_attention(library, cache, q, k, v, past, 0.1)
+    assert relative_error(found, expected_attention(cache, q, k, v, past, 0.1)) < TOLERANCE
+
+
+@pytest.mark.parametrize("seq", [1, 40])
+def test_huge_scores(library, seq):
+    """Scores of 1e4 and more: their FP32 rounding, about 1e-3, is what the weights inherit."""
+    cache, q, k, v, past = make_case(library, Shape(), F32, False, seq, [100], 11)
+    q *= 1000
+    found = causal_attention(library, cache, q, k, v, past, 1.0)
+    expected = expected_attention(cache, q, k, v, past, 1.0)
+    assert np.isfinite(found).all()
+    assert relative_error(found, expected) < 1e-2
+
+
+# Vision ---------------------------------------------------------------------------------------------------------------
+
+
+def packed_args(q, k, v, out, cu_seqlens, softmax_scale) -> AttentionArgs:
+    heads, seq, dim = q.shape
+    return AttentionArgs(
+        q=pointer(q),
+        k=pointer(k),
+        v=pointer(v),
+        out=pointer(out),
+        batch=1,
+        num_heads=heads,
+        num_kv_heads=heads,
+        seq=seq,
+        key_dim=dim,
+        value_dim=dim,
+        softmax_scale=softmax_scale,
+        cu_seqlens=pointer(cu_seqlens),
+        num_sequences=len(cu_seqlens) - 1,
+    )
+
+
+@pytest.mark.parametrize("dim", [64, 72, 128])
+@pytest.mark.parametrize("lengths", [(1,), (64,), (100,), (4, 64, 65, 16), (128, 1, 130)])
+def test_packed_sequences_see_themselves_alone(library, dim, lengths):
+    rng = np.random.default_rng(12)
+    cu_seqlens = np.cumsum((0, *lengths)).astype(np.int32)
+    q, k, v = (normal(rng, 3, sum(lengths), dim) for _ in range(3))
+    out = aligned((sum(lengths), 3, dim))
+    out[:] = np.nan
+    library.attention(packed_args(q, k, v, out, cu_seqlens, 0.15))
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    assert relative_error(out, attention(q, k, v, owner[:, None] == owner, 0.15)) < TOLERANCE
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"q": None}, "q is a null pointer."),
+        ({"k": 8}, "k is not aligned to 16 bytes."),
+        ({"seq": 0}, "seq is 0; it must be at least 1."),
+        ({"num_heads": 3}, "num_heads 3 is not a multiple of num_kv_heads 2."),
+        ({"num_heads": 6}, "Decode has 1, 2, 4 or 8 query heads a kv head; found 3."),
+        ({"key_dim": 80}, "key_dim is 80; expected 64, 96, 112 or 128."),
+        ({"softmax_scale": float("nan")}, "softmax_scale is not a finite number."),
+        ({"window": -1}, "window is -1 and sinks 0; they must not be negative."),
+        ({"sinks": 4}, "sinks is 4 without a window."),
+        ({"key_format": 9}, "The cache's formats are 9 and 1; expected 0 (float32)"),
+        ({"key_format": 2}, "A cache of int8 keys and float16 values is not supported"),
+        ({"capacity": 0}, "The cache's capacity is 0; it must be at least 1."),
+        ({"value": None}, "The cache of values is a null pointer."),
+        ({"causal": 0}, "Packed attention has as many kv heads as heads; found 2 and 4."),
+        ({"causal": 0, "num_kv_heads": 4, "num_sequences": 1}, "cu_seqlens is a null pointer."),
+        ({"workspace": -1}, "bytes; expected at least"),
+    ],
+)
+def test_bad_input_is_refused_in_words(library, change, told):
+    cache, q, k, v, past = make_case(library, Shape(num_heads=4, num_kv_heads=2), PAIRS[1], False, 1, [5], 13)
+    out = aligned((1, 1, 4, 128))
+    view = cache.view()
+    sizes = {"batch": 1, "num_heads": 4, "num_kv_heads": 2, "seq": 1, "key_dim": 128, "value_dim": 128}
+    pointers = dict(zip(("q", "k", "v", "out", "past_length"), map(pointer, (q, k, v, out, past)), strict=True))
+    args = AttentionArgs(**pointers, **sizes, softmax_scale=0.1, causal=1, cache=view)
+    workspace = aligned((library.attention_workspace(args),), np.uint8)
+    for name, value in change.items():
+        if name in dict(view._fields_):
+            setattr(args.cache, name, value)
+        elif name != "workspace":
+            setattr(args, name, pointers[name] + value if name in pointers and value else value)
+    with pytest.raises(UserError) as error:
+        library.attention(args, pointer(workspace), workspace.nbytes + change.get("workspace", 0))
+    assert told in str(error.value)
+    assert not out.any()
