@@ -25,7 +25,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 RUN    := $(BIN)/pascalvl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo export engine run chat validate inspect test lint clean
+.PHONY: help setup demo export engine run chat validate inspect kernels test lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -54,9 +54,13 @@ inspect: engine ## what the engine bundle is, and the memory it needs
 test: setup $(VENV)/torchvision ## the tests
 	$(BIN)/python -m pytest -q
 
-lint: setup ## ruff
+kernels: setup ## the CUDA kernels' library, build/lib/libpascalvl.so
+	$(BIN)/python -m pascalvl.plugins.kernels.build build/lib/libpascalvl.so
+
+lint: setup ## ruff and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard plugins/*/*.c* plugins/*/*.h tests/plugins/*/*.cu)
 
 clean: ## remove what was built, and the environment
 	rm -rf build $(VENV)

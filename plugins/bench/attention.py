@@ -35,7 +35,13 @@ LLAMA_CPP = {  # microseconds of llama.cpp's Pascal kernels (commit 0c1e5709) on
     (2048, 4096): 3828,
     (2048, 16384): 17908,
 }
+PREFILLS = {  # new queries, and keys they see in all
+    (F16, F16): [(512, 1024), (512, 4096), (512, 16384), (2048, 2048), (2048, 4096), (2048, 16384)],
+    (F32, F32): [(512, 4096), (2048, 2048), (2048, 16384)],
+    (I8, I4): [(512, 4096), (512, 16384)],
+}
 COLD_BYTES = 256 << 20
+PARTS = ("decode", "prefill", "vision", "torch")
 
 
 class Layer:
@@ -188,13 +194,9 @@ def read_bandwidth(size: int) -> float:
     return size / seconds([lambda b=b: b.max() for b in buffers])
 
 
-def check_and_time_prefill(library, workspace, rate: float, rows: list[dict]) -> None:
-    for formats, lengths in (
-        ((F16, F16), [(512, 1024), (512, 4096), (512, 16384), (2048, 2048), (2048, 4096), (2048, 16384)]),
-        ((F32, F32), [(512, 4096), (2048, 2048)]),
-        ((I8, I4), [(512, 4096), (512, 16384)]),
-    ):
-        for queries, total in lengths:
+def check_and_time_prefill(library, workspace, rate: float, rows: list[dict], quick: bool) -> None:
+    for formats, lengths in PREFILLS.items():
+        for queries, total in lengths[:1] if quick else lengths:
             torch.manual_seed(0)
             past = total - queries
             q = torch.randn(HEADS, queries, DIM, device="cuda")
@@ -222,27 +224,18 @@ def check_and_time_prefill(library, workspace, rate: float, rows: list[dict]) ->
             print(json.dumps(row), flush=True)
 
 
-def check_and_time_sdpa(rate: float, rows: list[dict]) -> None:
-    """PyTorch's FP32 attention at the shape of a whole prompt."""
-    for length in (2048,):
-        q = torch.randn(1, HEADS, length, DIM, device="cuda")
-        k, v = (torch.randn(1, HEADS, length, DIM, device="cuda") for _ in range(2))
-        for name in ("MATH", "EFFICIENT_ATTENTION"):
-            backend = getattr(torch.nn.attention.SDPBackend, name)
-            with torch.nn.attention.sdpa_kernel(backend):
-                call = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # noqa: E731,B023
-                row = {
-                    "kernel": f"torch {name.lower()}",
-                    "queries": length,
-                    "kv": length,
-                    "us": seconds([call] * 3) * 1e6,
-                }
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+def time_torch(rows: list[dict]) -> None:
+    """PyTorch's FP32 attention of a whole prompt, K and V repeated for the query heads."""
+    q, k, v = (torch.randn(1, HEADS, 2048, DIM, device="cuda") for _ in range(3))
+    for name in ("MATH", "EFFICIENT_ATTENTION"):
+        with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, name)):
+            time = seconds([lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)] * 3)
+        rows.append({"kernel": f"torch {name.lower()}", "queries": 2048, "kv": 2048, "us": time * 1e6})
+        print(json.dumps(rows[-1]), flush=True)
 
 
-def check_and_time_decode(library, workspace, rows: list[dict]) -> None:
-    for total in (1024, 4096, 16384, 131072):
+def check_and_time_decode(library, workspace, rows: list[dict], quick: bool) -> None:
+    for total in (1024,) if quick else (1024, 4096, 16384, 131072):
         for formats, name in NAMES.items():
             torch.manual_seed(1)
             past = total - 1
@@ -305,6 +298,8 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("library", type=Path, help="the kernels' library, as pascalvl.plugins.kernels.build makes it")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--quick", action="store_true", help="the shortest lengths alone, for compute-sanitizer")
     options = parser.parse_args()
     torch.cuda.init()
     torch.zeros(1, device="cuda")
@@ -314,10 +309,14 @@ def main() -> None:
     workspace = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
     rows: list[dict] = []
     print(f"{torch.cuda.get_device_name()}, nominal FP32 {2 * rate / 1e12:.1f} TFLOP/s", flush=True)
-    check_and_time_decode(library, workspace, rows)
-    check_and_time_prefill(library, workspace, rate, rows)
-    check_and_time_vision(library, workspace, rate, rows)
-    check_and_time_sdpa(rate, rows)
+    if "decode" in options.parts:
+        check_and_time_decode(library, workspace, rows, options.quick)
+    if "prefill" in options.parts:
+        check_and_time_prefill(library, workspace, rate, rows, options.quick)
+    if "vision" in options.parts:
+        check_and_time_vision(library, workspace, rate, rows)
+    if "torch" in options.parts:
+        time_torch(rows)
     print(table(rows))
 
 

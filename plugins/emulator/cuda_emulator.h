@@ -3,9 +3,9 @@
 //
 // A block's threads are fibers that change over at barriers, at warp operations and at their end: fast, and always in
 // the same order; blocks are spread over the cores. With PASCALVL_EMULATOR_THREADS each CUDA thread is a thread of the
-// operating system instead, and blocks run one after another: so the thread sanitizer sees a missing barrier as the race
-// it is. Shared memory is filled with NaNs before each block there (but not under the address sanitizer, whose red zones
-// around it are worth more).
+// operating system instead, and blocks run one after another: so the thread sanitizer sees a missing barrier as the
+// race it is. Shared memory is filled with NaNs before each block there (but not under the address sanitizer, whose red
+// zones around it are worth more).
 //
 // Divergence is judged more strictly than on the card: all threads of a block that have not returned must meet at each
 // __syncthreads, all of a warp at each warp operation; else the launch aborts and says who waits where.
@@ -239,7 +239,10 @@ pascalvl_switch_stack:
 class Worker {
  public:
   Worker(const std::function<void()>& kernel, dim3 grid_dim, dim3 block_dim)
-      : kernel_(kernel), grid_dim_(grid_dim), block_dim_(block_dim), fibers_(block_dim.count()),
+      : kernel_(kernel),
+        grid_dim_(grid_dim),
+        block_dim_(block_dim),
+        fibers_(block_dim.count()),
         exchanges_((block_dim.count() + kWarpSize - 1) / kWarpSize) {
     for (Fiber& fiber : fibers_) fiber.memory = std::make_unique<char[]>(kStackBytes);
   }
@@ -280,8 +283,9 @@ class Worker {
   };
 
   void start(Fiber& fiber, unsigned index, unsigned block_index) {
-    fiber.thread = Thread{{unflatten(index, block_dim_), unflatten(block_index, grid_dim_), block_dim_, grid_dim_, index},
-                          &exchanges_[index / kWarpSize]};
+    fiber.thread =
+        Thread{{unflatten(index, block_dim_), unflatten(block_index, grid_dim_), block_dim_, grid_dim_, index},
+               &exchanges_[index / kWarpSize]};
     fiber.ready = true;
     auto top = reinterpret_cast<uintptr_t>(fiber.memory.get() + kStackBytes) & ~uintptr_t{15};
     void** stack = reinterpret_cast<void**>(top) - 8;  // six registers, the entry, and room that keeps the alignment
@@ -322,8 +326,8 @@ class Worker {
   [[noreturn]] void report_deadlock() {
     for (Fiber& fiber : fibers_) {
       if (fiber.stop == Stop::kEnd) continue;
-      fail(describe(fiber.thread.place) + " waits at a " +
-           (fiber.stop == Stop::kBlockBarrier ? "block" : "warp") + " barrier that others do not reach");
+      fail(describe(fiber.thread.place) + " waits at a " + (fiber.stop == Stop::kBlockBarrier ? "block" : "warp") +
+           " barrier that others do not reach");
     }
     std::abort();
   }
@@ -426,6 +430,14 @@ inline int __dp4a(int a, int b, int c) {
   uint32_t sum = c;
   for (int byte = 0; byte < 4; ++byte) sum += int8_t(a >> 8 * byte) * int8_t(b >> 8 * byte);
   return int(sum);
+}
+
+// Byte i of the result is the byte of y:x that nibble i of the selector numbers.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t(y) << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
 }
 
 inline int __float2int_rn(float x) { return int(std::nearbyint(x)); }

@@ -49,6 +49,13 @@ __device__ __forceinline__ void load_words(const unsigned char* from, unsigned* 
   }
 }
 
+__device__ __forceinline__ void unpack_bytes(unsigned word, float bias, float* elements) {
+  elements[0] = byte_minus<0>(word, bias);
+  elements[1] = byte_minus<1>(word, bias);
+  elements[2] = byte_minus<2>(word, bias);
+  elements[3] = byte_minus<3>(word, bias);
+}
+
 // Elements of a lane's words, as floats; codes without their scale.
 template <int kFormat, int kWords>
 __device__ __forceinline__ void unpack(const unsigned* words, float* elements) {
@@ -61,11 +68,10 @@ __device__ __forceinline__ void unpack(const unsigned* words, float* elements) {
       elements[2 * w] = pair.x;
       elements[2 * w + 1] = pair.y;
     } else if (kFormat == kInt8) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) elements[4 * w + i] = float(signed_byte(words[w], i));
+      unpack_bytes(words[w] ^ 0x80808080u, 128, elements + 4 * w);
     } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) elements[8 * w + i] = float(int(words[w] >> (8 * (i % 4) + 4 * (i / 4)) & 15) - 8);
+      unpack_bytes(words[w] & 0x0f0f0f0fu, 8, elements + 8 * w);
+      unpack_bytes(words[w] >> 4 & 0x0f0f0f0fu, 8, elements + 8 * w + 4);
     }
   }
 }
@@ -375,22 +381,33 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
   }
 }
 
-// Merges the splits: grid (query heads, batch), a thread a channel. Out: [batch, 1, num_heads, value_dim].
+// Merges the splits: grid (query heads, batch). First a thread takes a split, to find what each weighs, then a channel.
+// Out: [batch, 1, num_heads, value_dim].
 extern "C" __global__ void __launch_bounds__(kDim) decode_merge(const DecodeParams p) {
+  __shared__ float weights[kMaxSplits];
+  __shared__ float warps[kDim / kWarp];
   const AttentionParams& a = p.attention;
   const long long row = (long long)blockIdx.y * a.num_heads + blockIdx.x;
-  const int d = threadIdx.x, pitch = a.value_dim + 2;
+  const int d = threadIdx.x, warp = d / kWarp, pitch = a.value_dim + 2;
   const float* partial = p.partial + row * p.splits * pitch;
   float most = kLowest;
-  for (int s = 0; s < p.splits; ++s) most = max2(most, partial[s * pitch + a.value_dim]);
+  for (int s = d; s < p.splits; s += kDim) most = max2(most, partial[s * pitch + a.value_dim]);
+  most = warp_max(most);
+  if (d % kWarp == 0) warps[warp] = most;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kDim / kWarp; ++w) most = max2(most, warps[w]);
+  for (int s = d; s < p.splits; s += kDim) weights[s] = exp2f(partial[s * pitch + a.value_dim] - most);
+  __syncthreads();
+  if (d >= a.value_dim) return;
   float total = 0, value = 0;
+#pragma unroll 8
   for (int s = 0; s < p.splits; ++s) {
-    const float weight = exp2f(partial[s * pitch + a.value_dim] - most);
-    if (weight == 0) continue;  // an empty split has written no output
-    total += weight * partial[s * pitch + a.value_dim + 1];
-    if (d < a.value_dim) value += weight * partial[s * pitch + d];
+    const float weight = weights[s];  // zero: an empty split, which has written no output
+    total += weight > 0 ? weight * partial[s * pitch + a.value_dim + 1] : 0;
+    value += weight > 0 ? weight * partial[s * pitch + d] : 0;
   }
-  if (d < a.value_dim) a.out[row * a.value_dim + d] = value / total;
+  a.out[row * a.value_dim + d] = value / total;
 }
 
 #define DECODE(GROUP, KEY, VALUE)                              \

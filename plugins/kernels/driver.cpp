@@ -1,6 +1,7 @@
 // Starts kernels through the CUDA driver, which is opened when first needed: the library itself needs no CUDA to load.
 #include <dlfcn.h>
 
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <string>
@@ -77,9 +78,13 @@ const Driver& driver() {
   return instance;
 }
 
+// The modules, in this order, and how the names of their kernels begin; those of the last one as they like.
+constexpr int kModules = 3;
+const char* const kPrefixes[kModules] = {"decode", "prefill", ""};
+
 // The kernels in one context.
 struct Kernels {
-  Module modules[3];
+  Module modules[kModules];
   std::map<std::string, Function> functions;
   int multiprocessors;
 };
@@ -94,10 +99,11 @@ Kernels load() {
                     "; expected 6.1 or higher.");
   }
   const bool sm61 = capability == 61;
-  const char* images[] = {sm61 ? pascalvl_append_cubin : pascalvl_append_ptx,
-                          sm61 ? pascalvl_decode_cubin : pascalvl_decode_ptx,
-                          sm61 ? pascalvl_prefill_cubin : pascalvl_prefill_ptx};
-  for (int i = 0; i < 3; ++i) cuda.check(cuda.load_module(&kernels.modules[i], images[i]), "to load the kernels");
+  const char* images[kModules] = {sm61 ? pascalvl_decode_cubin : pascalvl_decode_ptx,
+                                  sm61 ? pascalvl_prefill_cubin : pascalvl_prefill_ptx,
+                                  sm61 ? pascalvl_append_cubin : pascalvl_append_ptx};
+  for (int i = 0; i < kModules; ++i)
+    cuda.check(cuda.load_module(&kernels.modules[i], images[i]), "to load the kernels");
   kernels.multiprocessors = cuda.attribute(kMultiprocessorCount);
   return kernels;
 }
@@ -132,12 +138,12 @@ void launch(const char* kernel, Dim grid, unsigned threads, const void* params, 
     const std::lock_guard<std::mutex> lock(mutex);
     Kernels& kernels = current();
     Function& known = kernels.functions[kernel];
-    for (Module module : kernels.modules) {
-      if (!known && driver().get_function(&known, module, kernel) != kSuccess) known = nullptr;
-    }
+    int module = 0;
+    while (std::strncmp(kernel, kPrefixes[module], std::strlen(kPrefixes[module])) != 0) ++module;
+    if (!known)
+      driver().check(driver().get_function(&known, kernels.modules[module], kernel), std::string("to find ") + kernel);
     function = known;
   }
-  if (!function) throw CudaError(std::string("There is no kernel ") + kernel + ".");
   void* arguments[] = {const_cast<void*>(params)};
   driver().check(driver().launch_kernel(function, grid.x, grid.y, grid.z, threads, 1, 1, 0, stream, arguments, nullptr),
                  std::string("to start ") + kernel);

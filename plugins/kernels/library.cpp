@@ -18,8 +18,7 @@ constexpr int kAppendRows = 4;  // of a block, a warp each
 constexpr int kAppendThreads = 128;
 constexpr int kMaxDim = 128;
 constexpr int kLeastKeys = 64;               // of a decode split
-constexpr int kBlocksPerMultiprocessor = 4;  // of decode blocks, for splits to fill the card
-constexpr int kMaxSplits = 512;
+constexpr int kBlocksPerMultiprocessor = 3;  // of decode blocks, by their registers
 
 thread_local std::string last_error;
 
@@ -142,12 +141,12 @@ void check(const pascalvl_attention_args& a) {
   }
 }
 
-// As many splits as fill the card, none shorter than it pays.
+// As many splits as the card runs at once, none shorter than it pays.
 int decode_splits(const pascalvl_attention_args& a) {
   const int blocks = a.batch * a.num_kv_heads, wanted = multiprocessors() * kBlocksPerMultiprocessor;
   const int longest = a.window ? std::min(a.cache.capacity, a.window + a.sinks) : a.cache.capacity;
   const int most = (longest + kLeastKeys - 1) / kLeastKeys;
-  return std::max(1, std::min({most, (wanted + blocks - 1) / blocks, kMaxSplits}));
+  return std::max(1, std::min({most, wanted / blocks, kMaxSplits}));
 }
 
 size_t workspace_bytes(const pascalvl_attention_args& a) {

@@ -59,6 +59,8 @@ struct AttentionParams {
   int sinks;         // and the first `sinks`
 };
 
+constexpr int kMaxSplits = 512;
+
 // Decode: AttentionParams with seq 1, cut into splits of the past.
 struct DecodeParams {
   AttentionParams attention;

@@ -1,31 +1,33 @@
 // FlashAttention-2 (Dao, arXiv:2307.08691), all in FP32: prefill over a cache, and packed sequences without one.
 //
-// A block of 128 threads owns 64 query rows and walks over tiles of 64 keys. For text the rows are 64 / group tokens
-// times the query heads of one kv head, so that K and V are read once for all of them. A thread owns 8 rows: 8 x 4 of
+// A block of 128 threads owns 64 query rows and walks over tiles of 128 keys. For text the rows are 64 / group tokens
+// times the query heads of one kv head, so that K and V are read once for all of them. A thread owns 8 rows: 8 x 8 of
 // the scores and 8 x 8 of the output, in registers; 16 threads of a warp share its rows, so the softmax needs shuffles
-// only. Per key and channel a thread does 32 FFMA for 3 shared loads of 16 bytes (scores), and 64 for 4 (output):
-// SM61 needs 2 FFMA a word loaded, these are 2.7 and 4.
+// only. Per channel, and per key, a thread does 64 FFMA for 4 shared loads of 16 bytes: 4 a word, which is what SM61's
+// shared memory can feed.
 //
-// Shared memory, 21 KB: 8 channels of Q and K at a time (or 8 keys of V), transposed, and the 64 x 64 probabilities,
-// swizzled. Q does not stay: keeping it would cost 32 KB, reading it again comes from L2. The next slice is in
-// registers while this one is used. Three blocks an SM need at most 168 registers, which slices of 8 keep to without
-// spills and slices of 16 do not; what is the same for all threads is kept in shared memory or in the parameters for
-// that reason. Bound by FFMA issue.
+// Shared memory, 45 KB: 8 channels of Q and K (or 8 keys of V) at a time, twice, Q and K transposed; and the 64 x 128
+// probabilities, swizzled. Q does not stay: keeping it would cost 32 KB, reading it again comes from L2. The next slice
+// is in registers while this one is used. Two blocks an SM. What is the same for all threads is kept in shared memory
+// or in the parameters, not in registers. Bound by FFMA issue. Tried on an H100 and slower: 64 keys a tile with three
+// blocks an SM (by 10%), with slices of 16 (by 5%).
 #include "plugins/kernels/device.cuh"
 
 namespace pascalvl {
 
 constexpr int kThreads = 128;
-constexpr int kRows = 64;          // query rows of a block
-constexpr int kKeys = 64;          // keys of a tile
-constexpr int kSlice = 8;          // channels of Q and K, or keys of V, in shared memory at a time
-constexpr int kPitch = kRows + 4;  // words between channels: two-way conflicts at most when a slice is stored
+constexpr int kRows = 64;  // query rows of a block
 constexpr int kRowsPerThread = 8;
 constexpr int kColumnThreads = 16;
-constexpr int kKeysPerThread = kKeys / kColumnThreads;
-constexpr int kQuadsPerRow = kSlice / 4;  // of a slice of Q or K: a thread loads one of each
+constexpr int kKeyQuads = 2;  // of a tile that a thread scores: keys 64 * h + 4 * column and on
+constexpr int kKeys = 64 * kKeyQuads;
+constexpr int kSlice = 8;           // channels of Q and K, or keys of V, in shared memory at a time
+constexpr int kQPitch = kRows + 4;  // words between channels: no bank conflicts when a slice is stored
+constexpr int kKPitch = kKeys + 4;
+constexpr int kQuadsPerRow = kSlice / 4;  // of a slice of Q or K
+constexpr int kRowsAtOnce = kThreads / kQuadsPerRow;
+constexpr int kQLoads = kRows / kRowsAtOnce, kKLoads = kKeys / kRowsAtOnce;  // quads of a slice that a thread loads
 static_assert(kThreads * kRowsPerThread == kRows * kColumnThreads, "the threads cover the rows");
-static_assert(kThreads == kRows * kQuadsPerRow && kRows == kKeys, "a quad of Q and one of K to each thread");
 
 // Where a tile's keys come from: new rows of one kv head, in FP32, or rows of the cache.
 struct Source {
@@ -57,7 +59,7 @@ __device__ __forceinline__ float4 load_quad(const unsigned char* rows, const uns
 
 // A probability's place: [key][row], rows in quads that move with the key, so that neither side meets bank conflicts.
 __device__ __forceinline__ int probability_at(int key, int row_quad) {
-  return key * kRows + 4 * (row_quad ^ (key / kKeysPerThread & 7));
+  return key * kRows + 4 * (row_quad ^ (key / 4 & 7));
 }
 
 // Adds a quad's products to four accumulators.
@@ -77,8 +79,8 @@ struct Prefill {
   static constexpr int kValuePitch = kValueDim > 72 ? 128 : kValueDim;
   static constexpr int kValueQuads = kSlice * kValuePitch / 4;  // in a slice of V
   static constexpr int kValueLoads = (kValueQuads + kThreads - 1) / kThreads;
-  static constexpr int kSliceWords =
-      2 * kSlice * kPitch > kSlice* kValuePitch ? 2 * kSlice * kPitch : kSlice * kValuePitch;
+  static constexpr int kScoreWords = kSlice * (kQPitch + kKPitch), kOutputWords = kSlice * kValuePitch;
+  static constexpr int kSliceWords = kScoreWords > kOutputWords ? kScoreWords : kOutputWords;
 
   // Online softmax: maximum and sum of one of the thread's rows, number column % 8.
   float maximum, sum;
@@ -86,14 +88,17 @@ struct Prefill {
   float rest[4];
 
   // Query rows: row r of the block is token (first_row + r) / p.group, query head (first_row + r) % group of the kv
-  // head. The one that this thread loads begins at q + q_offset; negative: there is none.
-  int q_offset;
+  // head. Those that this thread loads begin at q + q_offset; negative: there is none.
+  int q_offset[kQLoads];
   int first_row, rows;
 
   __device__ __forceinline__ void begin(const AttentionParams& p, int first, int number, int head_stride) {
     first_row = first, rows = number;
-    const int r = first + threadIdx.x / kQuadsPerRow, d = threadIdx.x % kQuadsPerRow * 4;
-    q_offset = r < rows ? r % p.group * head_stride + r / p.group * p.key_dim + d : -1;
+#pragma unroll
+    for (int i = 0; i < kQLoads; ++i) {
+      const int r = first + threadIdx.x / kQuadsPerRow + i * kRowsAtOnce, d = threadIdx.x % kQuadsPerRow * 4;
+      q_offset[i] = r < rows ? r % p.group * head_stride + r / p.group * p.key_dim + d : -1;
+    }
     maximum = kLowest, sum = 0;
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
@@ -103,52 +108,84 @@ struct Prefill {
     rest[0] = rest[1] = rest[2] = rest[3] = 0;
   }
 
-  // One tile: keys number `first` and on of a source. Where `masked`, `sees(row, position)` tells what a row sees.
+  // Adds the products of a thread's 8 rows (a, b) with four columns to accumulators `at` and on of each row.
+  template <int kWidth>
+  static __device__ __forceinline__ void multiply(float (*sums)[kWidth], int at, float4 a, float4 b, float4 columns) {
+    fma4(&sums[0][at], a.x, columns);
+    fma4(&sums[1][at], a.y, columns);
+    fma4(&sums[2][at], a.z, columns);
+    fma4(&sums[3][at], a.w, columns);
+    fma4(&sums[4][at], b.x, columns);
+    fma4(&sums[5][at], b.y, columns);
+    fma4(&sums[6][at], b.z, columns);
+    fma4(&sums[7][at], b.w, columns);
+  }
+
+  // One tile: `count` keys, number `first` and on, of a source. Where `masked`, `sees(row, position)` tells what a row
+  // sees. Slices go through two buffers in turn, so that one barrier a slice is enough.
   template <typename Sees>
   __device__ __forceinline__ void tile(const AttentionParams& p, const float* q, const Source& source, int first,
-                                       bool masked, float* slice, float* probability, Sees sees) {
+                                       int count, bool masked, float (*slices)[kSliceWords], float* probability,
+                                       Sees sees) {
     const int thread = threadIdx.x, column = thread % kColumnThreads, row0 = thread / kColumnThreads * kRowsPerThread;
-    float* q_slice = slice;
-    float* k_slice = slice + kSlice * kPitch;
+    int turn = 0;
 
     // Scores.
-    float score[kRowsPerThread][kKeysPerThread];
+    float score[kRowsPerThread][4 * kKeyQuads];
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
 #pragma unroll
-      for (int j = 0; j < kKeysPerThread; ++j) score[i][j] = 0;
+      for (int j = 0; j < 4 * kKeyQuads; ++j) score[i][j] = 0;
     }
     const int load_row = thread / kQuadsPerRow, load_d = thread % kQuadsPerRow * 4;
-    float4 next_q, next_k;
+    float4 next_q[kQLoads], next_k[kKLoads];
     auto fetch = [&](int d) {
-      const bool inside = q_offset >= 0 && d + load_d < p.key_dim;
-      next_q = inside ? *reinterpret_cast<const float4*>(q + q_offset + d) : zero4();
-      next_k = load_quad(source.k, source.k_scale, source.k_format, source.k_row, first + load_row, source.count,
-                         d + load_d, p.key_dim);
+#pragma unroll
+      for (int i = 0; i < kQLoads; ++i) {
+        const bool inside = q_offset[i] >= 0 && d + load_d < p.key_dim;
+        next_q[i] = inside ? *reinterpret_cast<const float4*>(q + q_offset[i] + d) : zero4();
+      }
+#pragma unroll
+      for (int i = 0; i < kKLoads; ++i) {
+        next_k[i] = load_quad(source.k, source.k_scale, source.k_format, source.k_row,
+                              first + load_row + i * kRowsAtOnce, source.count, d + load_d, p.key_dim);
+      }
+    };
+    auto transpose = [](float* at, int pitch, float4 x) {
+      at[0] = x.x, at[pitch] = x.y, at[2 * pitch] = x.z, at[3 * pitch] = x.w;
+    };
+    auto put = [&] {
+#pragma unroll
+      for (int i = 0; i < kQLoads; ++i) {
+        transpose(&slices[turn][load_d * kQPitch + load_row + i * kRowsAtOnce], kQPitch, next_q[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < kKLoads; ++i) {
+        transpose(&slices[turn][kSlice * kQPitch + load_d * kKPitch + load_row + i * kRowsAtOnce], kKPitch, next_k[i]);
+      }
     };
     fetch(0);
-    for (int d = 0; d < p.key_dim; d += kSlice) {
-      __syncthreads();  // all have used the slice, and the probabilities of the tile before
-      float* at = q_slice + load_d * kPitch + load_row;
-      at[0] = next_q.x, at[kPitch] = next_q.y, at[2 * kPitch] = next_q.z, at[3 * kPitch] = next_q.w;
-      at = k_slice + load_d * kPitch + load_row;
-      at[0] = next_k.x, at[kPitch] = next_k.y, at[2 * kPitch] = next_k.z, at[3 * kPitch] = next_k.w;
-      __syncthreads();
-      if (d + kSlice < p.key_dim) fetch(d + kSlice);
+    __syncthreads();  // all have done the tile before
+    put();
+    __syncthreads();
+    for (int d = kSlice;; d += kSlice) {
+      const bool more = d < p.key_dim;
+      if (more) fetch(d);
+      const float* q_slice = slices[turn];
+      const float* k_slice = q_slice + kSlice * kQPitch;
 #pragma unroll
       for (int c = 0; c < kSlice; ++c) {
-        const float4 a = *reinterpret_cast<const float4*>(&q_slice[c * kPitch + row0]);
-        const float4 b = *reinterpret_cast<const float4*>(&q_slice[c * kPitch + row0 + 4]);
-        const float4 k = *reinterpret_cast<const float4*>(&k_slice[c * kPitch + column * kKeysPerThread]);
-        fma4(score[0], a.x, k);
-        fma4(score[1], a.y, k);
-        fma4(score[2], a.z, k);
-        fma4(score[3], a.w, k);
-        fma4(score[4], b.x, k);
-        fma4(score[5], b.y, k);
-        fma4(score[6], b.z, k);
-        fma4(score[7], b.w, k);
+        const float4 a = *reinterpret_cast<const float4*>(&q_slice[c * kQPitch + row0]);
+        const float4 b = *reinterpret_cast<const float4*>(&q_slice[c * kQPitch + row0 + 4]);
+#pragma unroll
+        for (int h = 0; h < kKeyQuads; ++h) {
+          multiply(score, 4 * h, a, b, *reinterpret_cast<const float4*>(&k_slice[c * kKPitch + 64 * h + 4 * column]));
+        }
       }
+      turn ^= 1;
+      if (!more) break;
+      put();
+      __syncthreads();
     }
 
     // Softmax of the rows: new maximum, probabilities, what is there already scaled down to it.
@@ -158,9 +195,9 @@ struct Prefill {
       const float before = __shfl_sync(kAllLanes, maximum, teller);
       float most = before;
 #pragma unroll
-      for (int j = 0; j < kKeysPerThread; ++j) {
+      for (int j = 0; j < 4 * kKeyQuads; ++j) {
         score[i][j] *= p.scale_log2;
-        const int key = first + column * kKeysPerThread + j;
+        const int key = first + 64 * (j / 4) + 4 * column + j % 4;
         if (masked && (key >= source.count || !sees(row0 + i, source.position + key))) score[i][j] = kLowest;
         most = max2(most, score[i][j]);
       }
@@ -171,7 +208,7 @@ struct Prefill {
       const float factor = exp2f(before - base);
       float total = 0;
 #pragma unroll
-      for (int j = 0; j < kKeysPerThread; ++j) {
+      for (int j = 0; j < 4 * kKeyQuads; ++j) {
         score[i][j] = exp2f(score[i][j] - base);
         total += score[i][j];
       }
@@ -183,8 +220,8 @@ struct Prefill {
       if (kRest && i / 4 == column / 8) rest[i % 4] *= factor;
     }
 #pragma unroll
-    for (int j = 0; j < kKeysPerThread; ++j) {
-      const int key = column * kKeysPerThread + j;
+    for (int j = 0; j < 4 * kKeyQuads; ++j) {
+      const int key = 64 * (j / 4) + 4 * column + j % 4;
       *reinterpret_cast<float4*>(&probability[probability_at(key, row0 / 4)]) =
           make_float4(score[0][j], score[1][j], score[2][j], score[3][j]);
       *reinterpret_cast<float4*>(&probability[probability_at(key, row0 / 4 + 1)]) =
@@ -202,37 +239,35 @@ struct Prefill {
                               d, p.value_dim);
       }
     };
-    fetch_values(0);
-    for (int key = 0; key < kKeys; key += kSlice) {
-      __syncthreads();  // all have used the slice; and the probabilities are there
+    auto put_values = [&] {
 #pragma unroll
       for (int i = 0; i < kValueLoads; ++i) {
         const int quad = thread + i * kThreads;
-        if (quad < kValueQuads) *reinterpret_cast<float4*>(&slice[4 * quad]) = next_v[i];
+        if (quad < kValueQuads) *reinterpret_cast<float4*>(&slices[turn][4 * quad]) = next_v[i];
       }
-      __syncthreads();
-      if (key + kSlice < kKeys) fetch_values(key + kSlice);
+    };
+    fetch_values(0);
+    put_values();
+    __syncthreads();  // the probabilities are there too
+    for (int key = 0;; key += kSlice) {
+      const bool more = key + kSlice < count;
+      if (more) fetch_values(key + kSlice);
+      const float* v_slice = slices[turn];
 #pragma unroll
       for (int c = 0; c < kSlice; ++c) {
         const float4 a = *reinterpret_cast<const float4*>(&probability[probability_at(key + c, row0 / 4)]);
         const float4 b = *reinterpret_cast<const float4*>(&probability[probability_at(key + c, row0 / 4 + 1)]);
 #pragma unroll
         for (int h = 0; h < kQuads; ++h) {
-          const float4 v = *reinterpret_cast<const float4*>(&slice[c * kValuePitch + 64 * h + 4 * column]);
-          fma4(&output[0][4 * h], a.x, v);
-          fma4(&output[1][4 * h], a.y, v);
-          fma4(&output[2][4 * h], a.z, v);
-          fma4(&output[3][4 * h], a.w, v);
-          fma4(&output[4][4 * h], b.x, v);
-          fma4(&output[5][4 * h], b.y, v);
-          fma4(&output[6][4 * h], b.z, v);
-          fma4(&output[7][4 * h], b.w, v);
+          multiply(output, 4 * h, a, b,
+                   *reinterpret_cast<const float4*>(&v_slice[c * kValuePitch + 64 * h + 4 * column]));
         }
-        if (kRest) {
-          const float4 four = column < 8 ? a : b;
-          fma4(rest, slice[c * kValuePitch + 64 + column % 8], four);
-        }
+        if (kRest) fma4(rest, v_slice[c * kValuePitch + 64 + column % 8], column < 8 ? a : b);
       }
+      if (!more) break;
+      turn ^= 1;
+      put_values();
+      __syncthreads();
     }
   }
 
@@ -261,7 +296,7 @@ struct Prefill {
 // What a block keeps in shared memory. What the compiler finds there it does not keep in registers across barriers.
 template <int kValueDim>
 struct PrefillShared {
-  float slice[Prefill<kValueDim>::kSliceWords];
+  float slices[2][Prefill<kValueDim>::kSliceWords];
   float probability[kKeys * kRows];
   Source sources[2];    // the cache and the new keys
   int position[kRows];  // of each query
@@ -333,7 +368,9 @@ __device__ __forceinline__ void prefill_causal(const AttentionParams& p, Prefill
     const int from = source.position + first, to = from + kKeys;
     if (from >= hidden_from && to <= hidden_to) continue;
     const bool masked = first + kKeys > source.count || !all_see(from, to - 1);
-    prefill.tile(p, (in_cache ? p.q_past : p.q) + query, source, first, masked, shared.slice, shared.probability, sees);
+    const int count = min2(in_cache ? past - first : high - from + 1, kKeys);
+    prefill.tile(p, (in_cache ? p.q_past : p.q) + query, source, first, count, masked, shared.slices,
+                 shared.probability, sees);
   }
   prefill.store(p, p.out + ((long long)sequence * p.seq * p.num_heads + head * p.group) * p.value_dim);
 }
@@ -359,14 +396,14 @@ __device__ __forceinline__ void prefill_packed(const AttentionParams& p, Prefill
   if (threadIdx.x == 0) shared.sources[0] = new_rows(p, first_token, length, 0);
   __syncthreads();
   for (int first = 0; first < length; first += kKeys) {
-    prefill.tile(p, p.q + first_token * p.key_dim, shared.sources[0], first, first + kKeys > length, shared.slice,
-                 shared.probability, [](int, int) { return true; });
+    prefill.tile(p, p.q + first_token * p.key_dim, shared.sources[0], first, min2(length - first, kKeys),
+                 first + kKeys > length, shared.slices, shared.probability, [](int, int) { return true; });
   }
   prefill.store(p, p.out + ((long long)begin * p.num_heads + head) * p.value_dim);
 }
 
 #define PREFILL(KIND, DIM)                                                                                    \
-  extern "C" __global__ void __launch_bounds__(kThreads, 3) prefill_##KIND##_##DIM(const AttentionParams p) { \
+  extern "C" __global__ void __launch_bounds__(kThreads, 2) prefill_##KIND##_##DIM(const AttentionParams p) { \
     __shared__ __align__(16) PrefillShared<DIM> shared;                                                       \
     prefill_##KIND(p, shared);                                                                                \
   }

@@ -1,0 +1,60 @@
+"""Small cases of the kernels, for sanitizer builds: ``python -m tests.plugins.kernels.sweep LIBRARY EVERY``.
+
+Of the formats of the cache, each EVERY-th is tried.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from pascalvl.plugins.kernels.library import AttentionArgs, KernelLibrary
+from tests.plugins.kernels.reference import (
+    PAIRS,
+    HostCache,
+    Shape,
+    aligned,
+    append,
+    causal_attention,
+    expected_attention,
+    pointer,
+    relative_error,
+)
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    array = aligned(shape)
+    array[:] = rng.standard_normal(shape)
+    return array
+
+
+def main() -> None:
+    library = KernelLibrary(Path(sys.argv[1]))
+    rng = np.random.default_rng(0)
+    for formats in PAIRS[:: int(sys.argv[2])]:
+        rotated = formats[0].is_quantised
+        for group, seq, past, window in ((4, 1, 70, 9), (8, 1, 5, 0), (2, 3, 70, 0)):
+            shape = Shape(num_heads=group, num_kv_heads=1, value_dim=96 if seq > 1 else 128, capacity=past)
+            cache = HostCache(library, shape, formats, rotated)
+            old_k, old_v = normal(rng, 1, 1, 1, past, 128), normal(rng, 1, 1, 1, past, shape.value_dim)
+            append(library, cache, old_k, old_v, np.zeros(1, np.int32))
+            q, k = normal(rng, 1, group, seq, 128), normal(rng, 1, 1, seq, 128)
+            v = normal(rng, 1, 1, seq, shape.value_dim)
+            case = (cache, q, k, v, np.array([past], np.int32), 0.1, window)
+            assert relative_error(causal_attention(library, *case), expected_attention(*case)) < 1e-3
+    for dim in (64, 72):
+        q, k, v, out = (normal(rng, 1, 70, dim) for _ in range(4))
+        cu_seqlens = np.array([0, 66, 70], np.int32)
+        args = AttentionArgs(
+            **dict(zip(("q", "k", "v", "out", "cu_seqlens"), map(pointer, (q, k, v, out, cu_seqlens)), strict=True)),
+            **dict.fromkeys(("batch", "num_heads", "num_kv_heads"), 1),
+            **dict.fromkeys(("key_dim", "value_dim"), dim),
+            seq=70,
+            softmax_scale=0.1,
+            num_sequences=2,
+        )
+        library.attention(args)
+
+
+if __name__ == "__main__":
+    main()

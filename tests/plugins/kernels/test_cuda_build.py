@@ -1,0 +1,73 @@
+"""The kernels compiled for SM61: that they are, what they take of the card, the library where there is no driver."""
+
+import ctypes
+import ctypes.util
+import subprocess
+import sys
+
+import pytest
+
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kernels import build as kernels_build
+from pascalvl.plugins.kernels import report
+from pascalvl.plugins.kernels.build import Target, build
+from pascalvl.plugins.kernels.library import KernelLibrary, RowFormat
+
+
+@pytest.fixture(scope="module")
+def cuda_library(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cuda") / "libpascalvl.so"
+    build(path, Target.CUDA)
+    return path
+
+
+@pytest.fixture(scope="module")
+def resources():
+    return kernels_build.resources()
+
+
+def test_the_committed_table_is_what_the_compiler_says(resources):
+    assert report.TABLE.read_text(encoding="utf-8") == report.table(resources)
+
+
+def test_no_kernel_spills_and_two_blocks_fit(resources):
+    for kernel, use in resources.items():
+        assert use["spills"] == 0, kernel
+        assert report.resident_warps(use["registers"], use["shared"]) >= 8, kernel
+
+
+def test_images_for_sm61_and_for_newer_gpus_are_inside(cuda_library):
+    content = cuda_library.read_bytes()
+    assert b".target sm_61" in content
+    assert content.count(b"\x7fELF") == 1 + len(kernels_build.SOURCES)
+
+
+def test_the_library_loads_and_explains_itself_without_a_driver(cuda_library):
+    if ctypes.util.find_library("cuda"):
+        pytest.skip("there is a CUDA driver here")
+    with pytest.raises(UserError, match=r"The CUDA driver \(libcuda.so.1\) is not installed"):
+        KernelLibrary(cuda_library).load()
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "told"),
+    [("CXX", "no-such-compiler", "'no-such-compiler' was not found"), ("CXX", "false", "failed to build")],
+)
+def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch, attribute, value, told):
+    monkeypatch.setenv(attribute, value)
+    with pytest.raises(UserError, match=told):
+        build(tmp_path / "lib.so", Target.EMULATOR)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_nvrtc_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels_build.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="nvidia-cuda-nvrtc-cu12"):
+        build(tmp_path / "lib.so", Target.CUDA)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_builds(tmp_path):
+    module = "pascalvl.plugins.kernels.build"
+    subprocess.run([sys.executable, "-m", module, tmp_path / "lib.so", "--target", "emulator"], check=True)
+    assert KernelLibrary(tmp_path / "lib.so").row_bytes(RowFormat.INT4, 112) == 64
