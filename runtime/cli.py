@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pascalvl.plugins.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from pascalvl.runtime.generation import Generation
     from pascalvl.runtime.model import VisionLanguageModel
     from pascalvl.runtime.sampling import SamplingParams
@@ -302,7 +304,6 @@ def _read_line(prompt: str) -> str | None:
 
 
 def _validate(args: argparse.Namespace) -> int:
-    from rich.console import Console
     from rich.table import Table
 
     with _uninterrupted():
@@ -337,11 +338,11 @@ def _validate(args: argparse.Namespace) -> int:
         error, tolerance = f"{row.max_error:.2e}", f"{row.tolerance:.2e}"
         table.add_row(row.output, row.prompt, error, tolerance, "ok" if row.passed else "DEVIATES")
     failed = sum(not row.passed for row in rows)
-    console = Console()
+    console = _console()
     console.print(table)
-    console.print(f"{len(rows)} outputs compared, {failed} out of tolerance", highlight=False)
+    console.print(f"{len(rows)} outputs compared, {failed} out of tolerance")
     if args.bisect and (first := validation.first_deviation(rows)):
-        console.print(f"the first to deviate is {first.output}, of prompt {first.prompt!r}", highlight=False)
+        console.print(f"the first to deviate is {first.output}, of prompt {first.prompt!r}")
     return _FAILED_VALIDATION if failed else 0
 
 
@@ -373,7 +374,6 @@ def _validation_requests(args: argparse.Namespace) -> dict[str, list[dict[str, A
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from rich.console import Console
     from rich.table import Table
 
     from pascalvl.plugins.bundle import Manifest
@@ -415,8 +415,7 @@ def _inspect(args: argparse.Namespace) -> int:
     for context in _context_lengths(text.max_position_embeddings):
         sizes = [size for f in formats for size in (context * per_token[f], weights + context * per_token[f])]
         memory.add_row(str(context), *(f"{size / 1e9:.3f}" for size in (weights, *sizes)))
-    console = Console(highlight=False)
-    console.print(facts, memory)
+    _console().print(facts, memory)
     return 0
 
 
@@ -426,6 +425,17 @@ def _context_lengths(longest: int) -> list[int]:
 
 
 # Parts of commands ----------------------------------------------------------------------------------------------------
+
+
+def _console() -> Console:
+    """Standard output for tables; a reader that goes away is left to `main`, where rich would exit with code 1."""
+    from rich.console import Console
+
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            raise
+
+    return Output(highlight=False)
 
 
 def _open(args: argparse.Namespace, marked_layers: bool = False) -> VisionLanguageModel:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import resource
 import shutil
@@ -307,6 +308,15 @@ def test_closed_pipe(endless_bundle):
     process.stdout.close()
     assert process.wait(timeout=60) == 0
     assert process.stderr.read() == ""
+
+
+def test_table_into_a_closed_pipe(nano_engine_bundle):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [*COMMAND, "inspect", str(nano_engine_bundle)]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_not_enough_memory(refused, nano_engine_bundle, monkeypatch):
