@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -133,17 +132,11 @@ class Checkpoint:
 
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.directory / name
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not path.exists():
             raise UserError(
                 f"{self.directory} lacks {name}: give the whole folder of a Qwen3-VL model, as its authors publish it."
-            ) from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}): download the model again.") from error
-        if not isinstance(data, dict):
-            raise UserError(f"expected a JSON object in {path}, found a {type(data).__name__}: download it again.")
-        return data
+            )
+        return bundle.read_json(path, "download the model again")
 
     def _find_chat_template(self) -> str:
         """Checkpoints of different ages keep it in a file of its own, plain or JSON, or in the tokenizer's config."""
