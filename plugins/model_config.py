@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from pascalvl.plugins.errors import UserError
@@ -38,7 +39,7 @@ class VisionConfig:
         _check(self, "num_heads", self.hidden_size % (4 * self.num_heads) == 0, f"a divisor of {self.hidden_size} / 4")
         _check(self, "in_channels", self.in_channels == 3, "3, for RGB")
         _check(self, "num_position_embeddings", self.num_grid_per_side**2 == self.num_position_embeddings, "a square")
-        _check(self, "rope_inv_freq", len(self.rope_inv_freq) == self.head_dim // 4, "head_dim / 4 numbers")
+        _check_frequencies(self, self.head_dim / 4)
         _check(
             self,
             "deepstack_visual_indexes",
@@ -90,7 +91,7 @@ class TextConfig:
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"a divisor of {self.num_attention_heads} attention heads",
         )
-        _check(self, "rope_inv_freq", 2 * len(self.rope_inv_freq) == self.head_dim, "head_dim / 2 numbers")
+        _check_frequencies(self, self.head_dim / 2)
         _check(
             self,
             "mrope_section",
@@ -140,6 +141,12 @@ def _check_positive(config: Any) -> None:
     for field in dataclasses.fields(config):
         if field.type == "int":
             _check(config, field.name, getattr(config, field.name) > 0, "a number above 0")
+
+
+def _check_frequencies(config: Any, count: float) -> None:
+    frequencies = config.rope_inv_freq
+    valid = len(frequencies) == count and all(0 < frequency < math.inf for frequency in frequencies)
+    _check(config, "rope_inv_freq", valid, f"{count:g} numbers above 0")
 
 
 def _check(config: Any, name: str, valid: bool, expected: str) -> None:

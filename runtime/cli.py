@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--verbose", action="store_true", help="log what is done, and where errors come from")
         return sub
 
-    sub = command("export", _export, "export", "checkpoint to model bundle")
+    sub = command("export", _export, "export,runtime", "checkpoint to model bundle")
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a Hugging Face Qwen3-VL model")
     _add_output(sub)
 
@@ -223,8 +223,30 @@ def _export(args: argparse.Namespace) -> int:
     with _uninterrupted():
         from pascalvl.export import export_checkpoint
 
-    _report(args.output, export_checkpoint(args.checkpoint, args.output))
+    def check(directory: Path, config: Any) -> None:
+        try:
+            _check_host_files(directory, config)
+        except UserError as error:
+            raise UserError(str(error).replace(str(directory), str(args.checkpoint))) from error
+
+    _report(args.output, export_checkpoint(args.checkpoint, args.output, check))
     return 0
+
+
+def _check_host_files(directory: Path, config: Any) -> None:
+    """Raise `UserError` unless the runtime can make a prompt of every kind with a bundle's files."""
+    from PIL import Image
+
+    from pascalvl.plugins.bundle import GENERATION_CONFIG
+    from pascalvl.runtime.generation import GenerationConfig
+    from pascalvl.runtime.prompt import PromptBuilder
+    from pascalvl.runtime.video import Video
+
+    GenerationConfig.from_file(directory / GENERATION_CONFIG)
+    picture = Image.new("RGB", (64, 64))
+    visuals = [("image", picture), ("video", Video([picture] * 4, 2.0))]
+    system = {"role": "system", "content": "Answer."}
+    PromptBuilder(directory, config).build([system, _user_message(visuals, "What is it?")])
 
 
 def _build(args: argparse.Namespace) -> int:

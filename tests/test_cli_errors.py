@@ -205,6 +205,10 @@ def _shards(checkpoint):
         (lambda c: _shards(c)[-1].unlink(), "lacks its weight file"),
         (lambda c: _shards(c)[0].write_bytes(_shards(c)[0].read_bytes()[:-1000]), "is truncated or damaged"),
         (lambda c: (c / "tokenizer.json").unlink(), "lacks tokenizer.json"),
+        (lambda c: (c / "tokenizer.json").write_text("{}"), "checkpoint/tokenizer.json is not a tokenizer"),
+        (lambda c: (c / "chat_template.jinja").write_text("{% if %}"), "checkpoint/chat_template.jinja cannot be used"),
+        (lambda c: (c / "chat_template.jinja").write_text("Hello"), "has no place for one of the pictures"),
+        (lambda c: (c / "generation_config.json").write_text("{}"), "checkpoint/generation_config.json is of no use"),
     ],
 )
 def test_damaged_checkpoints(refused, nano_checkpoint, tmp_path, damage, match):
@@ -212,7 +216,7 @@ def test_damaged_checkpoints(refused, nano_checkpoint, tmp_path, damage, match):
     shutil.copytree(nano_checkpoint, checkpoint)
     damage(checkpoint)
     refused(match, "export", checkpoint, "--output", output)
-    assert not output.parent.exists()
+    assert not output.parent.exists() or not list(output.parent.iterdir())
 
 
 def test_validation_against_another_checkpoint(refused, nano_engine_bundle, nano_checkpoint, tmp_path):

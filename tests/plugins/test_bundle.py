@@ -14,7 +14,7 @@ from pascalvl.plugins.kv_format import KVFormat
 from pascalvl.plugins.model_config import ModelConfig, TextConfig, VisionConfig
 
 MODEL = ModelConfig(
-    TextConfig(512, 64, 2, 4, 1, 16, 1024, (4, 2, 2), (1.0, 0.1, 1 / 3, 0.0, 0.5, 0.2, 0.7, 0.3), 1.0),
+    TextConfig(512, 64, 2, 4, 1, 16, 1024, (4, 2, 2), (1.0, 0.1, 1 / 3, 0.4, 0.5, 0.2, 0.7, 0.3), 1.0),
     VisionConfig(2, 64, 4, 3, 16, 2, 2, 16, (0, 1), (1.0, 0.5, 0.2, 0.1)),
     image_token_id=1,
     video_token_id=2,
@@ -114,6 +114,7 @@ def test_files_that_the_manifest_does_not_list(written, name):
         ("text", {"mrope_section": [4, 2, 3]}),
         ("text", {"mrope_section": [8]}),
         ("text", {"rope_inv_freq": [1.0]}),
+        ("text", {"rope_inv_freq": [0.0] * 8}),
         ("text", {"rope_attention_scaling": 0}),
         ("text", {"colour": 1}),
         ("vision", {"num_heads": 0}),
