@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from pascalvl.plugins.bundle import EMBEDDINGS, GENERATION_CONFIG, MANIFEST, Manifest
+from pascalvl.runtime import cli
 from pascalvl.runtime.cli import main
 
 COMMAND = [sys.executable, "-c", "import sys; from pascalvl.runtime.cli import main; sys.exit(main())"]
@@ -58,6 +59,7 @@ def check_sentence(err, match):
         (["run", "engine", "--prompt", "x", "--repetition-penalty", "0"], "repetition_penalty is out of range"),
         (["chat", "engine", "--seed", "-1"], "seed is out of range"),
         (["run", "engine", "--prompt", "caf\udce9"], r"expected text in UTF-8, found b'caf\\xe9'"),
+        (["inspect", "caf\udce9"], r"expected text in UTF-8, found b'.*/caf\\xe9'"),
     ],
 )
 def test_arguments(refused, argv, match):
@@ -274,19 +276,51 @@ def test_interrupted_chat_goes_on(endless_bundle):
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("written", ["", "vision.onnx.data"])
-def test_interrupted_export(nano_checkpoint, tmp_path, written):
+@pytest.mark.parametrize(
+    ("number", "written", "word"),
+    [
+        (signal.SIGINT, "", "interrupted"),
+        (signal.SIGINT, "vision.onnx.data", "interrupted"),
+        (signal.SIGTERM, "vision.onnx.data", "terminated"),
+    ],
+)
+def test_interrupted_export(nano_checkpoint, tmp_path, number, written, word):
     """In the middle of tracing, and in the middle of writing."""
     output = tmp_path / "out" / "model"
     process = _start("export", nano_checkpoint, "--output", output)
     while not list(output.parent.glob(f".model.*/{written}")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert (out, err) == ("", "pascalvl: interrupted; nothing was left half-written\n")
+    assert (out, err) == ("", f"pascalvl: {word}; nothing was left half-written\n")
     assert not list(output.parent.iterdir())
+
+
+def test_interrupts_wait_for_the_end_of_an_import(tmp_path, monkeypatch):
+    (tmp_path / "heavy_module.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.1)\ncomplete = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def command():
+        import heavy_module
+
+        assert heavy_module.complete
+        time.sleep(10)
+
+    with pytest.raises(KeyboardInterrupt), cli._interruptible():
+        command()
+    assert sys.modules.pop("heavy_module").complete
+
+
+@pytest.mark.parametrize("descriptor", [0, 1, 2])
+def test_closed_standard_streams(nano_engine_bundle, descriptor):
+    for argv in (("inspect", nano_engine_bundle), ("chat", nano_engine_bundle)):
+        process = _start(*argv, preexec_fn=lambda: os.close(descriptor))
+        _, err = process.communicate("", timeout=60)
+        assert (process.returncode, err) == (0, "")
 
 
 @pytest.mark.parametrize("command", ["export", "build"])
