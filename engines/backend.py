@@ -84,6 +84,7 @@ def open_engine(
             f"{directory} was built for backend {built_for!r}, not {backend!r}: build it with --backend {backend}."
         )
     module = _backend_module(str(built_for))
+    manifest.require(module.FILES)
     manifest.verify(directory, progress)
     return module.open_engine(directory, manifest, marked_layers)
 

@@ -13,12 +13,14 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from pascalvl.engines.backend import Engine
 from pascalvl.plugins import bindings
-from pascalvl.plugins.bundle import Manifest
+from pascalvl.plugins.bundle import ONNX_FILES, Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.flash_attention import ATTR_KV_FORMAT, OP_NAME
 from pascalvl.plugins.kv_format import KVFormat
 
 NAME = "onnxruntime"
+FILES = ONNX_FILES
+"""What an engine bundle holds beside `HOST_FILES`."""
 _PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 _ERRORS_ONLY = 3
 _FAILURES = (

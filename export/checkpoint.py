@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,12 @@ class Checkpoint:
                 "give a Qwen3-VL 2B, 4B, 8B or 32B model."
             )
         if quantization := data.get("quantization_config"):
-            method = quantization.get("quant_method")
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise UserError(
                 f"{directory} holds weights quantised with {method!r}: give the checkpoint with its original weights."
             )
-        try:
+        with self._config_errors():
             self.hf_config = Qwen3VLConfig.from_dict(data)
-        except Exception as error:  # transformers raises many kinds, all of them about this one file
-            raise UserError(f"{directory / _CONFIG} is not a valid Qwen3-VL config ({error}).") from error
         for name in _COPIED_FILES:
             self._read_json(name)
         self._chat_template = self._find_chat_template()
@@ -74,7 +72,7 @@ class Checkpoint:
         """The Hugging Face model in float32, without memory for its weights; each of its tensors is on disk."""
         config = self.hf_config
         config._attn_implementation = ATTN_IMPLEMENTATION
-        with torch.device("meta"):
+        with self._config_errors(), torch.device("meta"):
             model = Qwen3VLForConditionalGeneration(config).float()
         model.tie_weights()
         for name, parameter in model.named_parameters():
@@ -94,7 +92,7 @@ class Checkpoint:
         return self._shard_of[name].get_tensor(name)
 
     def model_config(self) -> ModelConfig:
-        """What engines and runtime need to know of the config."""
+        """What engines and runtime need to know of the config; raises `UserError` for one that no model has."""
         from transformers.models.qwen3_vl import modeling_qwen3_vl as hf
 
         text, vision = self.hf_config.text_config, self.hf_config.vision_config
@@ -102,21 +100,22 @@ class Checkpoint:
             raise UserError(
                 f"rope type {rope_type!r} is not supported: expected one of {', '.join(_STATIC_ROPE_TYPES)}."
             )
-        text_rope, vision_rope = hf.Qwen3VLTextRotaryEmbedding(text), hf.Qwen3VLVisionRotaryEmbedding(vision)
-        return ModelConfig(
-            text=_take(
-                TextConfig,
-                text,
-                mrope_section=tuple(text_rope.mrope_section),
-                rope_inv_freq=tuple(text_rope.inv_freq.tolist()),
-                rope_attention_scaling=float(text_rope.attention_scaling),
-            ),
-            vision=_take(VisionConfig, vision, rope_inv_freq=tuple(vision_rope.inv_freq.tolist())),
-            image_token_id=self.hf_config.image_token_id,
-            video_token_id=self.hf_config.video_token_id,
-            vision_start_token_id=self.hf_config.vision_start_token_id,
-            vision_end_token_id=self.hf_config.vision_end_token_id,
-        )
+        with self._config_errors():
+            text_rope, vision_rope = hf.Qwen3VLTextRotaryEmbedding(text), hf.Qwen3VLVisionRotaryEmbedding(vision)
+            return ModelConfig(
+                text=_take(
+                    TextConfig,
+                    text,
+                    mrope_section=tuple(text_rope.mrope_section),
+                    rope_inv_freq=tuple(text_rope.inv_freq.tolist()),
+                    rope_attention_scaling=float(text_rope.attention_scaling),
+                ),
+                vision=_take(VisionConfig, vision, rope_inv_freq=tuple(vision_rope.inv_freq.tolist())),
+                image_token_id=self.hf_config.image_token_id,
+                video_token_id=self.hf_config.video_token_id,
+                vision_start_token_id=self.hf_config.vision_start_token_id,
+                vision_end_token_id=self.hf_config.vision_end_token_id,
+            )
 
     def digest(self) -> str:
         """SHA-256 over the config and all weight files: the identity of what was exported."""
@@ -131,19 +130,24 @@ class Checkpoint:
             shutil.copyfile(self.directory / name, target / name)
         (target / bundle.CHAT_TEMPLATE).write_text(self._chat_template, encoding="utf-8")
 
+    @contextlib.contextmanager
+    def _config_errors(self) -> Iterator[None]:
+        """Raise `UserError` about the config for what transformers raises: many kinds, all of them about that file."""
+        try:
+            yield
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(
+                f"{self.directory / _CONFIG} is not a valid Qwen3-VL config ({reason}): download the model again."
+            ) from error
+
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.directory / name
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not path.exists():
             raise UserError(
                 f"{self.directory} lacks {name}: give the whole folder of a Qwen3-VL model, as its authors publish it."
-            ) from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}): download the model again.") from error
-        if not isinstance(data, dict):
-            raise UserError(f"expected a JSON object in {path}, found a {type(data).__name__}: download it again.")
-        return data
+            )
+        return bundle.read_json(path, "download the model again")
 
     def _find_chat_template(self) -> str:
         """Checkpoints of different ages keep it in a file of its own, plain or JSON, or in the tokenizer's config."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,19 @@ _ALIGNMENT = 4096
 _EMBEDDING = "model.language_model.embed_tokens.weight"
 
 
-def export_checkpoint(checkpoint_directory: Path, output: Path) -> Manifest:
+def export_checkpoint(
+    checkpoint_directory: Path,
+    output: Path,
+    check_host_files: Callable[[Path, ModelConfig], None] = lambda *_: None,
+) -> Manifest:
     """Export a Qwen3-VL checkpoint to the model bundle ``output``; returns its manifest.
 
     Weights are widened to float32 and written one at a time: beside the graphs, memory holds one tensor.
+
+    Args:
+        checkpoint_directory: folder of the Hugging Face model.
+        output: folder to write.
+        check_host_files: called with a folder that holds the tokenizer's and processors' files, before the long work.
 
     Raises:
         UserError: a checkpoint that cannot be used, a graph that TensorRT 8.6 could not parse, or a full disk.
@@ -41,9 +51,11 @@ def export_checkpoint(checkpoint_directory: Path, output: Path) -> Manifest:
     console = Console(stderr=True)
     bars = Progress(console=console, transient=True, disable=not console.is_terminal)
     with Checkpoint(checkpoint_directory) as checkpoint, bars as progress:
-        model = checkpoint.meta_model()
         config = checkpoint.model_config()
+        model = checkpoint.meta_model()
         with atomic_directory(output, "model") as directory:
+            checkpoint.copy_host_files(directory)
+            check_host_files(directory, config)
             graphs = {}
             for name, trace_graph in ((bindings.VISION, trace_vision), (bindings.DECODER, trace_decoder)):
                 task = progress.add_task(f"tracing {name}", total=None)
@@ -55,7 +67,6 @@ def export_checkpoint(checkpoint_directory: Path, output: Path) -> Manifest:
                 graphs[name] = describe(graph.proto)
                 log.info("%s: %d nodes", name, len(graph.proto.graph.node))
             embeddings = _write_embeddings(checkpoint, directory / EMBEDDINGS)
-            checkpoint.copy_host_files(directory)
             progress.add_task("hashing", total=None)
             return Manifest(
                 kind="model",

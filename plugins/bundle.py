@@ -24,12 +24,14 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import KVFormat
 from pascalvl.plugins.model_config import ModelConfig
@@ -44,8 +46,11 @@ IMAGE_PROCESSOR = "preprocessor_config.json"
 VIDEO_PROCESSOR = "video_preprocessor_config.json"
 HOST_FILES = (EMBEDDINGS, TOKENIZER, CHAT_TEMPLATE, GENERATION_CONFIG, IMAGE_PROCESSOR, VIDEO_PROCESSOR)
 """Files the runtime reads itself; a build passes them on unchanged."""
+ONNX_FILES = tuple(f"{graph}.onnx{part}" for graph in (bindings.VISION, bindings.DECODER) for part in ("", ".data"))
+"""The graphs of a model bundle, and their weights."""
 
 _WRITTEN_BY = {"model": "pascalvl export", "engine": "pascalvl build"}
+_EMBEDDING_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _CHUNK = 1 << 22
 
 
@@ -78,14 +83,10 @@ class Manifest:
         rewrite = f"write it again with {_WRITTEN_BY[kinds[0]]!r}"
         if not directory.is_dir():
             raise UserError(f"no directory {directory}: expected {expected}.")
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{directory} is not a bundle (it has no {MANIFEST}): expected {expected}.") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}): {rewrite}.") from error
-        found = data.get("kind") if isinstance(data, dict) else type(data).__name__
-        if found not in kinds:
+        if not path.exists():
+            raise UserError(f"{directory} is not a bundle (it has no {MANIFEST}): expected {expected}.")
+        data = read_json(path, rewrite)
+        if (found := data.get("kind")) not in kinds:
             raise UserError(f"{directory} is a bundle of kind {found!r}: expected {expected}.")
         if data.get("version") != BUNDLE_VERSION:
             raise UserError(
@@ -103,25 +104,43 @@ class Manifest:
             manifest._check_types()
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not complete ({error}): {rewrite}.") from error
+        manifest.require(HOST_FILES if manifest.kind == "engine" else (*HOST_FILES, *ONNX_FILES))
+        if manifest.files[EMBEDDINGS]["bytes"] != manifest._embedding_bytes:
+            raise UserError(f"{path} is not complete ({EMBEDDINGS} is of another size): {rewrite}.")
         return manifest
+
+    @property
+    def _embedding_bytes(self) -> int:
+        return math.prod(self.embeddings["shape"]) * _EMBEDDING_BYTES[self.embeddings["dtype"]]
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raise `UserError` unless the manifest lists the files ``names``."""
+        if missing := [name for name in names if name not in self.files]:
+            raise UserError(
+                f"the {self.kind} bundle's {MANIFEST} does not list the file {missing[0]}: write the bundle again with "
+                f"{_WRITTEN_BY[self.kind]!r}."
+            )
 
     def _check_types(self) -> None:
         """Raise `TypeError` or `KeyError` for a field of another form than the runtime relies on."""
         text = self.model.text
         if not all(isinstance(self.source[key], str) for key in ("name", "sha256")):
             raise TypeError("source is not a name and a hash")
-        if self.embeddings["dtype"] not in ("bfloat16", "float16", "float32"):
-            raise TypeError(f"embeddings of type {self.embeddings['dtype']!r}")
+        if set(self.embeddings) != {"dtype", "shape"} or self.embeddings["dtype"] not in tuple(_EMBEDDING_BYTES):
+            raise TypeError(f"embeddings are {self.embeddings!r}")
         if self.embeddings["shape"] != [text.vocab_size, text.hidden_size]:
             raise TypeError(f"embeddings of shape {self.embeddings['shape']!r}")
-        if not all(isinstance(graph["ops"], dict) for graph in self.graphs.values()):
+        if not all(
+            isinstance(graph["ops"], dict) and all(key in graph for key in ("opset", "ir_version", "plugin"))
+            for graph in self.graphs.values()
+        ):
             raise TypeError("graphs without their operators")
-        if not isinstance(self.backend, dict):
-            raise TypeError("backend is no object")
+        if not all(isinstance(value, str) for value in self.backend.values()):
+            raise TypeError("backend is no object of texts")
         if not all(type(file["bytes"]) is int and isinstance(file["sha256"], str) for file in self.files.values()):
             raise TypeError("files without sizes or hashes")
-        if not self.files:
-            raise TypeError("it lists no files")
+        if not all(name == Path(name).name for name in self.files):
+            raise TypeError("files outside the bundle")
 
     def verify(self, directory: Path, progress: Callable[[int], None] = lambda _: None) -> None:
         """Check every file's size and hash; raises `UserError` naming the first that is missing or altered.
@@ -156,6 +175,17 @@ class Manifest:
         manifest = dataclasses.replace(self, files=files)
         (directory / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
         return manifest
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a JSON object; raises `UserError`, which ends with what to do, for what is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {remedy}.") from error
+    if not isinstance(data, dict):
+        raise UserError(f"expected a JSON object in {path}, found a {type(data).__name__}: {remedy}.")
+    return data
 
 
 def sha256(path: Path, progress: Callable[[int], None] = lambda _: None) -> str:

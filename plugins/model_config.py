@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from pascalvl.plugins.errors import UserError
+
+_MOST_LAYERS = 1000
+"""Each has bindings of its own, which a damaged manifest must not make endless."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,20 @@ class VisionConfig:
     rope_inv_freq: tuple[float, ...]
     """Inverse frequencies of the axial rotary embedding, shared by rows and columns: ``[head_dim / 4]``."""
 
+    def __post_init__(self) -> None:
+        _check_positive(self)
+        levels = self.deepstack_visual_indexes
+        _check(self, "num_heads", self.hidden_size % (4 * self.num_heads) == 0, f"a divisor of {self.hidden_size} / 4")
+        _check(self, "in_channels", self.in_channels == 3, "3, for RGB")
+        _check(self, "num_position_embeddings", self.num_grid_per_side**2 == self.num_position_embeddings, "a square")
+        _check_frequencies(self, self.head_dim / 4)
+        _check(
+            self,
+            "deepstack_visual_indexes",
+            len(levels) > 0 and list(levels) == sorted(set(levels)) and 0 <= levels[0] <= levels[-1] < self.depth,
+            f"at least one layer of {self.depth}, in ascending order",
+        )
+
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
@@ -45,7 +63,10 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Decoder: causal, grouped-query attention with interleaved M-RoPE."""
+    """Decoder: causal, grouped-query attention with interleaved M-RoPE.
+
+    Like `VisionConfig` and `ModelConfig`, raises `ValueError` for values that no model has.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -61,6 +82,24 @@ class TextConfig:
     rope_attention_scaling: float
     """Factor on cos and sin (1 unless the rope type scales attention)."""
 
+    def __post_init__(self) -> None:
+        _check_positive(self)
+        _check(self, "num_hidden_layers", self.num_hidden_layers <= _MOST_LAYERS, f"at most {_MOST_LAYERS}")
+        _check(
+            self,
+            "num_key_value_heads",
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"a divisor of {self.num_attention_heads} attention heads",
+        )
+        _check_frequencies(self, self.head_dim / 2)
+        _check(
+            self,
+            "mrope_section",
+            len(self.mrope_section) == 3 and 2 * sum(self.mrope_section) == self.head_dim,
+            "three numbers that sum to head_dim / 2",
+        )
+        _check(self, "rope_attention_scaling", self.rope_attention_scaling > 0, "a number above 0")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -73,6 +112,10 @@ class ModelConfig:
     vision_start_token_id: int
     vision_end_token_id: int
 
+    def __post_init__(self) -> None:
+        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+            _check(self, name, 0 <= getattr(self, name) < self.text.vocab_size, "a token of the vocabulary")
+
     @property
     def num_deepstack(self) -> int:
         return len(self.vision.deepstack_visual_indexes)
@@ -82,16 +125,33 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ModelConfig:
-        """Inverse of `to_json`; raises `UserError` when a field is missing or unknown."""
+        """Inverse of `to_json`; raises `UserError` when a field is missing, unknown or out of range."""
 
         try:
             nested = {"text": _build(TextConfig, data["text"]), "vision": _build(VisionConfig, data["vision"])}
             return _build(cls, {**data, **nested})
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"the manifest's model description does not fit this version of PascalVL ({error}): "
                 "export the checkpoint again."
             ) from error
+
+
+def _check_positive(config: Any) -> None:
+    for field in dataclasses.fields(config):
+        if field.type == "int":
+            _check(config, field.name, getattr(config, field.name) > 0, "a number above 0")
+
+
+def _check_frequencies(config: Any, count: float) -> None:
+    frequencies = config.rope_inv_freq
+    valid = len(frequencies) == count and all(0 < frequency < math.inf for frequency in frequencies)
+    _check(config, "rope_inv_freq", valid, f"{count:g} numbers above 0")
+
+
+def _check(config: Any, name: str, valid: bool, expected: str) -> None:
+    if not valid:
+        raise ValueError(f"{name} is {getattr(config, name)!r}, expected {expected}")
 
 
 def _build(kind: type, fields: dict[str, Any]) -> Any:

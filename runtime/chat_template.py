@@ -40,7 +40,9 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, jinja2.TemplateError, RecursionError) as error:
-            raise UserError(f"the chat template {path} cannot be used ({error}): write the bundle again.") from error
+            raise UserError(
+                f"the chat template {path} cannot be used ({error}): download the model again and export it."
+            ) from error
 
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt's text up to where the assistant's answer begins, one placeholder for each picture and video.

@@ -7,15 +7,19 @@ import contextlib
 import io
 import logging
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pascalvl.plugins.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from pascalvl.runtime.generation import Generation
     from pascalvl.runtime.model import VisionLanguageModel
     from pascalvl.runtime.sampling import SamplingParams
@@ -24,14 +28,60 @@ log = logging.getLogger(__name__)
 
 _FAILED_VALIDATION = 1
 _USER_ERROR = 2
+_RETRY_SECONDS = 0.05
 _CHAT_COMMANDS = "/image PATH, /video PATH, /reset, /exit"
 
 
+class _Terminated(BaseException):
+    """SIGTERM or SIGHUP came."""
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP clean up as Ctrl-C does, and none of them come up where it does harm.
+
+    During an import it would abort the process in native code, or leave a module in pieces; during the removal of a
+    folder it would leave the rest. It is then tried again a moment later.
+    """
+    latest = signal.SIGINT
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal latest
+        latest = latest if number == signal.SIGALRM else number
+        while frame is not None:
+            code, frame = frame.f_code, frame.f_back
+            if code.co_filename.startswith("<frozen importlib") or code is shutil.rmtree.__code__:
+                signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
+                return
+        raise KeyboardInterrupt if latest == signal.SIGINT else _Terminated
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+    previous = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if previous[number] is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number in numbers:
+            signal.signal(number, previous[number])
+
+
+def _open_closed_streams() -> None:
+    """Give the standard streams that the caller closed the null device, lest the next file opened takes their place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
+
+
+@_interruptible()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
     0: done; 1: `validate` found a deviation; 2: something the user can put right, told in one sentence on stderr.
     """
+    _open_closed_streams()
     try:
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
@@ -45,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"error: {error}")
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was left half-written")
+    except _Terminated:
+        return _fail("terminated; nothing was left half-written")
     except BrokenPipeError:
         # The reader has what it wants. Python flushes stdout at exit: let that not fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,21 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fail(sentence: str) -> int:
     log.debug("the error comes from here", exc_info=True)
-    print(f"pascalvl: {' '.join(sentence.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody can be told
+        print(f"pascalvl: {' '.join(sentence.split())}", file=sys.stderr)
     return _USER_ERROR
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back while torch is imported, which aborts the process if it comes up in its native code."""
-    pending = []
-    previous = signal.signal(signal.SIGINT, lambda *_: pending.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if pending:
-        raise KeyboardInterrupt
 
 
 # Arguments ------------------------------------------------------------------------------------------------------------
@@ -99,12 +139,12 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--verbose", action="store_true", help="log what is done, and where errors come from")
         return sub
 
-    sub = command("export", _export, "export", "checkpoint to model bundle")
-    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a Hugging Face Qwen3-VL model")
+    sub = command("export", _export, "export,runtime", "checkpoint to model bundle")
+    sub.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="folder of a Hugging Face Qwen3-VL model")
     _add_output(sub)
 
     sub = command("build", _build, "engines", "model bundle to engine bundle")
-    sub.add_argument("bundle", type=Path, metavar="MODEL_BUNDLE", help="folder written by 'pascalvl export'")
+    sub.add_argument("bundle", type=_path, metavar="MODEL_BUNDLE", help="folder written by 'pascalvl export'")
     _add_output(sub)
     _add_backend(sub, "what runs the engines; auto: the fastest that is installed")
     sub.add_argument("--kv", type=_kv_format, default="f32", metavar="FORMAT", help="format of the KV cache: f32, f16")
@@ -122,19 +162,19 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("validate", _validate, "engines,export,runtime", "compare the engines with the PyTorch model")
     _add_engine(sub)
     sub.add_argument(
-        "--reference", type=Path, required=True, metavar="CHECKPOINT", help="the checkpoint that was exported"
+        "--reference", type=_path, required=True, metavar="CHECKPOINT", help="the checkpoint that was exported"
     )
     sub.add_argument("--prompt", type=_text, metavar="TEXT", help="compare on this prompt, not the built-in ones")
     _add_visuals(sub)
     sub.add_argument("--bisect", action="store_true", help="compare every layer, and name the first that deviates")
 
     sub = command("inspect", _inspect, "runtime", "what a bundle is, and the memory it needs")
-    sub.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of a model or engine bundle")
+    sub.add_argument("bundle", type=_path, metavar="BUNDLE", help="folder of a model or engine bundle")
     return parser
 
 
 def _add_output(parser: _Parser) -> None:
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--output", type=_path, required=True, metavar="DIR", help="folder to write")
 
 
 def _add_backend(parser: _Parser, meaning: str) -> None:
@@ -142,7 +182,7 @@ def _add_backend(parser: _Parser, meaning: str) -> None:
 
 
 def _add_engine(parser: _Parser) -> None:
-    parser.add_argument("bundle", type=Path, metavar="ENGINE_BUNDLE", help="folder written by 'pascalvl build'")
+    parser.add_argument("bundle", type=_path, metavar="ENGINE_BUNDLE", help="folder written by 'pascalvl build'")
     _add_backend(parser, "backend the bundle must be for; auto: any")
     parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together, at most")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="resize larger pictures to this area")
@@ -185,6 +225,12 @@ def _text(argument: str) -> str:
     return argument
 
 
+def _path(argument: str) -> Path:
+    """A folder of ours: its path, unlike a picture's, goes through libraries that take UTF-8 alone."""
+    _text(os.path.abspath(argument))
+    return Path(argument)
+
+
 def _kv_format(text: str) -> Any:
     from pascalvl.plugins.kv_format import KVFormat
 
@@ -218,11 +264,32 @@ def _sampling(model: VisionLanguageModel, given: dict[str, Any]) -> SamplingPara
 
 
 def _export(args: argparse.Namespace) -> int:
-    with _uninterrupted():
-        from pascalvl.export import export_checkpoint
+    from pascalvl.export import export_checkpoint
 
-    _report(args.output, export_checkpoint(args.checkpoint, args.output))
+    def check(directory: Path, config: Any) -> None:
+        try:
+            _check_host_files(directory, config)
+        except UserError as error:
+            raise UserError(str(error).replace(str(directory), str(args.checkpoint))) from error
+
+    _report(args.output, export_checkpoint(args.checkpoint, args.output, check))
     return 0
+
+
+def _check_host_files(directory: Path, config: Any) -> None:
+    """Raise `UserError` unless the runtime can make a prompt of every kind with a bundle's files."""
+    from PIL import Image
+
+    from pascalvl.plugins.bundle import GENERATION_CONFIG
+    from pascalvl.runtime.generation import GenerationConfig
+    from pascalvl.runtime.prompt import PromptBuilder
+    from pascalvl.runtime.video import Video
+
+    GenerationConfig.from_file(directory / GENERATION_CONFIG)
+    picture = Image.new("RGB", (64, 64))
+    visuals = [("image", picture), ("video", Video([picture] * 4, 2.0))]
+    system = {"role": "system", "content": "Answer."}
+    PromptBuilder(directory, config).build([system, _user_message(visuals, "What is it?")])
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -302,12 +369,10 @@ def _read_line(prompt: str) -> str | None:
 
 
 def _validate(args: argparse.Namespace) -> int:
-    from rich.console import Console
     from rich.table import Table
 
-    with _uninterrupted():
-        from pascalvl.engines import validation
-        from pascalvl.export.checkpoint import Checkpoint
+    from pascalvl.engines import validation
+    from pascalvl.export.checkpoint import Checkpoint
 
     requests = _validation_requests(args)
     with Checkpoint(args.reference) as checkpoint:
@@ -337,11 +402,11 @@ def _validate(args: argparse.Namespace) -> int:
         error, tolerance = f"{row.max_error:.2e}", f"{row.tolerance:.2e}"
         table.add_row(row.output, row.prompt, error, tolerance, "ok" if row.passed else "DEVIATES")
     failed = sum(not row.passed for row in rows)
-    console = Console()
+    console = _console()
     console.print(table)
-    console.print(f"{len(rows)} outputs compared, {failed} out of tolerance", highlight=False)
+    console.print(f"{len(rows)} outputs compared, {failed} out of tolerance")
     if args.bisect and (first := validation.first_deviation(rows)):
-        console.print(f"the first to deviate is {first.output}, of prompt {first.prompt!r}", highlight=False)
+        console.print(f"the first to deviate is {first.output}, of prompt {first.prompt!r}")
     return _FAILED_VALIDATION if failed else 0
 
 
@@ -373,7 +438,6 @@ def _validation_requests(args: argparse.Namespace) -> dict[str, list[dict[str, A
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from rich.console import Console
     from rich.table import Table
 
     from pascalvl.plugins.bundle import Manifest
@@ -415,8 +479,7 @@ def _inspect(args: argparse.Namespace) -> int:
     for context in _context_lengths(text.max_position_embeddings):
         sizes = [size for f in formats for size in (context * per_token[f], weights + context * per_token[f])]
         memory.add_row(str(context), *(f"{size / 1e9:.3f}" for size in (weights, *sizes)))
-    console = Console(highlight=False)
-    console.print(facts, memory)
+    _console().print(facts, memory)
     return 0
 
 
@@ -426,6 +489,17 @@ def _context_lengths(longest: int) -> list[int]:
 
 
 # Parts of commands ----------------------------------------------------------------------------------------------------
+
+
+def _console() -> Console:
+    """Standard output for tables; a reader that goes away is left to `main`, where rich would exit with code 1."""
+    from rich.console import Console
+
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            raise
+
+    return Output(highlight=False)
 
 
 def _open(args: argparse.Namespace, marked_layers: bool = False) -> VisionLanguageModel:

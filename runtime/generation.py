@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pascalvl.plugins.bundle import read_json
 from pascalvl.plugins.errors import UserError
 from pascalvl.runtime.sampling import SamplingParams
 
 _DEFAULT_TEMPERATURE, _DEFAULT_TOP_K = 1.0, 50
 """What Hugging Face's `generate` takes where a config that samples does not say."""
+_REMEDY = "download the model again and export it"
 
 
 class FinishReason(enum.Enum):
@@ -35,24 +36,30 @@ class GenerationConfig:
 
     @classmethod
     def from_file(cls, path: Path) -> GenerationConfig:
-        """Read the file; raises `UserError` if that cannot be done."""
+        """Read the file; raises `UserError` if that cannot be done, or for a value that is of no use."""
+        data = read_json(path, _REMEDY)
+        names = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
+        given = {name: data[name] for name in names if data.get(name) is not None}
+        if data.get("do_sample"):
+            given = {"temperature": _DEFAULT_TEMPERATURE, "top_k": _DEFAULT_TOP_K, **given}
+        else:
+            given = {name: given[name] for name in names[:1] if name in given}
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            eos = data["eos_token_id"]
-            sampling = {"repetition_penalty": float(data.get("repetition_penalty") or 1)}
-            if data.get("do_sample"):
-                for name, default in (("temperature", _DEFAULT_TEMPERATURE), ("top_p", 1.0), ("min_p", 0.0)):
-                    value = data.get(name)
-                    sampling[name] = default if value is None else float(value)
-                top_k = data.get("top_k")
-                sampling["top_k"] = _DEFAULT_TOP_K if top_k is None else int(top_k)
-            return cls(
-                eos_token_ids=frozenset(eos if isinstance(eos, list) else [eos]),
-                sampling=SamplingParams(**sampling),
-                max_new_tokens=data.get("max_new_tokens"),
-            )
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path} is not a generation config ({error!r}): export the checkpoint again.") from error
+            sampling = SamplingParams(**given)
+        except UserError as error:
+            raise UserError(f"{path} is of no use ({str(error).rstrip('.')}): {_REMEDY}.") from error
+        eos = data.get("eos_token_id")
+        eos = eos if isinstance(eos, list) else [eos]
+        limit = data.get("max_new_tokens")
+        for name, expected, valid in (
+            ("eos_token_id", "token ids", all(type(token) is int and token >= 0 for token in eos)),
+            ("max_new_tokens", "a whole number from 1", limit is None or (type(limit) is int and limit >= 1)),
+        ):
+            if not valid:
+                raise UserError(
+                    f"{path} is of no use ({name}: expected {expected}, found {data.get(name)!r}): {_REMEDY}."
+                )
+        return cls(frozenset(eos), sampling, limit)
 
 
 class StopMatcher:

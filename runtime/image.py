@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import io
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pascalvl.plugins.bundle import read_json
 from pascalvl.plugins.errors import UserError
 from pascalvl.runtime.positions import Grid
 
@@ -128,8 +128,8 @@ class PatchParameters:
             UserError: not readable, a setting that differs from `_FIXED_SETTINGS` or ``fixed``, or a limit below one
                 token's area.
         """
+        data = read_json(path, "download the model again and export it")
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
             settings = {name: data.get(name, default) for name, default in defaults.items()}
             for name, expected in {**_FIXED_SETTINGS, **fixed}.items():
                 if (found := data.get(name)) not in (None, expected):
@@ -140,8 +140,8 @@ class PatchParameters:
             mean, std = (tuple(map(float, settings[name])) for name in ("image_mean", "image_std"))
             if min(*sizes, smallest, largest) < 1 or not len(mean) == len(std) == 3 or 0 in std:
                 raise ValueError("sizes below 1, or colours that are not three")
-        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read ({error!r}): write the bundle again.") from error
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+            raise UserError(f"{path} cannot be read ({error!r}): download the model again and export it.") from error
         if max_pixels is not None:
             if max_pixels < (token := (sizes[0] * sizes[2]) ** 2):
                 raise UserError(

@@ -83,6 +83,12 @@ class PromptBuilder:
             if part["type"] != "text"
         ]
         token_ids = self.tokenizer.encode(self._expand(text, visuals))
+        highest, vocab_size = int(token_ids.max(initial=-1)), self._config.text.vocab_size
+        if not 0 <= highest < vocab_size:
+            raise UserError(
+                f"the template and tokenizer make {len(token_ids)} tokens of a prompt, up to number {highest}: "
+                f"expected some below {vocab_size}, as the model has; download the model again and export it."
+            )
         return self._place(token_ids, visuals)
 
     def _expand(self, text: str, visuals: list[Patches]) -> str:

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 
 import numpy as np
 
 from pascalvl.plugins.errors import UserError
+
+_SMALLEST_FACTOR, _LARGEST_FACTOR = 1e-6, 1e6
+"""Of logits: far from what changes an answer any more, and from where float32 overflows."""
+_FACTORS = f"from {_SMALLEST_FACTOR:g} to {_LARGEST_FACTOR:g}"
+
+
+def _is_within(value: object, smallest: float, largest: float) -> bool:
+    return isinstance(value, numbers.Real) and bool(smallest <= value <= largest)
+
+
+def _is_factor(value: object) -> bool:
+    return _is_within(value, _SMALLEST_FACTOR, _LARGEST_FACTOR)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +44,16 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, accepted, valid in (
-            ("repetition_penalty", "a number above 0", 0 < self.repetition_penalty < np.inf),
-            ("temperature", "0 for greedy or a number above it", 0 <= self.temperature < np.inf),
-            ("top_k", "a whole number from 0 (off)", isinstance(self.top_k, int) and self.top_k >= 0),
-            ("top_p", "a number from 0 to 1 (off)", 0 <= self.top_p <= 1),
-            ("min_p", "a number from 0 (off) to 1", 0 <= self.min_p <= 1),
-            ("seed", "a whole number from 0", self.seed is None or (isinstance(self.seed, int) and self.seed >= 0)),
+            ("repetition_penalty", f"a number {_FACTORS}", _is_factor(self.repetition_penalty)),
+            (
+                "temperature",
+                f"0 for greedy or a number {_FACTORS}",
+                self.temperature == 0 or _is_factor(self.temperature),
+            ),
+            ("top_k", "a whole number from 0 (off)", type(self.top_k) is int and self.top_k >= 0),
+            ("top_p", "a number from 0 to 1 (off)", _is_within(self.top_p, 0, 1)),
+            ("min_p", "a number from 0 (off) to 1", _is_within(self.min_p, 0, 1)),
+            ("seed", "a whole number from 0", self.seed is None or (type(self.seed) is int and self.seed >= 0)),
         ):
             if not valid:
                 raise UserError(f"{name} is out of range: expected {accepted}, found {getattr(self, name)!r}.")

@@ -21,11 +21,13 @@ class Tokenizer:
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
-            raise UserError(f"no tokenizer at {path}: write the bundle again.")
+            raise UserError(f"no tokenizer at {path}: download the model again and export it.")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path} is not a tokenizer that can be read ({error}): write the bundle again.") from error
+            raise UserError(
+                f"{path} is not a tokenizer that can be read ({error}): download the model again and export it."
+            ) from error
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids ``[n]``; special tokens in the text are recognised, none are added.

@@ -168,11 +168,17 @@ class VideoProcessor:
         }
         fixed = {"do_sample_frames": True, "num_frames": None}
         parameters, settings = PatchParameters.read(path, defaults, fixed, max_pixels)
-        counts = [settings[name] for name in ("fps", "min_frames", "max_frames", "max_video_tokens")]
-        if not all(isinstance(count, int | float) and count > 0 for count in counts):
-            raise UserError(f"{path} has a frame rate or a limit that is not positive: write the bundle again.")
-        *sampling, frame_tokens = counts
-        return cls(parameters, *sampling, frame_tokens if settings["cap_pixels_per_frame"] else None)
+        fps, *counts = [settings[name] for name in ("fps", "min_frames", "max_frames", "max_video_tokens")]
+        if (
+            not isinstance(fps, int | float)
+            or not 0 < fps < math.inf
+            or any(type(n) is not int or n < 1 for n in counts)
+        ):
+            raise UserError(
+                f"{path} has a frame rate or a limit that is not positive: download the model again and export it."
+            )
+        *limits, frame_tokens = counts
+        return cls(parameters, fps, *limits, frame_tokens if settings["cap_pixels_per_frame"] else None)
 
     def __call__(self, video: Video) -> Patches:
         """Raises `UserError` for frames of different sizes, or fewer than a temporal patch takes."""

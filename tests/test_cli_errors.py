@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import resource
 import shutil
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from pascalvl.plugins.bundle import EMBEDDINGS, GENERATION_CONFIG, MANIFEST, Manifest
+from pascalvl.runtime import cli
 from pascalvl.runtime.cli import main
 
 COMMAND = [sys.executable, "-c", "import sys; from pascalvl.runtime.cli import main; sys.exit(main())"]
@@ -57,6 +59,7 @@ def check_sentence(err, match):
         (["run", "engine", "--prompt", "x", "--repetition-penalty", "0"], "repetition_penalty is out of range"),
         (["chat", "engine", "--seed", "-1"], "seed is out of range"),
         (["run", "engine", "--prompt", "caf\udce9"], r"expected text in UTF-8, found b'caf\\xe9'"),
+        (["inspect", "caf\udce9"], r"expected text in UTF-8, found b'.*/caf\\xe9'"),
     ],
 )
 def test_arguments(refused, argv, match):
@@ -151,7 +154,7 @@ def _edit_manifest(bundle, edit):
         (lambda b: (b / MANIFEST).write_text("{"), "manifest.json cannot be read"),
         (lambda b: _edit_manifest(b, lambda m: m.update(version=0)), "has bundle version 0"),
         (lambda b: _edit_manifest(b, lambda m: m.update(kv_format="f16")), "is for another model: .* float16"),
-        (lambda b: _edit_manifest(b, lambda m: m["model"]["text"].update(head_dim=64)), "is for another model"),
+        (lambda b: _edit_manifest(b, lambda m: m["model"]["text"].update(head_dim=64)), "rope_inv_freq is"),
         (lambda b: _edit_manifest(b, lambda m: m["backend"].update(name="abacus")), "unknown backend 'abacus'"),
     ],
 )
@@ -204,6 +207,10 @@ def _shards(checkpoint):
         (lambda c: _shards(c)[-1].unlink(), "lacks its weight file"),
         (lambda c: _shards(c)[0].write_bytes(_shards(c)[0].read_bytes()[:-1000]), "is truncated or damaged"),
         (lambda c: (c / "tokenizer.json").unlink(), "lacks tokenizer.json"),
+        (lambda c: (c / "tokenizer.json").write_text("{}"), "checkpoint/tokenizer.json is not a tokenizer"),
+        (lambda c: (c / "chat_template.jinja").write_text("{% if %}"), "checkpoint/chat_template.jinja cannot be used"),
+        (lambda c: (c / "chat_template.jinja").write_text("Hello"), "has no place for one of the pictures"),
+        (lambda c: (c / "generation_config.json").write_text("{}"), "checkpoint/generation_config.json is of no use"),
     ],
 )
 def test_damaged_checkpoints(refused, nano_checkpoint, tmp_path, damage, match):
@@ -211,7 +218,7 @@ def test_damaged_checkpoints(refused, nano_checkpoint, tmp_path, damage, match):
     shutil.copytree(nano_checkpoint, checkpoint)
     damage(checkpoint)
     refused(match, "export", checkpoint, "--output", output)
-    assert not output.parent.exists()
+    assert not output.parent.exists() or not list(output.parent.iterdir())
 
 
 def test_validation_against_another_checkpoint(refused, nano_engine_bundle, nano_checkpoint, tmp_path):
@@ -269,19 +276,51 @@ def test_interrupted_chat_goes_on(endless_bundle):
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("written", ["", "vision.onnx.data"])
-def test_interrupted_export(nano_checkpoint, tmp_path, written):
+@pytest.mark.parametrize(
+    ("number", "written", "word"),
+    [
+        (signal.SIGINT, "", "interrupted"),
+        (signal.SIGINT, "vision.onnx.data", "interrupted"),
+        (signal.SIGTERM, "vision.onnx.data", "terminated"),
+    ],
+)
+def test_interrupted_export(nano_checkpoint, tmp_path, number, written, word):
     """In the middle of tracing, and in the middle of writing."""
     output = tmp_path / "out" / "model"
     process = _start("export", nano_checkpoint, "--output", output)
     while not list(output.parent.glob(f".model.*/{written}")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert (out, err) == ("", "pascalvl: interrupted; nothing was left half-written\n")
+    assert (out, err) == ("", f"pascalvl: {word}; nothing was left half-written\n")
     assert not list(output.parent.iterdir())
+
+
+def test_interrupts_wait_for_the_end_of_an_import(tmp_path, monkeypatch):
+    (tmp_path / "heavy_module.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.1)\ncomplete = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def command():
+        import heavy_module
+
+        assert heavy_module.complete
+        time.sleep(10)
+
+    with pytest.raises(KeyboardInterrupt), cli._interruptible():
+        command()
+    assert sys.modules.pop("heavy_module").complete
+
+
+@pytest.mark.parametrize("descriptor", [0, 1, 2])
+def test_closed_standard_streams(nano_engine_bundle, descriptor):
+    for argv in (("inspect", nano_engine_bundle), ("chat", nano_engine_bundle)):
+        process = _start(*argv, preexec_fn=lambda: os.close(descriptor))
+        _, err = process.communicate("", timeout=60)
+        assert (process.returncode, err) == (0, "")
 
 
 @pytest.mark.parametrize("command", ["export", "build"])
@@ -307,6 +346,15 @@ def test_closed_pipe(endless_bundle):
     process.stdout.close()
     assert process.wait(timeout=60) == 0
     assert process.stderr.read() == ""
+
+
+def test_table_into_a_closed_pipe(nano_engine_bundle):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [*COMMAND, "inspect", str(nano_engine_bundle)]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_not_enough_memory(refused, nano_engine_bundle, monkeypatch):

@@ -50,14 +50,22 @@ def _copy_with_manifest(directory, target, **changes):
 
 def test_engine_for_another_model_is_found_before_it_runs(nano_engine_bundle, tmp_path):
     model = Manifest.read(nano_engine_bundle, "engine").model.to_json()
-    model["text"]["num_key_value_heads"] += 1
+    model["text"]["num_key_value_heads"] *= 2
     other = _copy_with_manifest(nano_engine_bundle, tmp_path / "heads", model=model)
     with pytest.raises(UserError, match=r"decoder engine .* is for another model: expected input past_key\.0"):
         open_engine(other)
-    model["text"]["num_key_value_heads"] -= 1
+    model["text"]["num_key_value_heads"] //= 2
     model["text"]["num_hidden_layers"] -= 1
     other = _copy_with_manifest(nano_engine_bundle, tmp_path / "layers", model=model)
     with pytest.raises(UserError, match="it has the further inputs"):
+        open_engine(other)
+
+
+def test_engine_bundle_that_does_not_list_a_graph(nano_engine_bundle, tmp_path):
+    files = Manifest.read(nano_engine_bundle, "engine").files
+    del files["vision.onnx"]
+    other = _copy_with_manifest(nano_engine_bundle, tmp_path / "files", files=files)
+    with pytest.raises(UserError, match=r"does not list the file vision\.onnx"):
         open_engine(other)
 
 

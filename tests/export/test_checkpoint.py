@@ -47,14 +47,38 @@ def test_another_architecture(copy, model_type):
     refused(copy, f"found {model_type!r}")
 
 
-def test_quantised_checkpoint(copy):
+@pytest.mark.parametrize("quantization", [{"quant_method": "awq"}, "awq", ["awq"]])
+def test_quantised_checkpoint(copy, quantization):
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
-    refused(copy, "quantised with 'awq'")
+    (copy / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    refused(copy, "'awq'")
 
 
-def test_config_that_is_no_json(copy):
-    (copy / "config.json").write_text("{")
+@pytest.mark.parametrize(
+    ("part", "change", "phrase"),
+    [
+        ("text", {"hidden_act": "zelu"}, "zelu"),
+        ("text", {"rope_scaling": {"rope_type": "magic"}}, "rope type 'magic' is not supported"),
+        ("text", {"rope_theta": "hot"}, "is not a valid Qwen3-VL config"),
+        ("text", {"rope_theta": 0}, "rope_inv_freq"),
+        ("text", {"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ("text", {"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ("text", {"vocab_size": -1}, "vocab_size is -1"),
+        ("text", {"intermediate_size": -1}, "negative dimension"),
+        ("vision", {"num_heads": 0}, "is not a valid Qwen3-VL config"),
+        ("vision", {"deepstack_visual_indexes": []}, "deepstack_visual_indexes is ()"),
+    ],
+)
+def test_configs_that_no_model_has(copy, part, change, phrase):
+    config = json.loads((copy / "config.json").read_text())
+    config[f"{part}_config"] |= change
+    (copy / "config.json").write_text(json.dumps(config))
+    refused(copy, phrase)
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000])
+def test_config_that_is_no_json(copy, text):
+    (copy / "config.json").write_text(text)
     refused(copy, "config.json cannot be read")
 
 

@@ -14,8 +14,8 @@ from pascalvl.plugins.kv_format import KVFormat
 from pascalvl.plugins.model_config import ModelConfig, TextConfig, VisionConfig
 
 MODEL = ModelConfig(
-    TextConfig(512, 64, 2, 4, 1, 16, 1024, (4, 2, 2), (1.0, 0.1, 1 / 3), 1.0),
-    VisionConfig(2, 64, 4, 3, 16, 2, 2, 16, (0, 1), (1.0, 0.5)),
+    TextConfig(512, 64, 2, 4, 1, 16, 1024, (4, 2, 2), (1.0, 0.1, 1 / 3, 0.4, 0.5, 0.2, 0.7, 0.3), 1.0),
+    VisionConfig(2, 64, 4, 3, 16, 2, 2, 16, (0, 1), (1.0, 0.5, 0.2, 0.1)),
     image_token_id=1,
     video_token_id=2,
     vision_start_token_id=3,
@@ -30,8 +30,11 @@ MANIFEST = Manifest(
 def written(tmp_path):
     tmp_path = tmp_path / "bundle"
     tmp_path.mkdir()
+    for name in (*bundle.HOST_FILES, *bundle.ONNX_FILES):
+        (tmp_path / name).write_bytes(b"some")
     (tmp_path / "decoder.onnx").write_bytes(b"graph")
     (tmp_path / "decoder.onnx.data").write_bytes(bytes(1000))
+    (tmp_path / bundle.EMBEDDINGS).write_bytes(bytes(2 * 512 * 64))
     MANIFEST.write(tmp_path)
     return tmp_path
 
@@ -39,10 +42,10 @@ def written(tmp_path):
 def test_manifest_round_trips(written):
     manifest = Manifest.read(written, "model")
     assert dataclasses.replace(manifest, files={}) == MANIFEST
-    assert set(manifest.files) == {"decoder.onnx", "decoder.onnx.data"}
+    assert set(manifest.files) == {*bundle.HOST_FILES, *bundle.ONNX_FILES}
     hashed = []
     manifest.verify(written, hashed.append)
-    assert sum(hashed) == 1005
+    assert sum(hashed) == 2 * 512 * 64 + 1005 + 7 * 4
 
 
 @pytest.mark.parametrize(
@@ -67,13 +70,19 @@ def test_altered_files_are_found(written, alter, phrase):
         ({"kv_format": "k3v3"}, "unknown KV cache format 'k3v3'"),
         ({"model": {"text": {}}}, "does not fit this version"),
         ({"colour": 1}, "is not complete"),
-        ({"files": {}}, "it lists no files"),
+        ({"files": {}}, "does not list the file embeddings.bin"),
+        ({"files": {"../x": {"bytes": 1, "sha256": ""}}}, "files outside the bundle"),
         ({"source": "x"}, "is not complete"),
         ({"graphs": {"decoder": {}}}, "is not complete"),
+        ({"graphs": {"decoder": {"ops": {}}}}, "is not complete"),
         ({"backend": "onnxruntime"}, "is not complete"),
-        ({"embeddings": {"dtype": "int8", "shape": [512, 64]}}, "embeddings of type 'int8'"),
+        ({"backend": {"name": []}}, "is not complete"),
+        ({"embeddings": {"dtype": "int8", "shape": [512, 64]}}, "embeddings are .*'int8'"),
+        ({"embeddings": {"dtype": "float16", "shape": [512, 64], "offset": 1}}, "embeddings are .*'offset'"),
         ({"embeddings": {"dtype": "float16", "shape": [511, 64]}}, "embeddings of shape"),
+        ({"embeddings": {"dtype": "float32", "shape": [512, 64]}}, "embeddings.bin is of another size"),
         ({"model": {**MODEL.to_json(), "image_token_id": "1"}}, "image_token_id is '1'"),
+        ({"model": {**MODEL.to_json(), "image_token_id": 512}}, "image_token_id is 512, expected a token"),
         ({"files": {"decoder.onnx": {"bytes": "5"}}}, "is not complete"),
     ],
 )
@@ -84,14 +93,56 @@ def test_manifests_that_do_not_fit_are_refused(written, change, phrase):
         Manifest.read(written, "model")
 
 
+@pytest.mark.parametrize("name", [*bundle.HOST_FILES, *bundle.ONNX_FILES])
+def test_files_that_the_manifest_does_not_list(written, name):
+    path = written / bundle.MANIFEST
+    data = json.loads(path.read_text())
+    del data["files"][name]
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=f"does not list the file {name}"):
+        Manifest.read(written, "model")
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("text", {"num_hidden_layers": 0}),
+        ("text", {"num_hidden_layers": 2**31 - 1}),
+        ("text", {"vocab_size": -1}),
+        ("text", {"num_key_value_heads": 0}),
+        ("text", {"num_key_value_heads": 3}),
+        ("text", {"mrope_section": [4, 2, 3]}),
+        ("text", {"mrope_section": [8]}),
+        ("text", {"rope_inv_freq": [1.0]}),
+        ("text", {"rope_inv_freq": [0.0] * 8}),
+        ("text", {"rope_attention_scaling": 0}),
+        ("text", {"colour": 1}),
+        ("vision", {"num_heads": 0}),
+        ("vision", {"num_heads": 3}),
+        ("vision", {"in_channels": 4}),
+        ("vision", {"num_position_embeddings": 17}),
+        ("vision", {"rope_inv_freq": []}),
+        ("vision", {"deepstack_visual_indexes": []}),
+        ("vision", {"deepstack_visual_indexes": [1, 0]}),
+        ("vision", {"deepstack_visual_indexes": [1, 2]}),
+        ("vision", {"deepstack_visual_indexes": [1, 1]}),
+    ],
+)
+def test_models_that_cannot_be(part, change):
+    data = json.loads(json.dumps(MODEL.to_json()))
+    with pytest.raises(UserError, match=next(iter(change))):
+        ModelConfig.from_json({**data, part: {**data[part], **change}})
+
+
 def test_what_is_no_bundle_is_refused(tmp_path):
     with pytest.raises(UserError, match="no directory"):
         Manifest.read(tmp_path / "nowhere", "model")
     with pytest.raises(UserError, match="is not a bundle"):
         Manifest.read(tmp_path, "model")
-    (tmp_path / bundle.MANIFEST).write_text("[")
-    with pytest.raises(UserError, match="cannot be read"):
-        Manifest.read(tmp_path, "model")
+    for text, phrase in (("[", "cannot be read"), ("[" * 100_000, "cannot be read"), ("[]", "found a list")):
+        (tmp_path / bundle.MANIFEST).write_text(text)
+        with pytest.raises(UserError, match=phrase):
+            Manifest.read(tmp_path, "model")
 
 
 def test_a_failed_write_leaves_the_earlier_bundle(tmp_path):

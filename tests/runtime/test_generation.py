@@ -44,13 +44,35 @@ def test_defaults_of_sampling_are_hugging_faces(tmp_path):
     assert _config(tmp_path, eos_token_id=3, do_sample=True).sampling == SamplingParams(temperature=1.0, top_k=50)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"eos_token_id": 1, "repetition_penalty": "much"}'])
-def test_unusable_config(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ("[]", "expected a JSON object .* found a list"),
+        ("{}", "eos_token_id: expected token ids, found None"),
+        ('{"eos_token_id": null}', "eos_token_id: expected"),
+        ('{"eos_token_id": "2"}', "eos_token_id: expected"),
+        ('{"eos_token_id": [1, true]}', "eos_token_id: expected"),
+        ('{"eos_token_id": 1, "max_new_tokens": "many"}', "max_new_tokens: expected .* found 'many'"),
+        ('{"eos_token_id": 1, "max_new_tokens": 0}', "max_new_tokens: expected"),
+        ('{"eos_token_id": 1, "repetition_penalty": "much"}', "repetition_penalty is out of range"),
+        ('{"eos_token_id": 1, "repetition_penalty": 1e-39}', "repetition_penalty is out of range"),
+        ('{"eos_token_id": 1, "do_sample": true, "temperature": 1e-39}', "temperature is out of range"),
+        ('{"eos_token_id": 1, "do_sample": true, "temperature": 1e39}', "temperature is out of range"),
+        ('{"eos_token_id": 1, "do_sample": true, "top_k": "50"}', "top_k is out of range"),
+        ('{"eos_token_id": 1, "do_sample": true, "top_p": NaN}', "top_p is out of range"),
+    ],
+)
+def test_unusable_config(tmp_path, text, match):
     path = tmp_path / "generation_config.json"
     path.write_text(text)
-    with pytest.raises(UserError, match="is not a generation config"):
+    with pytest.raises(UserError, match=match):
         GenerationConfig.from_file(path)
-    with pytest.raises(UserError, match="is not a generation config"):
+
+
+def test_absent_config(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.json cannot be read"):
         GenerationConfig.from_file(tmp_path / "absent.json")
 
 

@@ -1,5 +1,6 @@
 """Whole prompts equal to Hugging Face's processor and model: token ids with placeholders expanded, positions."""
 
+import dataclasses
 import json
 import shutil
 
@@ -165,3 +166,12 @@ def test_processor_of_another_model(host_files, config, name):
     (host_files / name).write_text(json.dumps(settings | {"patch_size": 14}))
     with pytest.raises(UserError, match=rf"{name} makes patches .* of \(14, 2, 2\), the model takes \(16, 2, 2\)"):
         PromptBuilder(host_files, config)
+
+
+def test_tokens_that_the_model_has_not(host_files, config):
+    small = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=2014))
+    with pytest.raises(UserError, match="tokens of a prompt, up to number 2014: expected some below 2014"):
+        PromptBuilder(host_files, small).build([user("<think>")])
+    (host_files / "chat_template.jinja").write_text("")
+    with pytest.raises(UserError, match="make 0 tokens of a prompt"):
+        PromptBuilder(host_files, config).build([user("Hello!")])
