@@ -112,8 +112,11 @@ def _session(directory: Path, model: Path | bytes) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=providers)
     except _FAILURES as error:
+        # It reads weights through no link that leads out of the folder.
+        linked = any(path.is_symlink() for path in directory.iterdir())
+        remedy = "copy the files that its links point to into it (cp -rL)" if linked else "build it again"
         raise UserError(
-            f"ONNX Runtime {ort.__version__} cannot load the engine in {directory} ({error}): build it again."
+            f"ONNX Runtime {ort.__version__} cannot load the engine in {directory} ({error}): {remedy}."
         ) from error
 
 

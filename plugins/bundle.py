@@ -51,6 +51,11 @@ ONNX_FILES = tuple(f"{graph}.onnx{part}" for graph in (bindings.VISION, bindings
 
 _WRITTEN_BY = {"model": "pascalvl export", "engine": "pascalvl build"}
 _EMBEDDING_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_OUT_OF_ROOM = {
+    errno.ENOSPC: "the disk is full, free some space",
+    errno.EDQUOT: "your quota is used up, free some space",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+}
 _CHUNK = 1 << 22
 
 
@@ -203,7 +208,7 @@ def atomic_directory(target: Path, kind: str) -> Iterator[Path]:
     """Yield an empty directory that becomes ``target`` if the block ends well, and vanishes if it does not.
 
     An earlier bundle of the same ``kind`` at ``target`` is replaced, if it holds nothing but its own files; anything
-    else there raises `UserError`, as does a full disk.
+    else there raises `UserError`, as do a mount point and a full disk.
     """
     target = target.resolve()
     _check_replaceable(target, kind)
@@ -223,11 +228,11 @@ def atomic_directory(target: Path, kind: str) -> Iterator[Path]:
         else:
             partial.rename(target)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(target.parent).free
+        if error.errno in _OUT_OF_ROOM:
+            written = sum(path.stat().st_size for path in partial.iterdir())
             raise UserError(
-                f"the disk is full: writing {target} needs more than the {free / 1e6:.0f} MB now left beside what was "
-                "written; free some space or choose another output directory."
+                f"{target} needs more than the {written / 1e6:.0f} MB that could be written ({error.strerror}): "
+                f"{_OUT_OF_ROOM[error.errno]}, or choose another output directory."
             ) from error
         raise
     finally:
@@ -235,7 +240,11 @@ def atomic_directory(target: Path, kind: str) -> Iterator[Path]:
 
 
 def _check_replaceable(target: Path, kind: str) -> None:
-    """Raise `UserError` if ``target`` holds anything but a bundle of ``kind``."""
+    """Raise `UserError` if ``target`` cannot be moved, or holds anything but a bundle of ``kind``."""
+    if target.is_mount():
+        raise UserError(
+            f"{target} is a mount point, which cannot be replaced: choose an output directory in it, {target / kind}."
+        )
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     try:

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -88,6 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stream.reconfigure(errors="replace")
         args = _parser().parse_args(argv)
         logging.basicConfig(level=logging.DEBUG if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
+        if not args.verbose:
+            # What other libraries warn of is nothing that the user can put right.
+            warnings.simplefilter("ignore")
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         code = args.command(args)
         sys.stdout.flush()
         return code
@@ -334,7 +339,7 @@ def _chat(args: argparse.Namespace) -> int:
             elif word == "/reset":
                 messages, visuals = _system(args), []
             elif word in ("/image", "/video"):
-                visuals.append(_load(word[1:], rest.strip()))
+                visuals.append(_load(word[1:], os.path.expanduser(rest.strip())))
             elif word.startswith("/"):
                 raise UserError(f"unknown command {word}: expected {_CHAT_COMMANDS}.")
             elif word:
@@ -499,7 +504,7 @@ def _console() -> Console:
         def on_broken_pipe(self) -> None:
             raise
 
-    return Output(highlight=False)
+    return Output(highlight=False, markup=False, emoji=False)
 
 
 def _open(args: argparse.Namespace, marked_layers: bool = False) -> VisionLanguageModel:

@@ -65,7 +65,10 @@ class GenerationConfig:
 class StopMatcher:
     """Finds the first stop string in streamed text, however it is cut into pieces, and lets none of it through."""
 
-    def __init__(self, stop: Sequence[str]) -> None:
+    def __init__(self, stop: str | Sequence[str]) -> None:
+        stop = [stop] if isinstance(stop, str) else stop
+        if not all(isinstance(text, str) for text in stop):
+            raise UserError(f"expected stop strings as a text or a list of texts, found {stop!r}.")
         if not all(stop):
             raise UserError("a stop string is empty: expected at least one character in each.")
         self._stop = stop

@@ -102,7 +102,7 @@ class VisionLanguageModel:
         messages: Sequence[Message],
         sampling: SamplingParams | None = None,
         max_new_tokens: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> Generation:
         """Answer messages; the answer is computed while it is iterated over, and ends one that is still under way.
 
@@ -110,7 +110,7 @@ class VisionLanguageModel:
             messages: the conversation, as `pascalvl.runtime.chat_template` describes it.
             sampling: how tokens are chosen; by default as the model's authors set.
             max_new_tokens: tokens at most; by default as the model's authors set, or as many as the context holds.
-            stop: texts that end the answer where they come up in it, and are not part of it.
+            stop: one text or several that end the answer where they come up in it, and are not part of it.
 
         Raises:
             UserError: messages, pictures or videos that cannot be used, a prompt longer than the context, or a limit

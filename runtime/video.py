@@ -60,6 +60,8 @@ def load_video(source: VideoSource) -> Video:
         return source
     if not isinstance(source, str | Path):
         raise UserError(f"expected a video as a path or a Video, found {source!r}.")
+    if source == "":  # which would be the current folder
+        raise UserError("expected the path of a video, found an empty one.")
     path = Path(source)
     frames: Sequence[ImageSource]
     if path.is_dir():
@@ -132,7 +134,7 @@ class _FileFrames(Sequence[Image.Image]):
                 stream.thread_type = "AUTO"
                 self.fps = float(stream.average_rate or _DEFAULT_FPS)
                 yield from container.decode(stream)
-        except (av.FFmpegError, IndexError) as error:
+        except (av.FFmpegError, IndexError, UnicodeError) as error:
             raise UserError(
                 f"{self._path} cannot be read as a video ({error}): give a video file or pictures."
             ) from error

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 from PIL import Image
@@ -114,11 +115,39 @@ def broken(tmp_path):
         ("--image", "thin.png", "4000x4 pixels is too thin"),
         ("--video", "absent.mp4", "no video at .*absent.mp4"),
         ("--video", "folder", "folder holds no frames"),
+        ("--video", "", "expected the path of a video, found an empty one"),
+        ("--image", "", "no picture at : give"),
         ("--video", "text.png", "text.png cannot be read as an animation"),
     ],
 )
 def test_pictures_and_videos(refused, broken, nano_engine_bundle, option, name, match):
-    refused(match, "run", nano_engine_bundle, "--prompt", "What is it?", option, broken / name)
+    refused(match, "run", nano_engine_bundle, "--prompt", "What is it?", option, name and broken / name)
+
+
+def test_home_directory_in_chat(broken, nano_engine_bundle, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(broken))
+    Image.new("RGB", (64, 64)).save(broken / "fine.png")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/image ~/fine.png\n"))
+    assert main(["chat", str(nano_engine_bundle)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings("default")
+def test_no_raw_warning_for_a_large_picture(broken, nano_engine_bundle, monkeypatch, capsys):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    Image.new("RGB", (64, 64)).save(broken / "large.png")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {broken}/large.png\n"))
+    with warnings.catch_warnings(record=True) as caught:
+        assert main(["chat", str(nano_engine_bundle)]) == 0
+    assert not caught
+
+
+def test_names_are_no_markup(nano_engine_bundle, tmp_path, capsys):
+    bundle = tmp_path / "engine"
+    shutil.copytree(nano_engine_bundle, bundle)
+    _edit_manifest(bundle, lambda m: m["source"].update(name="[red]cat[/blue]:smiley:"))
+    assert main(["inspect", str(bundle)]) == 0
+    assert "[red]cat[/blue]:smiley:" in capsys.readouterr().out
 
 
 def test_piped_chat(refused, broken, nano_engine_bundle, monkeypatch):
@@ -325,7 +354,7 @@ def test_closed_standard_streams(nano_engine_bundle, descriptor):
 
 @pytest.mark.parametrize("command", ["export", "build"])
 def test_files_that_cannot_be_written(command, nano_checkpoint, nano_model_bundle, tmp_path):
-    """A limit on the size of files makes writes fail as a full disk does."""
+    """A limit on the size of files makes writes fail nearly as a full disk does."""
     output = tmp_path / "out" / "bundle"
     source = nano_checkpoint if command == "export" else nano_model_bundle
 
@@ -336,7 +365,7 @@ def test_files_that_cannot_be_written(command, nano_checkpoint, nano_model_bundl
     out, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert out == ""
-    check_sentence(err, "the disk is full|File too large")
+    check_sentence(err, r"bundle needs more than the \d MB that could be written \(File too large\): raise the limit")
     assert not list(output.parent.iterdir())
 
 

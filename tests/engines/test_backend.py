@@ -88,3 +88,10 @@ def test_damaged_graph_whose_hash_was_renewed(nano_engine_bundle, tmp_path):
     Manifest.read(other, "engine").write(other)
     with pytest.raises(UserError, match="cannot load the engine"):
         open_engine(other)
+
+
+def test_bundle_of_links(nano_engine_bundle, tmp_path):
+    for path in nano_engine_bundle.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    with pytest.raises(UserError, match=r"cannot load the engine .* copy the files that its links point to"):
+        open_engine(tmp_path)

@@ -212,10 +212,26 @@ def test_a_target_that_cannot_be_moved_leaves_nothing(written, monkeypatch):
     Manifest.read(written, "model").verify(written)
 
 
-def test_a_full_disk_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="the disk is full"), atomic_directory(tmp_path / "bundle", "model"):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize(
+    ("number", "phrase"),
+    [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "quota is used up"), (errno.EFBIG, "limit on the size of files")],
+)
+def test_an_output_without_room_is_one_sentence(tmp_path, number, phrase):
+    def write():
+        with atomic_directory(tmp_path / "bundle", "model") as directory:
+            (directory / "weights").write_bytes(bytes(2_000_000))
+            raise OSError(number, "No room", "input")
+
+    with pytest.raises(
+        UserError, match=rf"bundle needs more than the 2 MB that could be written \(No room\): .*{phrase}"
+    ):
+        write()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mount_point_is_refused_at_once():
+    with pytest.raises(UserError, match="/ is a mount point"), atomic_directory(Path("/"), "model"):
+        pytest.fail("the work was begun")
 
 
 def test_an_output_that_cannot_be_made_is_one_sentence(tmp_path):

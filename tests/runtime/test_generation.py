@@ -131,6 +131,17 @@ def test_nothing_follows_a_stop_string():
     assert matcher.flush() == ""
 
 
+def test_one_stop_string():
+    matcher = StopMatcher("ab")
+    assert matcher.push("b a ab") == "b a "
+    assert matcher.stopped
+
+
+def test_stop_strings_that_are_no_text():
+    with pytest.raises(UserError, match=r"expected stop strings as a text or a list of texts, found \[3\]"):
+        StopMatcher([3])
+
+
 def test_empty_stop_string():
     with pytest.raises(UserError, match="stop string is empty"):
         StopMatcher(("a", ""))
