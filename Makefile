@@ -52,7 +52,7 @@ inspect: engine ## what the engine bundle is, and the memory it needs
 	$(RUN) inspect $(ENGINE)
 
 test: setup $(VENV)/torchvision ## the tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 kernels: setup ## the CUDA kernels' library, build/lib/libpascalvl.so
 	$(BIN)/python -m pascalvl.plugins.kernels.build build/lib/libpascalvl.so

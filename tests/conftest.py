@@ -57,6 +57,9 @@ def random_checkpoint(nano_checkpoint: Path):
     """Make checkpoints with random weights, in float32: ``random_checkpoint(directory, config)``."""
 
     def make(directory: Path, config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
+        nano = Qwen3VLConfig.from_pretrained(nano_checkpoint)
+        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+            setattr(config, name, getattr(nano, name))  # the tokenizer is nano's
         torch.manual_seed(0)
         model = Qwen3VLForConditionalGeneration(config).eval()
         # Norm weights of one would hide a norm that is left out.

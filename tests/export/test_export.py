@@ -74,7 +74,7 @@ def _signature(value):
 def test_default_text_config_keeps_its_32_layers_and_32_heads(random_checkpoint, tmp_path):
     """Hugging Face's default text config, narrowed: every layer and head is exported, the logits are the model's."""
     config = Qwen3VLConfig(
-        text_config={"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16,
+        text_config={"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16,
          "rope_parameters": {**real_sizes.MROPE, "mrope_section": [4, 2, 2]}},
         vision_config={"depth": 3, "hidden_size": 64, "num_heads": 4, "intermediate_size": 96, "out_hidden_size": 64,
          "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1, 2]},
