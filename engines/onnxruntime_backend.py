@@ -1,4 +1,9 @@
-"""Backend for machines without a Pascal card: the exported graphs themselves, attention as its ONNX body."""
+"""Backend for machines without a Pascal card: the exported graphs themselves.
+
+The decoder's attention is the op's ONNX body. The vision encoder's body would materialise the scores, patches x patches
+for each head: gigabytes for a photograph. It becomes ONNX Runtime's own attention, which on the CPU is blocked as
+FlashAttention is where it has neither mask nor bias: hence one call for each of the packed sequences.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,7 @@ from pascalvl.engines.backend import Engine
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import ONNX_FILES, Manifest
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.flash_attention import ATTR_KV_FORMAT, OP_NAME
+from pascalvl.plugins.flash_attention import ATTR_CAUSAL, ATTR_KV_FORMAT, ATTR_SOFTMAX_SCALE, OP_DOMAIN, OP_NAME
 from pascalvl.plugins.kv_format import KVFormat
 
 NAME = "onnxruntime"
@@ -32,6 +37,44 @@ _FAILURES = (
     ort_errors.RuntimeException,
     ort_errors.NotImplemented,
 )
+_PACKED_ATTENTION = f"""
+<opset_import: ["" : 17, "com.microsoft" : 1], domain: "{OP_DOMAIN}">
+{OP_NAME} <{ATTR_SOFTMAX_SCALE}, {ATTR_CAUSAL}> (q, k, v, cu_seqlens) => (output) {{
+  flat = Constant <value_ints = [0, 0, -1]> ()
+  axis = Constant <value_ints = [1]> ()
+  zero = Constant <value_ints = [0]> ()
+  one = Constant <value = int64 {{1}}> ()
+  true = Constant <value = bool {{1}}> ()
+  q_rows = Transpose <perm = [0, 2, 1, 3]> (q)
+  k_rows = Transpose <perm = [0, 2, 1, 3]> (k)
+  v_rows = Transpose <perm = [0, 2, 1, 3]> (v)
+  queries = Reshape (q_rows, flat)
+  keys = Reshape (k_rows, flat)
+  values = Reshape (v_rows, flat)
+  bounds = Cast <to = 7> (cu_seqlens)
+  num_bounds = Size (bounds)
+  segments = Sub (num_bounds, one)
+  nothing = Slice (queries, zero, zero, axis)
+  packed = Loop (segments, true, nothing) <body = segment (int64 i, bool go_on, float[b, t, h] done)
+                                                => (bool going_on, float[b, u, h] further) {{
+    going_on = Identity (go_on)
+    next = Add (i, one)
+    first = Gather <axis = 0> (bounds, i)
+    last = Gather <axis = 0> (bounds, next)
+    start = Unsqueeze (first, zero)
+    stop = Unsqueeze (last, zero)
+    own_queries = Slice (queries, start, stop, axis)
+    own_keys = Slice (keys, start, stop, axis)
+    own_values = Slice (values, start, stop, axis)
+    attended = com.microsoft.MultiHeadAttention <num_heads : int = NUM_HEADS, scale : float = @{ATTR_SOFTMAX_SCALE}>
+      (own_queries, own_keys, own_values)
+    further = Concat <axis = 1> (done, attended)
+  }}>
+  shape = Shape (q_rows)
+  output = Reshape (packed, shape)
+}}
+"""
+"""The op where not causal, for ``NUM_HEADS`` heads."""
 
 
 class OnnxRuntimeEngine(Engine):
@@ -87,6 +130,8 @@ def build(model_bundle: Path, directory: Path, manifest: Manifest, kv_format: KV
         proto = onnx.load(_path(model_bundle, graph), load_external_data=False)
         if graph == bindings.DECODER:
             _set_kv_format(proto, manifest, kv_format)
+        else:
+            _use_blocked_attention(proto, manifest.model.vision.num_heads)
         onnx.save(proto, _path(directory, graph))
         data = f"{graph}.onnx.data"
         shutil.copyfile(model_bundle / data, directory / data)
@@ -131,6 +176,15 @@ def _set_kv_format(proto, manifest: Manifest, kv_format: KVFormat) -> None:
         if node.op_type == OP_NAME:
             attribute = next(a for a in node.attribute if a.name == ATTR_KV_FORMAT)
             attribute.s = kv_format.value.encode()
+
+
+def _use_blocked_attention(proto, num_heads: int) -> None:
+    """Give a vision graph's attention a body whose memory grows with the patches and not with their square."""
+    from onnx import helper, parser
+
+    del proto.functions[:]
+    proto.functions.append(parser.parse_function(_PACKED_ATTENTION.replace("NUM_HEADS", str(num_heads))))
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
 
 
 def _with_marked_layers(directory: Path, manifest: Manifest) -> bytes:

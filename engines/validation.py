@@ -27,11 +27,13 @@ from pascalvl.plugins.kv_format import KVFormat
 VISION_EMBEDS = "vision.embeds"
 PREFILL_LOGITS = "prefill.logits"
 
-TOLERANCE = {KVFormat.F32: 1e-4, KVFormat.F16: 5e-3}
-"""Largest error of an output, relative to the largest value of the reference's.
+TOLERANCE = {KVFormat.F32: 5e-4, KVFormat.F16: 2e-2}
+"""Largest error of an output, relative to the root mean square (RMS) of the reference's.
 
-Both sides compute in float32, but sum in different orders: after some 30 layers that leaves a few units in 1e-6 of the
-largest value, here given a margin for long prompts. A float16 cache rounds every key and value by up to 2^-11 = 5e-4.
+Not to its largest value: trained models have a few channels of hundreds of RMS, behind which anything would pass.
+Both sides compute in float32, but sum in different orders, which leaves some 1e-6 of each value: 1e-5 of the RMS in the
+nano checkpoint, more where such channels are rounded. A float16 cache rounds every key and value by up to 2^-11 = 5e-4,
+which leaves 2e-3 there; both have a margin for deeper models and longer prompts.
 """
 
 
@@ -227,10 +229,14 @@ def _compare(prompt: str, expected: Outputs, found: Outputs, kv_format: KVFormat
     names = sorted((name for name in expected if name in found), key=_stage)
     # The vision encoder reads no cache.
     formats = {name: KVFormat.F32 if name.startswith("vision") else kv_format for name in names}
-    allowed = {name: TOLERANCE[formats[name]] * float(np.abs(expected[name]).max()) for name in names}
+    allowed = {name: TOLERANCE[formats[name]] * _rms(expected[name]) for name in names}
     compare = SimpleCompareFunc(atol=allowed, rtol={name: 0.0 for name in names}, check_error_stat="max")
     results = compare(*(IterationResult({name: outputs[name] for name in names}) for outputs in (expected, found)))
     return [Row(prompt, name, float(results[name].max_absdiff), allowed[name]) for name in names]
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.square(values, dtype=np.float64).mean()))
 
 
 def summarise(rows: Sequence[Row]) -> list[Row]:

@@ -65,7 +65,7 @@ class VisionConfig:
 class TextConfig:
     """Decoder: causal, grouped-query attention with interleaved M-RoPE.
 
-    Like `VisionConfig` and `ModelConfig`, raises `ValueError` for values that no model has.
+    Like `VisionConfig`, raises `ValueError` for values that no model has.
     """
 
     vocab_size: int
@@ -111,10 +111,6 @@ class ModelConfig:
     video_token_id: int
     vision_start_token_id: int
     vision_end_token_id: int
-
-    def __post_init__(self) -> None:
-        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
-            _check(self, name, 0 <= getattr(self, name) < self.text.vocab_size, "a token of the vocabulary")
 
     @property
     def num_deepstack(self) -> int:

@@ -2,8 +2,12 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
+import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto
 
@@ -95,3 +99,45 @@ def test_bundle_of_links(nano_engine_bundle, tmp_path):
         (tmp_path / path.name).symlink_to(path)
     with pytest.raises(UserError, match=r"cannot load the engine .* copy the files that its links point to"):
         open_engine(tmp_path)
+
+
+def _vision_feeds(model, patches, cu_seqlens):
+    random = np.random.default_rng(0)
+    feeds = {}
+    for binding in bindings.vision_inputs(model):
+        shape = [patches if isinstance(size, str) else size for size in binding.shape]
+        feeds[binding.name] = (random.standard_normal(shape) / 2).astype(binding.dtype)
+    return feeds | {bindings.CU_SEQLENS: np.array(cu_seqlens, np.int32)}
+
+
+@pytest.mark.parametrize("cu_seqlens", [[0, 96], [0, 4, 40, 96]])
+def test_blocked_vision_attention_equals_the_exported_body(nano_model_bundle, nano_engine_bundle, cu_seqlens):
+    feeds = _vision_feeds(Manifest.read(nano_model_bundle, "model").model, 96, cu_seqlens)
+    expected, found = (
+        ort.InferenceSession(bundle / "vision.onnx").run(None, feeds)
+        for bundle in (nano_model_bundle, nano_engine_bundle)
+    )
+    for x, y in zip(expected, found, strict=True):
+        # Sums of float32 in another order, through six layers.
+        np.testing.assert_allclose(y, x, rtol=0, atol=1e-5 * np.abs(x).max())
+
+
+MEMORY_OF_VISION = """
+import resource, sys
+import numpy as np, onnxruntime as ort
+session = ort.InferenceSession(sys.argv[1])
+sizes = {"patches": 6144, "segments_plus_1": 2}
+types = {"tensor(float)": np.float32, "tensor(int32)": np.int32}
+feeds = {i.name: np.zeros([sizes.get(s, s) for s in i.shape], types[i.type]) for i in session.get_inputs()}
+feeds["cu_seqlens"][1] = 6144
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+session.run(None, feeds)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_vision_attention_materialises_no_scores(nano_engine_bundle):
+    num_heads = Manifest.read(nano_engine_bundle, "engine").model.vision.num_heads
+    command = [sys.executable, "-c", MEMORY_OF_VISION, str(nano_engine_bundle / "vision.onnx")]
+    used = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert used < 4 * num_heads * 6144**2

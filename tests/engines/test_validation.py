@@ -67,6 +67,16 @@ def test_a_wrong_output_fails_alone(name, change, nano_engine_bundle, nano_check
     assert [row.passed for row in validation.summarise(rows)].count(False) == 1
 
 
+def test_a_large_value_hides_no_error():
+    expected = np.random.default_rng(0).standard_normal((100, 64)).astype(np.float32)
+    expected[0, 0] = 1000  # as trained models have at their first token
+    for error, passed in ((1e-4, True), (0.02, False)):
+        found = expected.copy()
+        found[50, 7] += error
+        outputs = ({validation.VISION_EMBEDS: values} for values in (expected, found))
+        assert [row.passed for row in validation._compare("x", *outputs, KVFormat.F32)] == [passed]
+
+
 def test_bisection_names_the_layer_whose_weights_differ(nano_engine_bundle, nano_checkpoint, tmp_path):
     altered = shutil.copytree(nano_engine_bundle, tmp_path / "altered")
     graph = onnx.load(altered / "decoder.onnx", load_external_data=False).graph
