@@ -42,19 +42,25 @@ def _interruptible() -> Iterator[None]:
     """Let SIGTERM and SIGHUP clean up as Ctrl-C does, and none of them come up where it does harm.
 
     During an import it would abort the process in native code, or leave a module in pieces; during the removal of a
-    folder it would leave the rest. It is then tried again a moment later.
+    folder it would leave the rest. It is then tried again a moment later. Native code that it came up in may have
+    turned it into another error, which then is not told.
     """
     latest = signal.SIGINT
+    came_up = False
+
+    def interruption() -> type[BaseException]:
+        return KeyboardInterrupt if latest == signal.SIGINT else _Terminated
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal latest
+        nonlocal latest, came_up
         latest = latest if number == signal.SIGALRM else number
         while frame is not None:
             code, frame = frame.f_code, frame.f_back
             if code.co_filename.startswith("<frozen importlib") or code is shutil.rmtree.__code__:
                 signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
                 return
-        raise KeyboardInterrupt if latest == signal.SIGINT else _Terminated
+        came_up = True
+        raise interruption()
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
     previous = {number: signal.getsignal(number) for number in numbers}
@@ -63,6 +69,10 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handle)
     try:
         yield
+    except Exception:
+        if came_up:
+            raise interruption() from None
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number in numbers:

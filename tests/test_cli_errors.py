@@ -344,6 +344,15 @@ def test_interrupts_wait_for_the_end_of_an_import(tmp_path, monkeypatch):
     assert sys.modules.pop("heavy_module").complete
 
 
+def test_interrupts_that_native_code_turns_into_an_error_are_told():
+    with pytest.raises(KeyboardInterrupt), cli._interruptible():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object") from None
+
+
 @pytest.mark.parametrize("descriptor", [0, 1, 2])
 def test_closed_standard_streams(nano_engine_bundle, descriptor):
     for argv in (("inspect", nano_engine_bundle), ("chat", nano_engine_bundle)):
