@@ -345,12 +345,15 @@ def test_interrupts_wait_for_the_end_of_an_import(tmp_path, monkeypatch):
 
 
 def test_interrupts_that_native_code_turns_into_an_error_are_told():
-    with pytest.raises(KeyboardInterrupt), cli._interruptible():
+    def command():
         try:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(10)
         except KeyboardInterrupt:
             raise ValueError("could not determine the shape of object") from None
+
+    with pytest.raises(KeyboardInterrupt), cli._interruptible():
+        command()
 
 
 @pytest.mark.parametrize("descriptor", [0, 1, 2])
