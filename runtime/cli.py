@@ -86,7 +86,6 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
 
 
-@_interruptible()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
@@ -103,8 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             # What other libraries warn of is nothing that the user can put right.
             warnings.simplefilter("ignore")
             os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        code = args.command(args)
-        sys.stdout.flush()
+        with _interruptible():
+            code = args.command(args)
+            sys.stdout.flush()
         return code
     except UserError as error:
         return _fail(f"error: {error}")
