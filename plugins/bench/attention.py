@@ -37,8 +37,10 @@ LLAMA_CPP = {  # microseconds of llama.cpp's Pascal kernels (commit 0c1e5709) on
 }
 PREFILLS = {  # new queries, and keys they see in all
     (F16, F16): [(512, 1024), (512, 4096), (512, 16384), (2048, 2048), (2048, 4096), (2048, 16384)],
-    (F32, F32): [(512, 4096), (2048, 2048), (2048, 16384)],
-    (I8, I4): [(512, 4096), (512, 16384)],
+    (F32, F32): [(512, 4096), (512, 16384), (2048, 2048), (2048, 16384)],
+    (I8, I8): [(512, 16384), (2048, 16384)],
+    (I8, I4): [(512, 4096), (512, 16384), (2048, 16384)],
+    (I4, I4): [(512, 16384), (2048, 16384)],
 }
 COLD_BYTES = 256 << 20
 PARTS = ("decode", "prefill", "vision", "torch")
@@ -149,10 +151,21 @@ def reference(q, k, v, first_position: int | None, old_q=None, old_k=None) -> to
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:
-    matrix = torch.ones(1, 1, dtype=torch.float64, device="cuda")
-    while len(matrix) < DIM:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return x.double() @ matrix / DIM**0.5
+    """Rows of 128 times the orthonormal Hadamard matrix, in butterflies: of float32, the kernels' very bits."""
+    for step in (1, 2, 4, 8, 16, 32, 64):
+        pairs = x.unflatten(-1, (-1, 2, step))
+        low, high = pairs.unbind(-2)
+        x = torch.stack([low + high, low - high], -2).flatten(-3)
+    return x * torch.tensor(DIM**-0.5, dtype=x.dtype)
+
+
+def queries_over_cache(q: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """What meets a cache's keys, in float64: where those are rotated and quantised, so are queries."""
+    if not layer.rotated:
+        return q.double()
+    rotated = hadamard(q)
+    most = rotated.abs().amax(-1, keepdim=True)
+    return (rotated * (127 / most)).round().double() * (most / 127).double()
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -205,7 +218,7 @@ def check_and_time_prefill(library, workspace, rate: float, rows: list[dict], qu
             length = torch.tensor([past], dtype=torch.int32, device="cuda")
             layer.append(k, v, torch.zeros(1, dtype=torch.int32, device="cuda"))
             new_k, new_v = k[:, past:].contiguous(), v[:, past:].contiguous()
-            old_q = hadamard(q) if layer.rotated else q
+            old_q = queries_over_cache(q, layer)
             values = torch.cat([layer.contents(1, past), new_v.double()], 1)
             expected = reference(q, new_k, values, past, old_q, layer.contents(0, past))
             call = lambda q=q, k=new_k, v=new_v, y=layer, n=length: attend(library, q, k, v, y, n, workspace)  # noqa: E731
@@ -246,10 +259,7 @@ def check_and_time_decode(library, workspace, rows: list[dict], quick: bool) -> 
             q = torch.randn(HEADS, 1, DIM, device="cuda")
             length = torch.tensor([past], dtype=torch.int32, device="cuda")
             new_k, new_v = k[:, past:].contiguous(), v[:, past:].contiguous()
-            old_q = hadamard(q) if rotated else q.double()
-            if rotated:
-                scale = old_q.abs().amax(-1, keepdim=True) / 127
-                old_q = (old_q / scale).round() * scale
+            old_q = queries_over_cache(q, first)
             values = torch.cat([first.contents(1, past), new_v.double()], 1)
             expected = reference(q, new_k, values, past, old_q, first.contents(0, past))
             found = attend(library, q, new_k, new_v, first, length, workspace)

@@ -1,4 +1,4 @@
-// kv_append: new keys and values of all layers into their caches, in one launch; and the rotation alone.
+// kv_append: new keys and values of all layers into their caches, in one launch; and queries to int8 for prefill.
 //
 // A warp takes one row (one token's key or value of one head): four elements a lane, so rotation, largest magnitude and
 // packing need shuffles alone. Bound by DRAM: rows are read once and written once. Rows shorter than 128 leave lanes
@@ -63,11 +63,16 @@ extern "C" __global__ void __launch_bounds__(kAppendWarps* kWarp) kv_append(cons
             reinterpret_cast<unsigned short*>(scales) + row);
 }
 
-extern "C" __global__ void __launch_bounds__(kAppendWarps* kWarp) rotate(const RotateParams p) {
+// Grid: rows / kAppendWarps.
+extern "C" __global__ void __launch_bounds__(kAppendWarps* kWarp) quantise_queries(const QuantiseParams p) {
   const long long row = (long long)blockIdx.x * kAppendWarps + threadIdx.x / kWarp;
   if (row >= p.rows) return;
-  const long long at = row * kHadamardDim + 4 * (threadIdx.x % kWarp);
-  *reinterpret_cast<float4*>(p.out + at) = hadamard(*reinterpret_cast<const float4*>(p.in + at));
+  const int lane = threadIdx.x % kWarp;
+  const float4 q = load_row(p.q + row * p.key_dim, p.key_dim);
+  float scale;
+  const unsigned codes = quantise_query(p.rotated ? hadamard(q) : q, scale);
+  reinterpret_cast<unsigned*>(p.codes)[row * kWarp + lane] = codes;
+  if (lane == 0) p.scale[row] = scale;
 }
 
 }  // namespace pascalvl

@@ -134,9 +134,9 @@ __device__ __forceinline__ void prepare_queries(const DecodeParams& p, DecodeSha
     if (p.rotated) q = hadamard(q);
     *reinterpret_cast<float4*>(&shared.q[g][d]) = q;
     if (is_quantised(kKeyFormat)) {
-      const float most = warp_max(max_abs(q));
-      shared.q_codes[g][lane] = quantise(q, most > 0 ? 127 / most : 0, 127);
-      if (lane == 0) shared.q_scale[g] = most / 127;
+      float scale;
+      shared.q_codes[g][lane] = quantise_query(q, scale);
+      if (lane == 0) shared.q_scale[g] = scale;
     }
   }
 }
@@ -298,12 +298,12 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
     for (int mask = 1; mask < kWarp; mask *= 2) {
       if (mask < kLanesOfHead || mask >= Keys::kLanes) most = max2(most, __shfl_xor_sync(kAllLanes, most, mask));
     }
-    const float factor = exp2f(maximum - most);  // the tile's first key is there: most is a number
+    const float factor = power_of_2(maximum - most);  // the tile's first key is there: most is a number
     maximum = most;
     sum *= factor;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      const float probability = exp2f(score[i] - most);
+      const float probability = power_of_2(score[i] - most);
       sum += probability;
       if (lane % kCopies == 0) {
         shared.probability[warp][own_head][(own_load + i) * Keys::kAtOnce + lane / Keys::kLanes] =
@@ -362,14 +362,14 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
     float most = split == 0 ? shared.new_score[g] : kLowest;
 #pragma unroll
     for (int w = 0; w < kDecodeWarps; ++w) most = max2(most, shared.maximum[w][g]);
-    const float weight = split == 0 ? exp2f(shared.new_score[g] - most) : 0;
+    const float weight = split == 0 ? power_of_2(shared.new_score[g] - most) : 0;
     float total = weight, value = 0;
     if (d < a.value_dim && split == 0) {
       value = weight * a.v[((long long)sequence * a.num_kv_heads + head) * a.value_dim + d];
     }
 #pragma unroll
     for (int w = 0; w < kDecodeWarps; ++w) {
-      const float factor = exp2f(shared.maximum[w][g] - most);
+      const float factor = power_of_2(shared.maximum[w][g] - most);
       total += factor * shared.sum[w][g];
       value += factor * shared.output[w][g][d];
     }
@@ -397,7 +397,7 @@ extern "C" __global__ void __launch_bounds__(kDim) decode_merge(const DecodePara
   __syncthreads();
 #pragma unroll
   for (int w = 0; w < kDim / kWarp; ++w) most = max2(most, warps[w]);
-  for (int s = d; s < p.splits; s += kDim) weights[s] = exp2f(partial[s * pitch + a.value_dim] - most);
+  for (int s = d; s < p.splits; s += kDim) weights[s] = power_of_2(partial[s * pitch + a.value_dim] - most);
   __syncthreads();
   if (d >= a.value_dim) return;
   float total = 0, value = 0;

@@ -1,5 +1,5 @@
 // What all kernels use: the language (CUDA, or the emulator's), half conversion, warp reductions, the Hadamard rotation
-// and the reading of cache rows.
+// and quantisation.
 #pragma once
 
 #ifdef PASCALVL_EMULATED
@@ -41,6 +41,17 @@ __device__ __forceinline__ unsigned short float_to_half(float x) {
 }
 #endif
 
+// 2^x for x up to 0; zero where the result is no normal number.
+__device__ __forceinline__ float power_of_2(float x) {
+#ifdef PASCALVL_EMULATED
+  return x < -126 ? 0 : exp2f(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
 __device__ __forceinline__ float2 halves_to_floats(unsigned pair) {
   return make_float2(half_to_float(pair & 0xffff), half_to_float(pair >> 16));
 }
@@ -55,27 +66,6 @@ __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; 
 template <int kByte>
 __device__ __forceinline__ float byte_minus(unsigned word, float bias) {
   return __int_as_float(int(__byte_perm(word, 0x4b000000u, 0x7440u | kByte))) - (8388608.0f + bias);
-}
-
-// The word of four codes + 8 that holds elements 4 * quad to 4 * quad + 3 of a row in kInt4, one a byte.
-__device__ __forceinline__ unsigned int4_quad(unsigned word, int quad) {
-  return word >> (4 * (quad & 1)) & 0x0f0f0f0fu;
-}
-
-// Elements d to d + 3 (d a multiple of 4) of a row; of a quantised one without its scale. Formats other than FP32 share
-// their first load: fewer branches need fewer registers.
-__device__ __forceinline__ float4 load_quad(int format, const unsigned char* row, int d) {
-  if (format == kFloat32) return *reinterpret_cast<const float4*>(row + 4 * d);
-  const unsigned char* at = row + (format == kFloat16 ? 2 * d : format == kInt8 ? d : d / 8 * 4);
-  const unsigned word = *reinterpret_cast<const unsigned*>(at);
-  if (format == kFloat16) {
-    const float2 low = halves_to_floats(word), high = halves_to_floats(*reinterpret_cast<const unsigned*>(at + 4));
-    return make_float4(low.x, low.y, high.x, high.y);
-  }
-  const unsigned codes = format == kInt8 ? word ^ 0x80808080u : int4_quad(word, d / 4);  // plus 128, or plus 8
-  const float bias = format == kInt8 ? 128 : 8;
-  return make_float4(byte_minus<0>(codes, bias), byte_minus<1>(codes, bias), byte_minus<2>(codes, bias),
-                     byte_minus<3>(codes, bias));
 }
 
 // Rotates a row of 128 held by a warp, elements 4 * lane to 4 * lane + 3 in each lane: two butterfly stages within a
@@ -115,6 +105,13 @@ __device__ __forceinline__ unsigned quantise(float4 x, float inverse_scale, int 
     word |= unsigned(min2(max2(code, -most), most) & 0xff) << (8 * i);
   }
   return word;
+}
+
+// A query's four codes of this lane, and the row's scale: a warp holds the row.
+__device__ __forceinline__ unsigned quantise_query(float4 q, float& scale) {
+  const float most = warp_max(max_abs(q));
+  scale = most / 127;
+  return quantise(q, most > 0 ? 127 / most : 0, 127);
 }
 
 }  // namespace pascalvl

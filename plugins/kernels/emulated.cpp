@@ -24,16 +24,17 @@ Starter starter(void (*kernel)(Params)) {
 }
 
 #define KERNEL(NAME) {#NAME, starter(NAME)}
-#define DECODERS(GROUP)                                                                   \
-  KERNEL(decode_##GROUP##_kFloat32_kFloat32), KERNEL(decode_##GROUP##_kFloat16_kFloat16), \
-      KERNEL(decode_##GROUP##_kInt8_kInt8), KERNEL(decode_##GROUP##_kInt8_kInt4),         \
-      KERNEL(decode_##GROUP##_kInt4_kInt8), KERNEL(decode_##GROUP##_kInt4_kInt4)
+#define FORMATS(NAME)                                                                             \
+  KERNEL(NAME##_kFloat32_kFloat32), KERNEL(NAME##_kFloat16_kFloat16), KERNEL(NAME##_kInt8_kInt8), \
+      KERNEL(NAME##_kInt8_kInt4), KERNEL(NAME##_kInt4_kInt8), KERNEL(NAME##_kInt4_kInt4)
+#define DECODERS(GROUP) FORMATS(decode_##GROUP)
+#define PREFILLS(DIM) FORMATS(prefill_causal_##DIM)
 
 const std::map<std::string, Starter>& kernels() {
   static const std::map<std::string, Starter> all{KERNEL(kv_append),
-                                                  KERNEL(rotate),
-                                                  KERNEL(prefill_causal_64),
-                                                  KERNEL(prefill_causal_128),
+                                                  KERNEL(quantise_queries),
+                                                  PREFILLS(64),
+                                                  PREFILLS(128),
                                                   KERNEL(prefill_packed_64),
                                                   KERNEL(prefill_packed_72),
                                                   KERNEL(prefill_packed_128),

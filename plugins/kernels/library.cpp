@@ -11,7 +11,7 @@
 namespace pascalvl {
 namespace {
 
-constexpr int kTileRows = 64;  // query rows of a prefill block
+constexpr int kCodeRow = 128;  // bytes of a quantised query
 constexpr int kPrefillThreads = 128;
 constexpr int kDecodeThreads = 128;
 constexpr int kAppendRows = 4;  // of a block, a warp each
@@ -86,6 +86,8 @@ void check_cache(const pascalvl_cache& cache, int key_dim) {
   if (is_quantised(cache.key_format)) {
     require(cache.key_scale && cache.value_scale, "A quantised cache needs arrays of scales; one is a null pointer.");
   }
+  require(!cache.rotated || is_quantised(cache.key_format), "Only quantised keys are rotated; found %s.",
+          format_name(cache.key_format));
   require(!cache.rotated || key_dim == kMaxDim, "Rotated keys have 128 channels; found key_dim %d.", key_dim);
 }
 
@@ -101,9 +103,12 @@ Cache to_cache(const pascalvl_cache& c) {
 
 bool is_decode(const pascalvl_attention_args& a) { return a.causal && a.seq == 1 && a.past_length; }
 
-bool rotates_queries(const pascalvl_attention_args& a) {  // in a launch of its own
-  return a.causal && a.past_length && a.cache.rotated && !is_decode(a);
+bool quantises_queries(const pascalvl_attention_args& a) {  // in a launch of its own
+  return a.causal && a.past_length && is_quantised(a.cache.key_format) && !is_decode(a);
 }
+
+// Query rows of a prefill block.
+int tile_rows(const pascalvl_attention_args& a) { return a.value_dim > 72 ? 64 : 128; }
 
 void check(const pascalvl_attention_args& a) {
   require_pointer(a.q, "q");
@@ -152,12 +157,12 @@ int decode_splits(const pascalvl_attention_args& a) {
 size_t workspace_bytes(const pascalvl_attention_args& a) {
   const size_t rows = size_t(a.batch) * a.num_heads;
   if (is_decode(a)) return rows * decode_splits(a) * (a.value_dim + 2) * sizeof(float);
-  return rotates_queries(a) ? rows * a.seq * a.key_dim * sizeof(float) : 0;
+  return quantises_queries(a) ? rows * a.seq * (kCodeRow + sizeof(float)) : 0;
 }
 
 AttentionParams to_params(const pascalvl_attention_args& a) {
   AttentionParams p{};
-  p.q = p.q_past = a.q;
+  p.q = a.q;
   p.k = a.k;
   p.v = a.v;
   p.out = a.out;
@@ -182,11 +187,15 @@ void launch(const std::string& kernel, Dim grid, unsigned threads, const Params&
   launch(kernel.c_str(), grid, threads, &params, sizeof params, stream);
 }
 
+const char* kernel_format(int format) {
+  static const char* const names[] = {"kFloat32", "kFloat16", "kInt8", "kInt4"};
+  return names[format];
+}
+
 void decode(const pascalvl_attention_args& a, void* workspace, void* stream) {
-  static const char* const kinds[] = {"kFloat32", "kFloat16", "kInt8", "kInt4"};
   DecodeParams p{to_params(a), static_cast<float*>(workspace), decode_splits(a), bool(a.cache.rotated)};
-  const std::string kernel =
-      text("decode_%d_%s_%s", a.num_heads / a.num_kv_heads, kinds[a.cache.key_format], kinds[a.cache.value_format]);
+  const std::string kernel = text("decode_%d_%s_%s", a.num_heads / a.num_kv_heads, kernel_format(a.cache.key_format),
+                                  kernel_format(a.cache.value_format));
   launch(kernel, {unsigned(p.splits), unsigned(a.num_kv_heads), unsigned(a.batch)}, kDecodeThreads, p, stream);
   launch("decode_merge", {unsigned(a.num_heads), unsigned(a.batch), 1}, kMaxDim, p, stream);
 }
@@ -194,20 +203,24 @@ void decode(const pascalvl_attention_args& a, void* workspace, void* stream) {
 void prefill(const pascalvl_attention_args& a, void* workspace, void* stream) {
   AttentionParams p = to_params(a);
   if (!a.causal) {
-    const unsigned tiles = a.seq / kTileRows + a.num_sequences;
+    const unsigned tiles = a.seq / tile_rows(a) + a.num_sequences;
     return launch(text("prefill_packed_%d", a.value_dim), {tiles, unsigned(a.num_heads), 1}, kPrefillThreads, p,
                   stream);
   }
-  if (rotates_queries(a)) {
-    const RotateParams rotation{a.q, static_cast<float*>(workspace), int64_t(a.batch) * a.num_heads * a.seq};
-    const unsigned blocks = (rotation.rows + kAppendRows - 1) / kAppendRows;
-    launch("rotate", {blocks, 1, 1}, kAppendThreads, rotation, stream);
-    p.q_past = rotation.out;
+  if (quantises_queries(a)) {
+    const int64_t rows = int64_t(a.batch) * a.num_heads * a.seq;
+    auto* codes = static_cast<unsigned char*>(workspace);
+    auto* scale = reinterpret_cast<float*>(codes + rows * kCodeRow);
+    const QuantiseParams quantisation{a.q, codes, scale, rows, a.key_dim, bool(a.cache.rotated)};
+    launch("quantise_queries", {unsigned((rows + kAppendRows - 1) / kAppendRows), 1, 1}, kAppendThreads, quantisation,
+           stream);
+    p.q_codes = codes;
+    p.q_scale = scale;
   }
-  const int64_t rows = int64_t(a.seq) * (a.num_heads / a.num_kv_heads);
-  launch(text("prefill_causal_%d", a.value_dim <= 64 ? 64 : 128),
-         {unsigned((rows + kTileRows - 1) / kTileRows), unsigned(a.num_kv_heads), unsigned(a.batch)}, kPrefillThreads,
-         p, stream);
+  const int64_t rows = int64_t(a.seq) * (a.num_heads / a.num_kv_heads), tiles = (rows - 1) / tile_rows(a) + 1;
+  const std::string kernel = text("prefill_causal_%d_%s_%s", a.value_dim <= 64 ? 64 : 128,
+                                  kernel_format(p.cache.key_format), kernel_format(p.cache.value_format));
+  launch(kernel, {unsigned(a.num_kv_heads), unsigned(tiles), unsigned(a.batch)}, kPrefillThreads, p, stream);
 }
 
 }  // namespace

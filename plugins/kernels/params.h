@@ -40,10 +40,12 @@ struct Cache {
 // Attention of q over the past in the cache and the new keys and values; see pascalvl.h for shapes.
 struct AttentionParams {
   const float* q;
-  const float* q_past;  // what meets the cache's keys: q, rotated where they are
   const float* k;
   const float* v;
   float* out;
+  // What meets a quantised cache's keys in prefill: q as they are, rotated or not, in int8.
+  const unsigned char* q_codes;  // rows of 128 bytes, zeros beyond key_dim
+  const float* q_scale;          // one a row
   Cache cache;
   const int* past_length;  // [batch]; null: no past
   const int* cu_seqlens;   // [num_sequences + 1]; only where packed
@@ -88,11 +90,14 @@ struct AppendParams {
   bool rotated;
 };
 
-// Rotates rows of 128 by the orthonormal Hadamard matrix, its own inverse.
-struct RotateParams {
-  const float* in;
-  float* out;
+// Quantises queries for prefill, see AttentionParams; `rotated`: by the orthonormal Hadamard matrix of 128, before.
+struct QuantiseParams {
+  const float* q;  // [rows, key_dim]
+  unsigned char* codes;
+  float* scale;
   long long rows;
+  int key_dim;
+  bool rotated;
 };
 
 }  // namespace pascalvl

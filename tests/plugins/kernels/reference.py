@@ -20,11 +20,11 @@ PAIRS = [
 
 
 def hadamard(x: np.ndarray) -> np.ndarray:
-    """Rows of 128 times the orthonormal Hadamard matrix (Sylvester's)."""
-    matrix = np.ones((1, 1))
-    while len(matrix) < 128:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return x @ matrix / np.sqrt(128)
+    """Rows of 128 times the orthonormal Hadamard matrix (Sylvester's), in butterflies: of float32, the kernels' bits."""
+    for step in 2 ** np.arange(7):
+        pairs = x.reshape(*x.shape[:-1], -1, 2, step)
+        x = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2).reshape(x.shape)
+    return x * x.dtype.type(128**-0.5)
 
 
 def quantise(x: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -194,19 +194,20 @@ def causal_attention(
 
 
 def expected_attention(cache: HostCache, q, k, v, past_length, softmax_scale, window=0, sinks=0) -> np.ndarray:
-    """The same in float64, over the cache's very codes. Decode meets quantised keys with queries quantised to int8."""
+    """The same in float64, over the cache's very codes. Quantised keys meet queries quantised to int8."""
     outs = []
-    quantised = cache.formats[0].is_quantised and q.shape[2] == 1
     for b, past in enumerate(past_length):
         own = past + np.arange(q.shape[2])[:, None]
         position = np.arange(past + q.shape[2])[None]
         visible = position <= own
         if window:
             visible &= (position > own - window) | (position < sinks)
-        old_q = hadamard(q[b].astype(np.float64)) if cache.rotated else q[b].astype(np.float64)
-        if quantised:
-            scale = np.abs(old_q).max(-1, keepdims=True) / 127
-            old_q = np.rint(old_q / np.where(scale > 0, scale, 1)) * scale
+        old_q = q[b].astype(np.float64)
+        if cache.formats[0].is_quantised:
+            turned = hadamard(q[b]) if cache.rotated else q[b]
+            most = np.abs(turned).max(-1, keepdims=True)
+            codes = np.rint(turned * (np.float32(127) / most))
+            old_q = codes.astype(np.float64) * (most / np.float32(127))
         # Old and new keys meet different forms of q: stack both, zeros where the other form is due.
         both = np.concatenate([old_q, q[b].astype(np.float64)], -1)
         old_k = cache.contents(0)[b][:, :past]
