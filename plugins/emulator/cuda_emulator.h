@@ -421,6 +421,12 @@ T __shfl_down_sync(unsigned, T value, unsigned delta, int width = emulator::kWar
   return emulator::exchange(value, own % width + delta < unsigned(width) ? own + delta : own);
 }
 
+inline int __any_sync(unsigned lanes, int value) {
+  int any = value != 0;
+  for (int mask = 1; mask < int(emulator::kWarpSize); mask *= 2) any |= __shfl_xor_sync(lanes, any, mask);
+  return any;
+}
+
 template <typename T>
 T __ldg(const T* p) {
   return *p;

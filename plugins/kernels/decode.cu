@@ -18,6 +18,7 @@ constexpr int kDecodeWarps = 4;
 constexpr int kDecodeThreads = kDecodeWarps * kWarp;
 constexpr int kDim = 128;       // lanes are laid out for this; shorter rows leave some idle
 constexpr int kLeastKeys = 64;  // of a split
+constexpr int kMergeThreads = 512;
 
 PASCALVL_BOTH_SIDES constexpr int format_bits(int format) {
   return format == kFloat32 ? 32 : format == kFloat16 ? 16 : format == kInt8 ? 8 : 4;
@@ -72,6 +73,34 @@ __device__ __forceinline__ void unpack(const unsigned* words, float* elements) {
     } else {
       unpack_bytes(words[w] & 0x0f0f0f0fu, 8, elements + 8 * w);
       unpack_bytes(words[w] >> 4 & 0x0f0f0f0fu, 8, elements + 8 * w + 4);
+    }
+  }
+}
+
+// The keys that a query sees of its sequence's cache, and a split of them: key number t lies in slot t, or `gap`
+// further on once the sinks are over.
+struct Split {
+  int begin, end;
+  int sinks, gap;
+
+  __device__ __forceinline__ int slot(int t) const { return t < sinks ? t : t + gap; }
+};
+
+// Loads a lane's part of rows t, t + kAtOnce and on of a tile whose first key is `first`; the last one for those beyond
+// the end.
+template <int kTile, int kAtOnce, int kWords>
+__device__ __forceinline__ void load_rows(const unsigned char* rows, int pitch, const Split& split, int first, int t,
+                                          unsigned (*words)[kWords]) {
+  const bool in_line = first + kTile <= split.end && (first >= split.sinks || first + kTile <= split.sinks);
+  if (in_line) {
+    const unsigned char* at = rows + (long long)split.slot(t) * pitch;
+#pragma unroll
+    for (int i = 0; i < kTile / kAtOnce; ++i, at += kAtOnce * pitch) load_words<kWords>(at, words[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kTile / kAtOnce; ++i) {
+      const int slot = split.slot(min2(t + i * kAtOnce, split.end - 1));
+      load_words<kWords>(rows + (long long)slot * pitch, words[i]);
     }
   }
 }
@@ -143,9 +172,9 @@ __device__ __forceinline__ void prepare_queries(const DecodeParams& p, DecodeSha
 
 template <int kGroup, int kKeyFormat, int kValueFormat>
 __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGroup>& shared) {
-  using Keys = RowLanes<kKeyFormat, kGroup>;              // the scores a lane ends with are of one head
-  using Values = RowLanes<kValueFormat, 2 * kGroup>;      // at most 64 accumulators
-  constexpr int kTile = kKeyFormat == kFloat32 ? 8 : 16;  // keys a warp takes at once
+  using Keys = RowLanes<kKeyFormat, kGroup>;                      // the scores a lane ends with are of one head
+  using Values = RowLanes<kValueFormat, 2 * kGroup>;              // at most 64 accumulators
+  constexpr int kTile = min2(16, 128 / format_bits(kKeyFormat));  // keys a warp takes at once
   constexpr int kKeyLoads = kTile / Keys::kAtOnce, kValueLoads = kTile / Values::kAtOnce;
   constexpr int kScores = kGroup * kKeyLoads;  // of a lane before the sum over lanes: [group][load]
   constexpr int kOwn = kScores > Keys::kLanes ? kScores / Keys::kLanes : 1;  // after it
@@ -156,33 +185,71 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
 
   const AttentionParams& a = p.attention;
   const Cache& cache = a.cache;
-  const int split = blockIdx.x, head = blockIdx.y, sequence = blockIdx.z;
+  const int head = blockIdx.y, sequence = blockIdx.z;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int past = a.past_length[sequence];
   float* partial =
-      p.partial + (((long long)sequence * a.num_heads + head * kGroup) * p.splits + split) * (a.value_dim + 2);
+      p.partial + (((long long)sequence * a.num_heads + head * kGroup) * p.splits + blockIdx.x) * (a.value_dim + 2);
   const long long partial_stride = (long long)p.splits * (a.value_dim + 2);  // between heads
 
-  // The query's position is `past`. Of the cache it sees the sinks and the window, `seen` keys; those are cut into
-  // splits, and key number t lies in slot t, or `gap` further on once the sinks are over.
+  // The query's position is `past`. Of the cache it sees the sinks and the window.
   const int window = a.window ? min2(a.window - 1, past) : past;
   const int sinks = min2(a.sinks, past - window);
-  const int seen = sinks + window, gap = past - seen;
+  const int seen = sinks + window;
   const int share = max2(ceil_div(ceil_div(seen, p.splits), kLeastKeys), 1) * kLeastKeys;
-  const int begin = split * share, end = min2(begin + share, seen);
-  if (begin >= end && split > 0) {
+  const int begin = blockIdx.x * share;
+  const Split split{begin, min2(begin + share, seen), sinks, past - seen};
+  const bool is_first = blockIdx.x == 0;
+  if (split.begin >= split.end && !is_first) {
     if (threadIdx.x < kGroup) {
       partial[threadIdx.x * partial_stride + a.value_dim] = kLowest;
       partial[threadIdx.x * partial_stride + a.value_dim + 1] = 0;
     }
     return;
   }
+
+  // After the sum over lanes, this lane has scores number own .. own + kOwn - 1 of [group][load], of the key that its
+  // row of lanes loads. The higher a bit of its number, the earlier the halves it has told apart: first the head.
+  int own = 0;
+#pragma unroll
+  for (int mask = Keys::kLanes / 2, count = kScores; mask > 0; mask /= 2) {
+    if (count > 1) count /= 2, own += lane & mask ? count : 0;
+  }
+  const int own_head = own / kKeyLoads, own_load = own % kKeyLoads;
+
+  // Tiles are loaded ahead: keys once the last ones' scores are done, values once the last ones are used.
+  const int key_lane = lane % Keys::kLanes, value_lane = lane % Values::kLanes;
+  const long long first_slot = ((long long)sequence * a.num_kv_heads + head) * cache.capacity;
+  const int key_row = row_bytes(kKeyFormat, a.key_dim), value_row = row_bytes(kValueFormat, a.value_dim);
+  // Lanes beyond a row read its end: their queries are zero, and their output is not written.
+  const unsigned char* keys = cache.key + first_slot * key_row + min2(key_lane * Keys::kBytes, key_row - Keys::kBytes);
+  const unsigned char* values =
+      cache.value + first_slot * value_row + min2(value_lane * Values::kBytes, value_row - Values::kBytes);
+  unsigned key_words[kKeyLoads][Keys::kWords], value_words[kValueLoads][Values::kWords];
+  unsigned short key_scale[kOwn], value_scale[kOwn];
+  auto own_key = [&](int first, int i) { return first + (own_load + i) * Keys::kAtOnce + lane / Keys::kLanes; };
+  auto load_scales = [&](const unsigned short* scales, int first, unsigned short* loaded) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) loaded[i] = scales[first_slot + split.slot(min2(own_key(first, i), split.end - 1))];
+  };
+  auto load_keys = [&](int first) {
+    load_rows<kTile, Keys::kAtOnce>(keys, key_row, split, first, first + lane / Keys::kLanes, key_words);
+    if (kCodes) load_scales(cache.key_scale, first, key_scale);
+  };
+  auto load_values = [&](int first) {
+    load_rows<kTile, Values::kAtOnce>(values, value_row, split, first, first + lane / Values::kLanes, value_words);
+    if (is_quantised(kValueFormat)) load_scales(cache.value_scale, first, value_scale);
+  };
+  int first = split.begin + warp * kTile;
+  if (first < split.end) {
+    load_keys(first);
+    load_values(first);
+  }
   prepare_queries<kGroup, kKeyFormat>(p, shared);
   __syncthreads();
 
   // This lane's part of the queries.
-  const int key_lane = lane % Keys::kLanes, value_lane = lane % Values::kLanes;
-  const int key_d = key_lane * Keys::kElements, value_d = value_lane * Values::kElements;
+  const int key_d = key_lane * Keys::kElements;
   float q[kGroup][kCodes ? 1 : Keys::kElements];
   int q_codes[kGroup][kCodes ? Keys::kElements / 4 : 1];
   int bias[kGroup];  // takes back the 8 that is added to codes of four bits
@@ -201,14 +268,6 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
     }
   }
 
-  // After the sum over lanes, this lane has scores number own .. own + kOwn - 1 of [group][load], of the key that its
-  // row of lanes loads. The higher a bit of its number, the earlier the halves it has told apart: first the head.
-  int own = 0;
-#pragma unroll
-  for (int mask = Keys::kLanes / 2, count = kScores; mask > 0; mask /= 2) {
-    if (count > 1) count /= 2, own += lane & mask ? count : 0;
-  }
-  const int own_head = own / kKeyLoads, own_load = own % kKeyLoads;
   const bool tells = lane < Keys::kLanes && lane % kLanesOfHead == 0;  // what its head has in common
   const float own_scale = a.scale_log2 * (kCodes ? shared.q_scale[own_head] : 1.0f);
 
@@ -221,46 +280,15 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
     for (int i = 0; i < Values::kElements; ++i) output[g][i] = 0;
   }
 
-  const long long first_slot = ((long long)sequence * a.num_kv_heads + head) * cache.capacity;
-  const int key_row = row_bytes(kKeyFormat, a.key_dim), value_row = row_bytes(kValueFormat, a.value_dim);
-  const unsigned char* keys = cache.key + first_slot * key_row + key_lane * Keys::kBytes;
-  const unsigned char* values = cache.value + first_slot * value_row + value_lane * Values::kBytes;
-  const bool key_inside = key_d < a.key_dim, value_inside = value_d < a.value_dim;
-  auto slot = [&](int t) { return t < sinks ? t : t + gap; };
-
-  for (int first = begin + warp * kTile; first < end; first += kDecodeWarps * kTile) {
-    unsigned key_words[kKeyLoads][Keys::kWords], value_words[kValueLoads][Values::kWords];
-#pragma unroll
-    for (int i = 0; i < kKeyLoads; ++i) {
-      const int t = first + i * Keys::kAtOnce + lane / Keys::kLanes;
-#pragma unroll
-      for (int w = 0; w < Keys::kWords; ++w) key_words[i][w] = 0;
-      if (t < end && key_inside) load_words<Keys::kWords>(keys + (long long)slot(t) * key_row, key_words[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < kValueLoads; ++i) {
-      const int t = first + i * Values::kAtOnce + lane / Values::kLanes;
-#pragma unroll
-      for (int w = 0; w < Values::kWords; ++w) value_words[i][w] = 0;
-      if (t < end && value_inside) load_words<Values::kWords>(values + (long long)slot(t) * value_row, value_words[i]);
-    }
-    float key_scale[kOwn], value_scale[kOwn];
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const int t = first + (own_load + i) * Keys::kAtOnce + lane / Keys::kLanes;
-      key_scale[i] = own_scale, value_scale[i] = 1;
-      if (kCodes && t < end) key_scale[i] *= half_to_float(cache.key_scale[first_slot + slot(t)]);
-      if (is_quantised(kValueFormat) && t < end)
-        value_scale[i] = half_to_float(cache.value_scale[first_slot + slot(t)]);
-    }
-
+  for (; first < split.end; first += kDecodeWarps * kTile) {
+    const int next = first + kDecodeWarps * kTile;
     float score[kScores];
 #pragma unroll
     for (int i = 0; i < kKeyLoads; ++i) {
       if (kCodes) {
 #pragma unroll
         for (int g = 0; g < kGroup; ++g) {
-          int dot = kKeyFormat == kInt4 && key_inside ? bias[g] : 0;
+          int dot = kKeyFormat == kInt4 ? bias[g] : 0;
 #pragma unroll
           for (int w = 0; w < Keys::kWords; ++w) {
             if (kKeyFormat == kInt8) {
@@ -284,40 +312,43 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
         }
       }
     }
+    float scales[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) scales[i] = kCodes ? own_scale * half_to_float(key_scale[i]) : own_scale;
+    if (next < split.end) load_keys(next);
     SumOverLanes<kScores, Keys::kLanes / 2>::run(score);
 
     // Softmax of the scores that this lane has: the maximum over all lanes that have scores of the same head.
     float most = maximum;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      const int t = first + (own_load + i) * Keys::kAtOnce + lane / Keys::kLanes;
-      score[i] = t < end ? score[i] * key_scale[i] : kLowest;
+      score[i] = own_key(first, i) < split.end ? score[i] * scales[i] : kLowest;
       most = max2(most, score[i]);
     }
 #pragma unroll
     for (int mask = 1; mask < kWarp; mask *= 2) {
       if (mask < kLanesOfHead || mask >= Keys::kLanes) most = max2(most, __shfl_xor_sync(kAllLanes, most, mask));
     }
+    const bool rises = __any_sync(kAllLanes, most > maximum);
     const float factor = power_of_2(maximum - most);  // the tile's first key is there: most is a number
     maximum = most;
     sum *= factor;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      const float probability = power_of_2(score[i] - most);
+      float probability = power_of_2(score[i] - most);
       sum += probability;
-      if (lane % kCopies == 0) {
-        shared.probability[warp][own_head][(own_load + i) * Keys::kAtOnce + lane / Keys::kLanes] =
-            probability * value_scale[i];
-      }
+      if (is_quantised(kValueFormat)) probability *= half_to_float(value_scale[i]);
+      if (lane % kCopies == 0) shared.probability[warp][own_head][own_key(0, i)] = probability;
     }
     if (tells) shared.factor[warp][own_head] = factor;
     __syncwarp();
-    float factors[kGroup];
+    if (rises) {
 #pragma unroll
-    for (int g = 0; g < kGroup; ++g) {
-      factors[g] = shared.factor[warp][g];
+      for (int g = 0; g < kGroup; ++g) {
+        const float head_factor = shared.factor[warp][g];
 #pragma unroll
-      for (int i = 0; i < Values::kElements; ++i) output[g][i] *= factors[g];
+        for (int i = 0; i < Values::kElements; ++i) output[g][i] *= head_factor;
+      }
     }
 #pragma unroll
     for (int i = 0; i < kValueLoads; ++i) {
@@ -330,6 +361,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
         for (int j = 0; j < Values::kElements; ++j) output[g][j] += probability * v[j];
       }
     }
+    if (next < split.end) load_values(next);
     __syncwarp();
   }
 
@@ -350,7 +382,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
       for (int mask = Values::kLanes; mask < kWarp; mask *= 2) {
         output[g][i] += __shfl_xor_sync(kAllLanes, output[g][i], mask);
       }
-      if (lane < Values::kLanes) shared.output[warp][g][value_d + i] = output[g][i];
+      if (lane < Values::kLanes) shared.output[warp][g][value_lane * Values::kElements + i] = output[g][i];
     }
   }
   __syncthreads();
@@ -359,12 +391,12 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
   const int d = threadIdx.x;
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
-    float most = split == 0 ? shared.new_score[g] : kLowest;
+    float most = is_first ? shared.new_score[g] : kLowest;
 #pragma unroll
     for (int w = 0; w < kDecodeWarps; ++w) most = max2(most, shared.maximum[w][g]);
-    const float weight = split == 0 ? power_of_2(shared.new_score[g] - most) : 0;
+    const float weight = is_first ? power_of_2(shared.new_score[g] - most) : 0;
     float total = weight, value = 0;
-    if (d < a.value_dim && split == 0) {
+    if (d < a.value_dim && is_first) {
       value = weight * a.v[((long long)sequence * a.num_kv_heads + head) * a.value_dim + d];
     }
 #pragma unroll
@@ -381,40 +413,61 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
   }
 }
 
-// Merges the splits: grid (query heads, batch). First a thread takes a split, to find what each weighs, then a channel.
-// Out: [batch, 1, num_heads, value_dim].
-extern "C" __global__ void __launch_bounds__(kDim) decode_merge(const DecodeParams p) {
-  __shared__ float weights[kMaxSplits];
-  __shared__ float warps[kDim / kWarp];
+// Merges the splits of a query head, a thread a channel, several threads sharing the splits. All loads of a round are
+// under way at once. Grid: (query heads, batch). Out: [batch, 1, num_heads, value_dim].
+extern "C" __global__ void __launch_bounds__(kMergeThreads) decode_merge(const DecodeParams p) {
+  constexpr int kShares = kMergeThreads / kDim, kAtOnce = 16;
+  __shared__ float maxima[kShares], sums[kShares], values[kShares][kDim];
   const AttentionParams& a = p.attention;
   const long long row = (long long)blockIdx.y * a.num_heads + blockIdx.x;
-  const int d = threadIdx.x, warp = d / kWarp, pitch = a.value_dim + 2;
+  const int channel = threadIdx.x % kDim, share = threadIdx.x / kDim, pitch = a.value_dim + 2;
+  const int d = min2(channel, a.value_dim - 1);
   const float* partial = p.partial + row * p.splits * pitch;
-  float most = kLowest;
-  for (int s = d; s < p.splits; s += kDim) most = max2(most, partial[s * pitch + a.value_dim]);
-  most = warp_max(most);
-  if (d % kWarp == 0) warps[warp] = most;
-  __syncthreads();
+  float most = kLowest, total = 0, value = 0;
+  for (int first = share; first < p.splits; first += kShares * kAtOnce) {
+    float split_most[kAtOnce], split_sum[kAtOnce], split_value[kAtOnce];
+    float before = most;
 #pragma unroll
-  for (int w = 0; w < kDim / kWarp; ++w) most = max2(most, warps[w]);
-  for (int s = d; s < p.splits; s += kDim) weights[s] = power_of_2(partial[s * pitch + a.value_dim] - most);
-  __syncthreads();
-  if (d >= a.value_dim) return;
-  float total = 0, value = 0;
-#pragma unroll 8
-  for (int s = 0; s < p.splits; ++s) {
-    const float weight = weights[s];  // zero: an empty split, which has written no output
-    total += weight > 0 ? weight * partial[s * pitch + a.value_dim + 1] : 0;
-    value += weight > 0 ? weight * partial[s * pitch + d] : 0;
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int split = first + i * kShares;
+      const float* at = partial + min2(split, p.splits - 1) * pitch;
+      split_most[i] = split < p.splits ? at[a.value_dim] : kLowest;
+      split_sum[i] = at[a.value_dim + 1];
+      split_value[i] = at[d];
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) most = max2(most, split_most[i]);
+    const float factor = power_of_2(before - most);
+    total *= factor, value *= factor;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (split_most[i] == kLowest) continue;  // an empty split, which has written no output
+      const float weight = power_of_2(split_most[i] - most);
+      total += weight * split_sum[i];
+      value += weight * split_value[i];
+    }
   }
-  a.out[row * a.value_dim + d] = value / total;
+  values[share][channel] = value;
+  if (channel == 0) maxima[share] = most, sums[share] = total;
+  __syncthreads();
+  if (int(threadIdx.x) >= a.value_dim) return;
+#pragma unroll
+  for (int i = 0; i < kShares; ++i) most = max2(most, maxima[i]);
+  total = value = 0;
+#pragma unroll
+  for (int i = 0; i < kShares; ++i) {
+    const float weight = power_of_2(maxima[i] - most);
+    total += weight * sums[i];
+    value += weight * values[i][channel];
+  }
+  a.out[row * a.value_dim + channel] = value / total;
 }
 
-#define DECODE(GROUP, KEY, VALUE)                              \
-  extern "C" __global__ void __launch_bounds__(kDecodeThreads) \
-      decode_##GROUP##_##KEY##_##VALUE(const DecodeParams p) { \
-    __shared__ __align__(16) DecodeShared<GROUP> shared;       \
-    decode<GROUP, KEY, VALUE>(p, shared);                      \
+#define DECODE(GROUP, KEY, VALUE)                                                  \
+  extern "C" __global__ void __launch_bounds__(kDecodeThreads, GROUP == 8 ? 2 : 3) \
+      decode_##GROUP##_##KEY##_##VALUE(const DecodeParams p) {                     \
+    __shared__ __align__(16) DecodeShared<GROUP> shared;                           \
+    decode<GROUP, KEY, VALUE>(p, shared);                                          \
   }
 #define DECODE_FORMATS(GROUP)       \
   DECODE(GROUP, kFloat32, kFloat32) \

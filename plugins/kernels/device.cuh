@@ -57,8 +57,8 @@ __device__ __forceinline__ float2 halves_to_floats(unsigned pair) {
 }
 
 __device__ __forceinline__ float max2(float a, float b) { return a > b ? a : b; }
-__device__ __forceinline__ int min2(int a, int b) { return a < b ? a : b; }
-__device__ __forceinline__ int max2(int a, int b) { return a > b ? a : b; }
+__device__ __forceinline__ constexpr int min2(int a, int b) { return a < b ? a : b; }
+__device__ __forceinline__ constexpr int max2(int a, int b) { return a > b ? a : b; }
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // A byte of a word, less a bias, as a float. In the lowest bits of 2^23 a byte is its own value: that takes a byte

@@ -14,6 +14,7 @@ namespace {
 constexpr int kCodeRow = 128;  // bytes of a quantised query
 constexpr int kPrefillThreads = 128;
 constexpr int kDecodeThreads = 128;
+constexpr int kMergeThreads = 512;
 constexpr int kAppendRows = 4;  // of a block, a warp each
 constexpr int kAppendThreads = 128;
 constexpr int kMaxDim = 128;
@@ -197,7 +198,7 @@ void decode(const pascalvl_attention_args& a, void* workspace, void* stream) {
   const std::string kernel = text("decode_%d_%s_%s", a.num_heads / a.num_kv_heads, kernel_format(a.cache.key_format),
                                   kernel_format(a.cache.value_format));
   launch(kernel, {unsigned(p.splits), unsigned(a.num_kv_heads), unsigned(a.batch)}, kDecodeThreads, p, stream);
-  launch("decode_merge", {unsigned(a.num_heads), unsigned(a.batch), 1}, kMaxDim, p, stream);
+  launch("decode_merge", {unsigned(a.num_heads), unsigned(a.batch), 1}, kMergeThreads, p, stream);
 }
 
 void prefill(const pascalvl_attention_args& a, void* workspace, void* stream) {
