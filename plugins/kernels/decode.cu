@@ -50,6 +50,17 @@ __device__ __forceinline__ void load_words(const unsigned char* from, unsigned* 
   }
 }
 
+template <int kCount>
+__device__ __forceinline__ void load_floats(const float* from, float* x) {
+  unsigned words[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    load_words<min2(kCount, 4)>(reinterpret_cast<const unsigned char*>(from + i), words + i);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] = __int_as_float(int(words[i]));
+}
+
 __device__ __forceinline__ void unpack_bytes(unsigned word, float bias, float* elements) {
   elements[0] = byte_minus<0>(word, bias);
   elements[1] = byte_minus<1>(word, bias);
@@ -135,8 +146,9 @@ struct DecodeShared {
   float q[kGroup][kDim];  // as the cache's keys are: rotated or not
   unsigned q_codes[kGroup][kDim / 4];
   float q_scale[kGroup];
-  float new_score[kGroup];  // of the new token
-  float probability[kDecodeWarps][kGroup][16];
+  float q_bias[kGroup];                         // takes back the 8 that is added to codes of four bits
+  float new_score[kGroup];                      // of the new token
+  float probability[kDecodeWarps][16][kGroup];  // [warp][key of its tile][head]
   float factor[kDecodeWarps][kGroup];
   float maximum[kDecodeWarps][kGroup];
   float sum[kDecodeWarps][kGroup];
@@ -156,9 +168,7 @@ __device__ __forceinline__ void prepare_queries(const DecodeParams& p, DecodeSha
       q = *reinterpret_cast<const float4*>(a.q + (row * kGroup + g) * a.key_dim + d);
       k = *reinterpret_cast<const float4*>(a.k + row * a.key_dim + d);
     }
-    float dot = q.x * k.x + q.y * k.y + q.z * k.z + q.w * k.w;
-#pragma unroll
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) dot += __shfl_xor_sync(kAllLanes, dot, mask);
+    const float dot = warp_sum(q.x * k.x + q.y * k.y + q.z * k.z + q.w * k.w);
     if (lane == 0) shared.new_score[g] = dot * a.scale_log2;
     if (p.rotated) q = hadamard(q);
     *reinterpret_cast<float4*>(&shared.q[g][d]) = q;
@@ -166,6 +176,10 @@ __device__ __forceinline__ void prepare_queries(const DecodeParams& p, DecodeSha
       float scale;
       shared.q_codes[g][lane] = quantise_query(q, scale);
       if (lane == 0) shared.q_scale[g] = scale;
+      if (kKeyFormat == kInt4) {
+        const float bias = warp_sum(float(__dp4a(int(shared.q_codes[g][lane]), int(0xf8f8f8f8u), 0)));
+        if (lane == 0) shared.q_bias[g] = bias;
+      }
     }
   }
 }
@@ -252,15 +266,12 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
   const int key_d = key_lane * Keys::kElements;
   float q[kGroup][kCodes ? 1 : Keys::kElements];
   int q_codes[kGroup][kCodes ? Keys::kElements / 4 : 1];
-  int bias[kGroup];  // takes back the 8 that is added to codes of four bits
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
     if (kCodes) {
-      bias[g] = 0;
 #pragma unroll
       for (int i = 0; i < Keys::kElements / 4; ++i) {
         q_codes[g][i % (kCodes ? Keys::kElements / 4 : 1)] = int(shared.q_codes[g][key_d / 4 + i]);
-        if (kKeyFormat == kInt4) bias[g] = __dp4a(int(shared.q_codes[g][key_d / 4 + i]), int(0xf8f8f8f8u), bias[g]);
       }
     } else {
 #pragma unroll
@@ -270,6 +281,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
 
   const bool tells = lane < Keys::kLanes && lane % kLanesOfHead == 0;  // what its head has in common
   const float own_scale = a.scale_log2 * (kCodes ? shared.q_scale[own_head] : 1.0f);
+  const float own_bias = kKeyFormat == kInt4 ? shared.q_bias[own_head] : 0;
 
   // Online softmax. Maximum and sum are of own_head, the sum of this lane's keys alone.
   float maximum = kLowest, sum = 0;
@@ -288,7 +300,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
       if (kCodes) {
 #pragma unroll
         for (int g = 0; g < kGroup; ++g) {
-          int dot = kKeyFormat == kInt4 ? bias[g] : 0;
+          int dot = 0;
 #pragma unroll
           for (int w = 0; w < Keys::kWords; ++w) {
             if (kKeyFormat == kInt8) {
@@ -322,7 +334,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
     float most = maximum;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      score[i] = own_key(first, i) < split.end ? score[i] * scales[i] : kLowest;
+      score[i] = own_key(first, i) < split.end ? (score[i] + own_bias) * scales[i] : kLowest;
       most = max2(most, score[i]);
     }
 #pragma unroll
@@ -338,7 +350,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
       float probability = power_of_2(score[i] - most);
       sum += probability;
       if (is_quantised(kValueFormat)) probability *= half_to_float(value_scale[i]);
-      if (lane % kCopies == 0) shared.probability[warp][own_head][own_key(0, i)] = probability;
+      if (lane % kCopies == 0) shared.probability[warp][own_key(0, i)][own_head] = probability;
     }
     if (tells) shared.factor[warp][own_head] = factor;
     __syncwarp();
@@ -354,9 +366,11 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
     for (int i = 0; i < kValueLoads; ++i) {
       float v[Values::kElements];
       unpack<kValueFormat, Values::kWords>(value_words[i], v);
+      float probabilities[kGroup];
+      load_floats<kGroup>(shared.probability[warp][i * Values::kAtOnce + lane / Values::kLanes], probabilities);
 #pragma unroll
       for (int g = 0; g < kGroup; ++g) {
-        const float probability = shared.probability[warp][g][i * Values::kAtOnce + lane / Values::kLanes];
+        const float probability = probabilities[g];
 #pragma unroll
         for (int j = 0; j < Values::kElements; ++j) output[g][j] += probability * v[j];
       }

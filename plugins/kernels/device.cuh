@@ -95,6 +95,12 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(kAllLanes, x, mask);
+  return x;
+}
+
 // Four codes in a word: x * inverse_scale, rounded to the nearest even, at most `most` in size.
 __device__ __forceinline__ unsigned quantise(float4 x, float inverse_scale, int most) {
   const float values[4] = {x.x, x.y, x.z, x.w};
