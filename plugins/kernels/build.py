@@ -70,7 +70,7 @@ def _images(directory: Path) -> Path:
     lines = [".section .rodata", '.section .note.GNU-stack,"",@progbits', ".section .rodata"]
     with ThreadPoolExecutor() as pool:
         jobs = {
-            (source, kind): pool.submit(compile_cuda, source, kind == "cubin")
+            (source, kind): pool.submit(compile_cuda, FOLDER / f"{source}.cu", kind == "cubin")
             for source in SOURCES
             for kind in ("cubin", "ptx")
         }
@@ -93,14 +93,13 @@ def _nvrtc() -> ctypes.CDLL:
     return ctypes.CDLL(str(found[0]))
 
 
-def compile_cuda(source: str, cubin: bool) -> tuple[bytes, str]:
-    """Compile one of `SOURCES` to a cubin for sm_61 or PTX for compute_61.
+def compile_cuda(path: Path, cubin: bool) -> tuple[bytes, str]:
+    """Compile a CUDA source file to a cubin for sm_61 or PTX for compute_61.
 
     Returns:
         The image and, for a cubin, ptxas's report on registers, spills and shared memory.
     """
     nvrtc = _nvrtc()
-    path = FOLDER / f"{source}.cu"
     program = ctypes.c_void_p()
     created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), path.read_bytes(), path.name.encode(), 0, None, None)
     if created:
@@ -139,7 +138,7 @@ def resources() -> dict[str, dict[str, int]]:
     """For each kernel, what ptxas says of sm_61: ``registers``, ``spills`` (bytes), ``shared`` (bytes)."""
     table = {}
     for source in SOURCES:
-        for match in _FUNCTION.finditer(compile_cuda(source, cubin=True)[1]):
+        for match in _FUNCTION.finditer(compile_cuda(FOLDER / f"{source}.cu", cubin=True)[1]):
             table[match["kernel"]] = {
                 "registers": int(match["registers"]),
                 "spills": int(match["stores"]) + int(match["loads"]),

@@ -1,0 +1,95 @@
+"""Times of GPU work, and the limits of the GPU it ran on. Needs torch with CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+COLD_BYTES = 256 << 20
+"""More than any L2 holds: calls that take turns over so many bytes find none of them there."""
+THREADS = 128
+_STEPS, _VALUES = 8, 64  # of a round of the rate kernels, in yardstick.cu
+_PRODUCT = 8192, 8448, 2048
+_TILE = 64, 128
+
+
+def seconds(calls: Sequence[Callable[[], object]], replays: int = 7) -> float:
+    """Median time of one of the calls, which run one after the other in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call() for call in calls]
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / len(calls))
+    del kept
+    return statistics.median(times[1:])
+
+
+def read_bandwidth(size: int) -> float:
+    """Bytes a second of a plain read of ``size`` bytes that no cache holds."""
+    buffers = [torch.zeros(size // 4, device="cuda") for _ in range(max(2, COLD_BYTES // size + 1))]
+    return size / seconds([lambda b=b: b.max() for b in buffers])
+
+
+class Yardstick:
+    """The kernels of `yardstick.cu`, from PTX for compute_61."""
+
+    def __init__(self, ptx: Path) -> None:
+        self._driver = ctypes.CDLL("libcuda.so.1")
+        self._module = ctypes.c_void_p()
+        self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), ptx.read_bytes() + b"\0"))
+
+    def ffma_rate(self) -> float:
+        """FP32 multiply-adds a second, from registers alone."""
+        return self._rate("ffma_rate", torch.float32)
+
+    def dp4a_rate(self) -> float:
+        """DP4A instructions a second, four multiply-adds each, from registers alone."""
+        return self._rate("dp4a_rate", torch.int32)
+
+    def sgemm_rate(self) -> float:
+        """Multiply-adds a second of an FP32 matrix product by the machinery of prefill; checked against float64."""
+        m, n, k = _PRODUCT
+        a, b = torch.randn(m, k, device="cuda"), torch.randn(n, k, device="cuda")
+        c = torch.empty(m, n, device="cuda")
+        grid = (n // _TILE[1], m // _TILE[0])
+        time = seconds([lambda: self._launch("sgemm", grid, a, b, c, n, k)] * 2)
+        expected = a[:512].double() @ b.double().T
+        error = ((c[:512].double() - expected).norm() / expected.norm()).item()
+        if error > 1e-6:  # sums of 2,048 products in FP32
+            raise RuntimeError(f"the matrix product is off by {error:.1e} of its norm")
+        return m * n * k / time
+
+    def _rate(self, kernel: str, dtype: torch.dtype) -> float:
+        blocks, rounds = 4 * torch.cuda.get_device_properties(0).multi_processor_count, 2000
+        out = torch.empty(blocks * THREADS, dtype=dtype, device="cuda")
+        time = seconds([lambda: self._launch(kernel, (blocks, 1), out, rounds)])
+        return blocks * THREADS * rounds * _STEPS * _VALUES / time
+
+    def _launch(self, kernel: str, grid: tuple[int, int], *arguments: torch.Tensor | int) -> None:
+        function = ctypes.c_void_p()
+        self._check(self._driver.cuModuleGetFunction(ctypes.byref(function), self._module, kernel.encode()))
+        values = [
+            ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a) for a in arguments
+        ]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        self._check(self._driver.cuLaunchKernel(function, *grid, 1, THREADS, 1, 1, 0, stream, pointers, None))
+
+    @staticmethod
+    def _check(status: int) -> None:
+        if status:
+            raise RuntimeError(f"the CUDA driver returned error {status}")

@@ -1,0 +1,57 @@
+// What the arithmetic of a GPU allows: loops in registers alone, and a matrix product by prefill's own machinery, with
+// nothing of attention around it.
+#include "plugins/kernels/prefill.cuh"
+
+namespace pascalvl {
+
+// C = A B^T: a [m, k], b [n, k], c [m, n]; k a multiple of 8. Grid: (n / 128, m / 64).
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
+    sgemm(const float* a, const float* b, float* c, int n, int k) {
+  using T = Tile<128>;
+  __shared__ __align__(16) PrefillShared<128> shared;
+  AttentionParams p{};
+  p.key_dim = k;
+  p.group = 1;
+  p.scale_log2 = 1;
+  const Source source{reinterpret_cast<const unsigned char*>(b), nullptr, nullptr, nullptr, 4 * k, 0, n, 0};
+  const int first = blockIdx.x * T::kKeys;
+  Prefill<128> tile;
+  tile.begin(p, blockIdx.y * T::kRows, gridDim.y * T::kRows, 0);
+  float product[kRowsPerThread][kKeysPerThread];
+  tile.scores<kFloat32>(p, reinterpret_cast<const unsigned char*>(a), source, first, shared, product);
+#pragma unroll
+  for (int i = 0; i < kRowsPerThread; ++i) {
+    float* row = c + (long long)(tile.first_row + tile.row0 + i) * n + first + 4 * tile.column;
+    const float* x = product[i];
+    *reinterpret_cast<float4*>(row) = make_float4(x[0], x[1], x[2], x[3]);
+    *reinterpret_cast<float4*>(row + T::kHalf) = make_float4(x[4], x[5], x[6], x[7]);
+  }
+}
+
+// 64 independent values a thread, `rounds` times 8 steps each; the rounds cannot be folded into one another.
+template <typename Word, typename Step>
+__device__ __forceinline__ void rate(Word* out, int rounds, Step step) {
+  Word values[64];
+#pragma unroll
+  for (int i = 0; i < 64; ++i) values[i] = Word(threadIdx.x + i);
+  for (int round = 0; round < rounds; ++round) {
+#pragma unroll
+    for (int i = 0; i < 8 * 64; ++i) values[i % 64] = step(values[i % 64]);
+  }
+  Word total = 0;
+#pragma unroll
+  for (int i = 0; i < 64; ++i) total += values[i];
+  out[blockIdx.x * blockDim.x + threadIdx.x] = total;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 4) ffma_rate(float* out, int rounds) {
+  const float x = threadIdx.x;
+  rate(out, rounds, [x](float value) { return value * x + x; });
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 4) dp4a_rate(int* out, int rounds) {
+  const int x = threadIdx.x;
+  rate(out, rounds, [x](int value) { return __dp4a(value, x, value); });
+}
+
+}  // namespace pascalvl
