@@ -1,63 +1,156 @@
-"""Checks and times the attention kernels on a GPU: ``python -m pascalvl.plugins.bench.attention LIBRARY``.
+"""Checks and times the attention kernels on a GPU: ``python -m pascalvl.plugins.bench.attention``.
 
-Every kernel is compared with float64 attention before it is timed. Times are medians over replays of a CUDA graph;
-caches are cold in decode: the graph walks over so many that the L2 holds none by the time it comes back. Beside each
-time stand the two floors: the multiply-adds at the GPU's nominal FP32 rate, and the bytes at the bandwidth of a plain
-read that this run measures. Needs torch with CUDA; the project's other parts do not.
+Every kernel is compared with float64 attention before it is timed; one that is off ends the run. Caches are cold in
+decode. Beside each time stand what it is measured against: the time its multiply-adds would take at the rate of a loop
+in registers, that of a plain read of the same bytes, and llama.cpp's. Needs torch with CUDA, and matplotlib for --plot.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
-import statistics
-import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
+from pascalvl.plugins.bench.timing import COLD_BYTES, Yardstick, read_bandwidth, seconds
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary, RowFormat
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
-SCALE = DIM**-0.5
 F32, F16, I8, I4 = RowFormat
-NAMES = {(F32, F32): "f32", (F16, F16): "f16", (I8, I8): "k8v8", (I8, I4): "k8v4", (I4, I8): "k4v8", (I4, I4): "k4v4"}
+FORMATS = {"f32": (F32, F32), "f16": (F16, F16), "k8v8": (I8, I8), "k8v4": (I8, I4), "k4v8": (I4, I8), "k4v4": (I4, I4)}
 LLAMA_CPP = {  # microseconds of llama.cpp's Pascal kernels (commit 0c1e5709) on one H100 80GB HBM3, compute_61 code
-    ("decode", 1024): 9.5,
-    ("decode", 4096): 18.2,
-    ("decode", 16384): 42,
-    (512, 1024): 334,
-    (512, 4096): 1227,
-    (512, 16384): 4802,
-    (2048, 2048): 1514,
-    (2048, 4096): 3828,
-    (2048, 16384): 17908,
+    ("decode f16", 1, 1024): 9.5,
+    ("decode f16", 1, 4096): 18.2,
+    ("decode f16", 1, 16384): 42,
+    ("decode k8v8", 1, 1024): 10.8,  # its q8_0
+    ("decode k8v8", 1, 4096): 21.4,
+    ("decode k8v8", 1, 16384): 64,
+    ("decode k4v4", 1, 1024): 10.3,  # its q4_0
+    ("decode k4v4", 1, 4096): 22.9,
+    ("decode k4v4", 1, 16384): 71,
+    **{
+        (f"prefill {name}", queries, kv): time * factor
+        for name, factor in (("f32", 1), ("f16", 1), ("k8v8", 1.02), ("k8v4", 1.02), ("k4v4", 1.02))
+        for queries, kv, time in (
+            (512, 1024, 334),
+            (512, 4096, 1227),
+            (512, 16384, 4802),
+            (2048, 2048, 1514),
+            (2048, 4096, 3828),
+            (2048, 16384, 17908),
+        )
+    },
 }
-PREFILLS = {  # new queries, and keys they see in all
-    (F16, F16): [(512, 1024), (512, 4096), (512, 16384), (2048, 2048), (2048, 4096), (2048, 16384)],
-    (F32, F32): [(512, 4096), (512, 16384), (2048, 2048), (2048, 16384)],
-    (I8, I8): [(512, 16384), (2048, 16384)],
-    (I8, I4): [(512, 4096), (512, 16384), (2048, 16384)],
-    (I4, I4): [(512, 16384), (2048, 16384)],
-}
-COLD_BYTES = 256 << 20
-PARTS = ("decode", "prefill", "vision", "torch")
+DECODES = (1024, 4096, 16384, 131072)
+PREFILLS = ((512, 1024), (512, 4096), (512, 16384), (2048, 2048), (2048, 4096), (2048, 16384))
+PREFILL_FORMATS = ("f32", "f16", "k8v8", "k8v4", "k4v4")
+PACKED = 16, 4096  # heads and patches
+CURVE = tuple(2**i for i in range(9, 16))
+PARTS = ("decode", "prefill", "vision", "curve")
+
+
+@dataclasses.dataclass
+class Row:
+    """One measurement."""
+
+    kernel: str
+    queries: int
+    kv: int
+    error: float
+    """Relative, against float64."""
+    us: float
+    floor_us: float | None = None
+    """Its multiply-adds at the rate of a loop in registers."""
+    read_us: float | None = None
+    """A plain read of the same bytes."""
+    tflops: float | None = None
+    of_sgemm: float | None = None
+    """Share of the yardstick's rate."""
+    gb_per_s: float | None = None
+
+    @property
+    def llama_cpp_us(self) -> float | None:
+        return LLAMA_CPP.get((self.kernel, self.queries, self.kv))
+
+
+class Bench:
+    """The library on this GPU, its workspace, and the GPU's limits."""
+
+    def __init__(self, quick: bool) -> None:
+        torch.zeros(1, device="cuda")
+        self.library = KernelLibrary(cached(Target.CUDA))
+        self.library.load()
+        self.quick = quick
+        self.yardstick = Yardstick()
+        if not quick:
+            self.ffma, self.dp4a = self.yardstick.ffma_rate(), self.yardstick.dp4a_rate()
+            self.sgemm = self.yardstick.sgemm_rate()
+            print(
+                f"{torch.cuda.get_device_name()}: FFMA {2 * self.ffma / 1e12:.1f} TFLOP/s in registers, "
+                f"{2 * self.sgemm / 1e12:.1f} in a matrix product; DP4A {8 * self.dp4a / 1e12:.1f} TOP/s",
+                flush=True,
+            )
+
+    def attend(self, q, k, v, layer: Layer | None = None, past_length=None, cu_seqlens=None) -> torch.Tensor:
+        """Attention of q, k, v ``[heads, seq, dim]`` on the current stream: ``[seq, heads, dim]``."""
+        out = torch.empty(q.shape[1], q.shape[0], v.shape[-1], device="cuda")
+        args = AttentionArgs(
+            q=q.data_ptr(),
+            k=k.data_ptr(),
+            v=v.data_ptr(),
+            out=out.data_ptr(),
+            batch=1,
+            num_heads=q.shape[0],
+            num_kv_heads=k.shape[0],
+            seq=q.shape[1],
+            key_dim=q.shape[2],
+            value_dim=v.shape[2],
+            softmax_scale=q.shape[2] ** -0.5,
+            causal=cu_seqlens is None,
+            past_length=past_length.data_ptr() if layer else None,
+            cu_seqlens=None if cu_seqlens is None else cu_seqlens.data_ptr(),
+            num_sequences=0 if cu_seqlens is None else len(cu_seqlens) - 1,
+            cache=layer.view() if layer else Cache(),
+        )
+        size = self.library.attention_workspace(args)
+        workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+        self.library.attention(args, workspace.data_ptr(), size, torch.cuda.current_stream().cuda_stream)
+        return out
+
+    def time(self, calls: list[Callable[[], object]]) -> float:
+        """Microseconds of one of the calls; 0 where only results are checked."""
+        return 0.0 if self.quick else 1e6 * seconds(calls)
+
+    def rates(self, multiply_adds: float, us: float, in_codes: float = 0) -> dict[str, float]:
+        """Fields of a row that is bound by arithmetic; of the multiply-adds, ``in_codes`` are done by DP4A."""
+        if self.quick:
+            return {}
+        floor = (multiply_adds - in_codes) / self.ffma + in_codes / 4 / self.dp4a
+        rate = multiply_adds / us * 1e6
+        return {"floor_us": 1e6 * floor, "tflops": 2 * rate / 1e12, "of_sgemm": rate / self.sgemm}
 
 
 class Layer:
-    """One layer's cache on the GPU, and calls of the library over it."""
+    """One layer's cache on the GPU."""
 
-    def __init__(
-        self, library: KernelLibrary, formats: tuple[RowFormat, RowFormat], capacity: int, rotated: bool
-    ) -> None:
-        self.library, self.formats, self.capacity, self.rotated = library, formats, capacity, rotated
+    def __init__(self, library: KernelLibrary, name: str, capacity: int) -> None:
+        self.library, self.formats, self.capacity = library, FORMATS[name], capacity
+        self.rotated = self.formats[0].is_quantised
         lead = (KV_HEADS, capacity)
         self.rows = [
-            torch.randint(0, 60, (*lead, library.row_bytes(f, DIM)), dtype=torch.uint8, device="cuda") for f in formats
+            torch.randint(0, 60, (*lead, library.row_bytes(f, DIM)), dtype=torch.uint8, device="cuda")
+            for f in self.formats
         ]
-        self.scales = [torch.full(lead, 0.01, dtype=torch.float16, device="cuda") for _ in formats]
+        self.scales = [torch.full(lead, 0.01, dtype=torch.float16, device="cuda") for _ in self.formats]
 
     def bytes_read(self, length: int) -> int:
         per_token = sum(rows.shape[-1] + 2 * f.is_quantised for rows, f in zip(self.rows, self.formats, strict=True))
@@ -75,25 +168,25 @@ class Layer:
             rotated=self.rotated,
         )
 
-    def append(self, key: torch.Tensor, value: torch.Tensor, past_length: torch.Tensor) -> None:
-        self.library.kv_append(
-            AppendArgs(
-                key=key.data_ptr(),
-                value=value.data_ptr(),
-                layers=1,
-                batch=1,
-                num_kv_heads=KV_HEADS,
-                seq=key.shape[-2],
-                key_dim=DIM,
-                value_dim=DIM,
-                past_length=past_length.data_ptr(),
-                cache=self.view(),
-            ),
-            torch.cuda.current_stream().cuda_stream,
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write keys and values ``[KV_HEADS, seq, DIM]`` from slot 0 on."""
+        past_length = torch.zeros(1, dtype=torch.int32, device="cuda")
+        args = AppendArgs(
+            key=key.data_ptr(),
+            value=value.data_ptr(),
+            layers=1,
+            batch=1,
+            num_kv_heads=KV_HEADS,
+            seq=key.shape[-2],
+            key_dim=DIM,
+            value_dim=DIM,
+            past_length=past_length.data_ptr(),
+            cache=self.view(),
         )
+        self.library.kv_append(args, torch.cuda.current_stream().cuda_stream)
 
     def contents(self, which: int, length: int) -> torch.Tensor:
-        """Keys or values as the kernels understand them, float64 [KV_HEADS, length, DIM]."""
+        """Keys (0) or values (1) as the kernels understand them, float64 ``[KV_HEADS, length, DIM]``."""
         rows, form = self.rows[which][:, :length], self.formats[which]
         if form is F32:
             return rows.view(torch.float32).double()
@@ -106,34 +199,25 @@ class Layer:
             codes = torch.cat([words & 15, words >> 4], -1).flatten(-2).double() - 8
         return codes * self.scales[which][:, :length, None].double()
 
+    def queries(self, q: torch.Tensor) -> torch.Tensor:
+        """What meets the keys, in float64: where those are rotated and quantised, so are queries."""
+        if not self.rotated:
+            return q.double()
+        rotated = hadamard(q)
+        most = rotated.abs().amax(-1, keepdim=True)
+        return (rotated * (127 / most)).round().double() * (most / 127).double()
 
-def attend(library, q, k, v, layer: Layer | None, past_length, workspace, cu_seqlens=None) -> torch.Tensor:
-    """The library's attention of q, k, v [heads, seq, dim] on the current stream: [seq, heads, dim]."""
-    out = torch.empty(q.shape[1], q.shape[0], v.shape[-1], device="cuda")
-    args = AttentionArgs(
-        q=q.data_ptr(),
-        k=k.data_ptr(),
-        v=v.data_ptr(),
-        out=out.data_ptr(),
-        batch=1,
-        num_heads=q.shape[0],
-        num_kv_heads=k.shape[0],
-        seq=q.shape[1],
-        key_dim=q.shape[2],
-        value_dim=v.shape[2],
-        softmax_scale=q.shape[2] ** -0.5,
-        causal=cu_seqlens is None,
-        past_length=past_length.data_ptr() if layer else None,
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.data_ptr(),
-        num_sequences=0 if cu_seqlens is None else len(cu_seqlens) - 1,
-        cache=layer.view() if layer else Cache(),
-    )
-    library.attention(args, workspace.data_ptr(), workspace.numel(), torch.cuda.current_stream().cuda_stream)
-    return out
+
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """Rows of 128 times the orthonormal Hadamard matrix, in butterflies: of float32, the kernels' very bits."""
+    for step in (1, 2, 4, 8, 16, 32, 64):
+        low, high = x.unflatten(-1, (-1, 2, step)).unbind(-2)
+        x = torch.stack([low + high, low - high], -2).flatten(-3)
+    return x * torch.tensor(DIM**-0.5, dtype=x.dtype)
 
 
 def reference(q, k, v, first_position: int | None, old_q=None, old_k=None) -> torch.Tensor:
-    """Float64 attention in parts that fit: [seq, heads, dim]. Causal from `first_position` on, where given."""
+    """Float64 attention of q, k, v ``[heads, n, dim]``: ``[seq, heads, dim]``; causal where there is a first position."""
     group = q.shape[0] // k.shape[0]
     outs = []
     for head in range(q.shape[0]):
@@ -150,185 +234,197 @@ def reference(q, k, v, first_position: int | None, old_q=None, old_k=None) -> to
     return torch.stack(outs, 1)
 
 
-def hadamard(x: torch.Tensor) -> torch.Tensor:
-    """Rows of 128 times the orthonormal Hadamard matrix, in butterflies: of float32, the kernels' very bits."""
-    for step in (1, 2, 4, 8, 16, 32, 64):
-        pairs = x.unflatten(-1, (-1, 2, step))
-        low, high = pairs.unbind(-2)
-        x = torch.stack([low + high, low - high], -2).flatten(-3)
-    return x * torch.tensor(DIM**-0.5, dtype=x.dtype)
+def checked(what: str, found: torch.Tensor, expected: torch.Tensor, length: int) -> float:
+    """The relative error; raises `UserError` if it is more than FP32 sums over so many keys explain."""
+    error = ((found.double() - expected).norm() / expected.norm()).item()
+    tolerance = 2e-6 * math.sqrt(length / 1024) + 1e-6
+    if not error <= tolerance:
+        raise UserError(f"{what} is off by {error:.1e} of its norm; expected at most {tolerance:.1e}.")
+    return error
 
 
-def queries_over_cache(q: torch.Tensor, layer: Layer) -> torch.Tensor:
-    """What meets a cache's keys, in float64: where those are rotated and quantised, so are queries."""
-    if not layer.rotated:
-        return q.double()
-    rotated = hadamard(q)
-    most = rotated.abs().amax(-1, keepdim=True)
-    return (rotated * (127 / most)).round().double() * (most / 127).double()
+def past_and_new(bench: Bench, name: str, queries: int, total: int):
+    """A layer that holds all tokens but the last ``queries``, their q, k, v, and what attention must give."""
+    past = total - queries
+    q = torch.randn(HEADS, queries, DIM, device="cuda")
+    k, v = (torch.randn(KV_HEADS, total, DIM, device="cuda") for _ in range(2))
+    layer = Layer(bench.library, name, total)
+    layer.append(k, v)
+    new_k, new_v = k[:, past:].contiguous(), v[:, past:].contiguous()
+    values = torch.cat([layer.contents(1, past), new_v.double()], 1)
+    expected = reference(q, new_k, values, past, layer.queries(q), layer.contents(0, past))
+    length = torch.tensor([past], dtype=torch.int32, device="cuda")
+    return layer, q, new_k, new_v, length, expected
 
 
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found.double() - expected).norm() / expected.norm()).item()
+def decode(bench: Bench) -> Iterator[Row]:
+    for total in (300,) if bench.quick else DECODES:
+        for name in FORMATS:
+            first, q, k, v, length, expected = past_and_new(bench, name, 1, total)
+            kernel = f"decode {name}"
+            error = checked(kernel, bench.attend(q, k, v, first, length), expected, total)
+            size = first.bytes_read(total - 1)
+            more = 0 if bench.quick else min(63, COLD_BYTES // size)
+            layers = [first, *(Layer(bench.library, name, total) for _ in range(more))]
+            us = bench.time([lambda y=y: bench.attend(q, k, v, y, length) for y in layers])  # noqa: B023
+            row = Row(kernel, 1, total, error, us)
+            if not bench.quick:
+                row.read_us, row.gb_per_s = 1e6 * size / read_bandwidth(size), size / us / 1e3
+            yield row
 
 
-def seconds(calls: list[Callable[[], object]], replays: int = 7) -> float:
-    """Median time of one of the calls, which are captured in one CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call() for call in calls]
-    times = []
-    for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(calls))
-    del kept
-    return statistics.median(times[1:])
+def prefill(bench: Bench) -> Iterator[Row]:
+    for name in PREFILL_FORMATS:
+        for queries, total in ((70, 300),) if bench.quick else PREFILLS:
+            layer, q, k, v, length, expected = past_and_new(bench, name, queries, total)
+            call = lambda x=(q, k, v, layer, length): bench.attend(*x)  # noqa: E731
+            kernel = f"prefill {name}"
+            error = checked(kernel, call(), expected, total)
+            del expected
+            us = bench.time([call] * 3)
+            new, old = queries * (queries + 1) / 2, queries * (total - queries)
+            in_codes = HEADS * DIM * old if layer.rotated else 0
+            yield Row(kernel, queries, total, error, us, **bench.rates(HEADS * DIM * 2 * (new + old), us, in_codes))
 
 
-def nominal_rate() -> float:
-    """FP32 multiply-adds a second at the highest clock."""
-    query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
-    clock = float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
-    return torch.cuda.get_device_properties(0).multi_processor_count * 128 * clock * 1e6
-
-
-def read_bandwidth(size: int) -> float:
-    """Bytes a second of a plain read of `size` bytes, cold."""
-    copies = max(2, COLD_BYTES // size + 1)
-    buffers = [torch.zeros(size // 4, device="cuda") for _ in range(copies)]
-    return size / seconds([lambda b=b: b.max() for b in buffers])
-
-
-def check_and_time_prefill(library, workspace, rate: float, rows: list[dict], quick: bool) -> None:
-    for formats, lengths in PREFILLS.items():
-        for queries, total in lengths[:1] if quick else lengths:
-            torch.manual_seed(0)
-            past = total - queries
-            q = torch.randn(HEADS, queries, DIM, device="cuda")
-            k, v = (torch.randn(KV_HEADS, total, DIM, device="cuda") for _ in range(2))
-            layer = Layer(library, formats, max(total, 64), formats[0].is_quantised)
-            length = torch.tensor([past], dtype=torch.int32, device="cuda")
-            layer.append(k, v, torch.zeros(1, dtype=torch.int32, device="cuda"))
-            new_k, new_v = k[:, past:].contiguous(), v[:, past:].contiguous()
-            old_q = queries_over_cache(q, layer)
-            values = torch.cat([layer.contents(1, past), new_v.double()], 1)
-            expected = reference(q, new_k, values, past, old_q, layer.contents(0, past))
-            call = lambda q=q, k=new_k, v=new_v, y=layer, n=length: attend(library, q, k, v, y, n, workspace)  # noqa: E731
-            row = {
-                "kernel": f"prefill {NAMES[formats]}",
-                "queries": queries,
-                "kv": total,
-                "error": error(call(), expected),
-            }
-            row["us"] = seconds([call] * 3) * 1e6
-            multiply_adds = HEADS * DIM * 2 * (queries * past + queries * (queries + 1) / 2)
-            row["floor_us"] = multiply_adds / rate * 1e6
-            row["tflops"] = 2 * multiply_adds / row["us"] / 1e6
-            row["llama_cpp_us"] = LLAMA_CPP.get((queries, total))
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-
-
-def time_torch(rows: list[dict]) -> None:
-    """PyTorch's FP32 attention of a whole prompt, K and V repeated for the query heads."""
-    q, k, v = (torch.randn(1, HEADS, 2048, DIM, device="cuda") for _ in range(3))
-    for name in ("MATH", "EFFICIENT_ATTENTION"):
-        with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, name)):
-            time = seconds([lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)] * 3)
-        rows.append({"kernel": f"torch {name.lower()}", "queries": 2048, "kv": 2048, "us": time * 1e6})
-        print(json.dumps(rows[-1]), flush=True)
-
-
-def check_and_time_decode(library, workspace, rows: list[dict], quick: bool) -> None:
-    for total in (1024,) if quick else (1024, 4096, 16384, 131072):
-        for formats, name in NAMES.items():
-            torch.manual_seed(1)
-            past = total - 1
-            rotated = formats[0].is_quantised
-            first = Layer(library, formats, total, rotated)
-            k, v = (torch.randn(KV_HEADS, total, DIM, device="cuda") for _ in range(2))
-            first.append(k, v, torch.zeros(1, dtype=torch.int32, device="cuda"))
-            q = torch.randn(HEADS, 1, DIM, device="cuda")
-            length = torch.tensor([past], dtype=torch.int32, device="cuda")
-            new_k, new_v = k[:, past:].contiguous(), v[:, past:].contiguous()
-            old_q = queries_over_cache(q, first)
-            values = torch.cat([first.contents(1, past), new_v.double()], 1)
-            expected = reference(q, new_k, values, past, old_q, first.contents(0, past))
-            found = attend(library, q, new_k, new_v, first, length, workspace)
-            row = {"kernel": f"decode {name}", "queries": 1, "kv": total, "error": error(found, expected)}
-            size = first.bytes_read(past)
-            layers = [first] + [Layer(library, formats, total, rotated) for _ in range(min(63, COLD_BYTES // size))]
-            calls = [lambda y=y: attend(library, q, new_k, new_v, y, length, workspace) for y in layers]  # noqa: B023
-            row["us"] = seconds(calls) * 1e6
-            row["read_us"] = size / read_bandwidth(size) * 1e6
-            row["gb_per_s"] = size / row["us"] / 1e3
-            row["llama_cpp_us"] = LLAMA_CPP.get(("decode", total)) if name == "f16" else None
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-
-
-def check_and_time_vision(library, workspace, rate: float, rows: list[dict]) -> None:
+def vision(bench: Bench) -> Iterator[Row]:
+    heads, seq = (2, 300) if bench.quick else PACKED
     for dim in (64, 72):
-        torch.manual_seed(2)
-        q, k, v = (torch.randn(16, 4096, dim, device="cuda") for _ in range(3))
-        ends = torch.tensor([0, 4096], dtype=torch.int32, device="cuda")
-        call = lambda q=q, k=k, v=v: attend(library, q, k, v, None, None, workspace, ends)  # noqa: E731,B023
-        row = {"kernel": f"vision {dim}", "queries": 4096, "kv": 4096, "error": error(call(), reference(q, k, v, None))}
-        row["us"] = seconds([call] * 3) * 1e6
-        row["floor_us"] = 16 * dim * 2 * 4096 * 4096 / rate * 1e6
-        row["tflops"] = 2 * 16 * dim * 2 * 4096 * 4096 / row["us"] / 1e6
-        rows.append(row)
-        print(json.dumps(row), flush=True)
+        q, k, v = (torch.randn(heads, seq, dim, device="cuda") for _ in range(3))
+        ends = torch.tensor([0, seq], dtype=torch.int32, device="cuda")
+        call = lambda x=(q, k, v), ends=ends: bench.attend(*x, cu_seqlens=ends)  # noqa: E731
+        kernel = f"vision {dim}"
+        error = checked(kernel, call(), reference(q, k, v, None), seq)
+        us = bench.time([call] * 3)
+        yield Row(kernel, seq, seq, error, us, **bench.rates(heads * seq * seq * dim * 2, us))
 
 
-def table(rows: list[dict]) -> str:
-    """The results as a Markdown table."""
-    columns = ("kernel", "queries", "kv", "error", "us", "floor_us", "read_us", "tflops", "gb_per_s", "llama_cpp_us")
+def curve(bench: Bench) -> Iterator[dict]:
+    """Time and peak memory of causal attention of a whole prompt, in FP32, ours and PyTorch's, by length."""
+
+    def ours(q, k, v):
+        return bench.attend(q, k, v)
+
+    def torch_with(backend):
+        def attend(q, k, v):
+            with sdpa_kernel(backend):
+                k, v = (x.repeat_interleave(HEADS // KV_HEADS, 0) for x in (k, v))
+                return scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)
+
+        return attend
+
+    kinds = {
+        "PascalVL": ours,
+        "PyTorch, memory-efficient": torch_with(SDPBackend.EFFICIENT_ATTENTION),
+        "PyTorch, math": torch_with(SDPBackend.MATH),
+    }
+    for kind, attend in kinds.items():
+        for length in CURVE:
+            q = torch.randn(HEADS, length, DIM, device="cuda")
+            k, v = (torch.randn(KV_HEADS, length, DIM, device="cuda") for _ in range(2))
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            try:
+                attend(q, k, v)
+                peak = torch.cuda.max_memory_allocated()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                attend(q, k, v)
+                end.record()
+                end.synchronize()
+            except torch.OutOfMemoryError:
+                yield {"kind": kind, "length": length, "us": None, "peak_bytes": None}
+                break
+            yield {"kind": kind, "length": length, "us": 1e3 * start.elapsed_time(end), "peak_bytes": peak}
+
+
+def slope(points: list[dict], kind: str) -> float:
+    """Of peak memory over length on log-log, between the first length from 4,096 on and the last."""
+    line = [p for p in points if p["kind"] == kind and p["length"] >= 4096 and p["peak_bytes"]]
+    first, last = line[0], line[-1]
+    return math.log(last["peak_bytes"] / first["peak_bytes"]) / math.log(last["length"] / first["length"])
+
+
+def plot(points: list[dict], path: Path) -> None:
+    """Draw what `curve` measured."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, key, scale, title in zip(
+        figure.subplots(1, 2),
+        ("us", "peak_bytes"),
+        (1e-3, 2**-20),
+        ("time, ms", "peak memory, inputs included, MiB"),
+        strict=True,
+    ):
+        for kind in dict.fromkeys(p["kind"] for p in points):
+            line = [p for p in points if p["kind"] == kind and p[key]]
+            axes.plot([p["length"] for p in line], [p[key] * scale for p in line], marker="o", label=kind)
+        axes.set(xscale="log", yscale="log", xlabel="tokens", title=title)
+        axes.set_xticks(CURVE, [f"{length:,}" for length in CURVE], rotation=45)
+        axes.grid(which="major", alpha=0.3)
+        axes.legend()
+    figure.suptitle(f"Causal attention of a whole prompt, {HEADS} heads of {DIM}, {KV_HEADS} kv heads, FP32")
+    figure.savefig(path, dpi=120)
+
+
+def markdown(rows: list[dict]) -> str:
+    """Rows of the same keys as a Markdown table; columns that are empty everywhere are left out."""
 
     def cell(value: object) -> str:
-        if value is None:
-            return ""
         if isinstance(value, float):
-            return f"{value:.1e}" if value < 1e-2 else f"{value:,.1f}"
-        return str(value)
+            return f"{value:.1e}" if abs(value) < 1e-3 else f"{value:,.2f}" if abs(value) < 10 else f"{value:,.1f}"
+        return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
+    columns = [key for key in rows[0] if any(row[key] is not None for row in rows)]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(cell(row[column]) for column in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def main() -> None:
+def run(options: argparse.Namespace) -> None:
+    if options.plot:
+        import matplotlib  # noqa: F401  (missing: say so before the work)
+    torch.manual_seed(0)
+    bench = Bench(options.quick)
+    results: dict[str, list[dict]] = {}
+    for part in options.parts:
+        if part == "curve":
+            results[part] = points = [] if options.quick else list(curve(bench))
+            if points:
+                print(
+                    markdown(points), f"\nslope of PascalVL's peak memory from 4,096: {slope(points, 'PascalVL'):.3f}\n"
+                )
+            continue
+        results[part] = []
+        for row in {"decode": decode, "prefill": prefill, "vision": vision}[part](bench):
+            results[part].append(dataclasses.asdict(row) | {"llama_cpp_us": row.llama_cpp_us})
+            print(f"{row.kernel} {row.queries}@{row.kv}: error {row.error:.1e}, {row.us:.1f} us", file=sys.stderr)
+        print(markdown(results[part]), "\n", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    if options.plot:
+        plot(results["curve"], options.plot)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("library", type=Path, help="the kernels' library, as pascalvl.plugins.kernels.build makes it")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--quick", action="store_true", help="the shortest lengths alone, for compute-sanitizer")
+    parser.add_argument("--quick", action="store_true", help="only check small shapes, for compute-sanitizer")
+    parser.add_argument("--json", type=Path, help="write the measurements to this file")
+    parser.add_argument("--plot", type=Path, help="draw time and memory over length to this PNG file")
     options = parser.parse_args()
-    torch.cuda.init()
-    torch.zeros(1, device="cuda")
-    library = KernelLibrary(options.library)
-    library.load()
-    rate = nominal_rate()
-    workspace = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
-    rows: list[dict] = []
-    print(f"{torch.cuda.get_device_name()}, nominal FP32 {2 * rate / 1e12:.1f} TFLOP/s", flush=True)
-    if "decode" in options.parts:
-        check_and_time_decode(library, workspace, rows, options.quick)
-    if "prefill" in options.parts:
-        check_and_time_prefill(library, workspace, rate, rows, options.quick)
-    if "vision" in options.parts:
-        check_and_time_vision(library, workspace, rate, rows)
-    if "torch" in options.parts:
-        time_torch(rows)
-    print(table(rows))
+    if options.plot and ("curve" not in options.parts or options.quick):
+        parser.error("--plot needs the part curve, measured")
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA GPU that torch can use here")
+    try:
+        run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

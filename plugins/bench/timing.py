@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+
+from pascalvl.plugins.kernels.build import Target, cached, compile_cuda
 
 COLD_BYTES = 256 << 20
 """More than any L2 holds: calls that take turns over so many bytes find none of them there."""
@@ -45,12 +48,22 @@ def read_bandwidth(size: int) -> float:
 
 
 class Yardstick:
-    """The kernels of `yardstick.cu`, from PTX for compute_61."""
+    """The kernels of `yardstick.cu`, as PTX for compute_61 that lies beside the cached library."""
 
-    def __init__(self, ptx: Path) -> None:
+    def __init__(self) -> None:
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._module = ctypes.c_void_p()
-        self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), ptx.read_bytes() + b"\0"))
+        self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), self.ptx().read_bytes()))
+
+    @staticmethod
+    def ptx() -> Path:
+        """The file, compiled when first asked for."""
+        source = Path(__file__).with_name("yardstick.cu")
+        digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+        path = cached(Target.CUDA).with_name(f"yardstick-{digest}.ptx")
+        if not path.exists():
+            path.write_bytes(compile_cuda(source, cubin=False)[0])
+        return path
 
     def ffma_rate(self) -> float:
         """FP32 multiply-adds a second, from registers alone."""
@@ -82,9 +95,7 @@ class Yardstick:
     def _launch(self, kernel: str, grid: tuple[int, int], *arguments: torch.Tensor | int) -> None:
         function = ctypes.c_void_p()
         self._check(self._driver.cuModuleGetFunction(ctypes.byref(function), self._module, kernel.encode()))
-        values = [
-            ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a) for a in arguments
-        ]
+        values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a) for a in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         self._check(self._driver.cuLaunchKernel(function, *grid, 1, THREADS, 1, 1, 0, stream, pointers, None))
