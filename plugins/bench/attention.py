@@ -205,7 +205,8 @@ class Layer:
             return q.double()
         rotated = hadamard(q)
         most = rotated.abs().amax(-1, keepdim=True)
-        return (rotated * (127 / most)).round().double() * (most / 127).double()
+        codes = torch.full_like(most, 127)  # dividing by or of a number, torch multiplies by a reciprocal
+        return (rotated * (codes / most)).round().double() * (most / codes).double()
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:
@@ -217,7 +218,7 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
 
 
 def reference(q, k, v, first_position: int | None, old_q=None, old_k=None) -> torch.Tensor:
-    """Float64 attention of q, k, v ``[heads, n, dim]``: ``[seq, heads, dim]``; causal where there is a first position."""
+    """Float64 attention of q, k, v ``[heads, n, dim]``: ``[seq, heads, dim]``; causal given a first position."""
     group = q.shape[0] // k.shape[0]
     outs = []
     for head in range(q.shape[0]):
@@ -275,7 +276,7 @@ def decode(bench: Bench) -> Iterator[Row]:
 
 def prefill(bench: Bench) -> Iterator[Row]:
     for name in PREFILL_FORMATS:
-        for queries, total in ((70, 300),) if bench.quick else PREFILLS:
+        for queries, total in ((20, 150),) if bench.quick else PREFILLS:
             layer, q, k, v, length, expected = past_and_new(bench, name, queries, total)
             call = lambda x=(q, k, v, layer, length): bench.attend(*x)  # noqa: E731
             kernel = f"prefill {name}"
@@ -320,13 +321,14 @@ def curve(bench: Bench) -> Iterator[dict]:
     }
     for kind, attend in kinds.items():
         for length in CURVE:
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_allocated()
             q = torch.randn(HEADS, length, DIM, device="cuda")
             k, v = (torch.randn(KV_HEADS, length, DIM, device="cuda") for _ in range(2))
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             try:
                 attend(q, k, v)
-                peak = torch.cuda.max_memory_allocated()
+                peak = torch.cuda.max_memory_allocated() - before
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 attend(q, k, v)
@@ -335,6 +337,8 @@ def curve(bench: Bench) -> Iterator[dict]:
             except torch.OutOfMemoryError:
                 yield {"kind": kind, "length": length, "us": None, "peak_bytes": None}
                 break
+            finally:
+                del q, k, v
             yield {"kind": kind, "length": length, "us": 1e3 * start.elapsed_time(end), "peak_bytes": peak}
 
 

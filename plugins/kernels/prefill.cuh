@@ -117,8 +117,8 @@ struct ValueQuad<kInt4> {
   static __device__ __forceinline__ Raw load(const unsigned char* row, int d) {
     return load_global<unsigned>(row + d / 8 * 4);
   }
-  static __device__ __forceinline__ float4 convert(Raw raw, int d, float scale) {
-    return scaled_bytes(raw >> (d & 4) & 0x0f0f0f0fu, 8, scale);
+  static __device__ __forceinline__ float4 convert(Raw raw, int shift, float scale) {
+    return scaled_bytes(raw >> shift & 0x0f0f0f0fu, 8, scale);
   }
 };
 
@@ -378,6 +378,7 @@ struct Prefill : Tile<kValueDim> {
     unsigned short next_scale[T::kValueLoads];
     // A quad's place in the slice; what lies beyond the row is not stored.
     auto key_of_quad = [](int quad) { return quad / (T::kValuePitch / 4); };
+    const int shift = threadIdx.x % 2 * 4;  // to a quad's nibbles: rows have an even number of quads
     auto channel_of_quad = [&](int quad) { return min2(quad % (T::kValuePitch / 4) * 4, p.value_dim - 4); };
     auto fetch = [&](int s) {
 #pragma unroll
@@ -395,7 +396,7 @@ struct Prefill : Tile<kValueDim> {
         const int quad = threadIdx.x + i * kThreads;
         if (quad >= T::kValueQuads) continue;
         const float scale = kScaled ? half_to_float(next_scale[i]) : 1;
-        *reinterpret_cast<float4*>(buffer + 4 * quad) = Values::convert(next_v[i], channel_of_quad(quad), scale);
+        *reinterpret_cast<float4*>(buffer + 4 * quad) = Values::convert(next_v[i], shift, scale);
       }
     };
     auto use = [&](int s, const float* buffer) {
