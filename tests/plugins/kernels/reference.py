@@ -20,7 +20,7 @@ PAIRS = [
 
 
 def hadamard(x: np.ndarray) -> np.ndarray:
-    """Rows of 128 times the orthonormal Hadamard matrix (Sylvester's), in butterflies: of float32, the kernels' bits."""
+    """Rows of 128 times the orthonormal Hadamard matrix (Sylvester's), by butterflies: in float32 the kernels' bits."""
     for step in 2 ** np.arange(7):
         pairs = x.reshape(*x.shape[:-1], -1, 2, step)
         x = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2).reshape(x.shape)
@@ -66,12 +66,50 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
+class Memory:
+    """Where the arrays live that kernels read and write: plain memory, which the emulator's do at once."""
+
+    def allocate(self, size: int) -> np.ndarray:
+        """Zeros, uint8."""
+        return np.zeros(size, np.uint8)
+
+    def wait(self) -> None:
+        """Return when the kernels started so far are done."""
+
+
+class PinnedMemory(Memory):
+    """Memory of the host that a GPU reads and writes by the same addresses."""
+
+    def allocate(self, size: int) -> np.ndarray:
+        import torch
+
+        return torch.zeros(size, dtype=torch.uint8, pin_memory=True).numpy()
+
+    def wait(self) -> None:
+        import torch
+
+        torch.cuda.synchronize()
+
+
+memory = Memory()
+"""Of the library under test."""
+
+
 def aligned(shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
     """Zeros whose first element lies on a 16-byte boundary."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.zeros(size + 16, np.uint8)
+    raw = memory.allocate(size + 16)
     start = -raw.ctypes.data % 16
     return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def copy(array: np.ndarray | None) -> np.ndarray | None:
+    """The same in the kernels' memory."""
+    if array is None:
+        return None
+    copied = aligned(array.shape, array.dtype)
+    copied[...] = array
+    return copied
 
 
 def pointer(array: np.ndarray | None) -> int | None:
@@ -133,6 +171,7 @@ def append(
     slots: np.ndarray | None = None,
 ) -> None:
     """kv_append of key and value [layers, batch, num_kv_heads, seq, dim]."""
+    past_length, slots = copy(past_length), copy(slots)
     layers, batch, num_kv_heads, seq, _ = key.shape
     library.kv_append(
         AppendArgs(
@@ -153,6 +192,7 @@ def append(
             value_scale_stride=cache.scales[1].strides[0],
         )
     )
+    memory.wait()
 
 
 def causal_attention(
@@ -167,6 +207,7 @@ def causal_attention(
     sinks: int = 0,
 ) -> np.ndarray:
     """The library's attention of q [batch, num_heads, seq, dim] and new k, v over a cache."""
+    past_length = copy(past_length)
     batch, num_heads, seq, key_dim = q.shape
     out = aligned((batch, seq, num_heads, v.shape[-1]))
     out[:] = np.nan
@@ -190,6 +231,7 @@ def causal_attention(
     )
     workspace = aligned((library.attention_workspace(args),), np.uint8)
     library.attention(args, pointer(workspace), workspace.nbytes)
+    memory.wait()
     return out
 
 

@@ -1,11 +1,13 @@
-"""The kernels, compiled for the emulator, against NumPy."""
+"""The kernels against NumPy: on the emulator, and on a GPU where there is one."""
 
 import numpy as np
 import pytest
+import torch
 
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kernels.build import Target, build
+from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import AttentionArgs, KernelLibrary, RowFormat
+from tests.plugins.kernels import reference
 from tests.plugins.kernels.reference import (
     PAIRS,
     HostCache,
@@ -14,6 +16,7 @@ from tests.plugins.kernels.reference import (
     append,
     attention,
     causal_attention,
+    copy,
     expected_attention,
     hadamard,
     pointer,
@@ -26,11 +29,13 @@ TOLERANCE = 3e-6
 """FP32 sums of some hundred terms against float64: measured up to 6e-7. A cache's rounding is in the reference too."""
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory) -> KernelLibrary:
-    path = tmp_path_factory.mktemp("kernels") / "libpascalvl_emulated.so"
-    build(path, Target.EMULATOR)
-    return KernelLibrary(path)
+@pytest.fixture(scope="module", params=list(Target) if torch.cuda.is_available() else [Target.EMULATOR])
+def library(request) -> KernelLibrary:
+    on_gpu = request.param is Target.CUDA
+    reference.memory = reference.PinnedMemory() if on_gpu else reference.Memory()
+    if on_gpu:
+        torch.zeros(1, device="cuda")
+    return KernelLibrary(cached(request.param))
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -181,6 +186,34 @@ def test_decode_of_reduced_ranks(library, formats, key_dim, value_dim):
     assert relative_error(causal_attention(library, *case, 0.1), expected_attention(*case, 0.1)) < TOLERANCE
 
 
+# Combinations ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_combination(library, seed):
+    """Formats, ranks, groups, lengths, windows and outliers as they come."""
+    rng = np.random.default_rng([14, seed])
+    formats = PAIRS[seed % len(PAIRS)]
+    group, num_kv_heads = int(rng.choice([1, 2, 4, 8])), int(rng.integers(1, 4))
+    key_dim, value_dim = rng.choice([64, 96, 112, 128], 2)
+    shape = Shape(
+        batch=int(rng.integers(1, 3)),
+        num_heads=group * num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        key_dim=int(key_dim),
+        value_dim=int(value_dim),
+        capacity=int(rng.integers(1, 300)),
+    )
+    past = [int(rng.integers(shape.capacity + 1)) for _ in range(shape.batch)]
+    seq = 1 if rng.random() < 0.5 else int(rng.integers(2, 80))
+    window = int(rng.integers(1, 350)) if rng.random() < 0.5 else 0
+    sinks = int(rng.integers(20)) if window else 0
+    rotated = formats[0].is_quantised and shape.key_dim == 128 and rng.random() < 0.5
+    case = make_case(library, shape, formats, rotated, seq, past, seed, outliers=rng.random() < 0.5)
+    found = causal_attention(library, *case, 0.1, window, sinks)
+    assert relative_error(found, expected_attention(*case, 0.1, window, sinks)) < TOLERANCE
+
+
 # Extremes -------------------------------------------------------------------------------------------------------------
 
 
@@ -230,11 +263,12 @@ def packed_args(q, k, v, out, cu_seqlens, softmax_scale) -> AttentionArgs:
 @pytest.mark.parametrize("lengths", [(1,), (64,), (100,), (4, 64, 65, 16), (128, 1, 130)])
 def test_packed_sequences_see_themselves_alone(library, dim, lengths):
     rng = np.random.default_rng(12)
-    cu_seqlens = np.cumsum((0, *lengths)).astype(np.int32)
+    cu_seqlens = copy(np.cumsum((0, *lengths)).astype(np.int32))
     q, k, v = (normal(rng, 3, sum(lengths), dim) for _ in range(3))
     out = aligned((sum(lengths), 3, dim))
     out[:] = np.nan
     library.attention(packed_args(q, k, v, out, cu_seqlens, 0.15))
+    reference.memory.wait()
     owner = np.repeat(np.arange(len(lengths)), lengths)
     assert relative_error(out, attention(q, k, v, owner[:, None] == owner, 0.15)) < TOLERANCE
 
