@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import enum
+import functools
 import hashlib
 import importlib.util
 import logging
@@ -120,6 +122,7 @@ def _nvrtc() -> ctypes.CDLL:
     return ctypes.CDLL(str(found[0]))
 
 
+@functools.cache
 def compile_cuda(path: Path, cubin: bool) -> tuple[bytes, str]:
     """Compile a CUDA source file to a cubin for sm_61 or PTX for compute_61.
 
@@ -159,19 +162,47 @@ _FUNCTION = re.compile(
     r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
     re.DOTALL,
 )
+_ENTRY = re.compile(r"\.entry (?P<kernel>\w+)\(.*?\n\{(?P<body>.*?)\n\}", re.DOTALL)
+_MULTIPLY_ADD, _SHARED_LOAD = re.compile(r"\bfma\.rn\.f32|\bdp4a"), re.compile(r"\bld\.shared")
+_FEW = 64  # multiply-adds: fewer are no inner loop of arithmetic
 
 
-def resources() -> dict[str, dict[str, int]]:
-    """For each kernel, what ptxas says of sm_61: ``registers``, ``spills`` (bytes), ``shared`` (bytes)."""
-    table = {}
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What a kernel takes of an SM61: registers of a thread, and bytes that it spills; shared memory of a block."""
+
+    registers: int
+    spills: int
+    shared: int
+    multiply_adds_per_load: float | None
+    """FFMA and DP4A for each load from shared memory in its inner loops; None: there is no loop of arithmetic."""
+
+
+def resources() -> dict[str, Resources]:
+    """What each kernel takes, by ptxas for sm_61 and, for its inner loops, by the PTX, which is unrolled already."""
+    ratios, found = {}, {}
     for source in SOURCES:
-        for match in _FUNCTION.finditer(compile_cuda(FOLDER / f"{source}.cu", cubin=True)[1]):
-            table[match["kernel"]] = {
-                "registers": int(match["registers"]),
-                "spills": int(match["stores"]) + int(match["loads"]),
-                "shared": int(match["shared"] or 0),
-            }
-    return table
+        path = FOLDER / f"{source}.cu"
+        for entry in _ENTRY.finditer(compile_cuda(path, cubin=False)[0].decode()):
+            ratios[entry["kernel"]] = _multiply_adds_per_load(entry["body"])
+        for match in _FUNCTION.finditer(compile_cuda(path, cubin=True)[1]):
+            found[match["kernel"]] = Resources(
+                registers=int(match["registers"]),
+                spills=int(match["stores"]) + int(match["loads"]),
+                shared=int(match["shared"] or 0),
+                multiply_adds_per_load=ratios[match["kernel"]],
+            )
+    return found
+
+
+def _multiply_adds_per_load(body: str) -> float | None:
+    """Over the basic blocks that have at least half as many multiply-adds as the one with most."""
+    blocks = re.split(r"\n\$L\w+:", body)
+    counts = [(len(_MULTIPLY_ADD.findall(block)), len(_SHARED_LOAD.findall(block))) for block in blocks]
+    most = max(multiply_adds for multiply_adds, _ in counts)
+    inner = [(multiply_adds, loads) for multiply_adds, loads in counts if 2 * multiply_adds >= most]
+    loads = sum(loads for _, loads in inner)
+    return sum(multiply_adds for multiply_adds, _ in inner) / loads if most >= _FEW and loads else None
 
 
 def main() -> int:

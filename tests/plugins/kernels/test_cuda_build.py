@@ -34,8 +34,15 @@ def test_the_committed_table_is_what_the_compiler_says(resources):
 
 def test_no_kernel_spills_and_two_blocks_fit(resources):
     for kernel, use in resources.items():
-        assert use["spills"] == 0, kernel
-        assert report.resident_warps(use["registers"], use["shared"]) >= 8, kernel
+        assert use.spills == 0, kernel
+        assert report.resident_warps(kernel, use) >= 8, kernel
+
+
+def test_prefill_does_enough_with_what_it_loads(resources):
+    """An SM61 reads a word of shared memory for every two FFMA it does: of 16 bytes, one for every eight."""
+    for kernel, use in resources.items():
+        if kernel.startswith("prefill"):
+            assert use.multiply_adds_per_load > 8, kernel
 
 
 def test_images_for_sm61_and_for_newer_gpus_are_inside(cuda_library):
