@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import enum
+import hashlib
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -22,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pascalvl.plugins.errors import UserError
+
+log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCES = ("append", "decode", "prefill")
@@ -63,6 +67,29 @@ def build(output: Path, target: Target, flags: Sequence[str] = ()) -> None:
         if result.returncode:
             raise UserError(f"{compiler} failed to build {output.name}:\n{result.stderr}")
         made.replace(output)
+
+
+def cached(target: Target) -> Path:
+    """The library in the user's cache folder, built there on first use.
+
+    ``$XDG_CACHE_HOME`` (or ``~/.cache``) ``/pascalvl/kernels-<hash of the sources>/``. What compiles is not hashed, so
+    that a library carried from another machine serves where NVRTC and g++ are missing.
+
+    Raises:
+        UserError: see `build`.
+    """
+    # This file is among the sources: it holds the compilers' options.
+    sources = [*FOLDER.glob("*.c*"), *FOLDER.glob("*.h"), *(FOLDER.parent / "emulator").glob("*.h"), Path(__file__)]
+    digest = hashlib.sha256()
+    for source in sorted(sources, key=lambda path: path.name):
+        digest.update(source.name.encode() + b"\0" + hashlib.sha256(source.read_bytes()).digest())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = "libpascalvl.so" if target is Target.CUDA else "libpascalvl_emulated.so"
+    library = cache / "pascalvl" / f"kernels-{digest.hexdigest()[:16]}" / name
+    if not library.exists():
+        log.info("Compiling the kernels for %s into %s; this takes about 20 seconds, once.", target.value, library)
+        build(library, target)
+    return library
 
 
 def _images(directory: Path) -> Path:

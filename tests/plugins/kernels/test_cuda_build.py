@@ -2,15 +2,17 @@
 
 import ctypes
 import ctypes.util
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels import build as kernels_build
 from pascalvl.plugins.kernels import report
-from pascalvl.plugins.kernels.build import Target, build
+from pascalvl.plugins.kernels.build import Target, build, cached
 from pascalvl.plugins.kernels.library import KernelLibrary, RowFormat
 
 
@@ -65,6 +67,28 @@ def test_missing_nvrtc_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="nvidia-cuda-nvrtc-cu12"):
         build(tmp_path / "lib.so", Target.CUDA)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cached_library_serves_where_nothing_compiles(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = cached(Target.EMULATOR)
+    assert tmp_path in path.parents
+    assert KernelLibrary(path).row_bytes(RowFormat.INT4, 112) == 64
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert cached(Target.EMULATOR) == path
+    with pytest.raises(UserError, match="'no-such-compiler' was not found"):
+        cached(Target.CUDA)
+
+
+def test_other_sources_are_cached_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(kernels_build, "build", lambda output, target: None)
+    monkeypatch.setattr(kernels_build, "FOLDER", Path(shutil.copytree(kernels_build.FOLDER, tmp_path / "kernels")))
+    before = cached(Target.EMULATOR)
+    (tmp_path / "kernels" / "device.cuh").write_text("// edited\n", encoding="utf-8")
+    after = cached(Target.EMULATOR)
+    assert before.name == after.name
+    assert before.parent != after.parent
 
 
 def test_the_command_builds(tmp_path):
