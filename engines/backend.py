@@ -20,7 +20,8 @@ from pascalvl.plugins.kv_format import KVFormat
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-BACKENDS = {"onnxruntime": "pascalvl.engines.onnxruntime_backend"}
+REFERENCE = "torch"
+BACKENDS = {"onnxruntime": "pascalvl.engines.onnxruntime_backend", REFERENCE: "pascalvl.engines.torch_backend"}
 """Backends by name, the fastest first; the value is the module, which is imported only when it is chosen."""
 
 
@@ -105,10 +106,10 @@ def open_engine(
 
 
 def _backend_module(name: str):
-    """Import a backend's module; `AUTO` is the first that is installed."""
+    """Import a backend's module; `AUTO` is the first that is installed, but for the one that judges the others."""
     if name not in (AUTO, *BACKENDS):
         raise UserError(f"unknown backend {name!r}: expected one of {', '.join((AUTO, *BACKENDS))}.")
-    candidates = BACKENDS if name == AUTO else [name]
+    candidates = [known for known in BACKENDS if known != REFERENCE] if name == AUTO else [name]
     missing = []
     for candidate in candidates:
         try:
