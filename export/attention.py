@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+
+from pascalvl.export import torch_kernels
+from pascalvl.export.tiled_attention import TiledAttention
+from pascalvl.plugins.errors import UserError
 
 ATTN_IMPLEMENTATION = "pascalvl"
 PACKED_ATTN_IMPLEMENTATION = "pascalvl_flash"
@@ -33,50 +36,89 @@ def flash_attention_2(
 ) -> torch.Tensor:
     """Attention as `pascalvl.plugins.flash_attention` defines it.
 
+    Tensors on CUDA go to the kernels, in float32; others to `pascalvl.export.tiled_attention`, in any float type.
+    Differentiable once in q, k, v, past_key and past_value, on any device; memory is linear in the length both ways.
+
     Args:
         q: ``[batch, num_heads, seq, head_dim]``.
         k, v: ``[batch, num_kv_heads, seq, head_dim]``.
         cu_seqlens: int32 ``[segments + 1]``, bounds of the packed sequences; where not causal.
-        past_key, past_value: ``[batch, num_kv_heads, capacity, head_dim]``, float32 or float16; where causal.
-        past_length: int32 ``[batch]``, valid rows of the past; where causal.
+        past_key, past_value: ``[batch, num_kv_heads, capacity, head_dim]``, float32 or float16; where causal; None: no
+            past.
+        past_length: int32 ``[batch]``, valid rows of the past; where there is one.
         causal: which of the two modes.
         softmax_scale: factor on q k^T.
 
     Returns:
         ``[batch, seq, num_heads, head_dim]``, of ``q``'s type.
+
+    Raises:
+        ValueError: the kernels do not support the arguments, for example the head size; says which they do.
     """
-    if causal:
-        sequences = [
-            _attend_causal(q[b], k[b], v[b], past_key[b, :, :past], past_value[b, :, :past], softmax_scale)
-            for b, past in enumerate(past_length.tolist())
-        ]
-        return torch.stack(sequences).transpose(1, 2).contiguous()
-    lengths = cu_seqlens.diff().tolist()
-    segments = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-    attended = [scaled_dot_product_attention(*segment, scale=softmax_scale) for segment in segments]
-    return torch.cat(attended, dim=2).transpose(1, 2).contiguous()
-
-
-def _attend_causal(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past_k: torch.Tensor, past_v: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Attention of one sequence's new tokens (``[heads, seq, head_dim]``) over its past and themselves."""
-    seq, past = q.shape[1], past_k.shape[1]
-    visible = torch.ones(seq, past + seq, dtype=torch.bool, device=q.device).tril(past)
-    return scaled_dot_product_attention(
-        q[None],
-        torch.cat([past_k.to(k.dtype), k], dim=1)[None],
-        torch.cat([past_v.to(v.dtype), v], dim=1)[None],
-        attn_mask=visible,
-        scale=scale,
-        enable_gqa=True,
-    )[0]
+    if not torch_kernels.serve(q.device):
+        past = past_key, past_value, past_length
+        return TiledAttention(q, k, v, cu_seqlens, *past, causal, softmax_scale).forward()
+    kernels = torch_kernels.library(q.device)
+    try:
+        return torch_kernels.attention(
+            kernels,
+            q,
+            k,
+            v,
+            causal=causal,
+            softmax_scale=softmax_scale,
+            cu_seqlens=cu_seqlens,
+            past_key=past_key,
+            past_value=past_value,
+            past_length=past_length,
+        )
+    except UserError as error:
+        raise ValueError(str(error)) from None
 
 
 @flash_attention_2.register_fake
 def _(q, k, v, cu_seqlens, past_key, past_value, past_length, causal, softmax_scale):
     batch, num_heads, seq, head_dim = q.shape
     return q.new_empty(batch, seq, num_heads, head_dim)
+
+
+@torch.library.custom_op("pascalvl::flash_attention_2_backward", mutates_args=())
+def _flash_attention_2_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    past_key: torch.Tensor | None,
+    past_value: torch.Tensor | None,
+    past_length: torch.Tensor | None,
+    causal: bool,
+    softmax_scale: float,
+) -> list[torch.Tensor]:
+    """Gradients of q, k, v and, where there is a past, of past_key and past_value; ``grad`` is that of the output.
+
+    An op of its own, because its loops depend on lengths: a compiler traces over them.
+    """
+    past = past_key, past_value, past_length
+    return TiledAttention(q, k, v, cu_seqlens, *past, causal, softmax_scale).backward(grad)
+
+
+@_flash_attention_2_backward.register_fake
+def _(grad, q, k, v, cu_seqlens, past_key, past_value, past_length, causal, softmax_scale):
+    return [torch.empty_like(x) for x in (q, k, v, past_key, past_value) if x is not None]
+
+
+def _save_inputs(ctx, inputs: tuple, output: torch.Tensor) -> None:
+    *tensors, ctx.causal, ctx.softmax_scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    dq, dk, dv, *of_past = _flash_attention_2_backward(grad, *ctx.saved_tensors, ctx.causal, ctx.softmax_scale)
+    return dq, dk, dv, None, *(of_past or (None, None)), None, None, None
+
+
+flash_attention_2.register_autograd(_gradients, setup_context=_save_inputs)
 
 
 def attention_forward(
@@ -120,8 +162,7 @@ def attention_forward(
         return flash_attention_2(query, key, value, None, *external, True, scaling), None
     past = key.shape[2] - query.shape[2]
     if attention_mask is None:
-        length = torch.full((query.shape[0],), past, dtype=torch.int32, device=query.device)
-        return _causal(query, key, value, past, length, scaling), None
+        return _causal(query, key, value, past, scaling), None
     if attention_mask.dim() != 2:
         raise ValueError(
             f"{ATTN_IMPLEMENTATION} takes a padding mask [batch, length], found shape {tuple(attention_mask.shape)}"
@@ -131,18 +172,19 @@ def attention_forward(
     for b, tokens in enumerate(attention_mask.bool()):
         keys, queries = tokens.nonzero()[:, 0], tokens[past:].nonzero()[:, 0]
         own_past = keys.numel() - queries.numel()
-        length = torch.full((1,), own_past, dtype=torch.int32, device=query.device)
         own = query[b : b + 1, :, queries], key[b : b + 1, :, keys], value[b : b + 1, :, keys]
-        output[b, queries] = _causal(*own, own_past, length, scaling)[0]
+        output[b, queries] = _causal(*own, own_past, scaling)[0]
     return output, None
 
 
-def _causal(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, past: int, length: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    return flash_attention_2(
-        query, key[:, :, past:], value[:, :, past:], None, key[:, :, :past], value[:, :, :past], length, True, scaling
-    )
+def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, past: int, scaling: float) -> torch.Tensor:
+    """Attention over ``past`` tokens and then the new ones, both in ``key`` and ``value``."""
+    new = key[:, :, past:], value[:, :, past:]
+    if not past:
+        return flash_attention_2(query, *new, None, None, None, None, True, scaling)
+    # The kernels read the past where it lies if it is contiguous, as all of it is, and a slice is not.
+    length = torch.full(key.shape[:1], past, dtype=torch.int32, device=key.device)
+    return flash_attention_2(query, *new, None, key, value, length, True, scaling)
 
 
 for _name in (ATTN_IMPLEMENTATION, PACKED_ATTN_IMPLEMENTATION):
