@@ -116,12 +116,13 @@ class TorchSession(Session):
             }
             self._staged = torch.zeros(sum(sizes.values()), pin_memory=on_cuda)
             self._inputs = self._staged.to(device)
-            self._staged_inputs, self._step_inputs = (
+            staged, self._step_inputs = (
                 {name: part.view(1, 1, -1) for name, part in zip(sizes, whole.split([*sizes.values()]), strict=True)}
                 for whole in (self._staged, self._inputs)
             )
-            for inputs in (self._staged_inputs, self._step_inputs):
+            for inputs in (staged, self._step_inputs):
                 inputs[bindings.PAST_LENGTH] = inputs[bindings.PAST_LENGTH].view(torch.int32).flatten()
+            self._staged_inputs = {name: part.numpy() for name, part in staged.items()}
             # DeepStack adds nothing to text: it has no levels here.
             self._step_inputs[bindings.DEEPSTACK_EMBEDS] = self._inputs.new_empty(0, 1, 1, text.hidden_size)
             self._likeliest = torch.zeros(2, dtype=torch.float64, pin_memory=on_cuda)
@@ -152,7 +153,7 @@ class TorchSession(Session):
 
     def _decode(self, feeds: Mapping[str, np.ndarray]) -> None:
         for name, array in feeds.items():
-            self._staged_inputs[name].numpy()[:] = array
+            self._staged_inputs[name][:] = array
         self._staged_inputs[bindings.PAST_LENGTH][0] = self.length
         with evaluation("the decoder engine"):
             if self.graph:
@@ -194,7 +195,7 @@ class TorchSession(Session):
         try:
             with torch.cuda.graph(graph, stream=stream):
                 self._step()
-        except (RuntimeError, UserError) as error:
+        except (RuntimeError, ValueError, UserError) as error:
             log.warning("the decode step is no CUDA graph, and slower: it cannot be captured (%s)", error)
             return None
         return graph
