@@ -55,6 +55,7 @@ transposed; either way it may have been reshaped."""
 TRANSPOSED = ".T"
 CHECKPOINT_CONFIG = "config.json"
 """Hugging Face's config of a model bundle's checkpoint."""
+MODEL_FILES = (*HOST_FILES, CHECKPOINT_CONFIG, *ONNX_FILES)
 
 _WRITTEN_BY = {"model": "pascalvl export", "engine": "pascalvl build"}
 _EMBEDDING_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -116,7 +117,7 @@ class Manifest:
             manifest._check_types()
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not complete ({error}): {rewrite}.") from error
-        manifest.require(HOST_FILES if manifest.kind == "engine" else (*HOST_FILES, CHECKPOINT_CONFIG, *ONNX_FILES))
+        manifest.require(HOST_FILES if manifest.kind == "engine" else MODEL_FILES)
         if manifest.files[EMBEDDINGS]["bytes"] != manifest._embedding_bytes:
             raise UserError(f"{path} is not complete ({EMBEDDINGS} is of another size): {rewrite}.")
         return manifest
