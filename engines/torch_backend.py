@@ -189,15 +189,16 @@ class TorchSession(Session):
         device = self._engine.device
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            self._step()  # what libraries set up on first use cannot be captured
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, stream=stream):
-                self._step()
-        except (RuntimeError, ValueError, UserError) as error:
-            log.warning("the decode step is no CUDA graph, and slower: it cannot be captured (%s)", error)
-            return None
+        with torch.cuda.stream(stream):  # which a capture that fails would leave the current one
+            self._step()  # what libraries set up on first use cannot be captured
+            try:
+                with torch.cuda.graph(graph, stream=stream):
+                    self._step()
+            except (RuntimeError, ValueError, UserError) as error:
+                log.warning("the decode step is no CUDA graph, and slower: it cannot be captured (%s)", error)
+                graph = None
+        torch.cuda.current_stream(device).wait_stream(stream)
         return graph
 
 

@@ -18,7 +18,7 @@ from pascalvl.plugins.kernels.library import KernelLibrary
 from pascalvl.plugins.kv_format import KVFormat
 from pascalvl.runtime import SamplingParams, VisionLanguageModel
 from pascalvl.runtime.cli import main
-from tests.engines.torch_reference import answer, assistant, reference_tokens, scene, user
+from tests.engines.torch_reference import answer, assistant, reference_answer, scene, user
 
 PICTURE = [user(scene(1, 64, 64), "Describe the picture.")]
 TURNS = [*PICTURE, assistant("A grid."), user("Which shapes are red?")]
@@ -67,7 +67,7 @@ def launches(monkeypatch):
 def test_tokens_equal_the_reference_and_come_from_the_kernels(kv_format, bundles, nano_reference, launches):
     model = fresh(bundles[kv_format])
     generation = answer(model, PICTURE, NEW_TOKENS)
-    assert generation.token_ids == reference_tokens(nano_reference, model.prompt(PICTURE), NEW_TOKENS)
+    assert generation.token_ids == reference_answer(nano_reference, model.prompt(PICTURE), NEW_TOKENS)[0]
     assert len(generation.token_ids) == NEW_TOKENS  # one of them from the prefill
     layers, depth = model.config.text.num_hidden_layers, model.config.vision.depth
     assert launches == {"attention": depth + NEW_TOKENS * layers, "kv_append": NEW_TOKENS}
@@ -106,16 +106,16 @@ def test_a_shared_prefix_is_not_run_again(bundle, nano_reference):
     answer(model, PICTURE, 2)
     generation = answer(model, TURNS, NEW_TOKENS)
     assert generation.reused_tokens >= len(model.prompt(PICTURE).token_ids) - 1
-    assert generation.token_ids == reference_tokens(nano_reference, model.prompt(TURNS), NEW_TOKENS)
+    assert generation.token_ids == reference_answer(nano_reference, model.prompt(TURNS), NEW_TOKENS)[0]
 
 
-def test_tokens_that_are_not_the_likeliest(bundle, nano_engine_bundle):
-    """A repetition penalty needs the logits on the host."""
-    sampling = SamplingParams(repetition_penalty=1.5)
-    found, expected = (
-        answer(fresh(path), PICTURE, NEW_TOKENS, sampling=sampling).token_ids for path in (bundle, nano_engine_bundle)
-    )
-    assert found == expected
+def test_repetition_penalty(bundle, nano_reference):
+    """It needs the logits on the host."""
+    model = fresh(bundle)
+    found = answer(model, PICTURE, NEW_TOKENS, SamplingParams(repetition_penalty=10.0)).token_ids
+    prompt = model.prompt(PICTURE)
+    assert found == reference_answer(nano_reference, prompt, NEW_TOKENS, repetition_penalty=10.0)[0]
+    assert found != reference_answer(nano_reference, prompt, NEW_TOKENS)[0]
 
 
 def _decoder_feeds(manifest, seq, capacity, past):

@@ -33,15 +33,19 @@ def assistant(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 
-def answer(model: VisionLanguageModel, messages: list[dict], new_tokens: int, **options: object) -> Generation:
-    generation = model.generate(messages, options.get("sampling", GREEDY), new_tokens)
+def answer(
+    model: VisionLanguageModel, messages: list[dict], new_tokens: int, sampling: SamplingParams = GREEDY
+) -> Generation:
+    generation = model.generate(messages, sampling, new_tokens)
     for _ in generation:
         pass
     return generation
 
 
-def reference_tokens(reference: Qwen3VLForConditionalGeneration, prompt: Prompt, new_tokens: int) -> list[int]:
-    """Hugging Face's answer to a prompt, on the device that the model is on."""
+def reference_answer(
+    reference: Qwen3VLForConditionalGeneration, prompt: Prompt, new_tokens: int, **options: object
+) -> tuple[list[int], np.ndarray]:
+    """Hugging Face's answer to a prompt, on the device that the model is on: tokens [n], logits [n, vocab_size]."""
     config, device = reference.config, reference.device
     token_ids = torch.from_numpy(prompt.token_ids)[None].to(device)
     inputs = {
@@ -57,5 +61,12 @@ def reference_tokens(reference: Qwen3VLForConditionalGeneration, prompt: Prompt,
             inputs[pixels] = torch.from_numpy(np.concatenate([p.pixel_values for p in patches])).to(device)
             inputs[grid] = torch.tensor([p.grid for p in patches], device=device)
     with torch.no_grad():
-        tokens = reference.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-    return tokens[0, token_ids.shape[1] :].tolist()
+        result = reference.generate(
+            **inputs,
+            **options,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return result.sequences[0, token_ids.shape[1] :].tolist(), torch.cat(result.logits).cpu().numpy()
