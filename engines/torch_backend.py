@@ -196,7 +196,8 @@ class TorchSession(Session):
                 with torch.cuda.graph(graph, stream=stream):
                     self._step()
             except (RuntimeError, ValueError, UserError) as error:
-                log.warning("the decode step is no CUDA graph, and slower: it cannot be captured (%s)", error)
+                cause = error.__context__ or error  # ending a capture that failed is an error of its own
+                log.warning("the decode step is no CUDA graph, and slower: it cannot be captured (%s)", cause)
                 graph = None
         torch.cuda.current_stream(device).wait_stream(stream)
         return graph
@@ -255,8 +256,8 @@ def _device() -> torch.device:
         torch.zeros(1, device=device)
     except RuntimeError as error:  # made for other cards, or another program has all of its memory
         raise UserError(
-            f"PyTorch {torch.__version__} cannot use {name} ({str(error).splitlines()[0]}): put that right, or hide "
-            "the card with CUDA_VISIBLE_DEVICES= to use the CPU."
+            f"PyTorch {torch.__version__} cannot use {name} ({str(error).splitlines()[0]}): install one made for "
+            "it, end what else uses it, or hide it with CUDA_VISIBLE_DEVICES= to use the CPU."
         ) from error
     log.info("device %s: %s", device, name)
     return device
