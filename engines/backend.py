@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 AUTO = "auto"
 REFERENCE = "torch"
+"""What the others are judged by; `AUTO` never takes it: it is not made for speed, and on a CPU its kernels are emulated."""
 BACKENDS = {"onnxruntime": "pascalvl.engines.onnxruntime_backend", REFERENCE: "pascalvl.engines.torch_backend"}
 """Backends by name, the fastest first; the value is the module, which is imported only when it is chosen."""
 
@@ -106,7 +107,7 @@ def open_engine(
 
 
 def _backend_module(name: str):
-    """Import a backend's module; `AUTO` is the first that is installed, but for the one that judges the others."""
+    """Import a backend's module; `AUTO` is the first that is installed and not `REFERENCE`."""
     if name not in (AUTO, *BACKENDS):
         raise UserError(f"unknown backend {name!r}: expected one of {', '.join((AUTO, *BACKENDS))}.")
     candidates = [known for known in BACKENDS if known != REFERENCE] if name == AUTO else [name]

@@ -51,7 +51,7 @@ class Session(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Run one token of text, ``feeds`` without `bindings.DEEPSTACK_EMBEDS`; returns its logits [1, vocab_size]."""
+        """Run one token of text, ``feeds`` without `bindings.DEEPSTACK_EMBEDS`; returns logits ``[1, vocab_size]``."""
 
     def decode_greedy(self, feeds: Mapping[str, np.ndarray]) -> tuple[int, float]:
         """As `decode`, but returns only the first of the likeliest tokens, and its logit (NaN if any logit is)."""
