@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 AUTO = "auto"
 REFERENCE = "torch"
-"""What the others are judged by; `AUTO` never takes it: it is not made for speed, and on a CPU its kernels are emulated."""
+"""What the others are judged by; `AUTO` never takes it, since a CPU has to emulate its kernels."""
 BACKENDS = {"onnxruntime": "pascalvl.engines.onnxruntime_backend", REFERENCE: "pascalvl.engines.torch_backend"}
 """Backends by name, the fastest first; the value is the module, which is imported only when it is chosen."""
 
