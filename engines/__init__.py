@@ -1,5 +1,6 @@
 """ONNX model bundle to engine bundle, and engine bundle to something that runs; one module a backend."""
 
 from pascalvl.engines.backend import Engine, build, open_engine
+from pascalvl.engines.session import Session
 
-__all__ = ["Engine", "build", "open_engine"]
+__all__ = ["Engine", "Session", "build", "open_engine"]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pascalvl.engines.session import HostSession, Session
 from pascalvl.plugins.bundle import HOST_FILES, Manifest, atomic_directory
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import KVFormat
@@ -19,7 +20,9 @@ from pascalvl.plugins.kv_format import KVFormat
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-BACKENDS = {"onnxruntime": "pascalvl.engines.onnxruntime_backend"}
+REFERENCE = "torch"
+"""What the others are judged by; `AUTO` never takes it, since a CPU has to emulate its kernels."""
+BACKENDS = {"onnxruntime": "pascalvl.engines.onnxruntime_backend", REFERENCE: "pascalvl.engines.torch_backend"}
 """Backends by name, the fastest first; the value is the module, which is imported only when it is chosen."""
 
 
@@ -41,6 +44,20 @@ class Engine(abc.ABC):
         Raises:
             MemoryError: the outputs or intermediate results do not fit in memory.
         """
+
+    def open_session(self, capacity: int) -> Session:
+        """Lay out the cache of a sequence of up to ``capacity`` tokens; raises `UserError` if there is no room."""
+        try:
+            return self._new_session(capacity)
+        except MemoryError:
+            needed = capacity * self.manifest.kv_format.bytes_per_token(self.manifest.model.text)
+            raise UserError(
+                f"a context of {capacity} tokens needs {needed / 1e9:.1f} GB for its KV cache, which is more than can "
+                "be allocated: ask for a shorter context."
+            ) from None
+
+    def _new_session(self, capacity: int) -> Session:
+        return HostSession(self, capacity)
 
 
 def build(model_bundle: Path, output: Path, backend: str = AUTO, kv_format: KVFormat = KVFormat.F32) -> Manifest:
@@ -90,10 +107,10 @@ def open_engine(
 
 
 def _backend_module(name: str):
-    """Import a backend's module; `AUTO` is the first that is installed."""
+    """Import a backend's module; `AUTO` is the first that is installed and not `REFERENCE`."""
     if name not in (AUTO, *BACKENDS):
         raise UserError(f"unknown backend {name!r}: expected one of {', '.join((AUTO, *BACKENDS))}.")
-    candidates = BACKENDS if name == AUTO else [name]
+    candidates = [known for known in BACKENDS if known != REFERENCE] if name == AUTO else [name]
     missing = []
     for candidate in candidates:
         try:

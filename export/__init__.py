@@ -1,5 +1,19 @@
 """Qwen3-VL checkpoint to ONNX model bundle."""
 
-from pascalvl.export.exporter import export_checkpoint
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pascalvl.export.exporter import export_checkpoint
 
 __all__ = ["export_checkpoint"]
+
+
+def __getattr__(name: str) -> Any:
+    # Not before it is used: the op and the modules need less than an export.
+    if name != "export_checkpoint":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pascalvl.export.exporter import export_checkpoint
+
+    return export_checkpoint

@@ -43,7 +43,7 @@ def flash_attention_2(
         q: ``[batch, num_heads, seq, head_dim]``.
         k, v: ``[batch, num_kv_heads, seq, head_dim]``.
         cu_seqlens: int32 ``[segments + 1]``, bounds of the packed sequences; where not causal.
-        past_key, past_value: ``[batch, num_kv_heads, capacity, head_dim]``, float32 or float16; where causal; None: no
+        past_key, past_value: ``[batch, num_kv_heads, capacity, head_dim]``, float32 or float16; where causal. None: no
             past.
         past_length: int32 ``[batch]``, valid rows of the past; where there is one.
         causal: which of the two modes.
@@ -55,7 +55,7 @@ def flash_attention_2(
     Raises:
         ValueError: the kernels do not support the arguments, for example the head size; says which they do.
     """
-    if not torch_kernels.serve(q.device):
+    if not torch_kernels.serves(q.device):
         past = past_key, past_value, past_length
         return TiledAttention(q, k, v, cu_seqlens, *past, causal, softmax_scale).forward()
     kernels = torch_kernels.library(q.device)
@@ -171,6 +171,8 @@ def attention_forward(
     output = query.new_zeros(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
     for b, tokens in enumerate(attention_mask.bool()):
         keys, queries = tokens.nonzero()[:, 0], tokens[past:].nonzero()[:, 0]
+        if not queries.numel():
+            continue
         own_past = keys.numel() - queries.numel()
         own = query[b : b + 1, :, queries], key[b : b + 1, :, keys], value[b : b + 1, :, keys]
         output[b, queries] = _causal(*own, own_past, scaling)[0]

@@ -19,14 +19,25 @@ from pascalvl.plugins import bundle
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.model_config import ModelConfig, TextConfig, VisionConfig
 
-_CONFIG = "config.json"
+_CONFIG = bundle.CHECKPOINT_CONFIG
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MODEL_TYPE = "qwen3_vl"
+TOKEN_EMBEDDINGS = "model.language_model.embed_tokens.weight"
+"""The one tensor that is in no graph, unless it is the lm_head too: the runtime looks it up on the host."""
 _COPIED_FILES = (bundle.TOKENIZER, bundle.GENERATION_CONFIG, bundle.IMAGE_PROCESSOR, bundle.VIDEO_PROCESSOR)
 """JSON that the runtime reads as it is."""
 _STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 """Rope types whose frequencies do not depend on the length of the prompt."""
+
+
+def meta_model(config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
+    """The Hugging Face model in float32, with the op as its attention, and without memory for its weights."""
+    config._attn_implementation = ATTN_IMPLEMENTATION
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(config).float()
+    model.tie_weights()
+    return model
 
 
 class Checkpoint:
@@ -69,12 +80,9 @@ class Checkpoint:
         self._files.close()
 
     def meta_model(self) -> Qwen3VLForConditionalGeneration:
-        """The Hugging Face model in float32, without memory for its weights; each of its tensors is on disk."""
-        config = self.hf_config
-        config._attn_implementation = ATTN_IMPLEMENTATION
-        with self._config_errors(), torch.device("meta"):
-            model = Qwen3VLForConditionalGeneration(config).float()
-        model.tie_weights()
+        """The model that `meta_model` makes of the config; each of its tensors is on disk."""
+        with self._config_errors():
+            model = meta_model(self.hf_config)
         for name, parameter in model.named_parameters():
             if name not in self._shard_of:
                 raise UserError(
@@ -125,8 +133,8 @@ class Checkpoint:
         return total.hexdigest()
 
     def copy_host_files(self, target: Path) -> None:
-        """Put the files that the runtime's tokenizer and processors read into ``target``."""
-        for name in _COPIED_FILES:
+        """Put the config, and the files that the runtime's tokenizer and processors read, into ``target``."""
+        for name in (_CONFIG, *_COPIED_FILES):
             shutil.copyfile(self.directory / name, target / name)
         (target / bundle.CHAT_TEMPLATE).write_text(self._chat_template, encoding="utf-8")
 

@@ -15,11 +15,11 @@ from rich.progress import Progress
 from transformers import Qwen3VLForConditionalGeneration
 
 from pascalvl.export import conformance, onnx_op
-from pascalvl.export.checkpoint import Checkpoint
+from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint
 from pascalvl.export.modules import Decoder, VisionEncoder
 from pascalvl.export.trace import TracedGraph, Weight, example_inputs, trace
 from pascalvl.plugins import bindings
-from pascalvl.plugins.bundle import EMBEDDINGS, Manifest, atomic_directory
+from pascalvl.plugins.bundle import EMBEDDINGS, TRANSPOSED, Manifest, atomic_directory
 from pascalvl.plugins.flash_attention import OP_NAME, OP_VERSION
 from pascalvl.plugins.kv_format import KVFormat
 from pascalvl.plugins.model_config import ModelConfig
@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 _ALIGNMENT = 4096
 """Weights start on page boundaries, so that a runtime can map them instead of reading them."""
-_EMBEDDING = "model.language_model.embed_tokens.weight"
 
 
 def export_checkpoint(
@@ -155,6 +154,7 @@ def write_graph(graph: TracedGraph, checkpoint: Checkpoint, path: Path):
                 data_type=onnx.TensorProto.FLOAT,
                 dims=weight.graph_shape,
                 data_location=onnx.TensorProto.EXTERNAL,
+                doc_string=weight.source + TRANSPOSED * weight.transposed,
             )
             for key, value in (("location", data_name), ("offset", offset), ("length", data.tell() - offset)):
                 external.external_data.add(key=key, value=str(value))
@@ -173,7 +173,7 @@ def _weight_array(checkpoint: Checkpoint, weight: Weight) -> np.ndarray:
 
 def _write_embeddings(checkpoint: Checkpoint, path: Path) -> dict[str, object]:
     """Write the token embeddings as they are in the checkpoint, rows on end; returns their type and shape."""
-    table = checkpoint.tensor(_EMBEDDING).contiguous()
+    table = checkpoint.tensor(TOKEN_EMBEDDINGS).contiguous()
     path.write_bytes(table.view(torch.uint8).numpy())
     return {"dtype": str(table.dtype).removeprefix("torch."), "shape": list(table.shape)}
 

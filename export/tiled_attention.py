@@ -42,6 +42,11 @@ class TiledAttention:
     causal: bool
     softmax_scale: float
 
+    def __post_init__(self) -> None:
+        if not self.q.shape[2] == self.k.shape[2] == self.v.shape[2]:
+            q, k, v = (list(x.shape) for x in (self.q, self.k, self.v))
+            raise ValueError(f"k and v have q's tokens; found q {q}, k {k}, v {v}")
+
     def forward(self) -> torch.Tensor:
         """``[batch, seq, num_heads, head_dim]``, of ``q``'s type."""
         batch, num_heads, seq, _ = self.q.shape

@@ -27,7 +27,7 @@ def emulated() -> Iterator[None]:
         _emulated.reset(token)
 
 
-def serve(device: torch.device) -> bool:
+def serves(device: torch.device) -> bool:
     """Whether `pascalvl::flash_attention_2` sends a device's tensors to the kernels."""
     return device.type == "cuda" or (device.type == "cpu" and _emulated.get())
 

@@ -1,7 +1,8 @@
 """Bundles: directories of artefacts with a manifest that says what they are and what bytes they must be.
 
-A *model bundle* (written by export) holds the two ONNX graphs, the embedding table and the tokenizer's files. An
-*engine bundle* (written by a build) holds what one backend runs, and the same tables. `manifest.json` carries:
+A *model bundle* (written by export) holds the two ONNX graphs, the checkpoint's config, the embedding table and the
+tokenizer's files. An *engine bundle* (written by a build) holds what one backend runs, and the same tables.
+`manifest.json` carries:
 
 ========== ===========================================================================================================
 kind       ``model`` or ``engine``
@@ -47,7 +48,14 @@ VIDEO_PROCESSOR = "video_preprocessor_config.json"
 HOST_FILES = (EMBEDDINGS, TOKENIZER, CHAT_TEMPLATE, GENERATION_CONFIG, IMAGE_PROCESSOR, VIDEO_PROCESSOR)
 """Files the runtime reads itself; a build passes them on unchanged."""
 ONNX_FILES = tuple(f"{graph}.onnx{part}" for graph in (bindings.VISION, bindings.DECODER) for part in ("", ".data"))
-"""The graphs of a model bundle, and their weights."""
+"""The graphs of a model bundle, and their weights.
+
+The ``doc_string`` of a weight is the name of its checkpoint tensor, with `TRANSPOSED` behind it where the graph has it
+transposed; either way it may have been reshaped."""
+TRANSPOSED = ".T"
+CHECKPOINT_CONFIG = "config.json"
+"""Hugging Face's config of a model bundle's checkpoint."""
+MODEL_FILES = (*HOST_FILES, CHECKPOINT_CONFIG, *ONNX_FILES)
 
 _WRITTEN_BY = {"model": "pascalvl export", "engine": "pascalvl build"}
 _EMBEDDING_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -109,7 +117,7 @@ class Manifest:
             manifest._check_types()
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not complete ({error}): {rewrite}.") from error
-        manifest.require(HOST_FILES if manifest.kind == "engine" else (*HOST_FILES, *ONNX_FILES))
+        manifest.require(HOST_FILES if manifest.kind == "engine" else MODEL_FILES)
         if manifest.files[EMBEDDINGS]["bytes"] != manifest._embedding_bytes:
             raise UserError(f"{path} is not complete ({EMBEDDINGS} is of another size): {rewrite}.")
         return manifest

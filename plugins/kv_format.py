@@ -11,6 +11,7 @@ import enum
 import numpy as np
 
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.model_config import TextConfig
 
 
 class KVFormat(enum.Enum):
@@ -36,3 +37,11 @@ class KVFormat(enum.Enum):
     def row_bytes(self, head_dim: int) -> int:
         """Bytes of one token's key (or value) of one head."""
         return head_dim * self.dtype.itemsize
+
+    def bytes_per_token(self, text: TextConfig) -> int:
+        """Bytes that one token takes in all layers, keys and values together."""
+        return 2 * text.num_hidden_layers * text.num_key_value_heads * self.row_bytes(text.head_dim)
+
+    def storage_shape(self, text: TextConfig, capacity: int) -> tuple[int, ...]:
+        """Shape of one sequence's rows in all layers; index 1 tells keys (0) from values (1)."""
+        return text.num_hidden_layers, 2, 1, text.num_key_value_heads, capacity, text.head_dim

@@ -457,13 +457,12 @@ def _inspect(args: argparse.Namespace) -> int:
 
     from pascalvl.plugins.bundle import Manifest
     from pascalvl.plugins.kv_format import KVFormat
-    from pascalvl.runtime.kv_cache import KVCache
 
     manifest = Manifest.read(args.bundle, "model", "engine")
     text, vision = manifest.model.text, manifest.model.vision
     formats = list(KVFormat) if manifest.kind == "model" else [manifest.kv_format]
     weights = sum(manifest.files[name]["bytes"] for name in manifest.files if name.startswith(tuple(manifest.graphs)))
-    per_token = {f: KVCache.bytes_per_token(text, f) for f in formats}
+    per_token = {f: f.bytes_per_token(text) for f in formats}
 
     facts = Table.grid(padding=(0, 2))
     facts.add_row("bundle", f"{manifest.kind}, version {manifest.version}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from pascalvl.runtime.image import Patches
 from pascalvl.runtime.kv_cache import KVCache
 from pascalvl.runtime.positions import position_grid_taps, rope_tables, vision_cu_seqlens, vision_rope_tables
 from pascalvl.runtime.prompt import Prompt, PromptBuilder, Visual
-from pascalvl.runtime.sampling import Sampler, SamplingParams
+from pascalvl.runtime.sampling import Sampler, SamplingParams, check_finite
 
 DEFAULT_CONTEXT_LENGTH = 4096
 """Room for a few pictures and a conversation; about 1 GB of f16 cache for the largest published model."""
@@ -55,13 +55,9 @@ class VisionLanguageModel:
         self._prefill_chunk = prefill_chunk
         self._prompts = PromptBuilder(engine.directory, self.config, max_pixels)
         self._embeddings = EmbeddingTable(engine.directory / EMBEDDINGS, **self.manifest.embeddings)
-        self._cache = KVCache(text, self.manifest.kv_format, self.context_length)
+        self._session = engine.open_session(self.context_length)
+        self._cache = KVCache(self._session)
         self._answering: Generator[str, None, None] = (piece for piece in ())
-
-        # The inputs of a decode step, written in place.
-        self._token_embeds, self._token_deepstack = self._text_inputs(1)
-        self._token_rope = np.empty((2, 1, 1, text.head_dim), np.float32)
-        self._decode_feeds = self._feeds(self._token_embeds, self._token_deepstack, *self._token_rope)
 
     @classmethod
     def open(
@@ -160,7 +156,8 @@ class VisionLanguageModel:
                 hidden = np.concatenate([outputs[name][0] for outputs in chunks])
                 traced[validation.prefill_hidden_states(layer)] = hidden
         for step, token in enumerate(forced_tokens):
-            traced[validation.decode_logits(step)] = self._decode(token, prompt.next_position + step)
+            feeds = self._decode_feeds(token, prompt.next_position + step)
+            traced[validation.decode_logits(step)] = self._session.decode(feeds)
         return traced
 
     def _room(self, prompt: Prompt, needed: int = 1) -> int:
@@ -196,9 +193,10 @@ class VisionLanguageModel:
         reason = FinishReason.LENGTH
         for step in range(limit):
             start = time.perf_counter()
-            if step > 0:
-                logits = self._decode(generation.token_ids[-1], prompt.next_position + step - 1)
-            token = sampler(logits[0])
+            if step == 0:
+                token = sampler(logits[0])
+            else:
+                token = self._next(generation.token_ids[-1], prompt.next_position + step - 1, sampler)
             generation.token_ids.append(token)
             piece = "" if token in self.generation_config.eos_token_ids else matcher.push(text.push(token))
             generation.decode_seconds += time.perf_counter() - start
@@ -239,40 +237,38 @@ class VisionLanguageModel:
         """Run the prompt's tokens that are not in the cache, chunk by chunk; yields the decoder's outputs."""
         for start in range(self._cache.length, len(identities), self._prefill_chunk):
             chunk = slice(start, min(start + self._prefill_chunk, len(identities)))
-            embeds, deepstack = self._text_inputs(chunk.stop - start)
-            embeds[0] = self._embeddings[prompt.token_ids[chunk]]
+            feeds = self._feeds(prompt.token_ids[chunk], prompt.position_ids[:, chunk])
+            embeds = feeds[bindings.INPUTS_EMBEDS]
+            deepstack = np.zeros((self.config.num_deepstack, *embeds.shape), np.float32)
             for visual, (image_embeds, levels) in seen:
                 first, last = np.searchsorted(visual.token_indices, (start, chunk.stop))
                 rows = visual.token_indices[first:last] - start
                 embeds[0, rows] = image_embeds[first:last]
                 deepstack[:, 0, rows] = levels[:, first:last]
-            cos, sin = rope_tables(prompt.position_ids[:, chunk], self.config.text)
-            outputs = self._engine.run(bindings.DECODER, self._feeds(embeds, deepstack, cos[None], sin[None]))
-            self._cache.append(outputs, identities[chunk])
-            yield outputs
+            self._cache.expect(identities[chunk])
+            yield self._session.prefill({**feeds, bindings.DEEPSTACK_EMBEDS: deepstack})
 
-    def _decode(self, token: int, position: int) -> np.ndarray:
-        """Run one more token; returns the logits after it, ``[1, vocab_size]``."""
-        self._token_embeds[0] = self._embeddings[[token]]
-        self._token_rope[:, 0] = rope_tables(np.full((3, 1), position), self.config.text)
-        outputs = self._engine.run(bindings.DECODER, self._decode_feeds)
-        self._cache.append(outputs, np.array([token]))
-        return outputs[bindings.LOGITS]
+    def _next(self, token: int, position: int, sampler: Sampler) -> int:
+        """Run one more token; returns the one chosen after it."""
+        feeds = self._decode_feeds(token, position)
+        if not sampler.params.takes_likeliest:
+            return sampler(self._session.decode(feeds)[0])
+        likeliest, logit = self._session.decode_greedy(feeds)
+        check_finite(logit)
+        return likeliest
 
-    def _text_inputs(self, seq: int) -> tuple[np.ndarray, np.ndarray]:
-        """Arrays for embeddings and, zero as it is for text, DeepStack's."""
-        hidden = self.config.text.hidden_size
-        return np.empty((1, seq, hidden), np.float32), np.zeros((self.config.num_deepstack, 1, seq, hidden), np.float32)
+    def _decode_feeds(self, token: int, position: int) -> dict[str, np.ndarray]:
+        """What the session takes of one more token of text, which the cache then expects."""
+        self._cache.expect(np.array([token]))
+        return self._feeds([token], np.full((3, 1), position))
 
-    def _feeds(
-        self, embeds: np.ndarray, deepstack: np.ndarray, cos: np.ndarray, sin: np.ndarray
-    ) -> Mapping[str, np.ndarray]:
+    def _feeds(self, token_ids: Sequence[int] | np.ndarray, position_ids: np.ndarray) -> dict[str, np.ndarray]:
+        """The decoder's inputs for tokens of text ``[n]`` at positions ``[3, n]``."""
+        cos, sin = rope_tables(position_ids, self.config.text)
         return {
-            **self._cache.feeds,
-            bindings.INPUTS_EMBEDS: embeds,
-            bindings.DEEPSTACK_EMBEDS: deepstack,
-            bindings.ROPE_COS: cos,
-            bindings.ROPE_SIN: sin,
+            bindings.INPUTS_EMBEDS: self._embeddings[token_ids][None],
+            bindings.ROPE_COS: cos[None],
+            bindings.ROPE_SIN: sin[None],
         }
 
 

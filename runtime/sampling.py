@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 
 import numpy as np
@@ -58,6 +59,19 @@ class SamplingParams:
             if not valid:
                 raise UserError(f"{name} is out of range: expected {accepted}, found {getattr(self, name)!r}.")
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the token of the highest logit is chosen, whatever was seen before."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
+
+def check_finite(highest: float) -> None:
+    """Raise `UserError` if the highest logit (NaN if there is one) says that logits are not finite."""
+    if not math.isfinite(highest):
+        raise UserError(
+            "the engine returned logits that are not finite: if its KV cache is f16, build it with --kv f32."
+        )
+
 
 class Sampler:
     """Chooses the tokens of one answer.
@@ -80,10 +94,7 @@ class Sampler:
         Raises:
             UserError: the logits are not finite.
         """
-        if not np.isfinite(logits.max()):
-            raise UserError(
-                "the engine returned logits that are not finite: if its KV cache is f16, build it with --kv f32."
-            )
+        check_finite(logits.max())
         if self.params.temperature == 0:
             token = int(self._penalised(logits).argmax())
         else:

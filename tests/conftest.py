@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from pascalvl.engines import build
-from pascalvl.export import export_checkpoint
 from pascalvl.plugins.kv_format import KVFormat
 from tests.real_sizes import HOST_FILES
 
@@ -27,21 +27,26 @@ def nano_checkpoint() -> Path:
 
 @pytest.fixture(scope="session")
 def nano_model_bundle(nano_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Exported here, or elsewhere: a GPU machine need not have what an export takes."""
+    if carried := os.environ.get("PASCALVL_NANO_MODEL_BUNDLE"):
+        return Path(carried)
+    from pascalvl.export import export_checkpoint
+
     bundle = tmp_path_factory.mktemp("nano") / "model"
     export_checkpoint(nano_checkpoint, bundle)
     return bundle
 
 
 @pytest.fixture(scope="session")
-def nano_engine_bundle(nano_model_bundle: Path) -> Path:
-    bundle = nano_model_bundle.parent / "engine-f32"
+def nano_engine_bundle(nano_model_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    bundle = tmp_path_factory.mktemp("nano") / "engine-f32"
     build(nano_model_bundle, bundle, "onnxruntime", KVFormat.F32)
     return bundle
 
 
 @pytest.fixture(scope="session")
-def nano_engine_bundle_f16(nano_model_bundle: Path) -> Path:
-    bundle = nano_model_bundle.parent / "engine-f16"
+def nano_engine_bundle_f16(nano_model_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    bundle = tmp_path_factory.mktemp("nano") / "engine-f16"
     build(nano_model_bundle, bundle, "onnxruntime", KVFormat.F16)
     return bundle
 

@@ -10,5 +10,5 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / ".venv" / "torchvision"))
 for _op in ("nms", "qnms"):
-    if not hasattr(torch.ops.torchvision, _op):
+    if torch.version.cuda is None and not hasattr(torch.ops.torchvision, _op):
         torch.library.define(f"torchvision::{_op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -1,15 +1,31 @@
-"""Attention by its definition in float64 NumPy, and random cases for it."""
+"""Attention by its definition in float64, dense and differentiable, and random cases for it."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 
+class _Case:
+    @property
+    def floats(self) -> dict[str, torch.Tensor]:
+        """The floating inputs by name."""
+        return {name: x for name, x in vars(self).items() if torch.is_tensor(x) and x.is_floating_point()}
+
+    def expected(self) -> np.ndarray:
+        """`output`, for NumPy."""
+        return self.output().numpy()
+
+
+Case = TypeVar("Case", bound=_Case)
+
+
 @dataclasses.dataclass(frozen=True)
-class CausalCase:
+class CausalCase(_Case):
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
@@ -18,42 +34,70 @@ class CausalCase:
     past_value: torch.Tensor
     scale: float
 
-    def expected(self) -> np.ndarray:
+    @property
+    def arguments(self) -> tuple:
+        """Those of the torch op."""
+        return self.q, self.k, self.v, None, self.past_key, self.past_value, self.past_length, True, self.scale
+
+    def output(self) -> torch.Tensor:
         """``[batch, seq, heads, head_dim]``"""
         outputs = []
         for b, past in enumerate(self.past_length.tolist()):
-            keys = torch.cat([self.past_key[b, :, :past].float(), self.k[b]], dim=1)
-            values = torch.cat([self.past_value[b, :, :past].float(), self.v[b]], dim=1)
+            keys = torch.cat([self.past_key[b, :, :past].double(), self.k[b].double()], dim=1)
+            values = torch.cat([self.past_value[b, :, :past].double(), self.v[b].double()], dim=1)
             seq = self.q.shape[2]
-            visible = np.tril(np.ones((seq, past + seq), dtype=bool), past)
+            visible = torch.ones(seq, past + seq, dtype=torch.bool).tril(past)
             outputs.append(attend(self.q[b], keys, values, visible, self.scale))
-        return np.stack(outputs)
+        return torch.stack(outputs)
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedCase:
+class PackedCase(_Case):
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     cu_seqlens: torch.Tensor
     scale: float
 
-    def expected(self) -> np.ndarray:
+    @property
+    def arguments(self) -> tuple:
+        """Those of the torch op."""
+        return self.q, self.k, self.v, self.cu_seqlens, None, None, None, False, self.scale
+
+    def output(self) -> torch.Tensor:
         """``[1, total, heads, head_dim]``"""
-        segment = np.searchsorted(self.cu_seqlens.numpy(), np.arange(self.q.shape[2]), side="right")
-        visible = segment[:, None] == segment[None, :]
-        return attend(self.q[0], self.k[0], self.v[0], visible, self.scale)[None]
+        segment = torch.searchsorted(self.cu_seqlens, torch.arange(self.q.shape[2]), right=True)
+        return attend(self.q[0], self.k[0], self.v[0], segment[:, None] == segment, self.scale)[None]
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: np.ndarray, scale: float) -> np.ndarray:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float) -> torch.Tensor:
     """Softmax attention of ``[heads, seq, head_dim]`` over ``[kv_heads, length, head_dim]``, in float64."""
-    q, k, v = (x.double().numpy() for x in (q, k, v))
     group = q.shape[0] // k.shape[0]
-    scores = np.einsum("hqd,hkd->hqk", q, np.repeat(k, group, axis=0)) * scale
-    scores = np.where(visible, scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    return np.einsum("hqk,hkd->qhd", weights, np.repeat(v, group, axis=0))
+    k, v = (x.double().repeat_interleave(group, dim=0) for x in (k, v))
+    scores = torch.einsum("hqd,hkd->hqk", q.double(), k) * scale
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,hkd->qhd", weights, v)
+
+
+def converted(case: Case, dtype: torch.dtype) -> Case:
+    """The case in another floating type."""
+    return _mapped(case, lambda x: x.to(dtype, copy=True))
+
+
+def sliced(case: Case, head_dim: int) -> Case:
+    """The case with the first channels of every head."""
+    return _mapped(case, lambda x: x[..., :head_dim].contiguous())
+
+
+def _mapped(case: Case, change: Callable[[torch.Tensor], torch.Tensor]) -> Case:
+    return dataclasses.replace(case, **{name: change(x) for name, x in case.floats.items()})
+
+
+def gradients(case: _Case, grad: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of the case's floating inputs by name, from the output's, by autograd in float64."""
+    leaves = {name: x.detach().to(torch.float64, copy=True).requires_grad_() for name, x in case.floats.items()}
+    output = dataclasses.replace(case, **leaves).output()
+    return dict(zip(leaves, torch.autograd.grad(output, list(leaves.values()), grad.double()), strict=True))
 
 
 def causal_case(

@@ -1,10 +1,16 @@
 """The torch op against float64 softmax attention, and as a drop-in attention implementation of transformers."""
 
+import copy
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from pascalvl.export import tiled_attention, torch_kernels
 from pascalvl.export.attention import ATTN_IMPLEMENTATION, flash_attention_2
 from tests.export import reference
 
@@ -17,9 +23,7 @@ TOLERANCE = 2e-6
 @pytest.mark.parametrize(("seq", "past_length"), [(1, [0, 5]), (7, [9, 0]), (5, [3, 9])])
 def test_causal_matches_float64(heads, kv_heads, seq, past_length, past_dtype):
     case = reference.causal_case(heads, kv_heads, seq, past_length, capacity=9, past_dtype=past_dtype)
-    output = flash_attention_2(
-        case.q, case.k, case.v, None, case.past_key, case.past_value, case.past_length, True, case.scale
-    )
+    output = flash_attention_2(*case.arguments)
     assert output.shape == (2, seq, heads, case.q.shape[-1])
     np.testing.assert_allclose(output.numpy(), case.expected(), atol=TOLERANCE)
 
@@ -27,14 +31,246 @@ def test_causal_matches_float64(heads, kv_heads, seq, past_length, past_dtype):
 @pytest.mark.parametrize("cu_seqlens", [[0, 12], [0, 1, 12], [0, 4, 9, 12]])
 def test_packed_matches_float64(cu_seqlens):
     case = reference.packed_case(cu_seqlens)
-    output = flash_attention_2(case.q, case.k, case.v, case.cu_seqlens, None, None, None, False, case.scale)
+    output = flash_attention_2(*case.arguments)
     np.testing.assert_allclose(output.numpy(), case.expected(), atol=TOLERANCE)
 
 
 def test_registration_passes_torchs_own_checks():
     case = reference.causal_case(4, 2, 3, [2, 5], capacity=6)
-    arguments = (case.q, case.k, case.v, None, case.past_key, case.past_value, case.past_length, True, case.scale)
-    torch.library.opcheck(torch.ops.pascalvl.flash_attention_2.default, arguments)
+    torch.library.opcheck(torch.ops.pascalvl.flash_attention_2.default, case.arguments)
+    for x in (case.q, case.k, case.v, case.past_key, case.past_value):
+        x.requires_grad_()
+    torch.library.opcheck(torch.ops.pascalvl.flash_attention_2.default, case.arguments)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that short sequences have several, with borders of queries and keys that do not coincide."""
+    monkeypatch.setattr(tiled_attention, "QUERY_TILE", 4)
+    monkeypatch.setattr(tiled_attention, "KEY_TILE", 3)
+
+
+CASES = [
+    reference.causal_case(4, 2, 11, [7, 0], capacity=8),
+    reference.causal_case(3, 3, 1, [4, 2], capacity=4),
+    reference.packed_case([0, 4, 4, 5, 14]),
+]
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("case", CASES)
+def test_tiles_of_any_head_size_match_float64(case):
+    case = reference.sliced(case, 5)
+    np.testing.assert_allclose(flash_attention_2(*case.arguments).numpy(), case.expected(), atol=TOLERANCE)
+
+
+def test_sequences_of_several_whole_tiles_match_float64():
+    case = reference.causal_case(4, 2, 300, [600, 256], capacity=600)
+    np.testing.assert_allclose(flash_attention_2(*case.arguments).numpy(), case.expected(), atol=TOLERANCE)
+
+
+def test_no_past_equals_an_empty_one():
+    case = reference.causal_case(4, 2, 6, [0, 0], capacity=3)
+    without = flash_attention_2(case.q, case.k, case.v, None, None, None, None, True, case.scale)
+    assert torch.equal(without, flash_attention_2(*case.arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_are_computed_in_float32(dtype):
+    case = reference.converted(reference.causal_case(4, 2, 9, [5], capacity=5), dtype)
+    found = flash_attention_2(*case.arguments)
+    assert found.dtype == dtype
+    # The result's own rounding, half a unit in the last place, and float32's.
+    np.testing.assert_allclose(found.double(), case.expected(), rtol=torch.finfo(dtype).eps / 2 * 1.01, atol=TOLERANCE)
+
+
+def test_keys_of_other_tokens_are_refused():
+    case = CASES[0]
+    with pytest.raises(ValueError, match=r"k and v have q's tokens; found q \[2, 4, 11, 32\], k \[2, 2, 10, 32\]"):
+        flash_attention_2(*dataclasses.replace(case, k=case.k[:, :, 1:]).arguments)
+
+
+def test_bounds_that_miss_tokens_are_refused():
+    case = reference.packed_case([0, 4, 9])
+    with pytest.raises(ValueError, match=r"cu_seqlens from 0 to 9; found 1, \[0, 4\]"):
+        flash_attention_2(case.q, case.k, case.v, case.cu_seqlens[:2], None, None, None, False, case.scale)
+
+
+# Gradients ------------------------------------------------------------------------------------------------------------
+
+
+def differentiable(case, dtype=torch.float32):
+    """The case with floating tensors that require gradients, and these by name."""
+    case = reference.converted(case, dtype)
+    return case, {name: x.requires_grad_() for name, x in case.floats.items()}
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("case", CASES)
+def test_gradcheck(case):
+    case, leaves = differentiable(reference.sliced(case, 2), torch.float64)
+
+    def op(*tensors):
+        return flash_attention_2(*dataclasses.replace(case, **dict(zip(leaves, tensors, strict=True))).arguments)
+
+    # Its finite differences of 1e-6 in float64 are good to 1e-7 or so; torch's default tolerances are 1e-5 and 1e-3.
+    assert torch.autograd.gradcheck(op, tuple(leaves.values()))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_match_those_of_dense_float64(case):
+    case, leaves = differentiable(case)
+    out = flash_attention_2(*case.arguments)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+    found = torch.autograd.grad(out, list(leaves.values()), grad)
+    for (name, expected), tensor in zip(reference.gradients(case, grad).items(), found, strict=True):
+        torch.testing.assert_close(tensor.double(), expected, atol=TOLERANCE, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_float16_past_has_gradients_of_its_type():
+    case = reference.causal_case(4, 2, 5, [3], capacity=4, past_dtype=torch.float16)
+    case.past_value.requires_grad_()
+    flash_attention_2(*case.arguments).sum().backward()
+    expected = reference.gradients(case, torch.ones(1, 5, 4, 32))["past_value"]
+    assert case.past_value.grad.dtype == torch.float16
+    torch.testing.assert_close(case.past_value.grad.double(), expected, atol=TOLERANCE, rtol=2**-11 * 1.01)  # rounding
+
+
+def test_second_derivatives_are_refused():
+    case, leaves = differentiable(CASES[0])
+    (dq,) = torch.autograd.grad(flash_attention_2(*case.arguments).sum(), leaves["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        dq.sum().backward()
+
+
+def test_no_tensor_grows_faster_than_the_length():
+    seq, heads, dim = 2048, 2, 8
+    q, k, v = (torch.randn(1, heads, seq, dim, requires_grad=True) for _ in range(3))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        flash_attention_2(q, k, v, None, None, None, None, True, 0.3).sum().backward()
+    largest = max(event.self_cpu_memory_usage for event in profiler.events())
+    tile = heads * tiled_attention.QUERY_TILE * tiled_attention.KEY_TILE * 4
+    assert q.nbytes <= largest <= max(q.nbytes, tile) < seq * seq / 8
+
+
+def twice(q, k, v, *rest):
+    """Something with the op inside that makes its inputs intermediate results."""
+    return flash_attention_2(q * 2, k, v.sin(), *rest).cos().sum()
+
+
+def test_checkpointing_gives_the_same_gradients():
+    case, leaves = differentiable(CASES[0])
+    expected = torch.autograd.grad(twice(*case.arguments), list(leaves.values()))
+    again = checkpoint(twice, *case.arguments, use_reentrant=False)
+    for found, gradient in zip(torch.autograd.grad(again, list(leaves.values())), expected, strict=True):
+        assert torch.equal(found, gradient)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]])
+def test_compiles_as_one_graph(case):
+    case, leaves = differentiable(case)
+    expected = torch.autograd.grad(twice(*case.arguments), list(leaves.values()))
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+    for found, gradient in zip(
+        torch.autograd.grad(compiled(*case.arguments), list(leaves.values())), expected, strict=True
+    ):
+        assert torch.equal(found, gradient)
+
+
+# The kernels, by the emulator -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("past_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("seq", [1, 20])
+def test_emulated_causal_matches_float64(seq, head_dim, past_dtype):
+    case = reference.causal_case(8, 2, seq, [70, 3], capacity=71, past_dtype=past_dtype, head_dim=head_dim)
+    with torch_kernels.emulated():
+        found = flash_attention_2(*case.arguments)
+    np.testing.assert_allclose(found.numpy(), case.expected(), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 128])
+def test_emulated_packed_matches_float64(head_dim):
+    case = reference.packed_case([0, 4, 70], head_dim=head_dim)
+    with torch_kernels.emulated():
+        found = flash_attention_2(*case.arguments)
+    np.testing.assert_allclose(found.numpy(), case.expected(), atol=TOLERANCE)
+
+
+def test_emulated_window_with_sinks_matches_float64():
+    case = reference.causal_case(4, 2, 3, [9], capacity=9, head_dim=64)
+    kernels = torch_kernels.library(torch.device("cpu"))
+    past = {"past_key": case.past_key, "past_value": case.past_value, "past_length": case.past_length}
+    rest = {"causal": True, "softmax_scale": case.scale, **past}
+    found = torch_kernels.attention(kernels, case.q, case.k, case.v, window=4, sinks=2, **rest)
+    keys, values = (torch.cat(pair, dim=2)[0] for pair in ((case.past_key, case.k), (case.past_value, case.v)))
+    distance = torch.arange(9, 12)[:, None] - torch.arange(12)
+    visible = (distance >= 0) & ((distance < 4) | (torch.arange(12) < 2))
+    expected = reference.attend(case.q[0], keys, values, visible, case.scale)
+    np.testing.assert_allclose(found[0].numpy(), expected, atol=TOLERANCE)
+
+
+def test_non_contiguous_tensors_go_to_the_kernels_too():
+    case = reference.causal_case(4, 2, 6, [5], capacity=8, head_dim=64)
+    strided = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in case.floats.items()}
+    with torch_kernels.emulated():
+        found = flash_attention_2(*dataclasses.replace(case, **strided).arguments)
+        assert torch.equal(found, flash_attention_2(*case.arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kv_append_writes_the_new_rows_and_no_others(dtype):
+    torch.manual_seed(3)
+    layers, batch, heads, seq, capacity = 3, 2, 2, 4, 9
+    kernels = torch_kernels.library(torch.device("cpu"))
+    # As models make them: tokens before heads.
+    key, value = (torch.randn(layers, batch, seq, heads, dim).transpose(2, 3) for dim in (64, 128))
+    caches = [torch.randn(layers, batch, heads, capacity, dim).to(dtype) for dim in (64, 128)]
+    expected = [cache.clone() for cache in caches]
+    for cache, new in zip(expected, (key, value), strict=True):
+        cache[:, 0, :, 2:6] = new[:, 0].to(dtype)
+        cache[:, 1, :, 7:] = new[:, 1, :, :2].to(dtype)
+    torch_kernels.kv_append(kernels, key, value, *caches, torch.tensor([2, 7], dtype=torch.int32))
+    assert all(map(torch.equal, caches, expected))
+
+
+def test_kv_append_refuses_a_cache_that_it_could_not_write_in_place():
+    kernels = torch_kernels.library(torch.device("cpu"))
+    new = torch.zeros(1, 1, 2, 1, 64)
+    cache = torch.zeros(1, 1, 4, 2, 64).transpose(2, 3)
+    with pytest.raises(ValueError, match="each layer of cache_key must be contiguous"):
+        torch_kernels.kv_append(kernels, new, new, cache, cache, torch.zeros(1, dtype=torch.int32))
+
+
+REFUSED = {
+    "key_dim is 16; expected 64, 96, 112 or 128": reference.causal_case(4, 2, 3, [2], capacity=2, head_dim=16),
+    "Packed attention has head sizes 64, 72 and 128": reference.packed_case([0, 3], head_dim=80),
+    "Decode has 1, 2, 4 or 8 query heads a kv head; found 3": reference.causal_case(6, 2, 1, [2], 2, head_dim=64),
+    r"take q as torch.float32 \[1, 3, 3, 64\] on cpu; found torch.float64": reference.converted(
+        reference.packed_case([0, 3], head_dim=64), torch.float64
+    ),
+    r"take past_key as torch.float32 or torch.float16 .* found torch.bfloat16": reference.causal_case(
+        4, 2, 3, [2], capacity=2, head_dim=64, past_dtype=torch.bfloat16
+    ),
+}
+
+
+@pytest.mark.parametrize("told", REFUSED)
+def test_what_the_kernels_do_not_support_is_refused_and_tiled_otherwise(told):
+    arguments = REFUSED[told].arguments
+    with torch_kernels.emulated(), pytest.raises(ValueError, match=told):
+        flash_attention_2(*arguments)
+    np.testing.assert_allclose(flash_attention_2(*arguments).numpy(), REFUSED[told].expected(), atol=TOLERANCE)
+
+
+def test_other_devices_have_no_kernels():
+    with pytest.raises(ValueError, match="run on cuda and cpu tensors; found meta"):
+        torch_kernels.library(torch.device("meta"))
+
+
+# Transformers ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +306,33 @@ def test_drop_in_sees_pictures_like_eager_attention(models):
         expected, found = (m.model.visual(pixels, grid) for m in models)
     torch.testing.assert_close(found.pooler_output, expected.pooler_output, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found.deepstack_features, expected.deepstack_features, atol=1e-4, rtol=1e-4)
+
+
+def test_a_training_step_is_that_of_eager_attention(models):
+    torch.manual_seed(4)
+    config = models[0].config
+    grid = torch.tensor([[1, 4, 6]])
+    token_ids = torch.randint(0, 400, (2, 20))
+    token_ids[0, 3:9] = config.image_token_id
+    inputs = {
+        "input_ids": token_ids,
+        "mm_token_type_ids": (token_ids == config.image_token_id).int(),
+        "labels": token_ids.where(token_ids < 400, -100),
+        "pixel_values": torch.randn(24, 1536),
+        "image_grid_thw": grid,
+    }
+    steps = []
+    for model in map(copy.deepcopy, models):
+        model.train()
+        optimiser = torch.optim.SGD(model.parameters(), lr=1e-2)
+        before = model(**inputs).loss
+        before.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        steps.append(torch.stack([before, norm, model(**inputs).loss]).detach())
+    assert steps[0][2] < steps[0][0]
+    # float32 through the layers and back: measured 6e-7.
+    torch.testing.assert_close(steps[1], steps[0], rtol=1e-5, atol=0)
 
 
 def test_dropout_is_refused():

@@ -1,0 +1,236 @@
+"""The torch backend on the CPU: the exported modules with the emulated kernels and the external cache."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pascalvl.engines import build, open_engine, torch_backend, validation
+from pascalvl.export import torch_kernels
+from pascalvl.plugins import bindings
+from pascalvl.plugins.bundle import CHECKPOINT_CONFIG, Manifest
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kernels.library import KernelLibrary
+from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.runtime import SamplingParams, VisionLanguageModel
+from pascalvl.runtime.cli import main
+from tests.engines.torch_reference import answer, assistant, reference_answer, scene, user
+
+PICTURE = [user(scene(1, 64, 64), "Describe the picture.")]
+TURNS = [*PICTURE, assistant("A grid."), user("Which shapes are red?")]
+NEW_TOKENS = 5
+CONTEXT = 96
+
+
+@pytest.fixture(autouse=True)
+def no_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(scope="module")
+def bundles(nano_model_bundle, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("torch")
+    for kv_format in KVFormat:
+        build(nano_model_bundle, folder / kv_format.value, "torch", kv_format)
+    return {kv_format: folder / kv_format.value for kv_format in KVFormat}
+
+
+@pytest.fixture(scope="module")
+def bundle(bundles):
+    return bundles[KVFormat.F32]
+
+
+def fresh(bundle, **options):
+    return VisionLanguageModel.open(bundle, context_length=CONTEXT, **options)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Counts the emulator's launches by kernel."""
+    counts = {"attention": 0, "kv_append": 0}
+    for name in counts:
+        launch = getattr(KernelLibrary, name)
+
+        def counting(self, *arguments, name=name, launch=launch):
+            counts[name] += 1
+            launch(self, *arguments)
+
+        monkeypatch.setattr(KernelLibrary, name, counting)
+    return counts
+
+
+@pytest.mark.parametrize("kv_format", list(KVFormat))
+def test_tokens_equal_the_reference_and_come_from_the_kernels(kv_format, bundles, nano_reference, launches):
+    model = fresh(bundles[kv_format])
+    generation = answer(model, PICTURE, NEW_TOKENS)
+    assert generation.token_ids == reference_answer(nano_reference, model.prompt(PICTURE), NEW_TOKENS)[0]
+    assert len(generation.token_ids) == NEW_TOKENS  # one of them from the prefill
+    layers, depth = model.config.text.num_hidden_layers, model.config.vision.depth
+    assert launches == {"attention": depth + NEW_TOKENS * layers, "kv_append": NEW_TOKENS}
+
+
+@pytest.mark.parametrize("kv_format", list(KVFormat))
+def test_validation_against_the_reference(kv_format, bundles, nano_checkpoint):
+    model = fresh(bundles[kv_format], marked_layers=True)
+    prompt = model.prompt(PICTURE)
+    visuals = [validation.VisualInput(v.patches.pixel_values, v.patches.grid, False) for v in prompt.visuals]
+    rows = validation.validate(
+        nano_checkpoint,
+        lambda _, forced: model.trace(PICTURE, forced),
+        [validation.ValidationPrompt("picture", prompt.token_ids, visuals)],
+        kv_format,
+        new_tokens=2,
+    )
+    assert [row.output for row in rows if not row.passed] == []
+    outputs = {row.output for row in rows}
+    assert {validation.VISION_EMBEDS, validation.PREFILL_LOGITS, validation.decode_logits(1)} < outputs
+    assert {validation.prefill_hidden_states(i) for i in range(model.config.text.num_hidden_layers)} < outputs
+
+
+def test_chunked_prefill_equals_one_shot(bundle):
+    one_shot, chunked = fresh(bundle), fresh(bundle, prefill_chunk=5)
+    tokens = answer(one_shot, PICTURE, NEW_TOKENS).token_ids
+    assert answer(chunked, PICTURE, NEW_TOKENS).token_ids == tokens
+    expected, found = (model.trace(PICTURE, tokens[:2]) for model in (one_shot, chunked))
+    for name in expected:
+        # Attention summed in another order.
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-4 * np.abs(expected[name]).max())
+
+
+def test_a_shared_prefix_is_not_run_again(bundle, nano_reference):
+    model = fresh(bundle)
+    answer(model, PICTURE, 2)
+    generation = answer(model, TURNS, NEW_TOKENS)
+    assert generation.reused_tokens >= len(model.prompt(PICTURE).token_ids) - 1
+    assert generation.token_ids == reference_answer(nano_reference, model.prompt(TURNS), NEW_TOKENS)[0]
+
+
+def test_repetition_penalty(bundle, nano_reference):
+    """It needs the logits on the host."""
+    model = fresh(bundle)
+    found = answer(model, PICTURE, NEW_TOKENS, SamplingParams(repetition_penalty=10.0)).token_ids
+    prompt = model.prompt(PICTURE)
+    assert found == reference_answer(nano_reference, prompt, NEW_TOKENS, repetition_penalty=10.0)[0]
+    assert found != reference_answer(nano_reference, prompt, NEW_TOKENS)[0]
+
+
+def _decoder_feeds(manifest, seq, capacity, past):
+    rng = np.random.default_rng(0)
+    sizes = {"batch": 1, "seq": seq, "capacity": capacity}
+    feeds = {
+        b.name: (rng.standard_normal([sizes.get(d, d) for d in b.shape]) / 2).astype(b.dtype)
+        for b in bindings.decoder_inputs(manifest.model, manifest.kv_format)
+    }
+    return feeds | {bindings.PAST_LENGTH: np.array([past], np.int32)}
+
+
+def test_outputs_equal_the_exported_graphs(bundle, nano_engine_bundle):
+    found, expected = (open_engine(path) for path in (bundle, nano_engine_bundle))
+    feeds = _decoder_feeds(found.manifest, seq=3, capacity=9, past=4)
+    outputs = found.run(bindings.DECODER, feeds)
+    assert outputs.keys() == {binding.name for binding in bindings.decoder_outputs(found.manifest.model)}
+    for name, value in expected.run(bindings.DECODER, feeds).items():
+        np.testing.assert_allclose(outputs[name], value, rtol=0, atol=2e-5 * np.abs(value).max(), err_msg=name)
+
+
+def test_a_decode_step_is_the_same_greedy_or_not(bundle):
+    engine = open_engine(bundle)
+    session, other = engine.open_session(8), engine.open_session(8)
+    for seed in range(3):
+        feeds = _decoder_feeds(engine.manifest, seq=1, capacity=1, past=seed)
+        feeds = {name: feeds[name] for name in (bindings.INPUTS_EMBEDS, bindings.ROPE_COS, bindings.ROPE_SIN)}
+        logits = session.decode(feeds)[0].copy()
+        assert other.decode_greedy(feeds) == (logits.argmax(), logits.max())
+    assert session.length == other.length == 3
+    assert session.nbytes == 8 * KVFormat.F32.bytes_per_token(engine.manifest.model.text)
+
+
+@pytest.mark.parametrize("appends", [0, 1, 3])
+def test_an_interrupt_leaves_the_cache_as_it_was(bundle, monkeypatch, appends):
+    model = fresh(bundle, prefill_chunk=16)
+    expected = answer(model, PICTURE, NEW_TOKENS).token_ids
+    model = fresh(bundle, prefill_chunk=16)
+    append, left = torch_kernels.kv_append, appends
+
+    def interrupted(*arguments):
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        append(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_kernels, "kv_append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            answer(model, PICTURE, NEW_TOKENS)
+    prompt_tokens = len(model.prompt(PICTURE).token_ids)
+    assert 16 < prompt_tokens <= 32
+    assert model._session.length == [0, 16, prompt_tokens, prompt_tokens + 1][appends]
+    assert answer(model, PICTURE, NEW_TOKENS).token_ids == expected
+
+
+def test_weights_are_mapped(bundle):
+    engine = open_engine(bundle)
+    mapped = Path("/proc/self/maps").read_text()
+    assert engine.device.type == "cpu"
+    assert all(str(bundle / f"{graph}.onnx.data") in mapped for graph in (bindings.VISION, bindings.DECODER))
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+def test_auto_never_takes_the_reference(nano_model_bundle, tmp_path, monkeypatch):
+    assert build(nano_model_bundle, tmp_path / "engine").backend["name"] == "onnxruntime"
+    monkeypatch.setitem(sys.modules, "pascalvl.engines.onnxruntime_backend", None)
+    with pytest.raises(UserError, match=r"backend not installed: onnxruntime .*; install"):
+        build(nano_model_bundle, tmp_path / "engine")
+
+
+def test_altered_weights(bundle, tmp_path):
+    other = shutil.copytree(bundle, tmp_path / "altered")
+    with (other / "decoder.onnx.data").open("r+b") as file:
+        file.write(b"\x01")
+    with pytest.raises(UserError, match=r"decoder\.onnx\.data was altered: expected SHA-256"):
+        open_engine(other)
+
+
+def test_config_of_another_model(bundle, tmp_path):
+    other = shutil.copytree(bundle, tmp_path / "mixed")
+    config = json.loads((other / CHECKPOINT_CONFIG).read_text())
+    config["text_config"]["num_key_value_heads"] *= 2
+    (other / CHECKPOINT_CONFIG).write_text(json.dumps(config))
+    Manifest.read(other, "engine").write(other)
+    with pytest.raises(UserError, match="is for another model: expected num_key_value_heads 2, found 4; build"):
+        open_engine(other)
+
+
+def test_bundle_without_a_weight(bundle, tmp_path):
+    other = shutil.copytree(bundle, tmp_path / "lacking")
+    weights = json.loads((other / "weights.json").read_text())
+    del weights["vision"]["model.visual.merger.norm.weight"]
+    (other / "weights.json").write_text(json.dumps(weights))
+    Manifest.read(other, "engine").write(other)
+    with pytest.raises(UserError, match=r"lacks the weight model\.visual\.merger\.norm\.weight: build"):
+        open_engine(other)
+
+
+def test_memory_that_runs_out(bundle):
+    engine = open_engine(bundle)
+    with pytest.raises(UserError, match=r"a context of \d+ tokens needs [\d.]+ GB for its KV cache"):
+        engine.open_session(1 << 40)
+    with pytest.raises(MemoryError, match="the decoder engine"), torch_backend.evaluation("the decoder engine"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def test_command_line(bundle, nano_engine_bundle, capsys):
+    options = ["--backend", "torch", "--prompt", "Hello!", "--max-new-tokens", "2", "--context", str(CONTEXT)]
+    assert main(["run", str(bundle), *options]) == 0
+    assert "2 new in" in capsys.readouterr().err
+    assert main(["run", str(nano_engine_bundle), *options]) == 2
+    assert "was built for backend 'onnxruntime', not 'torch': build it with --backend torch" in capsys.readouterr().err
+    assert main(["inspect", str(bundle)]) == 0
+    assert f"torch, version {torch.__version__}" in capsys.readouterr().out

@@ -1,0 +1,236 @@
+"""The torch backend on a CUDA device: the real kernels inside the whole model, and the decode step's CUDA graph.
+
+Needs torch, transformers and onnx; where nothing can be exported or compiled, carry there a model bundle of the nano
+checkpoint (its path in PASCALVL_NANO_MODEL_BUNDLE) and the kernels' library (`pascalvl.plugins.kernels.build.cached`).
+"""
+
+import copy
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from pascalvl.engines import build, open_engine
+from pascalvl.engines.torch_backend import TorchSession
+from pascalvl.plugins import bindings
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.runtime import SamplingParams, VisionLanguageModel
+from pascalvl.runtime.sampling import Sampler
+from pascalvl.runtime.video import Video
+from tests.engines.torch_reference import answer, assistant, reference_answer, scene, user
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+NEW_TOKENS = 32
+FIRST = [user(scene(3, 200, 133), "Describe the picture.")]
+CONVERSATIONS = {
+    "text": [user("Hello!")],
+    "long text": [
+        user(" ".join(f"The code of lamp {i} is {7 * i}." for i in range(70)) + " What is the code of lamp 3?")
+    ],
+    "picture": FIRST,
+    "large picture": [user(scene(4, 1200, 900, 3, 4), "How many squares are there?")],
+    "pictures": [user(scene(5, 64, 256), scene(6, 256, 256), scene(7, 77, 190), "Describe the last picture.")],
+    "video": [user(Video([scene(seed, 96, 64, 1, 2) for seed in range(6)], 3.0), "What happens?")],
+    "turns": [*FIRST, assistant("A grid."), user(scene(8, 96, 96), "Which shapes are red?")],
+}
+TOLERANCE = {KVFormat.F32: 5e-4, KVFormat.F16: 2e-2}
+"""Of logits, relative to their RMS: as in `pascalvl.engines.validation`, which needs polygraphy."""
+
+
+@pytest.fixture(scope="module")
+def bundles(nano_model_bundle, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("torch")
+    for kv_format in KVFormat:
+        build(nano_model_bundle, folder / kv_format.value, "torch", kv_format)
+    return {kv_format: folder / kv_format.value for kv_format in KVFormat}
+
+
+@pytest.fixture(scope="module")
+def bundle(bundles):
+    return bundles[KVFormat.F32]
+
+
+@pytest.fixture(scope="module")
+def model(bundle):
+    return VisionLanguageModel.open(bundle)
+
+
+@pytest.fixture(scope="module")
+def reference(nano_reference):
+    # Its convolution too must not round to TF32.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    return copy.deepcopy(nano_reference).to("cuda")
+
+
+@pytest.fixture
+def endless(model, monkeypatch):
+    monkeypatch.setattr(
+        model, "generation_config", dataclasses.replace(model.generation_config, eos_token_ids=frozenset())
+    )
+    return model
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("kv_format", list(KVFormat))
+def test_tokens_and_logits_equal_the_reference(name, kv_format, bundles, reference, monkeypatch):
+    model = VisionLanguageModel.open(bundles[kv_format])
+    messages = CONVERSATIONS[name]
+    expected, expected_logits = reference_answer(reference, model.prompt(messages), NEW_TOKENS)
+    assert answer(model, messages, NEW_TOKENS).token_ids == expected
+
+    logits = []
+    choose = Sampler.__call__
+    monkeypatch.setattr(SamplingParams, "takes_likeliest", False)  # so that logits come to the host
+    monkeypatch.setattr(Sampler, "__call__", lambda self, given: logits.append(given.copy()) or choose(self, given))
+    assert answer(model, messages, NEW_TOKENS).token_ids == expected
+    rms = np.sqrt(np.square(expected_logits, dtype=np.float64).mean())
+    np.testing.assert_allclose(np.stack(logits), expected_logits, rtol=0, atol=TOLERANCE[kv_format] * rms)
+
+
+def test_order_of_prompts_changes_nothing(model, bundle):
+    for name in [*CONVERSATIONS, *reversed(CONVERSATIONS)]:
+        generation = answer(model, CONVERSATIONS[name], 12)
+        fresh = answer(VisionLanguageModel.open(bundle), CONVERSATIONS[name], 12)
+        assert generation.token_ids == fresh.token_ids
+    again = answer(model, CONVERSATIONS[name], 12)
+    assert again.reused_tokens == again.prompt_tokens - 1
+    assert again.token_ids == fresh.token_ids
+
+
+def test_chunked_prefill_equals_one_shot(model, bundle):
+    chunked = VisionLanguageModel.open(bundle, prefill_chunk=7)
+    for name in ("pictures", "turns"):
+        assert answer(chunked, CONVERSATIONS[name], 12).token_ids == answer(model, CONVERSATIONS[name], 12).token_ids
+
+
+def test_repetition_penalty(model, reference):
+    """It needs the logits on the host."""
+    found = answer(model, FIRST, NEW_TOKENS, SamplingParams(repetition_penalty=10.0)).token_ids
+    prompt = model.prompt(FIRST)
+    assert found == reference_answer(reference, prompt, NEW_TOKENS, repetition_penalty=10.0)[0]
+    assert found != reference_answer(reference, prompt, NEW_TOKENS)[0]
+
+
+# The CUDA graph -------------------------------------------------------------------------------------------------------
+
+
+def test_each_decode_step_is_one_graph(model, endless, monkeypatch):
+    replays = 0
+    replay = torch.cuda.CUDAGraph.replay
+
+    def counting(graph):
+        nonlocal replays
+        replays += 1
+        replay(graph)
+
+    answer(model, FIRST, 1)
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counting)
+    monkeypatch.setattr(TorchSession, "_step", None)  # running it otherwise is an error
+    generation = answer(model, FIRST, 20)
+    assert len(generation.token_ids) == 20
+    assert replays == 19  # the first token comes with the prompt
+
+
+def test_graph_and_plain_steps_agree(bundle, endless):
+    plain = VisionLanguageModel.open(bundle)
+    plain.generation_config = endless.generation_config
+    plain._session.graph = None
+    for messages in CONVERSATIONS.values():
+        generation = answer(endless, messages, 40)
+        assert answer(plain, messages, 40).token_ids == generation.token_ids
+        length = endless._session.length
+        assert plain._session.length == length == generation.prompt_tokens + 39
+        found, expected = (model._session._rows[..., :length, :] for model in (endless, plain))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
+CAPTURE_FAILS = """
+import logging, sys
+import torch
+from pascalvl.engines.torch_backend import TorchSession
+from pascalvl.runtime import SamplingParams, VisionLanguageModel
+
+def synchronising(session, inputs, run=TorchSession._run):
+    torch.cuda.synchronize()  # which no capture allows
+    return run(session, inputs)
+
+TorchSession._run = synchronising
+logging.basicConfig()
+model = VisionLanguageModel.open(sys.argv[1])
+assert model._session.graph is None
+generation = model.generate([{"role": "user", "content": "Hello!"}], SamplingParams(), 8)
+list(generation)
+print(generation.token_ids)
+"""
+
+
+def test_a_step_that_cannot_be_captured(bundle, model):
+    command = [sys.executable, "-c", CAPTURE_FAILS, str(bundle)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "the decode step is no CUDA graph, and slower: it cannot be captured (" in result.stderr
+    assert result.stdout.strip() == str(answer(model, CONVERSATIONS["text"], 8).token_ids)
+
+
+def test_an_interrupted_step_appends_nothing(bundle, model):
+    expected = answer(model, FIRST, 12).token_ids
+    fresh = VisionLanguageModel.open(bundle)
+    graph = fresh._session.graph
+
+    class Interrupted:
+        left = 3
+
+        def replay(self):
+            graph.replay()
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+
+    fresh._session.graph = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        answer(fresh, FIRST, 12)
+    assert fresh._session.length == len(fresh.prompt(FIRST).token_ids) + 2
+    fresh._session.graph = graph
+    assert answer(fresh, FIRST, 12).token_ids == expected
+
+
+def test_sessions_do_not_disturb_each_other(bundle):
+    engine = open_engine(bundle)
+    text = engine.manifest.model.text
+    rng = np.random.default_rng(0)
+    shapes = {
+        bindings.INPUTS_EMBEDS: text.hidden_size,
+        bindings.ROPE_COS: text.head_dim,
+        bindings.ROPE_SIN: text.head_dim,
+    }
+    steps = [{name: rng.standard_normal((1, 1, size), np.float32) for name, size in shapes.items()} for _ in range(4)]
+    alone, first, second = (engine.open_session(16) for _ in range(3))
+    expected = [alone.decode(step) for step in steps]
+    for step, logits in zip(steps, expected, strict=True):
+        second.decode_greedy(steps[0])
+        np.testing.assert_allclose(first.decode(step), logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+
+
+# Memory and time ------------------------------------------------------------------------------------------------------
+
+
+def test_more_context_than_memory(bundle):
+    with pytest.raises(UserError, match=r"a context of \d+ tokens needs [\d.]+ GB for its KV cache"):
+        open_engine(bundle).open_session(1 << 40)
+
+
+def test_time_of_a_decode_step(endless, bundle, capsys):
+    plain = VisionLanguageModel.open(bundle)
+    plain.generation_config = endless.generation_config
+    plain._session.graph = None
+    with capsys.disabled():
+        print()
+        for name, model in (("CUDA graph", endless), ("plain", plain)):
+            answer(model, FIRST, 101)
+            generation = answer(model, FIRST, 101)
+            print(f"{name}: {10 * generation.decode_seconds:.3f} ms a token, on {torch.cuda.get_device_name()}")

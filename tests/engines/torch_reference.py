@@ -1,0 +1,72 @@
+"""Prompts for the torch backend, and Hugging Face's greedy answers to the same tokens and pixels.
+
+(That tokens and pixels are what Hugging Face makes of a prompt is for `tests/test_parity.py` to show, on the CPU.)
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import Qwen3VLForConditionalGeneration
+
+from pascalvl.runtime import Generation, SamplingParams, VisionLanguageModel
+from pascalvl.runtime.prompt import Prompt
+from pascalvl.runtime.video import Video
+from tests.nano.scenes import render, sample_scene
+
+GREEDY = SamplingParams()
+
+
+def scene(seed: int, width: int, height: int, rows: int = 2, columns: int = 3) -> Image.Image:
+    return render(sample_scene(random.Random(seed), rows, columns), width, height)
+
+
+def user(*content: str | Image.Image | Video) -> dict:
+    kinds = {str: "text", Video: "video", Image.Image: "image"}
+    return {"role": "user", "content": [{"type": kinds[type(c)], kinds[type(c)]: c} for c in content]}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+def answer(
+    model: VisionLanguageModel, messages: list[dict], new_tokens: int, sampling: SamplingParams = GREEDY
+) -> Generation:
+    generation = model.generate(messages, sampling, new_tokens)
+    for _ in generation:
+        pass
+    return generation
+
+
+def reference_answer(
+    reference: Qwen3VLForConditionalGeneration, prompt: Prompt, new_tokens: int, **options: object
+) -> tuple[list[int], np.ndarray]:
+    """Hugging Face's answer to a prompt, on the device that the model is on: tokens [n], logits [n, vocab_size]."""
+    config, device = reference.config, reference.device
+    token_ids = torch.from_numpy(prompt.token_ids)[None].to(device)
+    inputs = {
+        "input_ids": token_ids,
+        "attention_mask": torch.ones_like(token_ids),
+        "mm_token_type_ids": (token_ids == config.image_token_id).int() + 2 * (token_ids == config.video_token_id),
+    }
+    for is_video, pixels, grid in (
+        (False, "pixel_values", "image_grid_thw"),
+        (True, "pixel_values_videos", "video_grid_thw"),
+    ):
+        if patches := [visual.patches for visual in prompt.visuals if visual.patches.is_video == is_video]:
+            inputs[pixels] = torch.from_numpy(np.concatenate([p.pixel_values for p in patches])).to(device)
+            inputs[grid] = torch.tensor([p.grid for p in patches], device=device)
+    with torch.no_grad():
+        result = reference.generate(
+            **inputs,
+            **options,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return result.sequences[0, token_ids.shape[1] :].tolist(), torch.cat(result.logits).cpu().numpy()

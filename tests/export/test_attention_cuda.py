@@ -1,0 +1,194 @@
+"""The torch op and its kernels on a GPU, against float64.
+
+The kernels must be in the cache already where NVRTC is missing. Run alone, with ``--noconftest``, this needs no package
+but torch, transformers and NumPy.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3VLForConditionalGeneration
+
+from pascalvl.export import torch_kernels
+from pascalvl.export.attention import ATTN_IMPLEMENTATION, flash_attention_2
+from tests.export import reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+DEVICE = torch.device("cuda")
+NANO = Path(__file__).parents[1] / "nano" / "checkpoint"
+# float32 sums of some hundred terms, relative to the largest result; the emulator measures up to 1.5e-6.
+TOLERANCE = 3e-6
+# Gradients sum as many terms again, over a group's queries; the same sums on the CPU measure up to 1.3e-6.
+GRADIENT_TOLERANCE = 6e-6
+
+
+def on_gpu(case):
+    tensors = {name: x.to(DEVICE) for name, x in vars(case).items() if torch.is_tensor(x)}
+    return dataclasses.replace(case, **tensors)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.detach().double().cpu() - expected).abs().max() / expected.abs().max())
+
+
+def causal_cases():
+    for heads, kv_heads in ((8, 8), (8, 1), (16, 4)):
+        for seq in (1, 5, 300):
+            for head_dim in (64, 96, 128):
+                for past_dtype in (torch.float32, torch.float16):
+                    yield heads, kv_heads, seq, [500, 0, 129], 512, past_dtype, head_dim
+
+
+@pytest.mark.parametrize("parameters", list(causal_cases()), ids=str)
+def test_causal_matches_float64(parameters):
+    case = reference.causal_case(*parameters)
+    assert relative_error(flash_attention_2(*on_gpu(case).arguments), case.output()) < TOLERANCE
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 128])
+@pytest.mark.parametrize("cu_seqlens", [[0, 1], [0, 300], [0, 4, 260, 301]])
+def test_packed_matches_float64(head_dim, cu_seqlens):
+    case = reference.packed_case(cu_seqlens, head_dim=head_dim)
+    assert relative_error(flash_attention_2(*on_gpu(case).arguments), case.output()) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        reference.causal_case(8, 2, 300, [270, 0], capacity=280, head_dim=128),
+        reference.causal_case(8, 2, 1, [270, 3], capacity=280, head_dim=64),
+        reference.packed_case([0, 4, 260, 301], head_dim=72),
+    ],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_match_float64(case, compiled):
+    gpu = on_gpu(case)
+    leaves = {name: x.requires_grad_() for name, x in gpu.floats.items()}
+    op = torch.compile(flash_attention_2, fullgraph=True, backend="aot_eager") if compiled else flash_attention_2
+    out = op(*gpu.arguments)
+    assert relative_error(out, case.output()) < TOLERANCE
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+    found = torch.autograd.grad(out, list(leaves.values()), grad.to(DEVICE))
+    for (name, expected), gradient in zip(reference.gradients(case, grad).items(), found, strict=True):
+        assert relative_error(gradient, expected) < GRADIENT_TOLERANCE, name
+
+
+def test_memory_grows_with_the_length_both_ways():
+    def peak(seq: int) -> int:
+        q, k, v = (torch.randn(1, heads, seq, 64, device=DEVICE, requires_grad=True) for heads in (8, 2, 2))
+        torch.cuda.reset_peak_memory_stats(DEVICE)
+        before = torch.cuda.memory_allocated(DEVICE)
+        flash_attention_2(q, k, v, None, None, None, None, True, 0.125).sum().backward()
+        return torch.cuda.max_memory_allocated(DEVICE) - before
+
+    peak(2048)  # cuBLAS takes its workspace
+    assert peak(8192) < 2.2 * peak(4096)
+
+
+@pytest.mark.parametrize("seq", [1, 40])
+def test_a_captured_graph_follows_what_its_tensors_hold(seq):
+    """A step of a decoder: append to the cache, attend; the lengths are read on the device."""
+    kernels = torch_kernels.library(DEVICE)
+    kernels.load()
+    case = on_gpu(reference.causal_case(8, 2, seq, [5, 200], capacity=400, past_dtype=torch.float16, head_dim=128))
+
+    def step() -> torch.Tensor:
+        out = flash_attention_2(*case.arguments)
+        caches = case.past_key[None], case.past_value[None]
+        torch_kernels.kv_append(kernels, case.k[None], case.v[None], *caches, case.past_length)
+        case.past_length.add_(seq)
+        return out
+
+    saved = {name: x.clone() for name, x in vars(case).items() if torch.is_tensor(x)}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for name, x in saved.items():
+        assert torch.equal(getattr(case, name), x), "capturing ran the step"
+    for _ in range(3):
+        for x in (case.q, case.k, case.v):
+            x.normal_()
+        expected = dataclasses.replace(
+            case, **{name: x.cpu() for name, x in vars(case).items() if torch.is_tensor(x)}
+        ).output()
+        graph.replay()
+        assert relative_error(out, expected) < TOLERANCE
+    assert case.past_length.tolist() == [5 + 3 * seq, 200 + 3 * seq]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kv_append_writes_the_new_rows_and_no_others(dtype):
+    torch.manual_seed(3)
+    layers, batch, heads, seq, capacity = 3, 2, 2, 40, 90
+    key, value = (torch.randn(layers, batch, seq, heads, dim, device=DEVICE).transpose(2, 3) for dim in (64, 128))
+    caches = [torch.randn(layers, batch, heads, capacity, dim, device=DEVICE).to(dtype) for dim in (64, 128)]
+    expected = [cache.clone() for cache in caches]
+    for cache, new in zip(expected, (key, value), strict=True):
+        cache[:, 0, :, 2:42] = new[:, 0].to(dtype)
+        cache[:, 1, :, 70:] = new[:, 1, :, :20].to(dtype)
+    past_length = torch.tensor([2, 70], dtype=torch.int32, device=DEVICE)
+    torch_kernels.kv_append(torch_kernels.library(DEVICE), key, value, *caches, past_length)
+    assert all(map(torch.equal, caches, expected))
+
+
+@pytest.mark.parametrize(
+    ("told", "case"),
+    [
+        ("key_dim is 16; expected 64, 96, 112 or 128", reference.causal_case(4, 2, 3, [2], 2, head_dim=16)),
+        ("Packed attention has head sizes 64, 72 and 128", reference.packed_case([0, 3], head_dim=80)),
+        ("Decode has 1, 2, 4 or 8 query heads a kv head; found 3", reference.causal_case(6, 2, 1, [2], 2, head_dim=64)),
+        (
+            "take q as torch.float32 .* found torch.float64",
+            reference.converted(reference.packed_case([0, 3]), torch.float64),
+        ),
+        (
+            "take q as torch.float32 .* found torch.bfloat16",
+            reference.converted(reference.packed_case([0, 3]), torch.bfloat16),
+        ),
+    ],
+)
+def test_what_the_kernels_do_not_support_is_refused(told, case):
+    with pytest.raises(ValueError, match=told):
+        flash_attention_2(*on_gpu(case).arguments)
+
+
+def test_a_length_on_the_host_is_refused():
+    case = reference.causal_case(4, 2, 3, [2], 2, head_dim=64)
+    case = dataclasses.replace(on_gpu(case), past_length=case.past_length)
+    with pytest.raises(ValueError, match=r"take past_length as torch.int32 \[1\] on cuda:\d; found .* on cpu"):
+        flash_attention_2(*case.arguments)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return [
+        Qwen3VLForConditionalGeneration.from_pretrained(NANO, dtype=torch.float32, attn_implementation=name).to(DEVICE)
+        for name in ("eager", ATTN_IMPLEMENTATION)
+    ]
+
+
+def test_drop_in_generates_like_eager_attention(models):
+    torch.manual_seed(1)
+    token_ids = torch.randint(0, 400, (3, 12), device=DEVICE)
+    mask = torch.ones_like(token_ids)
+    mask[0, :5] = 0
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+    expected, found = (m.eval().generate(input_ids=token_ids, attention_mask=mask, **options) for m in models)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-4, rtol=0)  # as on the CPU
+
+
+def test_a_training_step_is_that_of_eager_attention(models):
+    torch.manual_seed(4)
+    token_ids = torch.randint(0, 400, (2, 20), device=DEVICE)
+    found = []
+    for model in models:
+        loss = model.train()(input_ids=token_ids, labels=token_ids).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        found.append(torch.stack([loss.detach(), norm]))
+        model.zero_grad()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=0)  # as on the CPU
