@@ -1,12 +1,15 @@
 // Decode: one new token a sequence, attention over its cache by split-KV, and the merge of the splits.
 //
 // A block takes one split of one kv head's past and serves all query heads of the group, so that each byte of the cache
-// is read once, 16 bytes a lane. A warp takes tiles of 16 keys (8 in FP32); a row of K lies in row_bytes / 16 lanes,
-// as does a row of V where registers allow. Quantised keys meet queries quantised to int8 (one scale a head) with DP4A;
-// their scale multiplies the score, that of the values the probability. Scores are summed over lanes by halving: each
-// exchange also halves how many a lane keeps, so that in the end each lane has its own few, does their softmax, and
-// shows the probabilities to the warp through shared memory. Bound by DRAM: both tiles of K and V are under way at
-// once.
+// is read once. A warp takes tiles of 32 keys (8 in half, 4 in FP32); a row of K lies in row_bytes / 16 lanes, one of V
+// in as many lanes as leave 32 accumulators in each. Quantised keys meet queries quantised to int8 (one scale a head)
+// with DP4A; their scale multiplies the score, that of the values the probability. Scores are summed over lanes by
+// halving: each exchange also halves how many a lane keeps, so that in the end each lane has its own few, does their
+// softmax, and shows the probabilities to the warp through shared memory.
+//
+// Bound by DRAM, and in 4 bits as much by issue: values become floats at 2.5 instructions an element beside the 4 FFMA
+// of a group. The next keys are under way from when this tile's scores are done, the next values from when its values
+// are used. Two blocks an SM: tiles of 16 keys with three blocks were 5 to 10% slower on an H100.
 //
 // The past is cut into splits on the device, by past_length: no length passes through the host. The first split takes
 // the new token too. Softmax statistics in FP32, merged at the end.
@@ -116,17 +119,27 @@ __device__ __forceinline__ void load_rows(const unsigned char* rows, int pitch, 
   }
 }
 
+template <bool kFirst, typename First, typename Second>
+struct Choose {
+  using Type = First;
+};
+template <typename First, typename Second>
+struct Choose<false, First, Second> {
+  using Type = Second;
+};
+
 // Sums each of kCount values over lanes that differ in the bits of kMask and below, halving how many a lane keeps while
 // it can: the lane with the bit set keeps the upper half.
 template <int kCount, int kMask>
 struct SumOverLanes {
-  static __device__ __forceinline__ void run(float* values) {
+  template <typename Value>
+  static __device__ __forceinline__ void run(Value* values) {
     if (kCount > 1) {
       const bool upper = threadIdx.x & kMask;
 #pragma unroll
       for (int i = 0; i < kCount / 2; ++i) {
-        const float sent = upper ? values[i] : values[i + kCount / 2];
-        const float kept = upper ? values[i + kCount / 2] : values[i];
+        const Value sent = upper ? values[i] : values[i + kCount / 2];
+        const Value kept = upper ? values[i + kCount / 2] : values[i];
         values[i] = kept + __shfl_xor_sync(kAllLanes, sent, kMask);
       }
     } else {
@@ -137,7 +150,8 @@ struct SumOverLanes {
 };
 template <int kCount>
 struct SumOverLanes<kCount, 0> {
-  static __device__ __forceinline__ void run(float*) {}
+  template <typename Value>
+  static __device__ __forceinline__ void run(Value*) {}
 };
 
 // What a block keeps in shared memory.
@@ -146,9 +160,9 @@ struct DecodeShared {
   float q[kGroup][kDim];  // as the cache's keys are: rotated or not
   unsigned q_codes[kGroup][kDim / 4];
   float q_scale[kGroup];
-  float q_bias[kGroup];                         // takes back the 8 that is added to codes of four bits
-  float new_score[kGroup];                      // of the new token
-  float probability[kDecodeWarps][16][kGroup];  // [warp][key of its tile][head]
+  int q_bias[kGroup];                              // takes back the 8 that is added to codes of four bits
+  float new_score[kGroup];                         // of the new token
+  float probability[kDecodeWarps][kWarp][kGroup];  // [warp][key of its tile][head]
   float factor[kDecodeWarps][kGroup];
   float maximum[kDecodeWarps][kGroup];
   float sum[kDecodeWarps][kGroup];
@@ -177,7 +191,7 @@ __device__ __forceinline__ void prepare_queries(const DecodeParams& p, DecodeSha
       shared.q_codes[g][lane] = quantise_query(q, scale);
       if (lane == 0) shared.q_scale[g] = scale;
       if (kKeyFormat == kInt4) {
-        const float bias = warp_sum(float(__dp4a(int(shared.q_codes[g][lane]), int(0xf8f8f8f8u), 0)));
+        const int bias = warp_sum(__dp4a(int(shared.q_codes[g][lane]), int(0xf8f8f8f8u), 0));
         if (lane == 0) shared.q_bias[g] = bias;
       }
     }
@@ -186,13 +200,15 @@ __device__ __forceinline__ void prepare_queries(const DecodeParams& p, DecodeSha
 
 template <int kGroup, int kKeyFormat, int kValueFormat>
 __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGroup>& shared) {
-  using Keys = RowLanes<kKeyFormat, kGroup>;                      // the scores a lane ends with are of one head
-  using Values = RowLanes<kValueFormat, 2 * kGroup>;              // at most 64 accumulators
-  constexpr int kTile = min2(16, 128 / format_bits(kKeyFormat));  // keys a warp takes at once
+  using Keys = RowLanes<kKeyFormat, kGroup>;          // the scores a lane ends with are of one head
+  using Values = RowLanes<kValueFormat, 2 * kGroup>;  // at most 64 accumulators
+  // Keys a warp takes at once: as many as registers hold, for bytes under way and against what a tile costs.
+  constexpr int kTile = !is_quantised(kKeyFormat) ? 128 / format_bits(kKeyFormat) : kGroup == 8 ? 16 : 32;
   constexpr int kKeyLoads = kTile / Keys::kAtOnce, kValueLoads = kTile / Values::kAtOnce;
   constexpr int kScores = kGroup * kKeyLoads;  // of a lane before the sum over lanes: [group][load]
   constexpr int kOwn = kScores > Keys::kLanes ? kScores / Keys::kLanes : 1;  // after it
   constexpr bool kCodes = is_quantised(kKeyFormat);
+  using Score = typename Choose<kCodes, int, float>::Type;
   constexpr int kLanesOfHead = Keys::kLanes / kGroup;  // lanes of a row that end with scores of the same head
   constexpr int kCopies = Keys::kLanes > kScores ? Keys::kLanes / kScores : 1;  // of them, with the very same scores
   static_assert(kOwn <= kKeyLoads, "a lane's scores are of one head");
@@ -281,7 +297,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
 
   const bool tells = lane < Keys::kLanes && lane % kLanesOfHead == 0;  // what its head has in common
   const float own_scale = a.scale_log2 * (kCodes ? shared.q_scale[own_head] : 1.0f);
-  const float own_bias = kKeyFormat == kInt4 ? shared.q_bias[own_head] : 0;
+  const Score own_bias = kKeyFormat == kInt4 ? Score(shared.q_bias[own_head]) : Score(0);
 
   // Online softmax. Maximum and sum are of own_head, the sum of this lane's keys alone.
   float maximum = kLowest, sum = 0;
@@ -294,7 +310,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
 
   for (; first < split.end; first += kDecodeWarps * kTile) {
     const int next = first + kDecodeWarps * kTile;
-    float score[kScores];
+    Score dots[kScores];
 #pragma unroll
     for (int i = 0; i < kKeyLoads; ++i) {
       if (kCodes) {
@@ -310,7 +326,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
               dot = __dp4a(int(key_words[i][w] >> 4 & 0x0f0f0f0fu), q_codes[g][2 * w + 1], dot);
             }
           }
-          score[g * kKeyLoads + i] = float(dot);
+          dots[g * kKeyLoads + i] = Score(dot);
         }
       } else {
         float k[Keys::kElements];
@@ -320,7 +336,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
           float dot = 0;
 #pragma unroll
           for (int j = 0; j < Keys::kElements; ++j) dot += q[g][j % (kCodes ? 1 : Keys::kElements)] * k[j];
-          score[g * kKeyLoads + i] = dot;
+          dots[g * kKeyLoads + i] = Score(dot);
         }
       }
     }
@@ -328,13 +344,13 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) scales[i] = kCodes ? own_scale * half_to_float(key_scale[i]) : own_scale;
     if (next < split.end) load_keys(next);
-    SumOverLanes<kScores, Keys::kLanes / 2>::run(score);
+    SumOverLanes<kScores, Keys::kLanes / 2>::run(dots);
 
     // Softmax of the scores that this lane has: the maximum over all lanes that have scores of the same head.
-    float most = maximum;
+    float score[kOwn], most = maximum;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      score[i] = own_key(first, i) < split.end ? (score[i] + own_bias) * scales[i] : kLowest;
+      score[i] = own_key(first, i) < split.end ? float(dots[i] + own_bias) * scales[i] : kLowest;
       most = max2(most, score[i]);
     }
 #pragma unroll
@@ -477,11 +493,11 @@ extern "C" __global__ void __launch_bounds__(kMergeThreads) decode_merge(const D
   a.out[row * a.value_dim + channel] = value / total;
 }
 
-#define DECODE(GROUP, KEY, VALUE)                                                  \
-  extern "C" __global__ void __launch_bounds__(kDecodeThreads, GROUP == 8 ? 2 : 3) \
-      decode_##GROUP##_##KEY##_##VALUE(const DecodeParams p) {                     \
-    __shared__ __align__(16) DecodeShared<GROUP> shared;                           \
-    decode<GROUP, KEY, VALUE>(p, shared);                                          \
+#define DECODE(GROUP, KEY, VALUE)                                 \
+  extern "C" __global__ void __launch_bounds__(kDecodeThreads, 2) \
+      decode_##GROUP##_##KEY##_##VALUE(const DecodeParams p) {    \
+    __shared__ __align__(16) DecodeShared<GROUP> shared;          \
+    decode<GROUP, KEY, VALUE>(p, shared);                         \
   }
 #define DECODE_FORMATS(GROUP)       \
   DECODE(GROUP, kFloat32, kFloat32) \

@@ -95,7 +95,8 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-__device__ __forceinline__ float warp_sum(float x) {
+template <typename Value>
+__device__ __forceinline__ Value warp_sum(Value x) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) x += __shfl_xor_sync(kAllLanes, x, mask);
   return x;

@@ -19,7 +19,7 @@ constexpr int kAppendRows = 4;  // of a block, a warp each
 constexpr int kAppendThreads = 128;
 constexpr int kMaxDim = 128;
 constexpr int kLeastKeys = 64;               // of a decode split
-constexpr int kBlocksPerMultiprocessor = 3;  // of decode blocks, by their registers
+constexpr int kBlocksPerMultiprocessor = 2;  // of decode blocks, by their registers
 
 thread_local std::string last_error;
 
