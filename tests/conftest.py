@@ -18,6 +18,8 @@ from pascalvl.plugins.kv_format import KVFormat
 from tests.real_sizes import HOST_FILES
 
 NANO = Path(__file__).parent / "nano"
+# The kernels compiled for the tests stay in the repository, for the next time.
+os.environ.setdefault("XDG_CACHE_HOME", str(Path(__file__).parents[1] / "build" / "cache"))
 
 
 @pytest.fixture(scope="session")

@@ -89,8 +89,14 @@ def cached(target: Target) -> Path:
     name = "libpascalvl.so" if target is Target.CUDA else "libpascalvl_emulated.so"
     library = cache / "pascalvl" / f"kernels-{digest.hexdigest()[:16]}" / name
     if not library.exists():
-        log.info("Compiling the kernels for %s into %s; this takes about 20 seconds, once.", target.value, library)
-        build(library, target)
+        log.info("Compiling the kernels for %s into %s; this takes about a minute, once.", target.value, library)
+        try:
+            build(library, target)
+        except OSError as error:
+            raise UserError(
+                f"the kernels' library cannot be written to {library.parent} ({error.strerror}): set XDG_CACHE_HOME to "
+                "a folder with 10 MB free that can be written."
+            ) from error
     return library
 
 

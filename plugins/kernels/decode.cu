@@ -1,8 +1,8 @@
 // Decode: one new token a sequence, attention over its cache by split-KV, and the merge of the splits.
 //
 // A block takes one split of one kv head's past and serves all query heads of the group, so that each byte of the cache
-// is read once. A warp takes tiles of 32 keys (8 in half, 4 in FP32); a row of K lies in row_bytes / 16 lanes, one of V
-// in as many lanes as leave 32 accumulators in each. Quantised keys meet queries quantised to int8 (one scale a head)
+// is read once. A warp takes tiles of 32 keys (16 in half, 8 in FP32); a row of K lies in row_bytes / 16 lanes, one of
+// V in as many lanes as leave 32 accumulators in each. Quantised keys meet queries quantised to int8 (one scale a head)
 // with DP4A; their scale multiplies the score, that of the values the probability. Scores are summed over lanes by
 // halving: each exchange also halves how many a lane keeps, so that in the end each lane has its own few, does their
 // softmax, and shows the probabilities to the warp through shared memory.
@@ -203,7 +203,8 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
   using Keys = RowLanes<kKeyFormat, kGroup>;          // the scores a lane ends with are of one head
   using Values = RowLanes<kValueFormat, 2 * kGroup>;  // at most 64 accumulators
   // Keys a warp takes at once: as many as registers hold, for bytes under way and against what a tile costs.
-  constexpr int kTile = !is_quantised(kKeyFormat) ? 128 / format_bits(kKeyFormat) : kGroup == 8 ? 16 : 32;
+  constexpr int kMost = kKeyFormat == kFloat32 ? 8 : kKeyFormat == kFloat16 ? 16 : 32;
+  constexpr int kTile = kGroup == 8 && kKeyFormat != kFloat32 ? kMost / 2 : kMost;
   constexpr int kKeyLoads = kTile / Keys::kAtOnce, kValueLoads = kTile / Values::kAtOnce;
   constexpr int kScores = kGroup * kKeyLoads;  // of a lane before the sum over lanes: [group][load]
   constexpr int kOwn = kScores > Keys::kLanes ? kScores / Keys::kLanes : 1;  // after it
@@ -446,7 +447,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
 // Merges the splits of a query head, a thread a channel, several threads sharing the splits. All loads of a round are
 // under way at once. Grid: (query heads, batch). Out: [batch, 1, num_heads, value_dim].
 extern "C" __global__ void __launch_bounds__(kMergeThreads) decode_merge(const DecodeParams p) {
-  constexpr int kShares = kMergeThreads / kDim, kAtOnce = 16;
+  constexpr int kShares = kMergeThreads / kDim, kAtOnce = 12;
   __shared__ float maxima[kShares], sums[kShares], values[kShares][kDim];
   const AttentionParams& a = p.attention;
   const long long row = (long long)blockIdx.y * a.num_heads + blockIdx.x;

@@ -87,6 +87,13 @@ def test_a_cached_library_serves_where_nothing_compiles(tmp_path, monkeypatch):
         cached(Target.CUDA)
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot be written to .*: set XDG_CACHE_HOME"):
+        cached(Target.EMULATOR)
+
+
 def test_other_sources_are_cached_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(kernels_build, "build", lambda output, target: None)
