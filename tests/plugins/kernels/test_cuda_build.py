@@ -71,6 +71,7 @@ def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch, attribute, value, 
 
 def test_missing_nvrtc_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels_build.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(kernels_build, "compile_cuda", kernels_build.compile_cuda.__wrapped__)  # remembers nothing
     with pytest.raises(UserError, match="nvidia-cuda-nvrtc-cu12"):
         build(tmp_path / "lib.so", Target.CUDA)
     assert not list(tmp_path.iterdir())
