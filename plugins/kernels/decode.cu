@@ -166,7 +166,8 @@ struct SumOverLanes<kCount, kStop, kStop> {
 // What a block keeps in shared memory.
 template <int kGroup>
 struct DecodeShared {
-  float q[kGroup][kDim];  // as the cache's keys are: rotated or not
+  float output[kDecodeWarps][kGroup][kDim];  // read and written in quads, as the queries: they come first
+  float q[kGroup][kDim];                     // as the cache's keys are: rotated or not
   unsigned q_codes[kGroup][kDim / 4];
   float q_scale[kGroup];
   int q_bias[kGroup];                              // takes back the 8 that is added to codes of four bits
@@ -175,7 +176,6 @@ struct DecodeShared {
   float factor[kDecodeWarps][kGroup];
   float maximum[kDecodeWarps][kGroup];
   float sum[kDecodeWarps][kGroup];
-  float output[kDecodeWarps][kGroup][kDim];
 };
 
 // Puts the group's queries into shared memory: the new token's score, then rotated and quantised as the cache needs.
