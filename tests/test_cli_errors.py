@@ -293,8 +293,8 @@ def test_interrupted_chat_goes_on(endless_bundle):
     process.stdin.flush()
     assert process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    while "[stopped]\n" not in process.stdout.readline():
-        pass
+    while "[stopped]\n" not in (line := process.stdout.readline()):
+        assert line, process.communicate()
     process.stdin.write("Go on.\n")
     process.stdin.flush()
     assert process.stdout.read(1)
