@@ -9,6 +9,11 @@ PROMPT  ?= Describe the picture.
 OPTIONS ?=
 export IMAGE PROMPT
 
+# For `make plugin`: the major version of TensorRT, 8 (for 8.6 and 9.x) or 10, and its folder, which holds include/.
+TENSORRT_MAJOR ?= 8
+TENSORRT_ROOT  ?=
+PLUGIN_ARGS := --major $(TENSORRT_MAJOR) $(if $(TENSORRT_ROOT),--headers $(TENSORRT_ROOT)/include)
+
 PYTHON  ?= python3
 # Further arguments for pip, for example an index with CPU-only wheels of torch (much smaller than the default ones).
 PIP_ARGS ?=
@@ -25,7 +30,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 RUN    := $(BIN)/pascalvl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo export engine run chat validate inspect kernels test lint clean
+.PHONY: help setup demo export engine run chat validate inspect kernels plugin test lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -56,6 +61,9 @@ test: setup $(VENV)/torchvision ## the tests
 
 kernels: setup ## the CUDA kernels' library, build/lib/libpascalvl.so
 	$(BIN)/python -m pascalvl.plugins.kernels.build build/lib/libpascalvl.so
+
+plugin: setup ## the TensorRT plugin's library, build/lib/libpascalvl_plugin.so, for TENSORRT_MAJOR
+	$(BIN)/python -m pascalvl.plugins.tensorrt.build build/lib/libpascalvl_plugin.so $(PLUGIN_ARGS)
 
 lint: setup ## ruff and clang-format
 	$(BIN)/ruff check .

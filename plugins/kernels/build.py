@@ -43,13 +43,14 @@ class Target(enum.Enum):
     EMULATOR = "emulator"
 
 
-def build(output: Path, target: Target, flags: Sequence[str] = ()) -> None:
+def build(output: Path, target: Target, flags: Sequence[str] = (), more: Sequence[Path] = ()) -> None:
     """Write the shared library ``output``.
 
     Args:
         output: the library's path; it appears there complete.
         target: what is to run the kernels.
         flags: further ones for g++, for example a sanitizer's.
+        more: further C++ files of the library.
 
     Raises:
         UserError: g++ or NVRTC is missing, or they refuse the sources.
@@ -64,7 +65,16 @@ def build(output: Path, target: Target, flags: Sequence[str] = ()) -> None:
         else:
             sources = [FOLDER / "library.cpp", FOLDER / "emulated.cpp"]
         made = Path(work) / output.name
-        command = [compiler, *CXX_FLAGS, *flags, f"-I{FOLDER.parents[1]}", *map(str, sources), "-ldl", "-o", str(made)]
+        command = [
+            compiler,
+            *CXX_FLAGS,
+            *flags,
+            f"-I{FOLDER.parents[1]}",
+            *map(str, [*sources, *more]),
+            "-ldl",
+            "-o",
+            str(made),
+        ]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise UserError(f"{compiler} failed to build {output.name}:\n{result.stderr}")
