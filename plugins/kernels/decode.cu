@@ -21,7 +21,7 @@ constexpr int kDecodeWarps = 4;
 constexpr int kDecodeThreads = kDecodeWarps * kWarp;
 constexpr int kDim = 128;       // lanes are laid out for this; shorter rows leave some idle
 constexpr int kLeastKeys = 64;  // of a split
-constexpr int kMergeThreads = 512;
+constexpr int kMergeThreads = 256;
 
 PASCALVL_BOTH_SIDES constexpr int format_bits(int format) {
   return format == kFloat32 ? 32 : format == kFloat16 ? 16 : format == kInt8 ? 8 : 4;
@@ -128,13 +128,20 @@ struct Choose<false, First, Second> {
   using Type = Second;
 };
 
-// Sums each of kCount values over lanes that differ in the bits of kMask and below, halving how many a lane keeps while
-// it can: the lane with the bit set keeps the upper half.
-template <int kCount, int kMask>
+// Sums each of kCount values over lanes that differ in the bits from kMask down to above kStop, halving how many a lane
+// keeps while it can: the lane with the bit set keeps the upper half. In the end it has kOwn of them, from `first` on.
+template <int kCount, int kMask, int kStop>
 struct SumOverLanes {
+  static constexpr bool kHalves = kCount > 1;
+  using Rest = SumOverLanes<kHalves ? kCount / 2 : 1, kMask / 2, kStop>;
+  static constexpr int kOwn = Rest::kOwn;
+
+  static __device__ __forceinline__ int first(int lane) {
+    return (kHalves && lane & kMask ? kCount / 2 : 0) + Rest::first(lane);
+  }
   template <typename Value>
   static __device__ __forceinline__ void run(Value* values) {
-    if (kCount > 1) {
+    if (kHalves) {
       const bool upper = threadIdx.x & kMask;
 #pragma unroll
       for (int i = 0; i < kCount / 2; ++i) {
@@ -145,11 +152,13 @@ struct SumOverLanes {
     } else {
       values[0] += __shfl_xor_sync(kAllLanes, values[0], kMask);
     }
-    SumOverLanes<(kCount > 1 ? kCount / 2 : 1), kMask / 2>::run(values);
+    Rest::run(values);
   }
 };
-template <int kCount>
-struct SumOverLanes<kCount, 0> {
+template <int kCount, int kStop>
+struct SumOverLanes<kCount, kStop, kStop> {
+  static constexpr int kOwn = kCount;
+  static __device__ __forceinline__ int first(int) { return 0; }
   template <typename Value>
   static __device__ __forceinline__ void run(Value*) {}
 };
@@ -157,7 +166,8 @@ struct SumOverLanes<kCount, 0> {
 // What a block keeps in shared memory.
 template <int kGroup>
 struct DecodeShared {
-  float q[kGroup][kDim];  // as the cache's keys are: rotated or not
+  float output[kDecodeWarps][kGroup][kDim];  // read and written in quads, as the queries: they come first
+  float q[kGroup][kDim];                     // as the cache's keys are: rotated or not
   unsigned q_codes[kGroup][kDim / 4];
   float q_scale[kGroup];
   int q_bias[kGroup];                              // takes back the 8 that is added to codes of four bits
@@ -166,7 +176,6 @@ struct DecodeShared {
   float factor[kDecodeWarps][kGroup];
   float maximum[kDecodeWarps][kGroup];
   float sum[kDecodeWarps][kGroup];
-  float output[kDecodeWarps][kGroup][kDim];
 };
 
 // Puts the group's queries into shared memory: the new token's score, then rotated and quantised as the cache needs.
@@ -207,21 +216,25 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
   constexpr int kTile = kGroup == 8 && kKeyFormat != kFloat32 ? kMost / 2 : kMost;
   constexpr int kKeyLoads = kTile / Keys::kAtOnce, kValueLoads = kTile / Values::kAtOnce;
   constexpr int kScores = kGroup * kKeyLoads;  // of a lane before the sum over lanes: [group][load]
-  constexpr int kOwn = kScores > Keys::kLanes ? kScores / Keys::kLanes : 1;  // after it
+  using SumScores = SumOverLanes<kScores, Keys::kLanes / 2, 0>;
+  constexpr int kOwn = SumScores::kOwn;  // after it
+  constexpr int kOutputs = kGroup * Values::kElements;
+  using SumOutputs = SumOverLanes<kOutputs, kWarp / 2, Values::kLanes / 2>;
   constexpr bool kCodes = is_quantised(kKeyFormat);
   using Score = typename Choose<kCodes, int, float>::Type;
   constexpr int kLanesOfHead = Keys::kLanes / kGroup;  // lanes of a row that end with scores of the same head
   constexpr int kCopies = Keys::kLanes > kScores ? Keys::kLanes / kScores : 1;  // of them, with the very same scores
   static_assert(kOwn <= kKeyLoads, "a lane's scores are of one head");
+  static_assert(SumOutputs::kOwn % 4 == 0, "outputs go in quads");
 
   const AttentionParams& a = p.attention;
   const Cache& cache = a.cache;
   const int head = blockIdx.y, sequence = blockIdx.z;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int past = a.past_length[sequence];
-  float* partial =
-      p.partial + (((long long)sequence * a.num_heads + head * kGroup) * p.splits + blockIdx.x) * (a.value_dim + 2);
-  const long long partial_stride = (long long)p.splits * (a.value_dim + 2);  // between heads
+  float* partial = p.partial + (((long long)sequence * a.num_heads + head * kGroup) * p.splits + blockIdx.x) *
+                                   partial_pitch(a.value_dim);
+  const long long partial_stride = (long long)p.splits * partial_pitch(a.value_dim);  // between heads
 
   // The query's position is `past`. Of the cache it sees the sinks and the window.
   const int window = a.window ? min2(a.window - 1, past) : past;
@@ -241,11 +254,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
 
   // After the sum over lanes, this lane has scores number own .. own + kOwn - 1 of [group][load], of the key that its
   // row of lanes loads. The higher a bit of its number, the earlier the halves it has told apart: first the head.
-  int own = 0;
-#pragma unroll
-  for (int mask = Keys::kLanes / 2, count = kScores; mask > 0; mask /= 2) {
-    if (count > 1) count /= 2, own += lane & mask ? count : 0;
-  }
+  const int own = SumScores::first(lane);
   const int own_head = own / kKeyLoads, own_load = own % kKeyLoads;
 
   // Tiles are loaded ahead: keys once the last ones' scores are done, values once the last ones are used.
@@ -302,12 +311,9 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
 
   // Online softmax. Maximum and sum are of own_head, the sum of this lane's keys alone.
   float maximum = kLowest, sum = 0;
-  float output[kGroup][Values::kElements];
+  float output[kOutputs];  // [group][element]
 #pragma unroll
-  for (int g = 0; g < kGroup; ++g) {
-#pragma unroll
-    for (int i = 0; i < Values::kElements; ++i) output[g][i] = 0;
-  }
+  for (int i = 0; i < kOutputs; ++i) output[i] = 0;
 
   for (; first < split.end; first += kDecodeWarps * kTile) {
     const int next = first + kDecodeWarps * kTile;
@@ -345,7 +351,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) scales[i] = kCodes ? own_scale * half_to_float(key_scale[i]) : own_scale;
     if (next < split.end) load_keys(next);
-    SumOverLanes<kScores, Keys::kLanes / 2>::run(dots);
+    SumScores::run(dots);
 
     // Softmax of the scores that this lane has: the maximum over all lanes that have scores of the same head.
     float score[kOwn], most = maximum;
@@ -376,7 +382,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
       for (int g = 0; g < kGroup; ++g) {
         const float head_factor = shared.factor[warp][g];
 #pragma unroll
-        for (int i = 0; i < Values::kElements; ++i) output[g][i] *= head_factor;
+        for (int i = 0; i < Values::kElements; ++i) output[g * Values::kElements + i] *= head_factor;
       }
     }
 #pragma unroll
@@ -389,7 +395,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
       for (int g = 0; g < kGroup; ++g) {
         const float probability = probabilities[g];
 #pragma unroll
-        for (int j = 0; j < Values::kElements; ++j) output[g][j] += probability * v[j];
+        for (int j = 0; j < Values::kElements; ++j) output[g * Values::kElements + j] += probability * v[j];
       }
     }
     if (next < split.end) load_values(next);
@@ -405,16 +411,13 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
     shared.maximum[warp][own_head] = maximum;
     shared.sum[warp][own_head] = sum;
   }
+  SumOutputs::run(output);
+  const int own_output = SumOutputs::first(lane);
 #pragma unroll
-  for (int g = 0; g < kGroup; ++g) {
-#pragma unroll
-    for (int i = 0; i < Values::kElements; ++i) {
-#pragma unroll
-      for (int mask = Values::kLanes; mask < kWarp; mask *= 2) {
-        output[g][i] += __shfl_xor_sync(kAllLanes, output[g][i], mask);
-      }
-      if (lane < Values::kLanes) shared.output[warp][g][value_lane * Values::kElements + i] = output[g][i];
-    }
+  for (int i = 0; i < SumOutputs::kOwn; i += 4) {
+    const int g = (own_output + i) / Values::kElements, element = (own_output + i) % Values::kElements;
+    *reinterpret_cast<float4*>(&shared.output[warp][g][value_lane * Values::kElements + element]) =
+        make_float4(output[i], output[i + 1], output[i + 2], output[i + 3]);
   }
   __syncthreads();
 
@@ -444,54 +447,56 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
   }
 }
 
-// Merges the splits of a query head, a thread a channel, several threads sharing the splits. All loads of a round are
-// under way at once. Grid: (query heads, batch). Out: [batch, 1, num_heads, value_dim].
+// Merges the splits of a query head: the warps share them, a lane has 4 channels. Grid: (query heads, batch).
+// Out: [batch, 1, num_heads, value_dim].
 extern "C" __global__ void __launch_bounds__(kMergeThreads) decode_merge(const DecodeParams p) {
-  constexpr int kShares = kMergeThreads / kDim, kAtOnce = 12;
-  __shared__ float maxima[kShares], sums[kShares], values[kShares][kDim];
+  constexpr int kWarps = kMergeThreads / kWarp, kAtOnce = 5;  // splits whose loads are under way
+  __shared__ float2 states[kWarps];
+  __shared__ float4 values[kWarps][kWarp];
   const AttentionParams& a = p.attention;
   const long long row = (long long)blockIdx.y * a.num_heads + blockIdx.x;
-  const int channel = threadIdx.x % kDim, share = threadIdx.x / kDim, pitch = a.value_dim + 2;
-  const int d = min2(channel, a.value_dim - 1);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, d = min2(4 * lane, a.value_dim - 4);
+  const int pitch = partial_pitch(a.value_dim);
   const float* partial = p.partial + row * p.splits * pitch;
-  float most = kLowest, total = 0, value = 0;
-  for (int first = share; first < p.splits; first += kShares * kAtOnce) {
-    float split_most[kAtOnce], split_sum[kAtOnce], split_value[kAtOnce];
-    float before = most;
+  float most = kLowest, total = 0;
+  float4 value = make_float4(0, 0, 0, 0);
+  auto add = [&](float more_most, float more_total, float4 more) {
+    if (more_most == kLowest) return;  // nothing there
+    const float factor = power_of_2(more_most - most);
+    total += factor * more_total;
+    value.x += factor * more.x, value.y += factor * more.y, value.z += factor * more.z, value.w += factor * more.w;
+  };
+  for (int first = warp; first < p.splits; first += kWarps * kAtOnce) {
+    float2 more_state[kAtOnce];  // maximum, sum
+    float4 more[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int split = first + i * kShares;
+      const int split = first + i * kWarps;
       const float* at = partial + min2(split, p.splits - 1) * pitch;
-      split_most[i] = split < p.splits ? at[a.value_dim] : kLowest;
-      split_sum[i] = at[a.value_dim + 1];
-      split_value[i] = at[d];
+      more_state[i] = *reinterpret_cast<const float2*>(at + a.value_dim);
+      more[i] = *reinterpret_cast<const float4*>(at + d);
+      if (split >= p.splits) more_state[i].x = kLowest;
     }
+    const float before = most;
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) most = max2(most, split_most[i]);
+    for (int i = 0; i < kAtOnce; ++i) most = max2(most, more_state[i].x);
     const float factor = power_of_2(before - most);
-    total *= factor, value *= factor;
+    total *= factor, value.x *= factor, value.y *= factor, value.z *= factor, value.w *= factor;
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (split_most[i] == kLowest) continue;  // an empty split, which has written no output
-      const float weight = power_of_2(split_most[i] - most);
-      total += weight * split_sum[i];
-      value += weight * split_value[i];
-    }
+    for (int i = 0; i < kAtOnce; ++i) add(more_state[i].x, more_state[i].y, more[i]);
   }
-  values[share][channel] = value;
-  if (channel == 0) maxima[share] = most, sums[share] = total;
+  values[warp][lane] = value;
+  if (lane == 0) states[warp] = make_float2(most, total);
   __syncthreads();
-  if (int(threadIdx.x) >= a.value_dim) return;
+  if (warp > 0 || 4 * lane >= a.value_dim) return;
 #pragma unroll
-  for (int i = 0; i < kShares; ++i) most = max2(most, maxima[i]);
-  total = value = 0;
+  for (int i = 0; i < kWarps; ++i) most = max2(most, states[i].x);
+  total = 0, value = make_float4(0, 0, 0, 0);
 #pragma unroll
-  for (int i = 0; i < kShares; ++i) {
-    const float weight = power_of_2(maxima[i] - most);
-    total += weight * sums[i];
-    value += weight * values[i][channel];
-  }
-  a.out[row * a.value_dim + channel] = value / total;
+  for (int i = 0; i < kWarps; ++i) add(states[i].x, states[i].y, values[i][lane]);
+  const float inverse = 1 / total;
+  *reinterpret_cast<float4*>(a.out + row * a.value_dim + d) =
+      make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse);
 }
 
 #define DECODE(GROUP, KEY, VALUE)                                 \

@@ -14,7 +14,7 @@ namespace {
 constexpr int kCodeRow = 128;  // bytes of a quantised query
 constexpr int kPrefillThreads = 128;
 constexpr int kDecodeThreads = 128;
-constexpr int kMergeThreads = 512;
+constexpr int kMergeThreads = 256;
 constexpr int kAppendRows = 4;  // of a block, a warp each
 constexpr int kAppendThreads = 128;
 constexpr int kMaxDim = 128;
@@ -157,7 +157,7 @@ int decode_splits(const pascalvl_attention_args& a) {
 
 size_t workspace_bytes(const pascalvl_attention_args& a) {
   const size_t rows = size_t(a.batch) * a.num_heads;
-  if (is_decode(a)) return rows * decode_splits(a) * (a.value_dim + 2) * sizeof(float);
+  if (is_decode(a)) return rows * decode_splits(a) * partial_pitch(a.value_dim) * sizeof(float);
   return quantises_queries(a) ? rows * a.seq * (kCodeRow + sizeof(float)) : 0;
 }
 

@@ -63,10 +63,13 @@ struct AttentionParams {
 
 constexpr int kMaxSplits = 512;
 
+// Floats of what a split leaves: rows start on 16-byte boundaries.
+PASCALVL_BOTH_SIDES constexpr int partial_pitch(int value_dim) { return value_dim + 4; }
+
 // Decode: AttentionParams with seq 1, cut into splits of the past.
 struct DecodeParams {
   AttentionParams attention;
-  float* partial;  // [batch, num_heads, splits, value_dim + 2]: unnormalised output, maximum, sum
+  float* partial;  // [batch, num_heads, splits, partial_pitch]: unnormalised output, maximum, sum
   int splits;
   bool rotated;  // the cache's keys
 };

@@ -82,43 +82,46 @@ struct KeyQuad<kInt4> {
   }
 };
 
-// Channels d to d + 3 of a value. Nothing is done with what was loaded before `convert`: that would wait for it.
+// Channels of a value from d on, kQuads times four; codes without their scale. Nothing is done with what was loaded
+// before `convert`: that would wait for it.
 template <int kFormat>
-struct ValueQuad {
+struct ValueQuads {
+  static constexpr int kQuads = 1;
   using Raw = float4;
   static __device__ __forceinline__ Raw load(const unsigned char* row, int d) {
     return load_global<float4>(row + 4 * d);
   }
-  static __device__ __forceinline__ float4 convert(Raw raw, int, float) { return raw; }
+  static __device__ __forceinline__ float4 convert(Raw raw, int) { return raw; }
 };
 template <>
-struct ValueQuad<kFloat16> {
+struct ValueQuads<kFloat16> {
+  static constexpr int kQuads = 1;
   using Raw = uint2;
   static __device__ __forceinline__ Raw load(const unsigned char* row, int d) {
     return load_global<uint2>(row + 2 * d);
   }
-  static __device__ __forceinline__ float4 convert(Raw raw, int, float) { return KeyQuad<kFloat16>::convert(raw); }
+  static __device__ __forceinline__ float4 convert(Raw raw, int) { return KeyQuad<kFloat16>::convert(raw); }
 };
-__device__ __forceinline__ float4 scaled_bytes(unsigned word, float bias, float scale) {
-  return make_float4(byte_minus<0>(word, bias) * scale, byte_minus<1>(word, bias) * scale,
-                     byte_minus<2>(word, bias) * scale, byte_minus<3>(word, bias) * scale);
+__device__ __forceinline__ float4 bytes_minus(unsigned word, float bias) {
+  return make_float4(byte_minus<0>(word, bias), byte_minus<1>(word, bias), byte_minus<2>(word, bias),
+                     byte_minus<3>(word, bias));
 }
 template <>
-struct ValueQuad<kInt8> {
+struct ValueQuads<kInt8> {
+  static constexpr int kQuads = 1;
   using Raw = unsigned;
   static __device__ __forceinline__ Raw load(const unsigned char* row, int d) { return load_global<unsigned>(row + d); }
-  static __device__ __forceinline__ float4 convert(Raw raw, int, float scale) {
-    return scaled_bytes(raw ^ 0x80808080u, 128, scale);
-  }
+  static __device__ __forceinline__ float4 convert(Raw raw, int) { return bytes_minus(raw ^ 0x80808080u, 128); }
 };
 template <>
-struct ValueQuad<kInt4> {
+struct ValueQuads<kInt4> {
+  static constexpr int kQuads = 2;
   using Raw = unsigned;
   static __device__ __forceinline__ Raw load(const unsigned char* row, int d) {
-    return load_global<unsigned>(row + d / 8 * 4);
+    return load_global<unsigned>(row + d / 2);
   }
-  static __device__ __forceinline__ float4 convert(Raw raw, int shift, float scale) {
-    return scaled_bytes(raw >> shift & 0x0f0f0f0fu, 8, scale);
+  static __device__ __forceinline__ float4 convert(Raw raw, int quad) {
+    return bytes_minus(raw >> 4 * quad & 0x0f0f0f0fu, 8);
   }
 };
 
@@ -169,7 +172,6 @@ struct Tile {
   static constexpr int kOutputs = 8 + kRest;
   static constexpr int kValuePitch = 2 * kValueHalf + 8 * kRest;
   static constexpr int kValueQuads = kSlice * kValuePitch / 4;  // in a slice of V
-  static constexpr int kValueLoads = (kValueQuads + kThreads - 1) / kThreads;
   static constexpr int kScoreWords = kSlice * (kQPitch + kKPitch), kOutputWords = kSlice * kValuePitch;
   static constexpr int kSliceWords = kScoreWords > kOutputWords ? kScoreWords : kOutputWords;
   static_assert(kRows % kRowsAtOnce == 0 && kKeys % kRowsAtOnce == 0, "the threads cover a slice");
@@ -184,7 +186,8 @@ struct PrefillShared {
   Source sources[2];                       // the cache and the new keys
   int position[T::kRows];                  // of each query
   float q_scale[T::kRows];                 // of quantised queries, times scale_log2
-  float k_scale[T::kKeys];
+  float k_scale[T::kKeys];                 // of a tile's codes
+  float v_scale[T::kKeys];
 };
 
 template <int kValueDim>
@@ -307,8 +310,9 @@ struct Prefill : Tile<kValueDim> {
     };
     fetch(0);
     if (kCodes && threadIdx.x < T::kKeys) {
-      shared.k_scale[threadIdx.x] =
-          half_to_float(__ldg(source.k_scale + min2(first + int(threadIdx.x), source.count - 1)));
+      const int key = min2(first + int(threadIdx.x), source.count - 1);
+      shared.k_scale[threadIdx.x] = half_to_float(__ldg(source.k_scale + key));
+      shared.v_scale[threadIdx.x] = half_to_float(__ldg(source.v_scale + key));
     }
     stream(ceil_div(words, kSlice), shared, fetch, put, use);
 #pragma unroll
@@ -330,9 +334,10 @@ struct Prefill : Tile<kValueDim> {
     return key * T::kRows + 4 * (row_quad ^ (key / 4 & 7));
   }
 
-  // Scores to probabilities, into shared memory, and what is there already scaled down to the rows' new maximum. Who
-  // reads them is in the same warp.
-  __device__ __forceinline__ void softmax(float (*score)[kKeysPerThread], float* probability) {
+  // Scores to probabilities, into shared memory (where values are codes, times their scale), and what is there already
+  // scaled down to the rows' new maximum. Who reads them is in the same warp.
+  template <bool kScaled>
+  __device__ __forceinline__ void softmax(float (*score)[kKeysPerThread], Shared& shared) {
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
       float most = maximum[i];
@@ -357,10 +362,13 @@ struct Prefill : Tile<kValueDim> {
     }
 #pragma unroll
     for (int j = 0; j < kKeysPerThread; ++j) {
-      *reinterpret_cast<float4*>(&probability[probability_at(key_of(j), row0 / 4)]) =
-          make_float4(score[0][j], score[1][j], score[2][j], score[3][j]);
-      *reinterpret_cast<float4*>(&probability[probability_at(key_of(j), row0 / 4 + 1)]) =
-          make_float4(score[4][j], score[5][j], score[6][j], score[7][j]);
+      const float scale = kScaled ? shared.v_scale[key_of(j)] : 1;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        *reinterpret_cast<float4*>(&shared.probability[probability_at(key_of(j), row0 / 4 + h)]) =
+            make_float4(scale * score[4 * h][j], scale * score[4 * h + 1][j], scale * score[4 * h + 2][j],
+                        scale * score[4 * h + 3][j]);
+      }
     }
   }
 
@@ -372,31 +380,30 @@ struct Prefill : Tile<kValueDim> {
     float score[kRowsPerThread][kKeysPerThread];
     scores<kKeyFormat>(p, q, source, first, shared, score);
 
-    using Values = ValueQuad<kValueFormat>;
-    constexpr bool kScaled = is_quantised(kValueFormat);
-    typename Values::Raw next_v[T::kValueLoads];
-    unsigned short next_scale[T::kValueLoads];
-    // A quad's place in the slice; what lies beyond the row is not stored.
-    auto key_of_quad = [](int quad) { return quad / (T::kValuePitch / 4); };
-    const int shift = threadIdx.x % 2 * 4;  // to a quad's nibbles: rows have an even number of quads
-    auto channel_of_quad = [&](int quad) { return min2(quad % (T::kValuePitch / 4) * 4, p.value_dim - 4); };
+    using Values = ValueQuads<kValueFormat>;
+    constexpr int kLoads = T::kValueQuads / Values::kQuads;  // of the block, in a slice
+    constexpr int kOwnLoads = (kLoads + kThreads - 1) / kThreads;
+    constexpr int kLoadsOfRow = T::kValuePitch / 4 / Values::kQuads, kChannels = 4 * Values::kQuads;
+    typename Values::Raw next_v[kOwnLoads];
     auto fetch = [&](int s) {
 #pragma unroll
-      for (int i = 0; i < T::kValueLoads; ++i) {
-        const int quad = threadIdx.x + i * kThreads;
-        if (quad >= T::kValueQuads) continue;
-        const int key = min2(first + kSlice * s + key_of_quad(quad), source.count - 1);
-        next_v[i] = Values::load(source.v + (long long)key * source.v_row, channel_of_quad(quad));
-        if (kScaled) next_scale[i] = __ldg(source.v_scale + key);
+      for (int i = 0; i < kOwnLoads; ++i) {
+        const int load = threadIdx.x + i * kThreads;
+        if (kLoads % kThreads && load >= kLoads) continue;
+        const int key = min2(first + kSlice * s + load / kLoadsOfRow, source.count - 1);
+        const int channel = min2(load % kLoadsOfRow * kChannels, p.value_dim - kChannels);
+        next_v[i] = Values::load(source.v + (long long)key * source.v_row, channel);
       }
     };
     auto put = [&](float* buffer) {
 #pragma unroll
-      for (int i = 0; i < T::kValueLoads; ++i) {
-        const int quad = threadIdx.x + i * kThreads;
-        if (quad >= T::kValueQuads) continue;
-        const float scale = kScaled ? half_to_float(next_scale[i]) : 1;
-        *reinterpret_cast<float4*>(buffer + 4 * quad) = Values::convert(next_v[i], shift, scale);
+      for (int i = 0; i < kOwnLoads; ++i) {
+        const int load = threadIdx.x + i * kThreads;
+        if (kLoads % kThreads && load >= kLoads) continue;
+#pragma unroll
+        for (int h = 0; h < Values::kQuads; ++h) {
+          *reinterpret_cast<float4*>(buffer + load * kChannels + 4 * h) = Values::convert(next_v[i], h);
+        }
       }
     };
     auto use = [&](int s, const float* buffer) {
@@ -432,7 +439,7 @@ struct Prefill : Tile<kValueDim> {
         }
       }
     }
-    softmax(score, shared.probability);
+    softmax<is_quantised(kValueFormat)>(score, shared);
     stream(ceil_div(count, kSlice), shared, fetch, put, use);
   }
 
