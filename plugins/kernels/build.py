@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 SOURCES = ("append", "decode", "prefill")
 """Files of kernels; each becomes one CUDA module."""
+SOURCE_FILES = (*FOLDER.glob("*.c*"), *FOLDER.glob("*.h"), *(FOLDER.parent / "emulator").glob("*.h"), Path(__file__))
+"""What the library depends on; this file holds the compilers' options."""
 NVRTC_PACKAGE = "nvidia-cuda-nvrtc-cu12>=12.4,<13"
 CXX_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread")
 
@@ -82,30 +84,33 @@ def build(output: Path, target: Target, flags: Sequence[str] = (), more: Sequenc
 
 
 def cached(target: Target) -> Path:
-    """The library in the user's cache folder, built there on first use.
+    """The library in the user's cache folder, built there on first use; see `cached_library`."""
+    name = "libpascalvl.so" if target is Target.CUDA else "libpascalvl_emulated.so"
+    return cached_library(name, SOURCE_FILES, lambda library: build(library, target))
+
+
+def cached_library(name: str, sources: Sequence[Path], make: Callable[[Path], None]) -> Path:
+    """The path of what ``make`` wrote for these sources, in the user's cache folder.
 
     ``$XDG_CACHE_HOME`` (or ``~/.cache``) ``/pascalvl/kernels-<hash of the sources>/``. What compiles is not hashed, so
     that a library carried from another machine serves where NVRTC and g++ are missing.
 
     Raises:
-        UserError: see `build`.
+        UserError: see `build`; or there is no room.
     """
-    # This file is among the sources: it holds the compilers' options.
-    sources = [*FOLDER.glob("*.c*"), *FOLDER.glob("*.h"), *(FOLDER.parent / "emulator").glob("*.h"), Path(__file__)]
     digest = hashlib.sha256()
     for source in sorted(sources, key=lambda path: path.name):
         digest.update(source.name.encode() + b"\0" + hashlib.sha256(source.read_bytes()).digest())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = "libpascalvl.so" if target is Target.CUDA else "libpascalvl_emulated.so"
     library = cache / "pascalvl" / f"kernels-{digest.hexdigest()[:16]}" / name
     if not library.exists():
-        log.info("Compiling the kernels for %s into %s; this takes about a minute, once.", target.value, library)
+        log.info("Compiling %s; this takes about a minute, once.", library)
         try:
-            build(library, target)
+            make(library)
         except OSError as error:
             raise UserError(
-                f"the kernels' library cannot be written to {library.parent} ({error.strerror}): set XDG_CACHE_HOME to "
-                "a folder with 10 MB free that can be written."
+                f"{name} cannot be written to {library.parent} ({error.strerror}): set XDG_CACHE_HOME to a folder with "
+                "10 MB free that can be written."
             ) from error
     return library
 

@@ -20,7 +20,8 @@ from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels import build as kernels_build
 from pascalvl.plugins.kernels.build import Target
 
-SOURCE = Path(__file__).with_name("plugin.cpp")
+FOLDER = Path(__file__).parent
+SOURCE = FOLDER / "plugin.cpp"
 MAJORS = (8, 10)
 _NAMES = ("OP_NAME", "OP_VERSION", "ATTR_CAUSAL", "ATTR_SOFTMAX_SCALE", "ATTR_KV_FORMAT")
 _CLASSES = ("FlashAttention2", "Creator")
@@ -40,6 +41,13 @@ def build(output: Path, major: int, headers: Sequence[Path] = (), target: Target
         UserError: g++ or NVRTC is missing, or they refuse the sources.
     """
     kernels_build.build(output, target, _flags(major, headers), [SOURCE])
+
+
+def cached(major: int, target: Target) -> Path:
+    """The library for the project's own declarations, in the user's cache folder, built there on first use."""
+    name = f"libpascalvl_plugin{major}{'_emulated' if target is Target.EMULATOR else ''}.so"
+    sources = (*kernels_build.SOURCE_FILES, *FOLDER.glob("*.cpp"), *FOLDER.glob("*.h"), Path(__file__))
+    return kernels_build.cached_library(name, sources, lambda library: build(library, major, target=target))
 
 
 def _flags(major: int, headers: Sequence[Path]) -> list[str]:

@@ -122,7 +122,10 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
   const AsciiChar* getPluginType() const noexcept override { return PASCALVL_OP_NAME; }
   const AsciiChar* getPluginVersion() const noexcept override { return PASCALVL_OP_VERSION; }
   int32_t getNbOutputs() const noexcept override { return 1; }
-  int32_t initialize() noexcept override { return 0; }
+  // Loads the kernels: that cannot be done while a CUDA graph is captured.
+  int32_t initialize() noexcept override {
+    return guarded<int32_t>(1, [] { return require(pascalvl_load() == PASCALVL_OK, pascalvl_last_error()), 0; });
+  }
   void terminate() noexcept override {}
   size_t getSerializationSize() const noexcept override { return sizeof attributes_; }
   void serialize(void* buffer) const noexcept override { std::memcpy(buffer, &attributes_, sizeof attributes_); }
