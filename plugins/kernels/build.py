@@ -30,7 +30,7 @@ from pascalvl.plugins.errors import UserError
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = ("append", "decode", "prefill")
+SOURCES = ("append", "decode", "greedy", "prefill")
 """Files of kernels; each becomes one CUDA module."""
 SOURCE_FILES = (*FOLDER.glob("*.c*"), *FOLDER.glob("*.h"), *(FOLDER.parent / "emulator").glob("*.h"), Path(__file__))
 """What the library depends on; this file holds the compilers' options."""
@@ -57,30 +57,33 @@ def build(output: Path, target: Target, flags: Sequence[str] = (), more: Sequenc
     Raises:
         UserError: g++ or NVRTC is missing, or they refuse the sources.
     """
-    compiler = os.environ.get("CXX", "g++")
-    if not shutil.which(compiler):
-        raise UserError(f"the C++ compiler {compiler!r} was not found: install g++ or set CXX.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as work:
+    with tempfile.TemporaryDirectory() as work:
         if target is Target.CUDA:
+            _compiler()  # told before the minute that NVRTC takes
             sources = [FOLDER / "library.cpp", FOLDER / "driver.cpp", _images(Path(work))]
         else:
             sources = [FOLDER / "library.cpp", FOLDER / "emulated.cpp"]
+        compile_library(output, [*sources, *more], flags)
+
+
+def compile_library(output: Path, sources: Sequence[Path], flags: Sequence[str] = ()) -> None:
+    """Compile C++ files to a shared library, which appears at ``output`` complete; for errors see `build`."""
+    compiler = _compiler()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as work:
         made = Path(work) / output.name
-        command = [
-            compiler,
-            *CXX_FLAGS,
-            *flags,
-            f"-I{FOLDER.parents[1]}",
-            *map(str, [*sources, *more]),
-            "-ldl",
-            "-o",
-            str(made),
-        ]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        files = [f"-I{FOLDER.parents[1]}", *map(str, sources), "-ldl", "-o", str(made)]
+        result = subprocess.run([compiler, *CXX_FLAGS, *flags, *files], capture_output=True, text=True, check=False)
         if result.returncode:
             raise UserError(f"{compiler} failed to build {output.name}:\n{result.stderr}")
         made.replace(output)
+
+
+def _compiler() -> str:
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise UserError(f"the C++ compiler {compiler!r} was not found: install g++ or set CXX.")
+    return compiler
 
 
 def cached(target: Target) -> Path:

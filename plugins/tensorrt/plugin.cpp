@@ -71,6 +71,7 @@ int32_t parse_kv_format(const std::string& name) {
 Attributes parse_fields(const PluginFieldCollection& collection) {
   Attributes attributes;
   bool has_scale = false;
+  std::string kv_format;
   for (int32_t i = 0; i < collection.nbFields; ++i) {
     const PluginField& field = collection.fields[i];
     const std::string name = field.name ? field.name : "";
@@ -87,11 +88,13 @@ Attributes parse_fields(const PluginFieldCollection& collection) {
       std::memcpy(&attributes.softmax_scale, field.data, sizeof attributes.softmax_scale);
       has_scale = true;
     } else if (name == PASCALVL_ATTR_KV_FORMAT) {
-      expect(PluginFieldType::kCHAR, "a text");
+      // An empty text is what exported nodes have that read no cache; it may come without data.
+      require(field.type == PluginFieldType::kCHAR && field.length >= 0, "attribute " + name + " must be a text");
       const auto* characters = static_cast<const char*>(field.data);
-      attributes.kv_format = parse_kv_format({characters, strnlen(characters, field.length)});
+      kv_format = field.data ? std::string(characters, strnlen(characters, field.length)) : "";
     }
   }
+  if (attributes.causal) attributes.kv_format = parse_kv_format(kv_format);
   require(has_scale, "attribute " PASCALVL_ATTR_SOFTMAX_SCALE " is missing");
   return attributes;
 }
