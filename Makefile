@@ -7,6 +7,8 @@ IMAGE   ?= tests/nano/pictures/sample.png
 PROMPT  ?= Describe the picture.
 # Further options of `pascalvl run` and `chat`, for example --max-pixels 1000000.
 OPTIONS ?=
+# plugin: run, chat and validate run the graphs node by node, attention in the TensorRT plugin's library.
+HOST    ?=
 export IMAGE PROMPT
 
 # For `make plugin`: the major version of TensorRT, 8 (for 8.6 and 9.x) or 10, and its folder, which holds include/.
@@ -28,6 +30,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 RUN    := $(BIN)/pascalvl
+ON_HOST := $(if $(HOST),--host $(HOST))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo export engine run chat validate inspect kernels plugin test lint clean
@@ -45,13 +48,13 @@ export: $(BUNDLE)/manifest.json ## checkpoint MODEL to ONNX model bundle in buil
 engine: $(ENGINE)/manifest.json ## model bundle to engine bundle for BACKEND and KV in build/engine
 
 run: engine ## ask PROMPT about IMAGE
-	$(RUN) run $(ENGINE) --image "$$IMAGE" --prompt "$$PROMPT" $(OPTIONS)
+	$(RUN) run $(ENGINE) --image "$$IMAGE" --prompt "$$PROMPT" $(ON_HOST) $(OPTIONS)
 
 chat: engine ## talk to the model
-	$(RUN) chat $(ENGINE) $(OPTIONS)
+	$(RUN) chat $(ENGINE) $(ON_HOST) $(OPTIONS)
 
 validate: engine ## compare the engines with the PyTorch model, output by output
-	$(RUN) validate $(ENGINE) --reference $(MODEL)
+	$(RUN) validate $(ENGINE) --reference $(MODEL) $(ON_HOST)
 
 inspect: engine ## what the engine bundle is, and the memory it needs
 	$(RUN) inspect $(ENGINE)

@@ -24,6 +24,8 @@ REFERENCE = "torch"
 """What the others are judged by; `AUTO` never takes it, since a CPU has to emulate its kernels."""
 BACKENDS = {"onnxruntime": "pascalvl.engines.onnxruntime_backend", REFERENCE: "pascalvl.engines.torch_backend"}
 """Backends by name, the fastest first; the value is the module, which is imported only when it is chosen."""
+HOSTS = {"plugin": "pascalvl.engines.plugin_host"}
+"""What can run a bundle's graphs in place of its backend, by name: modules as those above, without `build`."""
 
 
 class Engine(abc.ABC):
@@ -81,6 +83,7 @@ def open_engine(
     backend: str = AUTO,
     marked_layers: bool = False,
     progress: Callable[[int], None] = lambda _: None,
+    host: str | None = None,
 ) -> Engine:
     """Load an engine bundle.
 
@@ -89,6 +92,7 @@ def open_engine(
         backend: the backend it must be for, or `AUTO` for whichever it was built for.
         marked_layers: make the decoder return `bindings.hidden_states` of every layer as well.
         progress: called with numbers of bytes, as the bundle's files are checked.
+        host: one of `HOSTS`, to run the bundle's graphs in place of its backend.
 
     Raises:
         UserError: not an engine bundle, altered files, another backend than asked for, or one that is not installed.
@@ -100,7 +104,12 @@ def open_engine(
         raise UserError(
             f"{directory} was built for backend {built_for!r}, not {backend!r}: build it with --backend {backend}."
         )
-    module = _backend_module(str(built_for))
+    if host is None:
+        module = _backend_module(str(built_for))
+    elif host in HOSTS:
+        module = importlib.import_module(HOSTS[host])
+    else:
+        raise UserError(f"unknown host {host!r}: expected {', '.join(HOSTS)}.")
     manifest.require(module.FILES)
     manifest.verify(directory, progress)
     return module.open_engine(directory, manifest, marked_layers)

@@ -27,7 +27,8 @@ from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.flash_attention import OP_DOMAIN, OP_NAME
 from pascalvl.plugins.tensorrt.host import HostedPlugin, PluginHost, plugin_host
 
-NAME = "plugin"
+FILES = ()
+"""Whatever a bundle holds: what is needed is checked when it is opened."""
 MAJOR = 8
 """Whose plugin interface is spoken: that of TensorRT 8.6 and 9.x, which serve Pascal cards."""
 _LIMITS = Limits(prefill_chunk=512, max_patches=65536)
@@ -171,9 +172,10 @@ def _dtype(value: onnx.ValueInfoProto) -> np.dtype:
 
 def open_engine(directory: Path, manifest: Manifest, marked_layers: bool) -> TensorRTEngine:
     """Open the ONNX graphs of an engine bundle; see `pascalvl.engines.open_engine`."""
-    if missing := [name for name in ONNX_FILES if name not in manifest.files]:
+    if not all(name in manifest.files for name in ONNX_FILES):
         raise UserError(
-            f"{directory} holds no {missing[0]}, which the plugin host runs: build a bundle with --backend onnxruntime."
+            f"{directory} holds no ONNX graphs, which the plugin host runs, but what backend "
+            f"{manifest.backend['name']!r} made of them: build a bundle with --backend onnxruntime for it."
         )
     target = available_target()
     host = plugin_host(target)  # before anything else loads the plugin's library: it registers itself then

@@ -199,6 +199,9 @@ def _add_backend(parser: _Parser, meaning: str) -> None:
 def _add_engine(parser: _Parser) -> None:
     parser.add_argument("bundle", type=_path, metavar="ENGINE_BUNDLE", help="folder written by 'pascalvl build'")
     _add_backend(parser, "backend the bundle must be for; auto: any")
+    parser.add_argument(
+        "--host", metavar="NAME", help="plugin: run the ONNX graphs node by node, attention in the TensorRT plugin"
+    )
     parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together, at most")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="resize larger pictures to this area")
 
@@ -410,7 +413,7 @@ def _validate(args: argparse.Namespace) -> int:
         lambda index, forced: model.trace(conversations[index], forced),
         prompts,
         model.manifest.kv_format,
-        name=model.manifest.backend["name"],
+        name=f"{args.host} host" if args.host else model.manifest.backend["name"],
     )
     table = Table("output", "prompt", "largest error", "tolerance", "", title="worst of each output")
     for row in validation.summarise(rows):
@@ -535,6 +538,7 @@ def _open(args: argparse.Namespace, marked_layers: bool = False) -> VisionLangua
             max_pixels=args.max_pixels,
             marked_layers=marked_layers,
             progress=lambda count: progress.advance(task, count),
+            host=args.host,
         )
 
 

@@ -69,6 +69,7 @@ class VisionLanguageModel:
         max_pixels: int | None = None,
         marked_layers: bool = False,
         progress: Callable[[int], None] = lambda _: None,
+        host: str | None = None,
     ) -> VisionLanguageModel:
         """Open an engine bundle.
 
@@ -82,11 +83,12 @@ class VisionLanguageModel:
                 what the model's authors set, which for a photograph can mean tens of thousands of patches.
             marked_layers: let `trace` return the hidden states after each decoder layer.
             progress: called with numbers of bytes, as the bundle's files are checked.
+            host: ``plugin`` runs the bundle's graphs node by node, attention in the TensorRT plugin's library.
 
         Raises:
             UserError: a bundle that cannot be used here, or a context out of range.
         """
-        engine = open_engine(Path(directory), backend, marked_layers, progress)
+        engine = open_engine(Path(directory), backend, marked_layers, progress, host)
         return cls(engine, context_length, prefill_chunk, max_pixels)
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
