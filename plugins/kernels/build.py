@@ -32,8 +32,6 @@ log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 SOURCES = ("append", "decode", "greedy", "prefill")
 """Files of kernels; each becomes one CUDA module."""
-SOURCE_FILES = (*FOLDER.glob("*.c*"), *FOLDER.glob("*.h"), *(FOLDER.parent / "emulator").glob("*.h"), Path(__file__))
-"""What the library depends on; this file holds the compilers' options."""
 NVRTC_PACKAGE = "nvidia-cuda-nvrtc-cu12>=12.4,<13"
 CXX_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread")
 
@@ -89,7 +87,12 @@ def _compiler() -> str:
 def cached(target: Target) -> Path:
     """The library in the user's cache folder, built there on first use; see `cached_library`."""
     name = "libpascalvl.so" if target is Target.CUDA else "libpascalvl_emulated.so"
-    return cached_library(name, SOURCE_FILES, lambda library: build(library, target))
+    return cached_library(name, source_files(), lambda library: build(library, target))
+
+
+def source_files() -> list[Path]:
+    """What the library depends on, this file among it: it holds the compilers' options."""
+    return [*FOLDER.glob("*.c*"), *FOLDER.glob("*.h"), *(FOLDER.parent / "emulator").glob("*.h"), Path(__file__)]
 
 
 def cached_library(name: str, sources: Sequence[Path], make: Callable[[Path], None]) -> Path:

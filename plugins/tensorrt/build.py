@@ -46,7 +46,7 @@ def build(output: Path, major: int, headers: Sequence[Path] = (), target: Target
 def cached(major: int, target: Target) -> Path:
     """The library for the project's own declarations, in the user's cache folder, built there on first use."""
     name = f"libpascalvl_plugin{major}{'_emulated' if target is Target.EMULATOR else ''}.so"
-    sources = (*kernels_build.SOURCE_FILES, *FOLDER.glob("*.cpp"), *FOLDER.glob("*.h"), Path(__file__))
+    sources = (*kernels_build.source_files(), *FOLDER.glob("*.cpp"), *FOLDER.glob("*.h"), Path(__file__))
     return kernels_build.cached_library(name, sources, lambda library: build(library, major, target=target))
 
 
