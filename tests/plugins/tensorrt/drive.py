@@ -31,12 +31,21 @@ def main() -> None:
         plugin = host.create(attributes)
         (dtype, shape), workspace = plugin.prepare(shapes)
         buffers = [device.allocate(array.nbytes) for array in inputs]
-        for buffer, array in zip(buffers, inputs, strict=True):
-            device.upload(buffer.pointer, array)
         output, working = np.empty(shape, dtype), device.allocate(workspace)
         result = device.allocate(output.nbytes)
         pointers = [buffer.pointer for buffer in buffers]
-        plugin.enqueue(shapes, pointers, (dtype, shape), result.pointer, working.pointer, device.stream)
+
+        def enqueue() -> None:
+            plugin.enqueue(shapes, pointers, (dtype, shape), result.pointer, working.pointer, device.stream)
+
+        if target is Target.CUDA:  # TensorRT's users record engines; the plugin is ready for that once initialised
+            replay = device.capture(enqueue)
+            assert replay, "enqueue cannot be captured in a CUDA graph"
+        else:
+            replay = enqueue
+        for buffer, array in zip(buffers, inputs, strict=True):
+            device.upload(buffer.pointer, array)
+        replay()
         device.download(output, result.pointer)
         device.synchronize()
         return output
