@@ -73,6 +73,8 @@ class Driver:
     version: str
     cuda: tuple[int, int] | None
     """The newest CUDA version that it runs, if it tells."""
+    open_modules: bool = False
+    """Whether its kernel modules are the open ones, which begin with Turing."""
 
     @property
     def branch(self) -> int:
@@ -144,24 +146,24 @@ def installed(*distributions: str) -> str:
 def find_driver(proc: Path = Path("/proc/driver/nvidia/version")) -> Driver | None:
     """By its management library, which tells even if CUDA cannot be used, or else by the kernel module's own file."""
     try:
+        text = proc.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    match = re.search(r"NVRM version:.*?\s(\d+(?:\.\d+)+)\s", text)
+    open_modules = "Open Kernel Module" in text
+    try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         nvml = None
     if nvml and nvml.nvmlInit_v2() == 0:
-        try:
-            version, cuda = ctypes.create_string_buffer(80), ctypes.c_int()
-            told = nvml.nvmlSystemGetDriverVersion(version, len(version)) == 0
-            with_cuda = nvml.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(cuda)) == 0
-        finally:
-            nvml.nvmlShutdown()
+        version, cuda = ctypes.create_string_buffer(80), ctypes.c_int()
+        told = nvml.nvmlSystemGetDriverVersion(version, len(version)) == 0
+        runs = nvml.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(cuda)) == 0
+        nvml.nvmlShutdown()
         if told:
-            return Driver(version.value.decode(), (cuda.value // 1000, cuda.value % 1000 // 10) if with_cuda else None)
-    try:
-        text = proc.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    match = re.search(r"NVRM version:.*?\s(\d+(?:\.\d+)+)\s", text)
-    return Driver(match[1], None) if match else None
+            known = (cuda.value // 1000, cuda.value % 1000 // 10) if runs else None
+            return Driver(version.value.decode(), known, open_modules)
+    return Driver(match[1], None, open_modules) if match else None
 
 
 def _find_gpu() -> tuple[Gpu | None, str]:
@@ -243,6 +245,9 @@ def check_driver(driver: Driver | None, gpu: Gpu | None) -> Row:
     if driver.branch < FIRST_CUDA12_BRANCH:
         remedy = f"CUDA 12 needs branch {FIRST_CUDA12_BRANCH} or newer: {install}."
         return Row(name, found, State.MISSING, remedy)
+    if driver.open_modules and gpu is None:
+        remedy = f"It sees no GPU, and its open kernel modules begin with Turing: {install}, with the proprietary ones."
+        return Row(name, f"{found}, open kernel modules", State.MISSING, remedy)
     if driver.branch > LAST_PASCAL_BRANCH and gpu is None:
         remedy = f"It sees no GPU, and branch {LAST_PASCAL_BRANCH} is the last that serves Pascal cards: install that."
         return Row(name, found, State.MISSING, remedy)

@@ -1,5 +1,6 @@
 """`pascalvl doctor`: every state of every check from stand-in facts, and what this machine gives for real."""
 
+import ctypes
 import dataclasses
 import importlib.util
 import os
@@ -63,6 +64,11 @@ def test_driver():
     check(old, State.MISSING, "470.82, runs CUDA 11.4", "needs branch 525 or newer: install branch 580")
     new = doctor.check_driver(Driver("595.10", (13, 2)), None)
     check(new, State.MISSING, "595.10, runs CUDA 13.2", "branch 580 is the last that serves Pascal cards: install that")
+    modules = dataclasses.replace(DRIVER, open_modules=True)
+    check(doctor.check_driver(modules, RTX3090), State.OK, "580.95.05, runs CUDA 13.0")
+    unseen = doctor.check_driver(modules, None)
+    found = "580.95.05, runs CUDA 13.0, open kernel modules"
+    check(unseen, State.MISSING, found, "begin with Turing: install branch 580")
 
 
 def test_gpu():
@@ -219,22 +225,39 @@ def test_engine_of_another_backend():
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("line", "open_modules"),
     [
-        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024",
-        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.183.01  Release Build  (user@host)",
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024", False),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.183.01  Release Build  (user@host)", True),
     ],
 )
-def test_driver_by_the_kernel_modules_file(tmp_path, monkeypatch, line):
+def test_driver_by_the_kernel_modules_file(tmp_path, monkeypatch, line, open_modules):
     def absent(_):
         raise OSError
 
     monkeypatch.setattr(doctor.ctypes, "CDLL", absent)
     (tmp_path / "version").write_text(f"{line}\nGCC version:  gcc version 12.3.0\n")
-    assert doctor.find_driver(tmp_path / "version") == Driver("535.183.01", None)
+    assert doctor.find_driver(tmp_path / "version") == Driver("535.183.01", None, open_modules)
     (tmp_path / "version").write_text("Something else.")
     assert doctor.find_driver(tmp_path / "version") is None
     assert doctor.find_driver(tmp_path / "absent") is None
+
+
+def test_driver_by_its_library(tmp_path, monkeypatch):
+    """A library with NVML's functions, of its answers on a machine with driver 580.159.04."""
+    source = tmp_path / "nvml.c"
+    source.write_text(
+        "#include <string.h>\n"
+        "int nvmlInit_v2(void) { return 0; }\n"
+        "int nvmlShutdown(void) { return 0; }\n"
+        'int nvmlSystemGetDriverVersion(char* text, unsigned n) { return !strncpy(text, "580.159.04", n); }\n'
+        "int nvmlSystemGetCudaDriverVersion_v2(int* version) { return *version = 13000, 0; }\n"
+    )
+    library = tmp_path / "libnvml.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+    load = ctypes.CDLL
+    monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: load(library if name == "libnvidia-ml.so.1" else name))
+    assert doctor.find_driver(tmp_path / "absent") == Driver("580.159.04", (13, 0))
 
 
 @pytest.fixture
