@@ -443,7 +443,8 @@ def _one_line(text: str) -> str:
 
 
 def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    """With a capital letter, unless it begins with the name of a file or package."""
+    return text[0].upper() + text[1:] if re.match(r"[a-z]+ ", text) else text
 
 
 # The other process ----------------------------------------------------------------------------------------------------

@@ -331,6 +331,13 @@ def test_plugin_that_cannot_be_compiled(monkeypatch):
     )
 
 
+def test_gpu_without_cuda_bindings(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    found, problem = doctor._find_gpu()
+    assert found is None
+    assert doctor.check_gpu(found, problem).remedy == "cuda-bindings, which would tell, is not there: install it."
+
+
 def test_versions_of_packages():
     assert doctor.installed("no-such-package") == ""
     assert doctor.installed("no-such-package", "pytest") == pytest.__version__
