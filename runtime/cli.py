@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_FAILED_VALIDATION = 1
+_FINDING = 1
 _USER_ERROR = 2
 _RETRY_SECONDS = 0.05
 _CHAT_COMMANDS = "/image PATH, /video PATH, /reset, /exit"
@@ -89,7 +89,8 @@ def _open_closed_streams() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
-    0: done; 1: `validate` found a deviation; 2: something the user can put right, told in one sentence on stderr.
+    0: done; 1: `validate` found a deviation, or `doctor` what keeps the tensorrt backend from running; 2: something the
+    user can put right, told in one sentence on stderr.
     """
     _open_closed_streams()
     try:
@@ -185,6 +186,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("inspect", _inspect, "runtime", "what a bundle is, and the memory it needs")
     sub.add_argument("bundle", type=_path, metavar="BUNDLE", help="folder of a model or engine bundle")
+
+    sub = command("doctor", _doctor, "runtime", "what the tensorrt backend needs, and what this machine has of it")
+    sub.add_argument("--engine", type=_path, metavar="ENGINE_BUNDLE", help="check whether this bundle runs here, too")
     return parser
 
 
@@ -425,7 +429,7 @@ def _validate(args: argparse.Namespace) -> int:
     console.print(f"{len(rows)} outputs compared, {failed} out of tolerance")
     if args.bisect and (first := validation.first_deviation(rows)):
         console.print(f"the first to deviate is {first.output}, of prompt {first.prompt!r}")
-    return _FAILED_VALIDATION if failed else 0
+    return _FINDING if failed else 0
 
 
 def _validation_requests(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -503,6 +507,33 @@ def _inspect(args: argparse.Namespace) -> int:
 def _context_lengths(longest: int) -> list[int]:
     """1024, doubled as often as fits, and the longest."""
     return [*(1 << bits for bits in range(10, longest.bit_length()) if 1 << bits < longest), longest]
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pascalvl.engines import doctor
+    from pascalvl.plugins.bundle import Manifest
+
+    manifest = Manifest.read(args.engine, "engine") if args.engine else None
+    waiting = Console(stderr=True)
+    waiting.quiet = not waiting.is_terminal
+    with waiting.status("looking; the plugin is compiled once, which takes a minute"):
+        rows = doctor.diagnose(manifest)
+    table = Table()
+    for heading in ("what", "found", "state"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(row.name, row.found, row.state.value)
+    console = _console()
+    console.print(table)
+    for row in rows:
+        if row.remedy:
+            console.print(f"{row.state.value}: {row.name}: {row.remedy}", soft_wrap=True)
+    missing = any(row.state is doctor.State.MISSING for row in rows)
+    console.print(f"the tensorrt backend {'cannot' if missing else 'can'} run here")
+    return _FINDING if missing else 0
 
 
 # Parts of commands ----------------------------------------------------------------------------------------------------
