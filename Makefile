@@ -7,6 +7,8 @@ IMAGE   ?= tests/nano/pictures/sample.png
 PROMPT  ?= Describe the picture.
 # Further options of `pascalvl run` and `chat`, for example --max-pixels 1000000.
 OPTIONS ?=
+# Further options of `pascalvl build`, for example --max-pixels 500000 (of TensorRT's engines).
+BUILD_OPTIONS ?=
 export IMAGE PROMPT
 
 # For `make plugin`: the major version of TensorRT, 8 (for 8.6 and 9.x) or 10, and its folder, which holds include/.
@@ -88,4 +90,4 @@ $(BUNDLE)/manifest.json: $(VENV)/installed $(wildcard $(MODEL)/*) $(wildcard exp
 	$(RUN) export $(MODEL) --output $(BUNDLE)
 
 $(ENGINE)/manifest.json: $(BUNDLE)/manifest.json $(wildcard engines/*.py)
-	$(RUN) build $(BUNDLE) --output $(ENGINE) --backend $(BACKEND) --kv $(KV)
+	$(RUN) build $(BUNDLE) --output $(ENGINE) --backend $(BACKEND) --kv $(KV) $(BUILD_OPTIONS)
