@@ -94,7 +94,7 @@ def build(
     timing_cache = _timing_cache(gpu, options)
     plugin = _load_plugin()
     for graph in _GRAPHS:
-        log.info("building %s for %s with TensorRT %s, profiles %s", graph, gpu.sm, trt.__version__, profiles[graph])
+        log.info("building the %s engine for %s with TensorRT %s", graph, gpu.name, trt.__version__)
         _write_plan(model_bundle, directory, graph, manifest.model, kv_format, profiles[graph], settings, timing_cache)
     return {
         "name": NAME,
