@@ -9,6 +9,8 @@ PROMPT  ?= Describe the picture.
 OPTIONS ?=
 # plugin: run, chat and validate run the graphs node by node, attention in the TensorRT plugin's library.
 HOST    ?=
+# Further options of `pascalvl build`, for example --max-pixels 500000 (of TensorRT's engines).
+BUILD_OPTIONS ?=
 export IMAGE PROMPT
 
 # For `make plugin`: the major version of TensorRT, 8 (for 8.6 and 9.x) or 10, and its folder, which holds include/.
@@ -91,4 +93,4 @@ $(BUNDLE)/manifest.json: $(VENV)/installed $(wildcard $(MODEL)/*) $(wildcard exp
 	$(RUN) export $(MODEL) --output $(BUNDLE)
 
 $(ENGINE)/manifest.json: $(BUNDLE)/manifest.json $(wildcard engines/*.py)
-	$(RUN) build $(BUNDLE) --output $(ENGINE) --backend $(BACKEND) --kv $(KV)
+	$(RUN) build $(BUNDLE) --output $(ENGINE) --backend $(BACKEND) --kv $(KV) $(BUILD_OPTIONS)

@@ -162,8 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("build", _build, "engines", "model bundle to engine bundle")
     sub.add_argument("bundle", type=_path, metavar="MODEL_BUNDLE", help="folder written by 'pascalvl export'")
     _add_output(sub)
-    _add_backend(sub, "what runs the engines; auto: the fastest that is installed")
+    _add_backend(sub, "what runs the engines; auto: the fastest that can be used here")
     sub.add_argument("--kv", type=_kv_format, default="f32", metavar="FORMAT", help="format of the KV cache: f32, f16")
+    _add_tensorrt(sub)
 
     sub = command("run", _run, "runtime", "answer one prompt")
     _add_engine(sub)
@@ -198,6 +199,18 @@ def _add_output(parser: _Parser) -> None:
 
 def _add_backend(parser: _Parser, meaning: str) -> None:
     parser.add_argument("--backend", default="auto", metavar="NAME", help=meaning)
+
+
+def _add_tensorrt(parser: _Parser) -> None:
+    group = parser.add_argument_group("tensorrt", "for --backend tensorrt alone")
+    for name, kind, form, meaning in (
+        ("prefill-chunk", int, "N", "tokens of a prompt that one call takes at most (512)"),
+        ("max-pixels", int, "N", "area of the largest picture (1048576)"),
+        ("timing-cache", _path, "FILE", "where the times of kernels are kept for later builds (in the cache folder)"),
+        ("tactic-sources", _names, "A,B", "libraries whose kernels are tried (as TensorRT has it)"),
+        ("preview-features", _names, "A,B", "features to enable, the others being disabled (what suits the card)"),
+    ):
+        group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, metavar=form, help=meaning)
 
 
 def _add_engine(parser: _Parser) -> None:
@@ -251,6 +264,10 @@ def _path(argument: str) -> Path:
     """A folder of ours: its path, unlike a picture's, goes through libraries that take UTF-8 alone."""
     _text(os.path.abspath(argument))
     return Path(argument)
+
+
+def _names(argument: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in argument.split(",") if name.strip())
 
 
 def _kv_format(text: str) -> Any:
@@ -315,9 +332,11 @@ def _check_host_files(directory: Path, config: Any) -> None:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from pascalvl.engines import build
+    from pascalvl.engines import BuildOptions, build
 
-    _report(args.output, build(args.bundle, args.output, args.backend, args.kv))
+    given = {name: value for name, value in vars(args).items() if name in BuildOptions.__dataclass_fields__}
+    options = BuildOptions(**given) if given else None
+    _report(args.output, build(args.bundle, args.output, args.backend, args.kv, options))
     return 0
 
 
