@@ -160,7 +160,7 @@ def _mismatch(gpu: Gpu) -> str | None:
     if _version() >= (10, 0) and gpu.capability < _OLDEST_GPU_OF_TENSORRT_10:
         return (
             f"TensorRT {trt.__version__} does not serve {gpu.sm} ({gpu.name}): install 8.6.1, the last release that "
-            f"does, on Python 3.8 to 3.11 with {FOR_PASCAL}"
+            f"does, on Python 3.10 or 3.11, with {FOR_PASCAL}"
         )
     return None
 
