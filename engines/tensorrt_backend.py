@@ -160,7 +160,7 @@ def _mismatch(gpu: Gpu) -> str | None:
     if _version() >= (10, 0) and gpu.capability < _OLDEST_GPU_OF_TENSORRT_10:
         return (
             f"TensorRT {trt.__version__} does not serve {gpu.sm} ({gpu.name}): install 8.6.1, the last release that "
-            f"does, on Python 3.8 to 3.11 with {FOR_PASCAL}"
+            f"does, on Python 3.10 or 3.11, with {FOR_PASCAL}"
         )
     return None
 
@@ -289,9 +289,9 @@ def _preview_features(gpu: Gpu, options: BuildOptions) -> tuple[str, ...] | None
 def default_preview_features(gpu: Gpu) -> tuple[str, ...] | None:
     """What is enabled unless told otherwise; None: as TensorRT has it.
 
-    TensorRT 8.6 on Pascal: its own default disables cuBLAS and cuDNN (DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805),
-    which slows transformers there by up to 85% (release notes of 8.5.3 and 8.6) and leaves some shapes of theirs
-    without any implementation (github.com/NVIDIA/TensorRT/issues/3209 and 3826).
+    TensorRT 8.6 on Pascal: its own default (NvInfer.h) keeps to kernels of its own, without cuBLAS and cuDNN
+    (DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805), which makes transformers up to 85% slower on these cards
+    (github.com/NVIDIA/TensorRT/issues/3826), or leaves shapes of theirs without any kernel (issue 3209).
     """
     if _version() != (8, 6) or gpu.capability[0] != 6:
         return None

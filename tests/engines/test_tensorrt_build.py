@@ -457,6 +457,15 @@ def test_plans_reach_the_engine(tensorrt, built, monkeypatch):
         open_engine(built.directory)
 
 
+def test_plan_that_the_runtime_refuses(tensorrt, tmp_path):
+    path = tmp_path / "vision.plan"
+    path.write_bytes(b"no plan" * 1000)
+    with pytest.raises(
+        UserError, match=r"cannot load .*vision\.plan \(IRuntime::deserializeCudaEngine: .*\) onto Tesla T4"
+    ):
+        tensorrt._deserialise(path, TURING)
+
+
 # Choosing -------------------------------------------------------------------------------------------------------------
 
 
