@@ -164,7 +164,8 @@ def _backend_module(name: str):
                 skipped[candidate] = reason
                 continue
             reasons = "".join(f"; {other} is skipped: {reason}" for other, reason in skipped.items())
-            log.info("backend %s: the fastest that can be used here%s", candidate, reasons)
+            level = logging.WARNING if skipped else logging.INFO
+            log.log(level, "backend %s: the fastest that can be used here%s", candidate, reasons)
         return module
     reasons = ", ".join(f"{candidate} ({reason})" for candidate, reason in skipped.items())
     if name == AUTO:

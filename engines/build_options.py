@@ -18,6 +18,8 @@ class BuildOptions:
     max_pixels: int = 1_048_576
     """Area of the largest picture, or video frames together, that one call of the vision encoder takes. The memory for
     intermediate results grows with it; a quarter of it is what TensorRT tunes for."""
+    max_context: int = 32_768
+    """Tokens of prompt and answer together at most; no more than the model was made for."""
     timing_cache: Path | None = None
     """File that keeps the times of kernels for later builds; None: one in the user's cache folder, a file for each
     version of TensorRT and model of card."""
@@ -27,6 +29,6 @@ class BuildOptions:
     """Names of `tensorrt.PreviewFeature` to enable, all others being disabled; None: `default_preview_features`."""
 
     def __post_init__(self) -> None:
-        for name in ("prefill_chunk", "max_pixels"):
+        for name in ("prefill_chunk", "max_pixels", "max_context"):
             if (value := getattr(self, name)) < 1:
                 raise UserError(f"{name} is out of range: expected at least 1, found {value}.")

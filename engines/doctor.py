@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pascalvl.engines.gpu import Gpu, find_gpu
+from pascalvl.engines.gpu import INSTALL_TENSORRT_8, PASCAL, TENSORRT_10_CAPABILITY, Gpu, find_gpu
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.flash_attention import OP_NAME, OP_VERSION
@@ -28,20 +28,13 @@ from pascalvl.plugins.kernels.build import NVRTC_PACKAGE, Target
 from pascalvl.plugins.tensorrt import build as plugin_build
 
 BACKEND = "tensorrt"
-PASCAL = (6, 1)
 LAST_PASCAL_BRANCH = 580
 FIRST_CUDA12_BRANCH = 525
 PTX_CUDA, PTX_BRANCH = (12, 9), 575
 """The first driver that compiles the PTX of NVRTC 12.9, which GPUs other than SM61 run."""
-TENSORRT_10_CAPABILITY = (7, 5)
-"""The lowest that TensorRT 10 builds for."""
 TENSORRT_8_CAPABILITY = (9, 0)
 """The highest that TensorRT 8.6 and 9.x know."""
 INSTALL_CUDNN = "pip install 'nvidia-cudnn-cu12==8.9.*'"
-INSTALL_8 = (
-    "pip install --extra-index-url https://pypi.nvidia.com tensorrt==8.6.1.post1 'nvidia-cudnn-cu12==8.9.*' 'numpy<2' "
-    "'ml_dtypes<0.6'"
-)
 INSTALL_10 = "pip install 'tensorrt-cu12>=10,<11'"
 PROBE_SECONDS = 300
 """TensorRT's libraries are gigabytes, which a slow disk takes its time to read."""
@@ -416,7 +409,7 @@ def check_engine(
 
 
 def _install_tensorrt(gpu: Gpu | None) -> str:
-    return INSTALL_10 if gpu and gpu.capability >= TENSORRT_10_CAPABILITY else INSTALL_8
+    return INSTALL_10 if gpu and gpu.capability >= TENSORRT_10_CAPABILITY else INSTALL_TENSORRT_8
 
 
 def _major(tensorrt: TensorRT, gpu: Gpu | None) -> int:

@@ -6,6 +6,16 @@ import dataclasses
 
 from pascalvl.plugins.errors import UserError
 
+PASCAL = (6, 1)
+"""The compute capability that the kernels are for, and the lowest that they run on."""
+TENSORRT_10_CAPABILITY = (7, 5)
+"""The lowest that TensorRT 10 builds for."""
+INSTALL_TENSORRT_8 = (
+    "pip install --extra-index-url https://pypi.nvidia.com tensorrt==8.6.1.post1 'nvidia-cudnn-cu12==8.9.*' 'numpy<2' "
+    "'ml_dtypes<0.6'"
+)
+"""The last release that serves Pascal cards, for Python 3.8 to 3.11, and what it was made for."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:

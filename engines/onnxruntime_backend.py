@@ -16,7 +16,6 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from pascalvl.engines import graphs
 from pascalvl.engines.backend import Engine
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import ONNX_FILES, Manifest
@@ -127,6 +126,8 @@ def build(model_bundle: Path, directory: Path, manifest: Manifest, kv_format: KV
     """Write the graphs for ``kv_format`` into ``directory``, load them once, and return the manifest's description."""
     import onnx
 
+    from pascalvl.engines import graphs
+
     for graph in (bindings.VISION, bindings.DECODER):
         proto = onnx.load(_path(model_bundle, graph), load_external_data=False)
         if graph == bindings.DECODER:
@@ -177,6 +178,8 @@ def _use_blocked_attention(proto, num_heads: int) -> None:
 
 def _with_marked_layers(directory: Path, manifest: Manifest) -> bytes:
     import onnx
+
+    from pascalvl.engines import graphs
 
     proto = onnx.load(_path(directory, bindings.DECODER), load_external_data=False)
     graphs.mark_layers(proto, manifest.model)

@@ -19,7 +19,7 @@ from onnx.reference.op_run import OpRun
 
 from pascalvl.engines import graphs
 from pascalvl.engines.device import ALIGNMENT, Device, available_target, open_device
-from pascalvl.engines.profiles import Limits, Range, profiles
+from pascalvl.engines.profiles import Limits, Shapes, profiles
 from pascalvl.engines.tensorrt_engine import Buffers, TensorRTEngine
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import ONNX_FILES, Manifest
@@ -31,7 +31,7 @@ FILES = ()
 """Whatever a bundle holds: what is needed is checked when it is opened."""
 MAJOR = 8
 """Whose plugin interface is spoken: that of TensorRT 8.6 and 9.x, which serve Pascal cards."""
-_LIMITS = Limits(prefill_chunk=512, max_patches=65536)
+_LIMITS = Limits(prefill_chunk=512, max_patches=65536, max_context=262144)
 _PASTS = ("past_key.", "past_value.")
 
 
@@ -94,7 +94,7 @@ class _Attention:
 class ReferencePlan:
     """In the place of TensorRT's ``ICudaEngine``: a graph, without the op's body, and its profiles."""
 
-    def __init__(self, proto: onnx.ModelProto, ranges: list[dict[str, Range]], attention: _Attention, device: Device):
+    def __init__(self, proto: onnx.ModelProto, ranges: list[Shapes], attention: _Attention, device: Device):
         graphs.strip_functions(proto)
         self.evaluator = ReferenceEvaluator(proto, new_ops=[attention.operator])
         self.ranges = ranges
@@ -114,7 +114,7 @@ class ReferenceContext:
 
     def __init__(self, plan: ReferencePlan) -> None:
         self._plan = plan
-        self._ranges: dict[str, Range] = plan.ranges[0]
+        self._ranges: Shapes = plan.ranges[0]
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
 
@@ -181,15 +181,11 @@ def open_engine(directory: Path, manifest: Manifest, marked_layers: bool) -> Ten
     host = plugin_host(target)  # before anything else loads the plugin's library: it registers itself then
     device = open_device(target, host.plugin)
     attention = _Attention(host, device)
-    model = manifest.model
-    inputs = {
-        bindings.VISION: bindings.vision_inputs(model),
-        bindings.DECODER: bindings.decoder_inputs(model, manifest.kv_format),
-    }
     plans = {}
-    for graph in inputs:
+    for graph in (bindings.VISION, bindings.DECODER):
         proto = onnx.load(directory / f"{graph}.onnx")
         if marked_layers and graph == bindings.DECODER:
-            graphs.mark_layers(proto, model)
-        plans[graph] = ReferencePlan(proto, profiles(graph, inputs[graph], model, _LIMITS), attention, device)
+            graphs.mark_layers(proto, manifest.model)
+        ranges = profiles(graph, manifest.model, manifest.kv_format, _LIMITS)
+        plans[graph] = ReferencePlan(proto, ranges, attention, device)
     return TensorRTEngine(directory, manifest, plans, device, marked_layers)

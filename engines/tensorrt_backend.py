@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import logging
 import mmap
@@ -22,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import tensorrt as trt
 
 from pascalvl.engines.build_options import BuildOptions
-from pascalvl.engines.gpu import Gpu, check, find_gpu
+from pascalvl.engines.gpu import INSTALL_TENSORRT_8, PASCAL, TENSORRT_10_CAPABILITY, Gpu, check, find_gpu
+from pascalvl.engines.profiles import Limits, Shapes, profiles
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
@@ -43,20 +45,10 @@ NAME = "tensorrt"
 _GRAPHS = (bindings.VISION, bindings.DECODER)
 FILES = tuple(f"{graph}.plan" for graph in _GRAPHS)
 """What an engine bundle holds beside `HOST_FILES`."""
-PREFILL, DECODE = 0, 1
-"""The decoder's profiles: up to ``prefill_chunk`` tokens, and exactly one."""
-FOR_PASCAL = "pip install --extra-index-url https://pypi.nvidia.com tensorrt==8.6.1 'nvidia-cudnn-cu12<9'"
-"""The last release that serves these cards, and the cuDNN that it loads; its pip package asks for any."""
 _LIBRARY = "libnvinfer.so"
 _OLDEST_TENSORRT = (8, 6)
-_OLDEST_GPU = (6, 1)
-_OLDEST_GPU_OF_TENSORRT_10 = (7, 5)
-_USUAL_CAPACITY = 4096
 _CUDA_CONTEXT = 300_000_000
 """Bytes that CUDA and TensorRT's libraries take of a card before any weight, roughly."""
-
-Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-"""Of each input the smallest, the usual and the largest shape of a profile."""
 
 
 def unavailable() -> str | None:
@@ -86,7 +78,7 @@ def build(
     if mismatch := _mismatch(gpu):
         raise UserError(f"{mismatch}.")
     _check_memory(manifest, gpu)
-    profiles = _profiles(manifest.model, kv_format, options)
+    limits = _limits(manifest.model, options)
     settings = {
         "tactic_sources": _members("TacticSource", "tactic source", options.tactic_sources),
         "preview_features": _members("PreviewFeature", "preview feature", _preview_features(gpu, options)),
@@ -94,8 +86,9 @@ def build(
     timing_cache = _timing_cache(gpu, options)
     plugin = _load_plugin()
     for graph in _GRAPHS:
-        log.info("building the %s engine for %s with TensorRT %s", graph, gpu.name, trt.__version__)
-        _write_plan(model_bundle, directory, graph, manifest.model, kv_format, profiles[graph], settings, timing_cache)
+        ranges = profiles(graph, manifest.model, kv_format, limits)
+        log.info("building %s for %s with TensorRT %s, profiles %s", graph, gpu.sm, trt.__version__, ranges)
+        _write_plan(model_bundle, directory, graph, manifest.model, kv_format, ranges, settings, timing_cache)
     return {
         "name": NAME,
         "version": trt.__version__,
@@ -103,8 +96,7 @@ def build(
         "capability": _dotted(gpu.capability),
         "gpu": gpu.name,
         "plugin": _plugin_hash(plugin),
-        "prefill_chunk": str(options.prefill_chunk),
-        "max_patches": str(_max_patches(manifest.model, options)),
+        **{name: str(limit) for name, limit in dataclasses.asdict(limits).items()},
     }
 
 
@@ -126,7 +118,7 @@ def open_engine(directory: Path, manifest: Manifest, marked_layers: bool) -> Ten
     from pascalvl.engines.tensorrt_engine import TensorRTEngine
 
     engines = {graph: _deserialise(directory / f"{graph}.plan", gpu) for graph in _GRAPHS}
-    return TensorRTEngine(directory, manifest, engines, CudaDevice(), marked_layers)
+    return TensorRTEngine(directory, manifest, engines, CudaDevice(plugin), marked_layers)
 
 
 # What is here ---------------------------------------------------------------------------------------------------------
@@ -150,17 +142,18 @@ def _cuda_version() -> str:
 
 def _mismatch(gpu: Gpu) -> str | None:
     """Why this version of TensorRT with the plugin cannot serve ``gpu``: a sentence without its full stop, or None."""
-    if gpu.capability < _OLDEST_GPU:
+    if gpu.capability < PASCAL:
         return (
             f"{gpu.name} has compute capability {_dotted(gpu.capability)}, and the kernels need "
-            f"{_dotted(_OLDEST_GPU)} or newer: use another card or --backend onnxruntime"
+            f"{_dotted(PASCAL)} or newer: use another card or --backend onnxruntime"
         )
     if _version() < _OLDEST_TENSORRT:
-        return f"TensorRT {trt.__version__} is too old, expected {_dotted(_OLDEST_TENSORRT)} or newer: {FOR_PASCAL}"
-    if _version() >= (10, 0) and gpu.capability < _OLDEST_GPU_OF_TENSORRT_10:
+        oldest = _dotted(_OLDEST_TENSORRT)
+        return f"TensorRT {trt.__version__} is too old, expected {oldest} or newer: {INSTALL_TENSORRT_8}"
+    if _version() >= (10, 0) and gpu.capability < TENSORRT_10_CAPABILITY:
         return (
             f"TensorRT {trt.__version__} does not serve {gpu.sm} ({gpu.name}): install 8.6.1, the last release that "
-            f"does, on Python 3.10 or 3.11, with {FOR_PASCAL}"
+            f"does, on Python 3.10 or 3.11, with {INSTALL_TENSORRT_8}"
         )
     return None
 
@@ -218,7 +211,7 @@ def _register(library: Path) -> None:
     if trt.get_plugin_registry().get_plugin_creator(OP_NAME, OP_VERSION, "") is None:
         raise UserError(
             f"TensorRT {trt.__version__} did not take the plugin {OP_NAME} from {library}: install a version that is "
-            f"served, for Pascal with {FOR_PASCAL}."
+            f"served, for Pascal: {INSTALL_TENSORRT_8}."
         )
 
 
@@ -230,8 +223,8 @@ def _expose_tensorrt() -> None:
         ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL | os.RTLD_NOLOAD)
     except OSError as error:
         raise UserError(
-            f"the package tensorrt {trt.__version__} did not load {name} ({error}): install it again, for Pascal with "
-            f"{FOR_PASCAL}."
+            f"the package tensorrt {trt.__version__} did not load {name} ({error}): install it again, for Pascal: "
+            f"{INSTALL_TENSORRT_8}."
         ) from error
 
 
@@ -244,17 +237,8 @@ def _plugin_hash(library: Path) -> str:
 # Choices --------------------------------------------------------------------------------------------------------------
 
 
-def _max_patches(model: ModelConfig, options: BuildOptions) -> int:
-    merged = model.vision.spatial_merge_size**2
-    patches = options.max_pixels // model.vision.patch_size**2 // merged * merged
-    if patches < merged:
-        smallest = merged * model.vision.patch_size**2
-        raise UserError(f"max_pixels is out of range: expected at least {smallest}, found {options.max_pixels}.")
-    return patches
-
-
-def _profiles(model: ModelConfig, kv_format: KVFormat, options: BuildOptions) -> dict[str, list[Shapes]]:
-    """The optimization profiles by graph, the decoder's as `PREFILL` and `DECODE` say."""
+def _limits(model: ModelConfig, options: BuildOptions) -> Limits:
+    """What the engines take at most; raises `UserError` for what the model cannot have."""
     longest = model.text.max_position_embeddings
     if options.prefill_chunk > longest:
         raise UserError(
@@ -262,24 +246,11 @@ def _profiles(model: ModelConfig, kv_format: KVFormat, options: BuildOptions) ->
             f"{options.prefill_chunk}."
         )
     merged = model.vision.spatial_merge_size**2
-    patches = _max_patches(model, options)
-    usual_patches = max(patches // 4 // merged * merged, merged)
-    vision = {"patches": (merged, usual_patches, patches), "segments_plus_1": (2, 2, 2)}
-    decoder = {"batch": (1, 1, 1), "capacity": (1, min(_USUAL_CAPACITY, longest), longest)}
-    vision_inputs = bindings.vision_inputs(model)
-    decoder_inputs = bindings.decoder_inputs(model, kv_format)
-    prefill = {**decoder, "seq": (1, options.prefill_chunk, options.prefill_chunk)}
-    return {
-        bindings.VISION: [_shapes(vision_inputs, vision)],
-        bindings.DECODER: [_shapes(decoder_inputs, prefill), _shapes(decoder_inputs, {**decoder, "seq": (1, 1, 1)})],
-    }
-
-
-def _shapes(inputs: list[bindings.Binding], ranges: Mapping[str, tuple[int, int, int]]) -> Shapes:
-    def shape(binding: bindings.Binding, which: int) -> tuple[int, ...]:
-        return tuple(ranges[size][which] if isinstance(size, str) else size for size in binding.shape)
-
-    return {binding.name: (shape(binding, 0), shape(binding, 1), shape(binding, 2)) for binding in inputs}
+    patches = options.max_pixels // model.vision.patch_size**2 // merged * merged
+    if patches < merged:
+        smallest = merged * model.vision.patch_size**2
+        raise UserError(f"max_pixels is out of range: expected at least {smallest}, found {options.max_pixels}.")
+    return Limits(options.prefill_chunk, patches, min(options.max_context, longest))
 
 
 def _preview_features(gpu: Gpu, options: BuildOptions) -> tuple[str, ...] | None:
@@ -395,7 +366,7 @@ def _write_plan(
     graph: str,
     model: ModelConfig,
     kv_format: KVFormat,
-    profiles: list[Shapes],
+    ranges: list[Shapes],
     settings: Mapping[str, Any],
     timing_cache: Path,
 ) -> None:
@@ -407,7 +378,7 @@ def _write_plan(
         network = _parse(_prepare(model_bundle, Path(folder), graph, model, kv_format), logger)
         with logger.attempt(f"build the {graph} engine"):
             wanted = []
-            for shapes in profiles:
+            for shapes in ranges:
                 profile = Profile()
                 for name, (smallest, usual, largest) in shapes.items():
                     profile.add(name, smallest, usual, largest)

@@ -71,6 +71,7 @@ class TensorRTEngine(Engine):
             self.outputs[bindings.DECODER] += bindings.decoder_hidden_states(model)
         self.max_prefill = self._largest(bindings.DECODER, bindings.INPUTS_EMBEDS)[1]
         self._max_patches = self._largest(bindings.VISION, bindings.PIXEL_VALUES)[0]
+        self._max_context = self._largest(bindings.DECODER, bindings.past_key(0))[2]
         self._contexts: dict[str, Context] = {}
         self._buffers = Buffers(device)
 
@@ -119,6 +120,11 @@ class TensorRTEngine(Engine):
         return sizes
 
     def _new_session(self, capacity: int) -> Session:
+        if capacity > self._max_context:
+            raise UserError(
+                f"a context of {capacity} tokens is more than this engine was built for, {self._max_context}: give a "
+                "smaller --context, or build it with a larger --max-context."
+            )
         return TensorRTSession(self, capacity)
 
 

@@ -206,6 +206,7 @@ def _add_tensorrt(parser: _Parser) -> None:
     for name, kind, form, meaning in (
         ("prefill-chunk", int, "N", "tokens of a prompt that one call takes at most (512)"),
         ("max-pixels", int, "N", "area of the largest picture (1048576)"),
+        ("max-context", int, "N", "tokens of prompt and answer together, at most (32768)"),
         ("timing-cache", _path, "FILE", "where the times of kernels are kept for later builds (in the cache folder)"),
         ("tactic-sources", _names, "A,B", "libraries whose kernels are tried (as TensorRT has it)"),
         ("preview-features", _names, "A,B", "features to enable, the others being disabled (what suits the card)"),

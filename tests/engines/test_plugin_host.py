@@ -33,7 +33,7 @@ PICTURE = [user(scene(1, 64, 64), "Describe the picture.")]
 TURNS = [*PICTURE, assistant("A grid."), user("Which shapes are red?")]
 NEW_TOKENS = 32 if ON_GPU else 5
 CONTEXT = 96
-LIMITS = Limits(prefill_chunk=7, max_patches=64)
+LIMITS = Limits(prefill_chunk=7, max_patches=64, max_context=1 << 40)
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +197,15 @@ def test_sizes_that_the_engine_was_not_built_for(limited):
         limited.run(bindings.DECODER, feeds)
 
 
+def test_a_context_longer_than_the_engine_takes(bundle):
+    engine = open_engine(bundle, host="plugin")
+    with pytest.raises(UserError, match="a context of 262145 tokens is more than this engine was built for, 262144"):
+        engine.open_session(262145)
+
+
 def test_memory_that_runs_out(limited):
     with pytest.raises(UserError, match=r"a context of \d+ tokens needs [\d.]+ GB for its KV cache"):
-        limited.open_session(1 << 40)
+        limited.open_session(1 << 39)
 
 
 def test_bundles_without_graphs_and_other_hosts(bundle, tmp_path):

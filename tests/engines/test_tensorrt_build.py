@@ -19,6 +19,7 @@ import tensorrt_rtx
 
 from pascalvl.engines import BuildOptions, backend, build, open_engine
 from pascalvl.engines.gpu import Gpu
+from pascalvl.engines.profiles import profiles
 from pascalvl.plugins import bindings, bundle
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
@@ -125,6 +126,7 @@ def test_bundle(built):
         "plugin": "0123456789abcdef",
         "prefill_chunk": "64",
         "max_patches": str(256 * 256 // built.manifest.model.vision.patch_size**2),
+        "max_context": str(built.manifest.model.text.max_position_embeddings),
     }
 
 
@@ -167,9 +169,9 @@ def test_timing_cache_is_kept(built):
 
 def test_profiles(tensorrt, nano_model_bundle):
     model = Manifest.read(nano_model_bundle, "model").model
-    profiles = tensorrt._profiles(model, KVFormat.F32, BuildOptions(max_pixels=1_000_000))
-    (vision,) = profiles[bindings.VISION]
-    prefill, decode = profiles[bindings.DECODER]
+    limits = tensorrt._limits(model, BuildOptions(max_pixels=1_000_000, max_context=5000))
+    (vision,) = profiles(bindings.VISION, model, KVFormat.F32, limits)
+    prefill, decode = profiles(bindings.DECODER, model, KVFormat.F32, limits)
     side, merged = model.vision.patch_size, model.vision.spatial_merge_size**2
     smallest, usual, largest = (shape[0] for shape in vision[bindings.PIXEL_VALUES])
     assert smallest == merged
@@ -177,11 +179,11 @@ def test_profiles(tensorrt, nano_model_bundle):
     assert 1_000_000 - merged * side**2 < largest * side**2 <= 1_000_000
     assert vision[bindings.CU_SEQLENS] == ((2,), (2,), (2,))
 
-    hidden, longest = model.text.hidden_size, model.text.max_position_embeddings
+    hidden = model.text.hidden_size
     assert prefill[bindings.INPUTS_EMBEDS] == ((1, 1, hidden), (1, 512, hidden), (1, 512, hidden))
     assert decode[bindings.INPUTS_EMBEDS] == ((1, 1, hidden),) * 3
     for profile in (prefill, decode):
-        assert [shape[2] for shape in profile[bindings.past_value(0)]] == [1, 4096, longest]
+        assert [shape[2] for shape in profile[bindings.past_value(0)]] == [1, 4096, 5000]
     assert prefill[bindings.DEEPSTACK_EMBEDS][2] == (model.num_deepstack, 1, 512, hidden)
     names = [binding.name for binding in bindings.decoder_inputs(model, KVFormat.F32)]
     assert list(prefill) == list(decode) == names
@@ -229,9 +231,9 @@ def test_networks_have_an_explicit_batch(tensorrt, tmp_path, monkeypatch, versio
 
 def test_error_of_a_build_is_one_sentence(tensorrt, nano_model_bundle, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("pascalvl.engines.graphs.strip_functions", expand)
-    shapes = tensorrt._shapes
     # Patches in other numbers than their positions.
-    monkeypatch.setattr(tensorrt, "_shapes", lambda *args: {**shapes(*args), bindings.ROPE_COS: (((3, 32),) * 3)})
+    odd = {bindings.ROPE_COS: (((3, 32),) * 3)}
+    monkeypatch.setattr(tensorrt, "profiles", lambda *args: [{**shapes, **odd} for shapes in profiles(*args)])
     with pytest.raises(
         UserError, match=r"^TensorRT 10\.16\.1\.11 cannot build the vision engine: [^\n]*tensor rope_cos[^\n]*[^.]\.$"
     ):
@@ -445,12 +447,12 @@ def test_plans_reach_the_engine(tensorrt, built, monkeypatch):
     engine = types.ModuleType("pascalvl.engines.tensorrt_engine")
     engine.TensorRTEngine = lambda *args: args
     device = types.ModuleType("pascalvl.engines.device")
-    device.CudaDevice = lambda: "device"
+    device.CudaDevice = lambda library: library.name
     for module in (engine, device):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(tensorrt.trt, "Runtime", Runtime)
     directory, _, engines, found, marked = open_engine(built.directory)
-    assert (directory, found, marked) == (built.directory, "device", False)
+    assert (directory, found, marked) == (built.directory, "libpascalvl_plugin10.so", False)
     assert engines == {bindings.VISION: "engine 1", bindings.DECODER: "engine 2"}
     assert read == [(directory / name).read_bytes() for name in ("vision.plan", "decoder.plan")]
     with pytest.raises(UserError, match=r"cannot load .*vision.plan \(out of memory\) onto Tesla T4, of whose 8\.5 GB"):
@@ -536,9 +538,9 @@ def test_command_line(tensorrt, nano_model_bundle, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(tensorrt, "build", stop)
     command = ["build", str(nano_model_bundle), "--output", str(tmp_path / "engine"), "--backend", "tensorrt"]
     options = ["--prefill-chunk", "64", "--max-pixels", "5000", "--timing-cache", str(tmp_path / "t")]
-    names = ["--tactic-sources", "CUBLAS,CUDNN", "--preview-features", ""]
+    names = ["--max-context", "900", "--tactic-sources", "CUBLAS,CUDNN", "--preview-features", ""]
     assert main([*command, *options, *names]) == 2
     assert capsys.readouterr().err == "pascalvl: error: enough.\n"
-    assert found.pop() == BuildOptions(64, 5000, tmp_path / "t", ("CUBLAS", "CUDNN"), ())
+    assert found.pop() == BuildOptions(64, 5000, 900, tmp_path / "t", ("CUBLAS", "CUDNN"), ())
     assert main(command) == 2
     assert found.pop() is KVFormat.F32  # no options
