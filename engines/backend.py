@@ -44,6 +44,9 @@ class Engine(abc.ABC):
     its inputs, in particular the cache views that the caller passes.
     """
 
+    max_pixels: int | None = None
+    """Area of the largest picture that it takes; None: any."""
+
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory = directory
         self.manifest = manifest

@@ -71,6 +71,7 @@ class TensorRTEngine(Engine):
             self.outputs[bindings.DECODER] += bindings.decoder_hidden_states(model)
         self.max_prefill = self._largest(bindings.DECODER, bindings.INPUTS_EMBEDS)[1]
         self._max_patches = self._largest(bindings.VISION, bindings.PIXEL_VALUES)[0]
+        self.max_pixels = self._max_patches * model.vision.patch_size**2
         self._max_context = self._largest(bindings.DECODER, bindings.past_key(0))[2]
         self._contexts: dict[str, Context] = {}
         self._buffers = Buffers(device)
@@ -109,13 +110,11 @@ class TensorRTEngine(Engine):
             if isinstance(name, str)
         }
         if graph == bindings.VISION:
-            vision = self.manifest.model.vision
-            sizes["tokens"] = sizes["patches"] // vision.spatial_merge_size**2
+            sizes["tokens"] = sizes["patches"] // self.manifest.model.vision.spatial_merge_size**2
             if sizes["patches"] > self._max_patches:
-                pixels = self._max_patches * vision.patch_size**2
                 raise UserError(
                     f"a picture has {sizes['patches']} patches; this engine was built for up to {self._max_patches}: "
-                    f"give --max-pixels {pixels}, or build it with a larger --max-pixels."
+                    f"give --max-pixels {self.max_pixels}, or build it with a larger --max-pixels."
                 )
         return sizes
 

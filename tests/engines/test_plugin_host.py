@@ -186,9 +186,12 @@ def test_a_step_that_was_recorded_is_replayed(limited, monkeypatch):
 
 
 def test_a_picture_larger_than_the_engine_takes(limited):
-    model = VisionLanguageModel(limited, CONTEXT, prefill_chunk=16)
+    picture = [user(Image.new("RGB", (256, 256)), "What is it?")]
+    resized = VisionLanguageModel(limited, CONTEXT, prefill_chunk=16).prompt(picture)
+    assert len(resized.visuals[0].patches.pixel_values) == 64
+    model = VisionLanguageModel(limited, CONTEXT, prefill_chunk=16, max_pixels=256 * 256)
     with pytest.raises(UserError, match="a picture has 256 patches; this engine was built for up to 64: give"):
-        answer(model, [user(Image.new("RGB", (256, 256)), "What is it?")], 1)
+        answer(model, picture, 1)
 
 
 def test_sizes_that_the_engine_was_not_built_for(limited):
