@@ -13,10 +13,13 @@ HOST    ?=
 BUILD_OPTIONS ?=
 export IMAGE PROMPT
 
-# For `make plugin`: the major version of TensorRT, 8 (for 8.6 and 9.x) or 10, and its folder, which holds include/.
+# For `make plugin`: the major version of TensorRT, 8 (for 8.6 and 9.x) or 10; and, to compile against their headers, the
+# folders of TensorRT and CUDA, which hold include/.
 TENSORRT_MAJOR ?= 8
 TENSORRT_ROOT  ?=
-PLUGIN_ARGS := --major $(TENSORRT_MAJOR) $(if $(TENSORRT_ROOT),--headers $(TENSORRT_ROOT)/include)
+CUDA_ROOT      ?= /usr/local/cuda
+HEADERS     := --headers $(TENSORRT_ROOT)/include --headers $(CUDA_ROOT)/include
+PLUGIN_ARGS := --major $(TENSORRT_MAJOR) $(if $(TENSORRT_ROOT),$(HEADERS))
 
 PYTHON  ?= python3
 # Further arguments for pip, for example an index with CPU-only wheels of torch (much smaller than the default ones).
