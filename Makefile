@@ -7,7 +7,19 @@ IMAGE   ?= tests/nano/pictures/sample.png
 PROMPT  ?= Describe the picture.
 # Further options of `pascalvl run` and `chat`, for example --max-pixels 1000000.
 OPTIONS ?=
+# plugin: run, chat and validate run the graphs node by node, attention in the TensorRT plugin's library.
+HOST    ?=
+# Further options of `pascalvl build`, for example --max-pixels 500000 (of TensorRT's engines).
+BUILD_OPTIONS ?=
 export IMAGE PROMPT
+
+# For `make plugin`: the major version of TensorRT, 8 (for 8.6 and 9.x) or 10; and, to compile against their headers, the
+# folders of TensorRT and CUDA, which hold include/.
+TENSORRT_MAJOR ?= 8
+TENSORRT_ROOT  ?=
+CUDA_ROOT      ?= /usr/local/cuda
+HEADERS     := --headers $(TENSORRT_ROOT)/include --headers $(CUDA_ROOT)/include
+PLUGIN_ARGS := --major $(TENSORRT_MAJOR) $(if $(TENSORRT_ROOT),$(HEADERS))
 
 PYTHON  ?= python3
 # Further arguments for pip, for example an index with CPU-only wheels of torch (much smaller than the default ones).
@@ -23,9 +35,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 RUN    := $(BIN)/pascalvl
+ON_HOST := $(if $(HOST),--host $(HOST))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo export engine run chat validate inspect kernels test lint clean
+.PHONY: help setup demo export engine run chat validate inspect kernels plugin test lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -40,13 +53,13 @@ export: $(BUNDLE)/manifest.json ## checkpoint MODEL to ONNX model bundle in buil
 engine: $(ENGINE)/manifest.json ## model bundle to engine bundle for BACKEND and KV in build/engine
 
 run: engine ## ask PROMPT about IMAGE
-	$(RUN) run $(ENGINE) --image "$$IMAGE" --prompt "$$PROMPT" $(OPTIONS)
+	$(RUN) run $(ENGINE) --image "$$IMAGE" --prompt "$$PROMPT" $(ON_HOST) $(OPTIONS)
 
 chat: engine ## talk to the model
-	$(RUN) chat $(ENGINE) $(OPTIONS)
+	$(RUN) chat $(ENGINE) $(ON_HOST) $(OPTIONS)
 
 validate: engine ## compare the engines with the PyTorch model, output by output
-	$(RUN) validate $(ENGINE) --reference $(MODEL)
+	$(RUN) validate $(ENGINE) --reference $(MODEL) $(ON_HOST)
 
 inspect: engine ## what the engine bundle is, and the memory it needs
 	$(RUN) inspect $(ENGINE)
@@ -56,6 +69,9 @@ test: setup $(VENV)/torchvision ## the tests
 
 kernels: setup ## the CUDA kernels' library, build/lib/libpascalvl.so
 	$(BIN)/python -m pascalvl.plugins.kernels.build build/lib/libpascalvl.so
+
+plugin: setup ## the TensorRT plugin's library, build/lib/libpascalvl_plugin.so, for TENSORRT_MAJOR
+	$(BIN)/python -m pascalvl.plugins.tensorrt.build build/lib/libpascalvl_plugin.so $(PLUGIN_ARGS)
 
 lint: setup ## ruff and clang-format
 	$(BIN)/ruff check .
@@ -80,4 +96,4 @@ $(BUNDLE)/manifest.json: $(VENV)/installed $(wildcard $(MODEL)/*) $(wildcard exp
 	$(RUN) export $(MODEL) --output $(BUNDLE)
 
 $(ENGINE)/manifest.json: $(BUNDLE)/manifest.json $(wildcard engines/*.py)
-	$(RUN) build $(BUNDLE) --output $(ENGINE) --backend $(BACKEND) --kv $(KV)
+	$(RUN) build $(BUNDLE) --output $(ENGINE) --backend $(BACKEND) --kv $(KV) $(BUILD_OPTIONS)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pascalvl.engines.build_options import BuildOptions
 from pascalvl.engines.session import HostSession, Session
 from pascalvl.plugins.bundle import HOST_FILES, Manifest, atomic_directory
 from pascalvl.plugins.errors import UserError
@@ -22,8 +23,18 @@ log = logging.getLogger(__name__)
 AUTO = "auto"
 REFERENCE = "torch"
 """What the others are judged by; `AUTO` never takes it, since a CPU has to emulate its kernels."""
-BACKENDS = {"onnxruntime": "pascalvl.engines.onnxruntime_backend", REFERENCE: "pascalvl.engines.torch_backend"}
-"""Backends by name, the fastest first; the value is the module, which is imported only when it is chosen."""
+BACKENDS = {
+    "tensorrt": "pascalvl.engines.tensorrt_backend",
+    "onnxruntime": "pascalvl.engines.onnxruntime_backend",
+    REFERENCE: "pascalvl.engines.torch_backend",
+}
+"""Backends by name, the fastest first; the value is the module, which is imported only when it is chosen.
+
+A module has `NAME`, `FILES`, `build` and `open_engine`, and may have `unavailable`, which says why this machine cannot
+run it though it is installed, and `BuildOptions`, a further argument of its `build`.
+"""
+HOSTS = {"plugin": "pascalvl.engines.plugin_host"}
+"""What can run a bundle's graphs in place of its backend, by name: modules as those above, without `build`."""
 
 
 class Engine(abc.ABC):
@@ -32,6 +43,9 @@ class Engine(abc.ABC):
     `run` evaluates one graph, `bindings.DECODER` or `bindings.VISION`. It is a pure function: it never keeps or writes
     its inputs, in particular the cache views that the caller passes.
     """
+
+    max_pixels: int | None = None
+    """Area of the largest picture that it takes; None: any."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory = directory
@@ -60,19 +74,39 @@ class Engine(abc.ABC):
         return HostSession(self, capacity)
 
 
-def build(model_bundle: Path, output: Path, backend: str = AUTO, kv_format: KVFormat = KVFormat.F32) -> Manifest:
+def build(
+    model_bundle: Path,
+    output: Path,
+    backend: str = AUTO,
+    kv_format: KVFormat = KVFormat.F32,
+    options: BuildOptions | None = None,
+) -> Manifest:
     """Build the engine bundle ``output`` from a model bundle; returns its manifest.
 
+    Args:
+        model_bundle: what an export wrote.
+        output: folder to write.
+        backend: one of `BACKENDS`, or `AUTO`.
+        kv_format: format of the KV cache.
+        options: for backend ``tensorrt`` alone; None: its defaults.
+
     Raises:
-        UserError: a model bundle that is damaged or not one, an unknown or missing backend, or a full disk.
+        UserError: a model bundle that is damaged or not one, an unknown or missing backend, options for another one,
+            what the backend cannot build, or a full disk.
     """
     module = _backend_module(backend)
+    if options is not None and not hasattr(module, "BuildOptions"):
+        raise UserError(
+            f"these options are for backend tensorrt, and the backend is {module.NAME}: leave them out, or give "
+            "--backend tensorrt."
+        )
     manifest = Manifest.read(model_bundle, "model")
     manifest.verify(model_bundle)
     with atomic_directory(output, "engine") as directory:
         for name in HOST_FILES:
             shutil.copyfile(model_bundle / name, directory / name)
-        description = module.build(model_bundle, directory, manifest, kv_format)
+        given = () if options is None else (options,)
+        description = module.build(model_bundle, directory, manifest, kv_format, *given)
         return dataclasses.replace(manifest, kind="engine", kv_format=kv_format, backend=description).write(directory)
 
 
@@ -81,6 +115,7 @@ def open_engine(
     backend: str = AUTO,
     marked_layers: bool = False,
     progress: Callable[[int], None] = lambda _: None,
+    host: str | None = None,
 ) -> Engine:
     """Load an engine bundle.
 
@@ -89,6 +124,7 @@ def open_engine(
         backend: the backend it must be for, or `AUTO` for whichever it was built for.
         marked_layers: make the decoder return `bindings.hidden_states` of every layer as well.
         progress: called with numbers of bytes, as the bundle's files are checked.
+        host: one of `HOSTS`, to run the bundle's graphs in place of its backend.
 
     Raises:
         UserError: not an engine bundle, altered files, another backend than asked for, or one that is not installed.
@@ -100,26 +136,41 @@ def open_engine(
         raise UserError(
             f"{directory} was built for backend {built_for!r}, not {backend!r}: build it with --backend {backend}."
         )
-    module = _backend_module(str(built_for))
+    if host is None:
+        module = _backend_module(str(built_for))
+    elif host in HOSTS:
+        module = importlib.import_module(HOSTS[host])
+    else:
+        raise UserError(f"unknown host {host!r}: expected {', '.join(HOSTS)}.")
     manifest.require(module.FILES)
     manifest.verify(directory, progress)
     return module.open_engine(directory, manifest, marked_layers)
 
 
 def _backend_module(name: str):
-    """Import a backend's module; `AUTO` is the first that is installed and not `REFERENCE`."""
+    """Import a backend's module; `AUTO` is the first that is installed, finds what it needs and is not `REFERENCE`."""
     if name not in (AUTO, *BACKENDS):
         raise UserError(f"unknown backend {name!r}: expected one of {', '.join((AUTO, *BACKENDS))}.")
     candidates = [known for known in BACKENDS if known != REFERENCE] if name == AUTO else [name]
-    missing = []
+    skipped = {}
     for candidate in candidates:
         try:
             module = importlib.import_module(BACKENDS[candidate])
         except ModuleNotFoundError as error:
-            missing.append(f"{candidate} (needs the package {error.name})")
+            skipped[candidate] = f"needs the package {error.name}"
+            continue
+        except ImportError as error:  # a library that the package loads
+            skipped[candidate] = str(error)
             continue
         if name == AUTO:
-            skipped = f"; not installed: {', '.join(missing)}" if missing else ""
-            log.info("backend %s: the fastest that is installed%s", candidate, skipped)
+            if reason := getattr(module, "unavailable", lambda: None)():
+                skipped[candidate] = reason
+                continue
+            reasons = "".join(f"; {other} is skipped: {reason}" for other, reason in skipped.items())
+            level = logging.WARNING if skipped else logging.INFO
+            log.log(level, "backend %s: the fastest that can be used here%s", candidate, reasons)
         return module
-    raise UserError(f"backend not installed: {', '.join(missing)}; install it with pip, or choose another --backend.")
+    reasons = ", ".join(f"{candidate} ({reason})" for candidate, reason in skipped.items())
+    if name == AUTO:
+        raise UserError(f"no backend can be used: {reasons}; install one with pip.")
+    raise UserError(f"backend not installed: {reasons}; install it with pip, or choose another --backend.")

@@ -20,7 +20,7 @@ from pascalvl.engines.backend import Engine
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import ONNX_FILES, Manifest
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.flash_attention import ATTR_CAUSAL, ATTR_KV_FORMAT, ATTR_SOFTMAX_SCALE, OP_DOMAIN, OP_NAME
+from pascalvl.plugins.flash_attention import ATTR_CAUSAL, ATTR_SOFTMAX_SCALE, OP_DOMAIN, OP_NAME
 from pascalvl.plugins.kv_format import KVFormat
 
 NAME = "onnxruntime"
@@ -126,10 +126,12 @@ def build(model_bundle: Path, directory: Path, manifest: Manifest, kv_format: KV
     """Write the graphs for ``kv_format`` into ``directory``, load them once, and return the manifest's description."""
     import onnx
 
+    from pascalvl.engines import graphs
+
     for graph in (bindings.VISION, bindings.DECODER):
         proto = onnx.load(_path(model_bundle, graph), load_external_data=False)
         if graph == bindings.DECODER:
-            _set_kv_format(proto, manifest, kv_format)
+            graphs.set_kv_format(proto, manifest.model, kv_format)
         else:
             _use_blocked_attention(proto, manifest.model.vision.num_heads)
         onnx.save(proto, _path(directory, graph))
@@ -165,19 +167,6 @@ def _session(directory: Path, model: Path | bytes) -> ort.InferenceSession:
         ) from error
 
 
-def _set_kv_format(proto, manifest: Manifest, kv_format: KVFormat) -> None:
-    """Make a decoder graph read a cache of ``kv_format``."""
-    from onnx import helper
-
-    inputs = {value.name: value for value in proto.graph.input}
-    for binding in bindings.decoder_inputs(manifest.model, kv_format):
-        inputs[binding.name].type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(binding.dtype)
-    for node in proto.graph.node:
-        if node.op_type == OP_NAME:
-            attribute = next(a for a in node.attribute if a.name == ATTR_KV_FORMAT)
-            attribute.s = kv_format.value.encode()
-
-
 def _use_blocked_attention(proto, num_heads: int) -> None:
     """Give a vision graph's attention a body whose memory grows with the patches and not with their square."""
     from onnx import helper, parser
@@ -190,10 +179,8 @@ def _use_blocked_attention(proto, num_heads: int) -> None:
 def _with_marked_layers(directory: Path, manifest: Manifest) -> bytes:
     import onnx
 
+    from pascalvl.engines import graphs
+
     proto = onnx.load(_path(directory, bindings.DECODER), load_external_data=False)
-    text = manifest.model.text
-    for layer in range(text.num_hidden_layers):
-        shape = ("batch", "seq", text.hidden_size)
-        value = onnx.helper.make_tensor_value_info(bindings.hidden_states(layer), onnx.TensorProto.FLOAT, shape)
-        proto.graph.output.append(value)
+    graphs.mark_layers(proto, manifest.model)
     return proto.SerializeToString()

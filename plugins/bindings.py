@@ -122,3 +122,9 @@ def decoder_outputs(config: ModelConfig) -> list[Binding]:
             for name in (new_key, new_value)
         ),
     ]
+
+
+def decoder_hidden_states(config: ModelConfig) -> list[Binding]:
+    """What a decoder with marked layers returns besides, see `hidden_states`."""
+    text = config.text
+    return [_float(hidden_states(i), "batch", "seq", text.hidden_size) for i in range(text.num_hidden_layers)]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_FAILED_VALIDATION = 1
+_FINDING = 1
 _USER_ERROR = 2
 _RETRY_SECONDS = 0.05
 _CHAT_COMMANDS = "/image PATH, /video PATH, /reset, /exit"
@@ -89,7 +89,8 @@ def _open_closed_streams() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
-    0: done; 1: `validate` found a deviation; 2: something the user can put right, told in one sentence on stderr.
+    0: done; 1: `validate` found a deviation, or `doctor` what keeps the tensorrt backend from running; 2: something the
+    user can put right, told in one sentence on stderr.
     """
     _open_closed_streams()
     try:
@@ -161,8 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("build", _build, "engines", "model bundle to engine bundle")
     sub.add_argument("bundle", type=_path, metavar="MODEL_BUNDLE", help="folder written by 'pascalvl export'")
     _add_output(sub)
-    _add_backend(sub, "what runs the engines; auto: the fastest that is installed")
+    _add_backend(sub, "what runs the engines; auto: the fastest that can be used here")
     sub.add_argument("--kv", type=_kv_format, default="f32", metavar="FORMAT", help="format of the KV cache: f32, f16")
+    _add_tensorrt(sub)
 
     sub = command("run", _run, "runtime", "answer one prompt")
     _add_engine(sub)
@@ -185,6 +187,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("inspect", _inspect, "runtime", "what a bundle is, and the memory it needs")
     sub.add_argument("bundle", type=_path, metavar="BUNDLE", help="folder of a model or engine bundle")
+
+    sub = command("doctor", _doctor, "runtime", "what the tensorrt backend needs, and what this machine has of it")
+    sub.add_argument("--engine", type=_path, metavar="ENGINE_BUNDLE", help="check whether this bundle runs here, too")
     return parser
 
 
@@ -196,9 +201,25 @@ def _add_backend(parser: _Parser, meaning: str) -> None:
     parser.add_argument("--backend", default="auto", metavar="NAME", help=meaning)
 
 
+def _add_tensorrt(parser: _Parser) -> None:
+    group = parser.add_argument_group("tensorrt", "for --backend tensorrt alone")
+    for name, kind, form, meaning in (
+        ("prefill-chunk", int, "N", "tokens of a prompt that one call takes at most (512)"),
+        ("max-pixels", int, "N", "area of the largest picture (1048576)"),
+        ("max-context", int, "N", "tokens of prompt and answer together, at most (32768)"),
+        ("timing-cache", _path, "FILE", "where the times of kernels are kept for later builds (in the cache folder)"),
+        ("tactic-sources", _names, "A,B", "libraries whose kernels are tried (as TensorRT has it)"),
+        ("preview-features", _names, "A,B", "features to enable, the others being disabled (what suits the card)"),
+    ):
+        group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, metavar=form, help=meaning)
+
+
 def _add_engine(parser: _Parser) -> None:
     parser.add_argument("bundle", type=_path, metavar="ENGINE_BUNDLE", help="folder written by 'pascalvl build'")
     _add_backend(parser, "backend the bundle must be for; auto: any")
+    parser.add_argument(
+        "--host", metavar="NAME", help="plugin: run the ONNX graphs node by node, attention in the TensorRT plugin"
+    )
     parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together, at most")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="resize larger pictures to this area")
 
@@ -244,6 +265,10 @@ def _path(argument: str) -> Path:
     """A folder of ours: its path, unlike a picture's, goes through libraries that take UTF-8 alone."""
     _text(os.path.abspath(argument))
     return Path(argument)
+
+
+def _names(argument: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in argument.split(",") if name.strip())
 
 
 def _kv_format(text: str) -> Any:
@@ -308,9 +333,11 @@ def _check_host_files(directory: Path, config: Any) -> None:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from pascalvl.engines import build
+    from pascalvl.engines import BuildOptions, build
 
-    _report(args.output, build(args.bundle, args.output, args.backend, args.kv))
+    given = {name: value for name, value in vars(args).items() if name in BuildOptions.__dataclass_fields__}
+    options = BuildOptions(**given) if given else None
+    _report(args.output, build(args.bundle, args.output, args.backend, args.kv, options))
     return 0
 
 
@@ -410,7 +437,7 @@ def _validate(args: argparse.Namespace) -> int:
         lambda index, forced: model.trace(conversations[index], forced),
         prompts,
         model.manifest.kv_format,
-        name=model.manifest.backend["name"],
+        name=f"{args.host} host" if args.host else model.manifest.backend["name"],
     )
     table = Table("output", "prompt", "largest error", "tolerance", "", title="worst of each output")
     for row in validation.summarise(rows):
@@ -422,7 +449,7 @@ def _validate(args: argparse.Namespace) -> int:
     console.print(f"{len(rows)} outputs compared, {failed} out of tolerance")
     if args.bisect and (first := validation.first_deviation(rows)):
         console.print(f"the first to deviate is {first.output}, of prompt {first.prompt!r}")
-    return _FAILED_VALIDATION if failed else 0
+    return _FINDING if failed else 0
 
 
 def _validation_requests(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -502,6 +529,33 @@ def _context_lengths(longest: int) -> list[int]:
     return [*(1 << bits for bits in range(10, longest.bit_length()) if 1 << bits < longest), longest]
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pascalvl.engines import doctor
+    from pascalvl.plugins.bundle import Manifest
+
+    manifest = Manifest.read(args.engine, "engine") if args.engine else None
+    waiting = Console(stderr=True)
+    waiting.quiet = not waiting.is_terminal
+    with waiting.status("looking; the plugin is compiled once, which takes a minute"):
+        rows = doctor.diagnose(manifest)
+    table = Table()
+    for heading in ("what", "found", "state"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(row.name, row.found, row.state.value)
+    console = _console()
+    console.print(table)
+    for row in rows:
+        if row.remedy:
+            console.print(f"{row.state.value}: {row.name}: {row.remedy}", soft_wrap=True)
+    missing = any(row.state is doctor.State.MISSING for row in rows)
+    console.print(f"the tensorrt backend {'cannot' if missing else 'can'} run here")
+    return _FINDING if missing else 0
+
+
 # Parts of commands ----------------------------------------------------------------------------------------------------
 
 
@@ -535,6 +589,7 @@ def _open(args: argparse.Namespace, marked_layers: bool = False) -> VisionLangua
             max_pixels=args.max_pixels,
             marked_layers=marked_layers,
             progress=lambda count: progress.advance(task, count),
+            host=args.host,
         )
 
 

@@ -53,6 +53,7 @@ class VisionLanguageModel:
         self.generation_config = GenerationConfig.from_file(engine.directory / GENERATION_CONFIG)
         self._engine = engine
         self._prefill_chunk = prefill_chunk
+        max_pixels = engine.max_pixels if max_pixels is None else max_pixels
         self._prompts = PromptBuilder(engine.directory, self.config, max_pixels)
         self._embeddings = EmbeddingTable(engine.directory / EMBEDDINGS, **self.manifest.embeddings)
         self._session = engine.open_session(self.context_length)
@@ -69,6 +70,7 @@ class VisionLanguageModel:
         max_pixels: int | None = None,
         marked_layers: bool = False,
         progress: Callable[[int], None] = lambda _: None,
+        host: str | None = None,
     ) -> VisionLanguageModel:
         """Open an engine bundle.
 
@@ -78,15 +80,17 @@ class VisionLanguageModel:
             context_length: tokens of prompt and answer together, for which the cache is laid out;
                 `DEFAULT_CONTEXT_LENGTH`, or less if the model was made for less.
             prefill_chunk: tokens of a prompt that are run at a time.
-            max_pixels: area that larger pictures (videos: all frames together) are resized to; by default, and at most,
-                what the model's authors set, which for a photograph can mean tens of thousands of patches.
+            max_pixels: area that larger pictures (videos: all frames together) are resized to; by default what the
+                engine was built for, and at most what the model's authors set, which for a photograph can mean tens of
+                thousands of patches.
             marked_layers: let `trace` return the hidden states after each decoder layer.
             progress: called with numbers of bytes, as the bundle's files are checked.
+            host: ``plugin`` runs the bundle's graphs node by node, attention in the TensorRT plugin's library.
 
         Raises:
             UserError: a bundle that cannot be used here, or a context out of range.
         """
-        engine = open_engine(Path(directory), backend, marked_layers, progress)
+        engine = open_engine(Path(directory), backend, marked_layers, progress, host)
         return cls(engine, context_length, prefill_chunk, max_pixels)
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:

@@ -70,7 +70,7 @@ def test_arguments(refused, argv, match):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (["--backend", "cuda"], "unknown backend 'cuda': expected one of auto, onnxruntime"),
+        (["--backend", "cuda"], "unknown backend 'cuda': expected one of auto, tensorrt, onnxruntime"),
         (["--context", "0"], "a context of 0 tokens is out of range: expected 2 to 8192"),
         (["--context", "1000000"], "a context of 1000000 tokens is out of range"),
         (["--max-new-tokens", "0"], "max_new_tokens is out of range: expected at least 1, found 0"),

@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from pascalvl.plugins.errors import UserError
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = ("append", "decode", "prefill")
+SOURCES = ("append", "decode", "greedy", "prefill")
 """Files of kernels; each becomes one CUDA module."""
 NVRTC_PACKAGE = "nvidia-cuda-nvrtc-cu12>=12.4,<13"
 CXX_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread")
@@ -43,59 +43,80 @@ class Target(enum.Enum):
     EMULATOR = "emulator"
 
 
-def build(output: Path, target: Target, flags: Sequence[str] = ()) -> None:
+def build(output: Path, target: Target, flags: Sequence[str] = (), more: Sequence[Path] = ()) -> None:
     """Write the shared library ``output``.
 
     Args:
         output: the library's path; it appears there complete.
         target: what is to run the kernels.
         flags: further ones for g++, for example a sanitizer's.
+        more: further C++ files of the library.
 
     Raises:
         UserError: g++ or NVRTC is missing, or they refuse the sources.
     """
-    compiler = os.environ.get("CXX", "g++")
-    if not shutil.which(compiler):
-        raise UserError(f"the C++ compiler {compiler!r} was not found: install g++ or set CXX.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as work:
+    with tempfile.TemporaryDirectory() as work:
         if target is Target.CUDA:
+            _compiler()  # told before the minute that NVRTC takes
             sources = [FOLDER / "library.cpp", FOLDER / "driver.cpp", _images(Path(work))]
         else:
             sources = [FOLDER / "library.cpp", FOLDER / "emulated.cpp"]
+        compile_library(output, [*sources, *more], flags)
+
+
+def compile_library(output: Path, sources: Sequence[Path], flags: Sequence[str] = ()) -> None:
+    """Compile C++ files to a shared library, which appears at ``output`` complete; for errors see `build`."""
+    compiler = _compiler()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as work:
         made = Path(work) / output.name
-        command = [compiler, *CXX_FLAGS, *flags, f"-I{FOLDER.parents[1]}", *map(str, sources), "-ldl", "-o", str(made)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        files = [f"-I{FOLDER.parents[1]}", *map(str, sources), "-ldl", "-o", str(made)]
+        result = subprocess.run([compiler, *CXX_FLAGS, *flags, *files], capture_output=True, text=True, check=False)
         if result.returncode:
             raise UserError(f"{compiler} failed to build {output.name}:\n{result.stderr}")
         made.replace(output)
 
 
+def _compiler() -> str:
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise UserError(f"the C++ compiler {compiler!r} was not found: install g++ or set CXX.")
+    return compiler
+
+
 def cached(target: Target) -> Path:
-    """The library in the user's cache folder, built there on first use.
+    """The library in the user's cache folder, built there on first use; see `cached_library`."""
+    name = "libpascalvl.so" if target is Target.CUDA else "libpascalvl_emulated.so"
+    return cached_library(name, source_files(), lambda library: build(library, target))
+
+
+def source_files() -> list[Path]:
+    """What the library depends on, this file among it: it holds the compilers' options."""
+    return [*FOLDER.glob("*.c*"), *FOLDER.glob("*.h"), *(FOLDER.parent / "emulator").glob("*.h"), Path(__file__)]
+
+
+def cached_library(name: str, sources: Sequence[Path], make: Callable[[Path], None]) -> Path:
+    """The path of what ``make`` wrote for these sources, in the user's cache folder.
 
     ``$XDG_CACHE_HOME`` (or ``~/.cache``) ``/pascalvl/kernels-<hash of the sources>/``. What compiles is not hashed, so
     that a library carried from another machine serves where NVRTC and g++ are missing.
 
     Raises:
-        UserError: see `build`.
+        UserError: see `build`; or there is no room.
     """
-    # This file is among the sources: it holds the compilers' options.
-    sources = [*FOLDER.glob("*.c*"), *FOLDER.glob("*.h"), *(FOLDER.parent / "emulator").glob("*.h"), Path(__file__)]
     digest = hashlib.sha256()
     for source in sorted(sources, key=lambda path: path.name):
         digest.update(source.name.encode() + b"\0" + hashlib.sha256(source.read_bytes()).digest())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = "libpascalvl.so" if target is Target.CUDA else "libpascalvl_emulated.so"
     library = cache / "pascalvl" / f"kernels-{digest.hexdigest()[:16]}" / name
     if not library.exists():
-        log.info("Compiling the kernels for %s into %s; this takes about a minute, once.", target.value, library)
+        log.info("Compiling %s; this takes about a minute, once.", library)
         try:
-            build(library, target)
+            make(library)
         except OSError as error:
             raise UserError(
-                f"the kernels' library cannot be written to {library.parent} ({error.strerror}): set XDG_CACHE_HOME to "
-                "a folder with 10 MB free that can be written."
+                f"{name} cannot be written to {library.parent} ({error.strerror}): set XDG_CACHE_HOME to a folder with "
+                "10 MB free that can be written."
             ) from error
     return library
 

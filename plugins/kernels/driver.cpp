@@ -14,6 +14,7 @@
   extern "C" const char pascalvl_##NAME##_ptx[];
 IMAGE(append)
 IMAGE(decode)
+IMAGE(greedy)
 IMAGE(prefill)
 
 namespace pascalvl {
@@ -79,8 +80,8 @@ const Driver& driver() {
 }
 
 // The modules, in this order, and how the names of their kernels begin; those of the last one as they like.
-constexpr int kModules = 3;
-const char* const kPrefixes[kModules] = {"decode", "prefill", ""};
+constexpr int kModules = 4;
+const char* const kPrefixes[kModules] = {"decode", "prefill", "greedy", ""};
 
 // The kernels in one context.
 struct Kernels {
@@ -99,9 +100,9 @@ Kernels load() {
                     "; expected 6.1 or higher.");
   }
   const bool sm61 = capability == 61;
-  const char* images[kModules] = {sm61 ? pascalvl_decode_cubin : pascalvl_decode_ptx,
-                                  sm61 ? pascalvl_prefill_cubin : pascalvl_prefill_ptx,
-                                  sm61 ? pascalvl_append_cubin : pascalvl_append_ptx};
+  const char* images[kModules] = {
+      sm61 ? pascalvl_decode_cubin : pascalvl_decode_ptx, sm61 ? pascalvl_prefill_cubin : pascalvl_prefill_ptx,
+      sm61 ? pascalvl_greedy_cubin : pascalvl_greedy_ptx, sm61 ? pascalvl_append_cubin : pascalvl_append_ptx};
   for (int i = 0; i < kModules; ++i)
     cuda.check(cuda.load_module(&kernels.modules[i], images[i]), "to load the kernels");
   kernels.multiprocessors = cuda.attribute(kMultiprocessorCount);

@@ -6,6 +6,7 @@
 
 #include "plugins/kernels/append.cu"
 #include "plugins/kernels/decode.cu"
+#include "plugins/kernels/greedy.cu"
 #include "plugins/kernels/launch.h"
 #include "plugins/kernels/prefill.cu"
 
@@ -32,6 +33,7 @@ Starter starter(void (*kernel)(Params)) {
 
 const std::map<std::string, Starter>& kernels() {
   static const std::map<std::string, Starter> all{KERNEL(kv_append),
+                                                  KERNEL(greedy_choice),
                                                   KERNEL(quantise_queries),
                                                   PREFILLS(64),
                                                   PREFILLS(128),

@@ -17,6 +17,7 @@ constexpr int kDecodeThreads = 128;
 constexpr int kMergeThreads = 256;
 constexpr int kAppendRows = 4;  // of a block, a warp each
 constexpr int kAppendThreads = 128;
+constexpr int kGreedyThreads = 512;
 constexpr int kMaxDim = 128;
 constexpr int kLeastKeys = 64;               // of a decode split
 constexpr int kBlocksPerMultiprocessor = 2;  // of decode blocks, by their registers
@@ -272,6 +273,17 @@ extern "C" int pascalvl_kv_append(const pascalvl_append_args* args, void* stream
         a.num_kv_heads, a.seq,          a.key_dim,          a.value_dim,          bool(a.cache.rotated)};
     const int64_t rows = int64_t(a.batch) * a.num_kv_heads * a.seq;
     launch("kv_append", {unsigned((rows + kAppendRows - 1) / kAppendRows), 2, unsigned(a.layers)}, kAppendThreads, p,
+           stream);
+  });
+}
+
+extern "C" int pascalvl_greedy(const float* logits, int32_t rows, int32_t vocab_size, int32_t* token, float* logit,
+                               void* stream) {
+  return guarded([&] {
+    require(logits && token && logit, "logits, token or logit is a null pointer.");
+    require_positive(rows, "rows");
+    require_positive(vocab_size, "vocab_size");
+    launch("greedy_choice", {unsigned(rows), 1, 1}, kGreedyThreads, GreedyParams{logits, token, logit, vocab_size},
            stream);
   });
 }

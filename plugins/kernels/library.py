@@ -112,6 +112,11 @@ class KernelLibrary:
             ctypes.c_void_p(stream),
         )
 
+    def greedy(self, logits: int, rows: int, vocab_size: int, token: int, logit: int, stream: int = 0) -> None:
+        """Launch the choice of each row's likeliest token."""
+        pointers = [ctypes.c_void_p(pointer) for pointer in (logits, token, logit, stream)]
+        self._call("pascalvl_greedy", pointers[0], rows, vocab_size, *pointers[1:])
+
     def kv_append(self, args: AppendArgs, stream: int = 0) -> None:
         """Launch the writing of new keys and values into the caches of all layers."""
         self._call("pascalvl_kv_append", ctypes.byref(args), ctypes.c_void_p(stream))

@@ -103,4 +103,12 @@ struct QuantiseParams {
   bool rotated;
 };
 
+// The likeliest token of each row of logits.
+struct GreedyParams {
+  const float* logits;  // [rows, vocab_size]
+  int* token;
+  float* logit;
+  int vocab_size;
+};
+
 }  // namespace pascalvl

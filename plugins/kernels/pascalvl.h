@@ -74,6 +74,9 @@ typedef struct {
 
 int pascalvl_kv_append(const pascalvl_append_args* args, void* stream);
 
+// The likeliest token of each row of logits [rows, vocab_size], the first of equal ones, and its logit: NaN if any is.
+int pascalvl_greedy(const float* logits, int32_t rows, int32_t vocab_size, int32_t* token, float* logit, void* stream);
+
 // Bytes of a cache row of `dim` elements in a format, or 0 where there is no such format or dimension.
 size_t pascalvl_row_bytes(int32_t format, int32_t dim);
 

@@ -14,7 +14,7 @@ WARPS, BLOCKS, WARP = 64, 32, 32
 
 def resident_warps(kernel: str, use: Resources) -> int:
     """Warps of a kernel that an SM holds at once, by CUDA's occupancy rules for compute capability 6.1."""
-    warps_of_block = (256 if kernel == "decode_merge" else 128) // WARP
+    warps_of_block = {"decode_merge": 256, "greedy_choice": 512}.get(kernel, 128) // WARP
     registers_of_warp = -(-use.registers * WARP // REGISTER_UNIT) * REGISTER_UNIT
     by_registers = REGISTERS // registers_of_warp // warps_of_block
     by_shared = SHARED_BYTES // (-(-use.shared // SHARED_UNIT) * SHARED_UNIT) if use.shared else BLOCKS

@@ -30,7 +30,7 @@ def test_build_sets_the_cache_format(nano_engine_bundle, nano_engine_bundle_f16)
 
 
 def test_unknown_backend(nano_model_bundle, nano_engine_bundle, tmp_path):
-    with pytest.raises(UserError, match="unknown backend 'cuda': expected one of auto, onnxruntime"):
+    with pytest.raises(UserError, match="unknown backend 'cuda': expected one of auto, tensorrt, onnxruntime"):
         build(nano_model_bundle, tmp_path / "engine", "cuda")
     with pytest.raises(UserError, match="unknown backend 'cuda'"):
         open_engine(nano_engine_bundle, "cuda")

@@ -8,9 +8,11 @@ import onnx.inliner
 import pytest
 import tensorrt_rtx as trt
 
+from pascalvl.export import export_checkpoint
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.kv_format import KVFormat
+from tests import real_sizes
 
 RANGES = {
     "batch": (1, 1, 1),
@@ -21,16 +23,29 @@ RANGES = {
 }
 
 
+@pytest.fixture(scope="module")
+def wide_model_bundle(random_checkpoint, tmp_path_factory):
+    """Two layers of either part at the width and with the vocabulary of the 2B model."""
+    folder = tmp_path_factory.mktemp("wide")
+    vision = {"depth": 2, "deepstack_visual_indexes": [0, 1]}
+    random_checkpoint(folder / "checkpoint", real_sizes.config("2B", {"num_hidden_layers": 2}, vision))
+    export_checkpoint(folder / "checkpoint", folder / "model")
+    return folder / "model"
+
+
+@pytest.mark.parametrize("bundle", ["nano_model_bundle", "wide_model_bundle"])
 @pytest.mark.parametrize("graph", [bindings.VISION, bindings.DECODER])
-def test_parses_and_compiles(graph, nano_model_bundle, tmp_path):
-    config = Manifest.read(nano_model_bundle, "model").model
+def test_parses_and_compiles(bundle, graph, request, tmp_path):
+    bundle = request.getfixturevalue(bundle)
+    config = Manifest.read(bundle, "model").model
     inputs = {
         bindings.VISION: bindings.vision_inputs(config),
         bindings.DECODER: bindings.decoder_inputs(config, KVFormat.F32),
     }[graph]
-    proto = onnx.inliner.inline_local_functions(onnx.load(nano_model_bundle / f"{graph}.onnx"))
+    proto = onnx.load(bundle / f"{graph}.onnx", load_external_data=False)
     path = tmp_path / "inlined.onnx"
-    onnx.save(proto, path)
+    onnx.save(onnx.inliner.inline_local_functions(proto), path)
+    (tmp_path / f"{graph}.onnx.data").symlink_to(bundle / f"{graph}.onnx.data")
 
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     network = builder.create_network(0)

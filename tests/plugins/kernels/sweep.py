@@ -54,6 +54,9 @@ def main() -> None:
             num_sequences=2,
         )
         library.attention(args)
+    logits, token, logit = normal(rng, 2, 700), aligned((2,), np.int32), aligned((2,))
+    library.greedy(pointer(logits), 2, 700, pointer(token), pointer(logit))
+    assert token.tolist() == logits.argmax(1).tolist()
 
 
 if __name__ == "__main__":

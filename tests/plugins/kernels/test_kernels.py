@@ -273,6 +273,25 @@ def test_packed_sequences_see_themselves_alone(library, dim, lengths):
     assert relative_error(out, attention(q, k, v, owner[:, None] == owner, 0.15)) < TOLERANCE
 
 
+# Greedy choice --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab_size", [1, 31, 513, 151936])
+def test_greedy_takes_the_first_of_the_largest(library, vocab_size):
+    rng = np.random.default_rng(vocab_size)
+    logits = normal(rng, 4, vocab_size)
+    largest = np.sort(rng.integers(0, vocab_size, 2))
+    logits[0, largest] = 9
+    logits[1] = -np.inf
+    logits[2, largest[1]] = np.nan
+    logits[3] = 0
+    token, logit = aligned((4,), np.int32), aligned((4,))
+    library.greedy(pointer(logits), 4, vocab_size, pointer(token), pointer(logit))
+    reference.memory.wait()
+    assert token.tolist() == [largest[0], 0, largest[1], 0]
+    np.testing.assert_array_equal(logit, [9, -np.inf, np.nan, 0])
+
+
 # Bad input ------------------------------------------------------------------------------------------------------------
 
 

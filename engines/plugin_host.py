@@ -1,0 +1,191 @@
+"""The reference host: an engine's graphs without TensorRT, every FlashAttention2 node run by the real plugin library.
+
+`ReferencePlan` stands in for TensorRT's engine under the runtime that TensorRT has (`pascalvl.engines.tensorrt_engine`:
+profiles, addresses, external cache, decode loop). It evaluates the graph that a build would give TensorRT, node by node
+in NumPy (onnx's reference evaluator); FlashAttention2's nodes go through TensorRT's plugin interface to the plugin's
+library, which reads the cache where it lies: on a GPU where there is one, in the emulator otherwise. Right, and slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+from pascalvl.engines import graphs
+from pascalvl.engines.device import ALIGNMENT, Device, available_target, open_device
+from pascalvl.engines.profiles import Limits, Shapes, profiles
+from pascalvl.engines.tensorrt_engine import Buffers, TensorRTEngine
+from pascalvl.plugins import bindings
+from pascalvl.plugins.bundle import ONNX_FILES, Manifest
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.flash_attention import OP_DOMAIN, OP_NAME
+from pascalvl.plugins.tensorrt.host import HostedPlugin, PluginHost, plugin_host
+
+FILES = ()
+"""Whatever a bundle holds: what is needed is checked when it is opened."""
+MAJOR = 8
+"""Whose plugin interface is spoken: that of TensorRT 8.6 and 9.x, which serve Pascal cards."""
+_LIMITS = Limits(prefill_chunk=512, max_patches=65536, max_context=262144)
+_PASTS = ("past_key.", "past_value.")
+
+
+class OnDevice(np.ndarray):
+    """A tensor that lies on the device, at `pointer`: type and shape are right, what it holds here is nothing."""
+
+    pointer: int
+
+    @classmethod
+    def at(cls, pointer: int, dtype: np.dtype, shape: Sequence[int]) -> OnDevice:
+        array = np.broadcast_to(np.zeros((), dtype), shape).view(cls)
+        array.pointer = pointer
+        return array
+
+
+class _Attention:
+    """Runs FlashAttention2's nodes in the plugin."""
+
+    def __init__(self, host: PluginHost, device: Device) -> None:
+        self._host, self._device = host, device
+        self._buffers = Buffers(device)
+        self._plugins: dict[int, HostedPlugin] = {}
+
+    @property
+    def operator(self) -> type[OpRun]:
+        """The op for onnx's evaluator."""
+        run = self._run
+
+        class FlashAttention(OpRun):
+            op_domain = OP_DOMAIN
+
+            def _run(self, *inputs: np.ndarray, **_: Any) -> tuple[np.ndarray]:
+                return (run(id(self), inputs, _attributes(self.onnx_node)),)
+
+        FlashAttention.__name__ = OP_NAME
+        return FlashAttention
+
+    def _run(self, node: int, inputs: Sequence[np.ndarray], attributes: Mapping[str, Any]) -> np.ndarray:
+        if node not in self._plugins:
+            self._plugins[node] = self._host.create(attributes)
+        shapes = [(array.dtype, array.shape) for array in inputs]
+        (dtype, shape), workspace = self._plugins[node].prepare(shapes)
+        pointers = [self._pointer(i, array) for i, array in enumerate(inputs)]
+        output = np.empty(shape, dtype)
+        to = self._buffers.get("output", output.nbytes)
+        working = self._buffers.get("workspace", workspace)
+        self._plugins[node].enqueue(shapes, pointers, (dtype, shape), to, working, self._device.stream)
+        self._device.download(output, to)
+        self._device.synchronize()
+        return output
+
+    def _pointer(self, number: int, array: np.ndarray) -> int:
+        if isinstance(array, OnDevice):
+            return array.pointer
+        pointer = self._buffers.get(f"input {number}", array.nbytes)
+        self._device.upload(pointer, np.ascontiguousarray(array))
+        return pointer
+
+
+class ReferencePlan:
+    """In the place of TensorRT's ``ICudaEngine``: a graph, without the op's body, and its profiles."""
+
+    def __init__(self, proto: onnx.ModelProto, ranges: list[Shapes], attention: _Attention, device: Device):
+        graphs.strip_functions(proto)
+        self.evaluator = ReferenceEvaluator(proto, new_ops=[attention.operator])
+        self.ranges = ranges
+        self.device = device
+        self.inputs = {value.name: _dtype(value) for value in proto.graph.input}
+        self.outputs = {value.name: _dtype(value) for value in proto.graph.output}
+
+    def create_execution_context(self) -> ReferenceContext:
+        return ReferenceContext(self)
+
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
+        return list(self.ranges[profile_index][name])
+
+
+class ReferenceContext:
+    """In the place of TensorRT's ``IExecutionContext``; what that refuses by returning False, this does."""
+
+    def __init__(self, plan: ReferencePlan) -> None:
+        self._plan = plan
+        self._ranges: Shapes = plan.ranges[0]
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        if not 0 <= profile_index < len(self._plan.ranges):
+            return False
+        self._ranges = self._plan.ranges[profile_index]
+        self._shapes.clear()
+        return True
+
+    def set_input_shape(self, name: str, shape: Sequence[int]) -> bool:
+        smallest, _, largest = map(np.array, self._ranges[name])
+        if len(shape) != len(smallest) or (shape < smallest).any() or (shape > largest).any():
+            return False
+        self._shapes[name] = tuple(shape)
+        return True
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        if name not in self._plan.inputs and name not in self._plan.outputs:
+            return False
+        self._addresses[name] = memory
+        return memory % ALIGNMENT == 0
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        plan, device = self._plan, self._plan.device
+        if device.is_capturing():  # NumPy is nothing that a CUDA graph records
+            return False
+        bound = self._addresses.keys() == plan.inputs.keys() | plan.outputs.keys()
+        if self._shapes.keys() != plan.inputs.keys() or not bound:
+            return False
+        feeds = {}
+        for name, dtype in plan.inputs.items():
+            shape, pointer = self._shapes[name], self._addresses[name]
+            if name.startswith(_PASTS):
+                feeds[name] = OnDevice.at(pointer, dtype, shape)
+            else:
+                feeds[name] = np.empty(shape, dtype)
+                device.download(feeds[name], pointer)
+        device.synchronize()
+        for name, value in zip(plan.outputs, plan.evaluator.run(list(plan.outputs), feeds), strict=True):
+            device.upload(self._addresses[name], np.ascontiguousarray(value, plan.outputs[name]))
+        device.synchronize()
+        return True
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, int | float | str]:
+    """What the node says itself, which is what TensorRT's parser tells a plugin: no defaults of a schema."""
+    values = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
+
+
+def _dtype(value: onnx.ValueInfoProto) -> np.dtype:
+    return onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+
+
+def open_engine(directory: Path, manifest: Manifest, marked_layers: bool) -> TensorRTEngine:
+    """Open the ONNX graphs of an engine bundle; see `pascalvl.engines.open_engine`."""
+    if not all(name in manifest.files for name in ONNX_FILES):
+        raise UserError(
+            f"{directory} holds no ONNX graphs, which the plugin host runs, but what backend "
+            f"{manifest.backend['name']!r} made of them: build a bundle with --backend onnxruntime for it."
+        )
+    target = available_target()
+    host = plugin_host(target)  # before anything else loads the plugin's library: it registers itself then
+    device = open_device(target, host.plugin)
+    attention = _Attention(host, device)
+    plans = {}
+    for graph in (bindings.VISION, bindings.DECODER):
+        proto = onnx.load(directory / f"{graph}.onnx")
+        if marked_layers and graph == bindings.DECODER:
+            graphs.mark_layers(proto, manifest.model)
+        ranges = profiles(graph, manifest.model, manifest.kv_format, _LIMITS)
+        plans[graph] = ReferencePlan(proto, ranges, attention, device)
+    return TensorRTEngine(directory, manifest, plans, device, marked_layers)

@@ -1,0 +1,403 @@
+"""Runs engines of TensorRT's: their buffers, the external cache beside them, and the decode step as one CUDA graph.
+
+Of TensorRT it uses the engine's and the execution context's methods that 8.6, 9.x and 10.x share (named tensors,
+`execute_async_v3`), on whatever has them: TensorRT's own, or `pascalvl.engines.plugin_host`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pascalvl.engines import profiles
+from pascalvl.engines.backend import Engine
+from pascalvl.engines.device import ALIGNMENT, Buffer, Device
+from pascalvl.engines.session import Session
+from pascalvl.plugins import bindings
+from pascalvl.plugins.bundle import Manifest
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kernels.library import AppendArgs, Cache, RowFormat
+from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.model_config import TextConfig
+
+ROW_FORMATS = {KVFormat.F32: RowFormat.FLOAT32, KVFormat.F16: RowFormat.FLOAT16}
+_CHOICE = [
+    bindings.Binding("token", np.dtype(np.int32), (1,)),
+    bindings.Binding("logit", np.dtype(np.float32), (1,)),
+]
+
+
+class Plan(Protocol):
+    """What is used of TensorRT's ``ICudaEngine``."""
+
+    def create_execution_context(self) -> Any: ...
+
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]: ...
+
+
+class TensorRTEngine(Engine):
+    """Both graphs' engines on a device.
+
+    Args:
+        plans: the engines by graph.
+        device: where they and the cache are.
+        marked_layers: whether the decoder returns `bindings.hidden_states` of every layer as well.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        plans: Mapping[str, Plan],
+        device: Device,
+        marked_layers: bool = False,
+    ) -> None:
+        super().__init__(directory, manifest)
+        self.plans = plans
+        self.device = device
+        model = manifest.model
+        self.inputs = {
+            bindings.VISION: bindings.vision_inputs(model),
+            bindings.DECODER: bindings.decoder_inputs(model, manifest.kv_format),
+        }
+        self.outputs = {
+            bindings.VISION: bindings.vision_outputs(model),
+            bindings.DECODER: bindings.decoder_outputs(model),
+        }
+        if marked_layers:
+            self.outputs[bindings.DECODER] += bindings.decoder_hidden_states(model)
+        self.max_prefill = self._largest(bindings.DECODER, bindings.INPUTS_EMBEDS)[1]
+        self._max_patches = self._largest(bindings.VISION, bindings.PIXEL_VALUES)[0]
+        self.max_pixels = self._max_patches * model.vision.patch_size**2
+        self._max_context = self._largest(bindings.DECODER, bindings.past_key(0))[2]
+        self._contexts: dict[str, Context] = {}
+        self._buffers = Buffers(device)
+
+    def _largest(self, graph: str, name: str) -> tuple[int, ...]:
+        return tuple(self.plans[graph].get_tensor_profile_shape(name, profiles.PREFILL)[2])
+
+    def run(self, graph: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        sizes = self._sizes(graph, feeds)
+        if graph not in self._contexts:
+            self._contexts[graph] = Context(self, graph, profiles.PREFILL)
+        context = self._contexts[graph]
+        for binding in self.inputs[graph]:
+            array = np.ascontiguousarray(feeds[binding.name], binding.dtype)
+            pointer = self._buffers.get(binding.name, array.nbytes)
+            context.bind_input(binding.name, pointer, array.shape)
+            self.device.upload(pointer, array)
+        outputs = {}
+        for binding in self.outputs[graph]:
+            array = np.empty(shape_of(binding, sizes), binding.dtype)
+            pointer = self._buffers.get(f"new {binding.name}", array.nbytes)  # deepstack_embeds go in and come out
+            context.bind_output(binding.name, pointer)
+            outputs[binding.name] = array, pointer
+        context.execute()
+        for array, pointer in outputs.values():
+            self.device.download(array, pointer)
+        self.device.synchronize()
+        return {name: array for name, (array, _) in outputs.items()}
+
+    def _sizes(self, graph: str, feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
+        """The dimensions that vary, by name; raises `UserError` for a picture that the engine was not built for."""
+        sizes = {
+            name: size
+            for binding in self.inputs[graph]
+            for name, size in zip(binding.shape, feeds[binding.name].shape, strict=True)
+            if isinstance(name, str)
+        }
+        if graph == bindings.VISION:
+            sizes["tokens"] = sizes["patches"] // self.manifest.model.vision.spatial_merge_size**2
+            if sizes["patches"] > self._max_patches:
+                raise UserError(
+                    f"a picture has {sizes['patches']} patches; this engine was built for up to {self._max_patches}: "
+                    f"give --max-pixels {self.max_pixels}, or build it with a larger --max-pixels."
+                )
+        return sizes
+
+    def _new_session(self, capacity: int) -> Session:
+        if capacity > self._max_context:
+            raise UserError(
+                f"a context of {capacity} tokens is more than this engine was built for, {self._max_context}: give a "
+                "smaller --context, or build it with a larger --max-context."
+            )
+        return TensorRTSession(self, capacity)
+
+
+class TensorRTSession(Session):
+    """The cache in the device's memory, with the decoder's contexts for prompts and for one token.
+
+    All memory is allocated here, once. Keys and values of new tokens of all layers lie in one staging area, from where
+    one launch appends them. What varies between decode steps is written to one array in host memory, which the step
+    copies to the device, the number of past tokens with it: the host's word counts, also after an interrupt. A chunk of
+    a prompt longer than the engine takes is run in several.
+    """
+
+    def __init__(self, engine: TensorRTEngine, capacity: int) -> None:
+        super().__init__(capacity)
+        self._engine, self._device = engine, engine.device
+        model, self._format = engine.manifest.model, engine.manifest.kv_format
+        self._text = text = model.text
+        self._chunk = min(engine.max_prefill, capacity)
+        storage = self._format.storage_shape(text, capacity)
+        self._cache = self._device.allocate(int(np.prod(storage)) * self._format.dtype.itemsize)
+        self._layer_bytes = self._cache.nbytes // text.num_hidden_layers  # of keys, then values
+        sizes = {"batch": 1, "seq": self._chunk, "capacity": capacity}
+        self._pasts = {
+            name(layer): self._cache.pointer + layer * self._layer_bytes + which * self._layer_bytes // 2
+            for layer in range(text.num_hidden_layers)
+            for which, name in enumerate((bindings.past_key, bindings.past_value))
+        }
+        self._past_shape = storage[2:]
+
+        decoder = {binding.name: binding for binding in engine.inputs[bindings.DECODER]}
+        outputs = [b for b in engine.outputs[bindings.DECODER] if b.name not in _new_names(text)]
+        self._outputs = Tensors(self._device, outputs, sizes)
+        self._token_bytes = 4 * text.num_key_value_heads * text.head_dim
+        self._new_bytes = text.num_hidden_layers * self._token_bytes * self._chunk
+        self._new = self._device.allocate(2 * self._new_bytes)
+
+        own = [binding for name, binding in decoder.items() if name not in self._pasts]
+        self._inputs = Tensors(self._device, own, sizes)
+        self._prefill_context = self._context(profiles.PREFILL, self._inputs)
+
+        one = {**sizes, "seq": 1}
+        staged = (bindings.INPUTS_EMBEDS, bindings.ROPE_COS, bindings.ROPE_SIN, bindings.PAST_LENGTH)
+        self._step_inputs = StagedTensors(self._device, [decoder[name] for name in staged], one)
+        no_deepstack = StagedTensors(self._device, [decoder[bindings.DEEPSTACK_EMBEDS]], one)
+        no_deepstack.upload()
+        self._decode_context = self._context(profiles.DECODE, self._step_inputs, no_deepstack)
+        self._bind_tokens(self._decode_context, 1)
+        self._kept = no_deepstack
+        self._choice = StagedTensors(self._device, _CHOICE, {})
+        self._logits = self._device.host_array(4 * text.vocab_size).view(np.float32)[None]
+        self._step()  # what is set up on first use cannot be recorded
+        self._device.synchronize()
+        self._replay = self._device.capture(self._step)
+
+    @property
+    def nbytes(self) -> int:
+        return self._cache.nbytes
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether the decode step is one CUDA graph."""
+        return self._replay is not None
+
+    def prefill(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        total = feeds[bindings.INPUTS_EMBEDS].shape[1]
+        parts = []
+        for first in range(0, total, self._chunk):
+            chunk = slice(first, min(first + self._chunk, total))
+            part = {
+                name: array[:, :, chunk] if name == bindings.DEEPSTACK_EMBEDS else array[:, chunk]
+                for name, array in feeds.items()
+            }
+            parts.append(self._prefill(part, self.length + first))
+        outputs = parts[-1]
+        for name in outputs.keys() - {bindings.LOGITS}:
+            outputs[name] = np.concatenate([part[name] for part in parts], axis=1)
+        # Last, so that an interrupt anywhere above leaves the cache as it was.
+        self.length += total
+        return outputs
+
+    def _prefill(self, feeds: Mapping[str, np.ndarray], past: int) -> dict[str, np.ndarray]:
+        seq = feeds[bindings.INPUTS_EMBEDS].shape[1]
+        self._bind_tokens(self._prefill_context, seq)
+        for name, array in {**feeds, bindings.PAST_LENGTH: np.array([past], np.int32)}.items():
+            self._device.upload(self._inputs.pointers[name], np.ascontiguousarray(array))
+        self._prefill_context.execute()
+        self._append(seq, self._inputs)
+        outputs = {
+            binding.name: np.empty(shape_of(binding, {"batch": 1, "seq": seq}), binding.dtype)
+            for binding in self._engine.outputs[bindings.DECODER]
+            if binding.name in self._outputs.pointers
+        }
+        for name, array in outputs.items():
+            self._device.download(array, self._outputs.pointers[name])
+        self._device.synchronize()
+        return outputs
+
+    def decode(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        self._decode(feeds)
+        self._device.download(self._logits, self._outputs.pointers[bindings.LOGITS])
+        self._device.synchronize()
+        return self._logits.copy()
+
+    def decode_greedy(self, feeds: Mapping[str, np.ndarray]) -> tuple[int, float]:
+        self._decode(feeds)
+        return int(self._choice.arrays["token"][0]), float(self._choice.arrays["logit"][0])
+
+    def _decode(self, feeds: Mapping[str, np.ndarray]) -> None:
+        for name, array in feeds.items():
+            self._step_inputs.arrays[name][:] = array
+        self._step_inputs.arrays[bindings.PAST_LENGTH][0] = self.length
+        (self._replay or self._step)()
+        self._device.synchronize()
+        self.length += 1
+
+    def _step(self) -> None:
+        """One token, from the staged inputs to the likeliest next one on the host, without waiting for the device."""
+        self._step_inputs.upload()
+        self._decode_context.execute()
+        self._append(1, self._step_inputs)
+        self._device.kernels.greedy(
+            self._outputs.pointers[bindings.LOGITS],
+            1,
+            self._text.vocab_size,
+            self._choice.pointers["token"],
+            self._choice.pointers["logit"],
+            self._device.stream,
+        )
+        self._choice.download()
+
+    def _context(self, profile: int, *inputs: Tensors) -> Context:
+        """A context of the decoder that reads these inputs and this cache."""
+        context = Context(self._engine, bindings.DECODER, profile)
+        for tensors in inputs:
+            for name, pointer in tensors.pointers.items():
+                context.bind_input(name, pointer, tensors.shapes[name])
+        for name, pointer in self._pasts.items():
+            context.bind_input(name, pointer, self._past_shape)
+        for name, pointer in self._outputs.pointers.items():
+            context.bind_output(name, pointer)
+        return context
+
+    def _bind_tokens(self, context: Context, seq: int) -> None:
+        """Give a context the shapes of ``seq`` tokens, and where in the staging area their keys and values go."""
+        for binding in self._engine.inputs[bindings.DECODER]:
+            if "seq" in binding.shape:
+                context.set_shape(binding.name, shape_of(binding, {"batch": 1, "seq": seq}))
+        for layer in range(self._text.num_hidden_layers):
+            start = self._new.pointer + layer * seq * self._token_bytes
+            context.bind_output(bindings.new_key(layer), start)
+            context.bind_output(bindings.new_value(layer), start + self._new_bytes)
+
+    def _append(self, seq: int, inputs: Tensors) -> None:
+        text, row_format = self._text, ROW_FORMATS[self._format]
+        cache = Cache(
+            key=self._pasts[bindings.past_key(0)],
+            value=self._pasts[bindings.past_value(0)],
+            key_format=row_format,
+            value_format=row_format,
+            capacity=self.capacity,
+        )
+        args = AppendArgs(
+            key=self._new.pointer,
+            value=self._new.pointer + self._new_bytes,
+            layers=text.num_hidden_layers,
+            batch=1,
+            num_kv_heads=text.num_key_value_heads,
+            seq=seq,
+            key_dim=text.head_dim,
+            value_dim=text.head_dim,
+            past_length=inputs.pointers[bindings.PAST_LENGTH],
+            cache=cache,
+            key_stride=self._layer_bytes,
+            value_stride=self._layer_bytes,
+        )
+        self._device.kernels.kv_append(args, self._device.stream)
+
+
+class Context:
+    """An execution context of one graph, in one profile, on the device's stream."""
+
+    def __init__(self, engine: TensorRTEngine, graph: str, profile: int) -> None:
+        self._graph = graph
+        self._stream = engine.device.stream
+        self._context = engine.plans[graph].create_execution_context()
+        if self._context is None:  # TensorRT has told its logger why: as a rule, memory
+            raise MemoryError(f"the {graph} engine")
+        self._done(self._context.set_optimization_profile_async(profile, self._stream), f"take profile {profile}")
+        engine.device.synchronize()
+
+    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        self._done(self._context.set_input_shape(name, shape), f"take {name} of shape {list(shape)}")
+
+    def bind_input(self, name: str, pointer: int, shape: tuple[int, ...]) -> None:
+        self.set_shape(name, shape)
+        self._done(self._context.set_tensor_address(name, pointer), f"take the address of {name}")
+
+    def bind_output(self, name: str, pointer: int) -> None:
+        self._done(self._context.set_tensor_address(name, pointer), f"take the address of {name}")
+
+    def execute(self) -> None:
+        """Start the graph."""
+        self._done(self._context.execute_async_v3(self._stream), "run")
+
+    def _done(self, succeeded: bool, doing: str) -> None:
+        if not succeeded:
+            raise UserError(f"the {self._graph} engine does not {doing}: it was built for other sizes; build it again.")
+
+
+class Buffers:
+    """Device memory by name, allocated anew only where more is needed than ever before."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._buffers: dict[str, Buffer] = {}
+
+    def get(self, name: str, nbytes: int) -> int:
+        """Address of at least ``nbytes`` bytes."""
+        if name not in self._buffers or self._buffers[name].nbytes < nbytes:
+            self._buffers.pop(name, None)
+            self._buffers[name] = self._device.allocate(nbytes)
+        return self._buffers[name].pointer
+
+
+class Tensors:
+    """Tensors side by side in one piece of the device's memory.
+
+    Attributes:
+        shapes: of each.
+        pointers: their addresses.
+    """
+
+    def __init__(self, device: Device, tensors: list[bindings.Binding], sizes: Mapping[str, int]) -> None:
+        self._device = device
+        self.shapes = {tensor.name: shape_of(tensor, sizes) for tensor in tensors}
+        self._starts, nbytes = {}, 0
+        for tensor in tensors:
+            self._starts[tensor.name] = nbytes
+            nbytes += _aligned(int(np.prod(self.shapes[tensor.name])) * tensor.dtype.itemsize)
+        self._buffer = device.allocate(nbytes)
+        self.pointers = {name: self._buffer.pointer + start for name, start in self._starts.items()}
+
+
+class StagedTensors(Tensors):
+    """The same with a copy on the host, so that one transfer moves all of them.
+
+    Attributes:
+        arrays: them on the host, of zeros at first.
+    """
+
+    def __init__(self, device: Device, tensors: list[bindings.Binding], sizes: Mapping[str, int]) -> None:
+        super().__init__(device, tensors, sizes)
+        self._host = device.host_array(self._buffer.nbytes)
+        self.arrays = {
+            tensor.name: np.ndarray(self.shapes[tensor.name], tensor.dtype, self._host.data, self._starts[tensor.name])
+            for tensor in tensors
+        }
+
+    def upload(self) -> None:
+        self._device.upload(self._buffer.pointer, self._host)
+
+    def download(self) -> None:
+        self._device.download(self._host, self._buffer.pointer)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _new_names(text: TextConfig) -> set[str]:
+    layers = range(text.num_hidden_layers)
+    return {name(layer) for layer in layers for name in (bindings.new_key, bindings.new_value)}
+
+
+def shape_of(binding: bindings.Binding, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """A tensor's shape where the dimensions that vary have these sizes."""
+    return tuple(sizes[size] if isinstance(size, str) else size for size in binding.shape)

@@ -1,0 +1,107 @@
+"""Builds the TensorRT plugin: ``python -m pascalvl.plugins.tensorrt.build OUTPUT [--major 8] [--headers FOLDER]``.
+
+One library a major version, for their plugin creators differ in memory: 8 serves TensorRT 8.6 and 9.x. The kernels are
+inside. Without TensorRT's headers the project's own declarations serve (interface.h), which are the same in memory:
+``--check-layout`` compares them with headers, for which those of CUDA are needed too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from pascalvl.plugins import flash_attention
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kernels import build as kernels_build
+from pascalvl.plugins.kernels.build import Target
+
+FOLDER = Path(__file__).parent
+SOURCE = FOLDER / "plugin.cpp"
+MAJORS = (8, 10)
+_NAMES = ("OP_NAME", "OP_VERSION", "ATTR_CAUSAL", "ATTR_SOFTMAX_SCALE", "ATTR_KV_FORMAT")
+_CLASSES = ("FlashAttention2", "Creator")
+_STRUCTS = ("PluginTensorDesc", "DynamicPluginTensorDesc", "DimsExprs", "PluginField", "PluginFieldCollection")
+
+
+def build(output: Path, major: int, headers: Sequence[Path] = (), target: Target = Target.CUDA) -> None:
+    """Write the plugin's library ``output`` for a major version of TensorRT.
+
+    Args:
+        output: the library's path; it appears there complete.
+        major: one of `MAJORS`.
+        headers: folders of TensorRT's and CUDA's headers; none: the project's own declarations.
+        target: what is to run the kernels.
+
+    Raises:
+        UserError: g++ or NVRTC is missing, or they refuse the sources.
+    """
+    kernels_build.build(output, target, _flags(major, headers), [SOURCE])
+
+
+def cached(major: int, target: Target) -> Path:
+    """The library for the project's own declarations, in the user's cache folder, built there on first use."""
+    name = f"libpascalvl_plugin{major}{'_emulated' if target is Target.EMULATOR else ''}.so"
+    sources = (*kernels_build.source_files(), *FOLDER.glob("*.cpp"), *FOLDER.glob("*.h"), Path(__file__))
+    return kernels_build.cached_library(name, sources, lambda library: build(library, major, target=target))
+
+
+def _flags(major: int, headers: Sequence[Path]) -> list[str]:
+    flags = [f'-DPASCALVL_{name}="{getattr(flash_attention, name)}"' for name in _NAMES]
+    flags.append(f"-DPASCALVL_TENSORRT_MAJOR={major}")
+    if headers:
+        # Newer headers call the one interface that all versions share deprecated.
+        flags += ["-DPASCALVL_TENSORRT_HEADERS", "-Wno-deprecated-declarations", *(f"-isystem{f}" for f in headers)]
+    return flags
+
+
+def layout(major: int, headers: Sequence[Path] = ()) -> dict[str, list[str]]:
+    """The virtual functions of the plugin's classes in order, and the sizes of the structs it is given."""
+    with tempfile.TemporaryDirectory() as folder:
+        dump = Path(folder) / "classes"
+        root = f"-I{SOURCE.parents[2]}"
+        command = ["g++", "-std=c++17", "-c", *_flags(major, headers), root, str(SOURCE)]
+        command += [f"-fdump-lang-class={dump}", "-o", f"{folder}/plugin.o"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise UserError(f"g++ refused {SOURCE.name}:\n{result.stderr}")
+        text = dump.read_text(encoding="utf-8")
+    found = {}
+    for name in _CLASSES:
+        table = re.search(rf"Vtable for pascalvl::\{{anonymous\}}::{name}\n.*?\n\n", text, re.DOTALL)[0]
+        found[name] = re.findall(r"::(~?\w+)$", table.split("\n", 4)[4], re.MULTILINE)
+    for name in _STRUCTS:
+        found[name] = re.findall(rf"^Class nvinfer1::{name}\n   size=(\d+)", text, re.MULTILINE)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, nargs="?", help="path of the library")
+    parser.add_argument("--major", type=int, choices=MAJORS, default=MAJORS[0], help="of TensorRT; 8 is for 9.x too")
+    parser.add_argument("--headers", type=Path, action="append", default=[], help="folder of headers; can be repeated")
+    parser.add_argument("--check-layout", action="store_true", help="only compare the declarations with the headers")
+    options = parser.parse_args()
+    if options.check_layout != (options.output is None) or (options.check_layout and not options.headers):
+        parser.error("give either a library's path or --check-layout with --headers")
+    try:
+        if options.check_layout:
+            own, theirs = layout(options.major), layout(options.major, options.headers)
+            if own != theirs:
+                different = ", ".join(name for name in own if own[name] != theirs[name])
+                raise UserError(f"interface.h differs from these headers in {different}.")
+            print(f"interface.h and the headers agree: {', '.join(own)}")
+        else:
+            build(options.output, options.major, options.headers)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

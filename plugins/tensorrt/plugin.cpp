@@ -1,0 +1,305 @@
+// FlashAttention2 as a TensorRT plugin: IPluginV2DynamicExt, which TensorRT 8.6, 9.x and 10.x share, over the kernels'
+// C ABI. The library registers itself when it is loaded. What the op is: plugins/flash_attention.py, from where its
+// names come as macros.
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "plugins/kernels/pascalvl.h"
+#include "plugins/tensorrt/interface.h"
+
+// Of TensorRT's library, which is loaded before this one.
+extern "C" __attribute__((weak)) nvinfer1::IPluginRegistry* getPluginRegistry() noexcept;
+extern "C" __attribute__((weak)) nvinfer1::ILogger* getLogger() noexcept;
+
+namespace pascalvl {
+namespace {
+
+using namespace nvinfer1;
+
+void report(const std::string& message) noexcept {
+  const std::string text = PASCALVL_OP_NAME ": " + message;
+  ILogger* logger = getLogger ? getLogger() : nullptr;
+  if (logger) {
+    logger->log(ILogger::Severity::kERROR, text.c_str());
+  } else {
+    std::fprintf(stderr, "%s\n", text.c_str());
+  }
+}
+
+// Runs what may throw; reports that, and returns `otherwise`.
+template <typename Result, typename Work>
+Result guarded(Result otherwise, Work work) noexcept {
+  try {
+    return work();
+  } catch (const std::exception& error) {
+    report(error.what());
+  }
+  return otherwise;
+}
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+std::string text(const Dims& dims) {
+  std::string result = "[";
+  for (int i = 0; i < dims.nbDims; ++i) result += (i ? ", " : "") + std::to_string(dims.d[i]);
+  return result + "]";
+}
+
+// What a node's attributes say; also the bytes of a serialised plugin.
+struct Attributes {
+  static constexpr uint32_t kMagic = 0x41465650;  // "PVFA"
+  static constexpr uint32_t kLayout = 1;
+  uint32_t magic = kMagic;
+  uint32_t layout = kLayout;
+  int32_t causal = 0;
+  float softmax_scale = 0;
+  int32_t kv_format = PASCALVL_FLOAT32;  // of both keys and values; only where causal
+};
+static_assert(sizeof(Attributes) == 20, "no padding is written");
+
+int32_t parse_kv_format(const std::string& name) {
+  if (name == "f32") return PASCALVL_FLOAT32;
+  if (name == "f16") return PASCALVL_FLOAT16;
+  throw std::invalid_argument("attribute " PASCALVL_ATTR_KV_FORMAT " is '" + name + "'; expected f32 or f16");
+}
+
+Attributes parse_fields(const PluginFieldCollection& collection) {
+  Attributes attributes;
+  bool has_scale = false;
+  std::string kv_format;
+  for (int32_t i = 0; i < collection.nbFields; ++i) {
+    const PluginField& field = collection.fields[i];
+    const std::string name = field.name ? field.name : "";
+    const auto expect = [&](PluginFieldType type, const char* words) {
+      require(field.data && field.type == type && field.length >= 1, "attribute " + name + " must be " + words);
+    };
+    if (name == PASCALVL_ATTR_CAUSAL) {
+      expect(PluginFieldType::kINT32, "one int32");
+      std::memcpy(&attributes.causal, field.data, sizeof attributes.causal);
+      require(attributes.causal == 0 || attributes.causal == 1,
+              "attribute " + name + " is " + std::to_string(attributes.causal) + "; expected 0 or 1");
+    } else if (name == PASCALVL_ATTR_SOFTMAX_SCALE) {
+      expect(PluginFieldType::kFLOAT32, "one float32");
+      std::memcpy(&attributes.softmax_scale, field.data, sizeof attributes.softmax_scale);
+      has_scale = true;
+    } else if (name == PASCALVL_ATTR_KV_FORMAT) {
+      // An empty text is what exported nodes have that read no cache; it may come without data.
+      require(field.type == PluginFieldType::kCHAR && field.length >= 0, "attribute " + name + " must be a text");
+      const auto* characters = static_cast<const char*>(field.data);
+      kv_format = field.data ? std::string(characters, strnlen(characters, field.length)) : "";
+    }
+  }
+  if (attributes.causal) attributes.kv_format = parse_kv_format(kv_format);
+  require(has_scale, "attribute " PASCALVL_ATTR_SOFTMAX_SCALE " is missing");
+  return attributes;
+}
+
+Attributes parse_bytes(const void* data, size_t length) {
+  Attributes attributes;
+  require(data && length == sizeof attributes, "a serialised plugin of " + std::to_string(length) +
+                                                   " bytes; expected " + std::to_string(sizeof attributes) +
+                                                   ": build the engine again");
+  std::memcpy(&attributes, data, length);
+  require(attributes.magic == Attributes::kMagic, "the serialised plugin is not this one's: build the engine again");
+  require(attributes.layout == Attributes::kLayout,
+          "the serialised plugin has layout " + std::to_string(attributes.layout) + "; expected " +
+              std::to_string(Attributes::kLayout) + ": build the engine with this version of the plugin");
+  require((attributes.causal == 0 || attributes.causal == 1) &&
+              (attributes.kv_format == PASCALVL_FLOAT32 || attributes.kv_format == PASCALVL_FLOAT16),
+          "the serialised plugin's attributes are out of range: build the engine again");
+  return attributes;
+}
+
+// Inputs, in the node's order.
+enum Input { kQuery, kKey, kValue, kLengths, kPastKey, kPastValue };
+
+class FlashAttention2 final : public IPluginV2DynamicExt {
+ public:
+  explicit FlashAttention2(const Attributes& attributes) : attributes_(attributes) {}
+
+  const AsciiChar* getPluginType() const noexcept override { return PASCALVL_OP_NAME; }
+  const AsciiChar* getPluginVersion() const noexcept override { return PASCALVL_OP_VERSION; }
+  int32_t getNbOutputs() const noexcept override { return 1; }
+  // Loads the kernels: that cannot be done while a CUDA graph is captured.
+  int32_t initialize() noexcept override {
+    return guarded<int32_t>(1, [] { return require(pascalvl_load() == PASCALVL_OK, pascalvl_last_error()), 0; });
+  }
+  void terminate() noexcept override {}
+  size_t getSerializationSize() const noexcept override { return sizeof attributes_; }
+  void serialize(void* buffer) const noexcept override { std::memcpy(buffer, &attributes_, sizeof attributes_); }
+  void destroy() noexcept override { delete this; }
+  void setPluginNamespace(const AsciiChar* name) noexcept override {
+    guarded(0, [&] { return namespace_ = name ? name : "", 0; });
+  }
+  const AsciiChar* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
+
+  IPluginV2DynamicExt* clone() const noexcept override {
+    return guarded<IPluginV2DynamicExt*>(nullptr, [&] {
+      auto copy = std::make_unique<FlashAttention2>(attributes_);
+      copy->namespace_ = namespace_;
+      return copy.release();
+    });
+  }
+
+  DataType getOutputDataType(int32_t, const DataType*, int32_t) const noexcept override { return DataType::kFLOAT; }
+
+  // q [batch, num_heads, seq, head_dim] to [batch, seq, num_heads, value_dim].
+  DimsExprs getOutputDimensions(int32_t, const DimsExprs* inputs, int32_t, IExprBuilder&) noexcept override {
+    const DimsExprs &q = inputs[kQuery], &v = inputs[kValue];
+    DimsExprs out{};
+    out.nbDims = 4;
+    out.d[0] = q.d[0], out.d[1] = q.d[2], out.d[2] = q.d[1], out.d[3] = v.d[3];
+    return out;
+  }
+
+  bool supportsFormatCombination(int32_t position, const PluginTensorDesc* tensors, int32_t num_inputs,
+                                 int32_t num_outputs) noexcept override {
+    if (num_inputs != num_inputs_expected() || num_outputs != 1) {
+      report("found " + std::to_string(num_inputs) + " inputs and " + std::to_string(num_outputs) +
+             " outputs; expected " + std::to_string(num_inputs_expected()) + " and 1");
+      return false;
+    }
+    const bool is_past = position == kPastKey || position == kPastValue;
+    const DataType type = position == kLengths ? DataType::kINT32
+                          : position < num_inputs && is_past && attributes_.kv_format == PASCALVL_FLOAT16
+                              ? DataType::kHALF
+                              : DataType::kFLOAT;
+    return tensors[position].type == type && tensors[position].format == TensorFormat::kLINEAR;
+  }
+
+  void configurePlugin(const DynamicPluginTensorDesc*, int32_t, const DynamicPluginTensorDesc*,
+                       int32_t) noexcept override {}
+
+  // For these sizes, and for one new token: a profile for prompts takes those too, and decode needs other memory.
+  size_t getWorkspaceSize(const PluginTensorDesc* inputs, int32_t, const PluginTensorDesc*,
+                          int32_t) const noexcept override {
+    return guarded<size_t>(0, [&] {
+      pascalvl_attention_args args = sizes(inputs);
+      size_t most = 0;
+      for (const int32_t seq : {args.seq, 1}) {
+        args.seq = seq;
+        size_t bytes = 0;
+        require(pascalvl_attention_workspace(&args, &bytes) == PASCALVL_OK, pascalvl_last_error());
+        most = bytes > most ? bytes : most;
+      }
+      return most;
+    });
+  }
+
+  int32_t enqueue(const PluginTensorDesc* descriptions, const PluginTensorDesc*, const void* const* inputs,
+                  void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
+    return guarded<int32_t>(1, [&] {
+      pascalvl_attention_args args = sizes(descriptions);
+      args.q = static_cast<const float*>(inputs[kQuery]);
+      args.k = static_cast<const float*>(inputs[kKey]);
+      args.v = static_cast<const float*>(inputs[kValue]);
+      args.out = static_cast<float*>(outputs[0]);
+      const auto* lengths = static_cast<const int32_t*>(inputs[kLengths]);
+      if (args.causal) {
+        args.past_length = lengths;
+        args.cache.key = const_cast<void*>(inputs[kPastKey]);
+        args.cache.value = const_cast<void*>(inputs[kPastValue]);
+      } else {
+        args.cu_seqlens = lengths;
+      }
+      size_t bytes = 0;
+      require(pascalvl_attention_workspace(&args, &bytes) == PASCALVL_OK, pascalvl_last_error());
+      require(pascalvl_attention(&args, workspace, bytes, stream) == PASCALVL_OK, pascalvl_last_error());
+      return 0;
+    });
+  }
+
+ private:
+  int32_t num_inputs_expected() const { return attributes_.causal ? kPastValue + 1 : kLengths + 1; }
+
+  // The arguments of a call; for pointers, what is never read but looks like one.
+  pascalvl_attention_args sizes(const PluginTensorDesc* inputs) const {
+    const Dims &q = inputs[kQuery].dims, &k = inputs[kKey].dims, &v = inputs[kValue].dims;
+    for (const Dims* dims : {&q, &k, &v})
+      require(dims->nbDims == 4, "q, k and v have 4 dimensions; found " + text(*dims));
+    alignas(16) static char somewhere[16];
+    const auto* values = reinterpret_cast<const float*>(somewhere);
+    const auto* lengths = reinterpret_cast<const int32_t*>(somewhere);
+    pascalvl_attention_args args{};
+    args.q = args.k = args.v = values;
+    args.out = reinterpret_cast<float*>(somewhere);
+    args.batch = int32_t(q.d[0]);
+    args.num_heads = int32_t(q.d[1]);
+    args.num_kv_heads = int32_t(k.d[1]);
+    args.seq = int32_t(q.d[2]);
+    args.key_dim = int32_t(q.d[3]);
+    args.value_dim = int32_t(v.d[3]);
+    args.softmax_scale = attributes_.softmax_scale;
+    args.causal = attributes_.causal;
+    if (args.causal) {
+      const Dims& past = inputs[kPastKey].dims;
+      require(past.nbDims == 4, "the past has 4 dimensions; found " + text(past));
+      args.past_length = lengths;
+      args.cache.key = args.cache.value = somewhere;
+      args.cache.key_format = args.cache.value_format = attributes_.kv_format;
+      args.cache.capacity = int32_t(past.d[2]);
+    } else {
+      args.cu_seqlens = lengths;
+      args.num_sequences = int32_t(inputs[kLengths].dims.d[0]) - 1;
+    }
+    return args;
+  }
+
+  Attributes attributes_;
+  std::string namespace_;
+};
+
+class Creator final : public IPluginCreator {
+ public:
+  const AsciiChar* getPluginName() const noexcept override { return PASCALVL_OP_NAME; }
+  const AsciiChar* getPluginVersion() const noexcept override { return PASCALVL_OP_VERSION; }
+  const PluginFieldCollection* getFieldNames() noexcept override {
+    static const PluginField fields[] = {{PASCALVL_ATTR_CAUSAL, nullptr, PluginFieldType::kINT32, 1},
+                                         {PASCALVL_ATTR_SOFTMAX_SCALE, nullptr, PluginFieldType::kFLOAT32, 1},
+                                         {PASCALVL_ATTR_KV_FORMAT, nullptr, PluginFieldType::kCHAR, 1}};
+    static const PluginFieldCollection collection{3, fields};
+    return &collection;
+  }
+  IPluginV2* createPlugin(const AsciiChar*, const PluginFieldCollection* fields) noexcept override {
+    return make([&] {
+      require(fields, "the attributes are a null pointer");
+      return parse_fields(*fields);
+    });
+  }
+  IPluginV2* deserializePlugin(const AsciiChar*, const void* data, size_t length) noexcept override {
+    return make([&] { return parse_bytes(data, length); });
+  }
+  void setPluginNamespace(const AsciiChar* name) noexcept override {
+    guarded(0, [&] { return namespace_ = name ? name : "", 0; });
+  }
+  const AsciiChar* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
+
+ private:
+  template <typename Parse>
+  IPluginV2* make(Parse parse) noexcept {
+    return guarded<IPluginV2*>(nullptr, [&] {
+      auto plugin = std::make_unique<FlashAttention2>(parse());
+      plugin->setPluginNamespace(namespace_.c_str());
+      return plugin.release();
+    });
+  }
+
+  std::string namespace_;
+};
+
+// TensorRT's parsers look a node up without its domain: the namespace is empty.
+struct Registration {
+  Registration() {
+    if (!getPluginRegistry) return;  // without TensorRT: nothing to register with
+    if (!getPluginRegistry()->registerCreator(creator, "")) report("TensorRT did not take the plugin's creator");
+  }
+  Creator creator;
+} registration;
+
+}  // namespace
+}  // namespace pascalvl

@@ -1,0 +1,241 @@
+"""The TensorRT runtime on the reference host: every attention node in the plugin's library, through its interface.
+
+On a GPU where there is one, else on the emulator; there, carry what `test_torch_backend_cuda.py` says, and the
+libraries of the plugin and of its host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pascalvl.engines import build, open_engine, plugin_host
+from pascalvl.engines.device import EmulatedDevice, available_target
+from pascalvl.engines.profiles import Limits
+from pascalvl.engines.tensorrt_engine import TensorRTEngine
+from pascalvl.plugins import bindings
+from pascalvl.plugins.bundle import Manifest
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kernels.build import Target
+from pascalvl.plugins.kernels.library import KernelLibrary
+from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.tensorrt.host import HostedPlugin
+from pascalvl.runtime import VisionLanguageModel
+from pascalvl.runtime.cli import main
+from tests.engines.torch_reference import answer, assistant, reference_answer, scene, user
+
+ON_GPU = available_target() is Target.CUDA
+PICTURE = [user(scene(1, 64, 64), "Describe the picture.")]
+TURNS = [*PICTURE, assistant("A grid."), user("Which shapes are red?")]
+NEW_TOKENS = 32 if ON_GPU else 5
+CONTEXT = 96
+LIMITS = Limits(prefill_chunk=7, max_patches=64, max_context=1 << 40)
+
+
+@pytest.fixture(scope="module")
+def bundles(nano_engine_bundle, nano_engine_bundle_f16):
+    return {KVFormat.F32: nano_engine_bundle, KVFormat.F16: nano_engine_bundle_f16}
+
+
+@pytest.fixture(scope="module")
+def bundle(bundles):
+    return bundles[KVFormat.F32]
+
+
+def fresh(bundle, **options) -> VisionLanguageModel:
+    return VisionLanguageModel.open(bundle, context_length=CONTEXT, host="plugin", **options)
+
+
+@pytest.fixture
+def limited(bundle, monkeypatch) -> TensorRTEngine:
+    monkeypatch.setattr(plugin_host, "_LIMITS", LIMITS)
+    return plugin_host.open_engine(bundle, Manifest.read(bundle, "engine"), marked_layers=True)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts what the plugin and the kernels' library are called for."""
+    counts = {}
+    for owner, name in ((HostedPlugin, "enqueue"), (KernelLibrary, "kv_append"), (KernelLibrary, "greedy")):
+        counts[name], call = 0, getattr(owner, name)
+
+        def counting(self, *arguments, name=name, call=call):
+            counts[name] += 1
+            call(self, *arguments)
+
+        monkeypatch.setattr(owner, name, counting)
+    return counts
+
+
+@pytest.mark.parametrize("kv_format", list(KVFormat))
+def test_tokens_equal_the_reference_and_attention_is_the_plugins(kv_format, bundles, nano_reference, calls):
+    model = fresh(bundles[kv_format])
+    warm_up = dict(calls)
+    generation = answer(model, PICTURE, NEW_TOKENS)
+    assert generation.token_ids == reference_answer(nano_reference, model.prompt(PICTURE), NEW_TOKENS)[0]
+    layers, depth, steps = model.config.text.num_hidden_layers, model.config.vision.depth, len(generation.token_ids)
+    assert {name: count - warm_up[name] for name, count in calls.items()} == {
+        "enqueue": depth + steps * layers,
+        "kv_append": steps,  # one of the tokens comes with the prompt
+        "greedy": steps - 1,
+    }
+
+
+def test_a_conversation_in_chunks(limited, nano_reference):
+    """Chunks longer than the engine takes, a prefix that is not run again, and the cache after a truncation."""
+    model = VisionLanguageModel(limited, CONTEXT, prefill_chunk=16)
+    first = answer(model, PICTURE, NEW_TOKENS).token_ids
+    second = answer(model, TURNS, NEW_TOKENS)
+    assert second.reused_tokens >= len(model.prompt(PICTURE).token_ids) - 1
+    assert first == reference_answer(nano_reference, model.prompt(PICTURE), NEW_TOKENS)[0]
+    assert second.token_ids == reference_answer(nano_reference, model.prompt(TURNS), NEW_TOKENS)[0]
+
+
+def decoder_feeds(manifest, seq, capacity, past):
+    rng = np.random.default_rng(0)
+    sizes = {"batch": 1, "seq": seq, "capacity": capacity}
+    feeds = {
+        b.name: (rng.standard_normal([sizes.get(d, d) for d in b.shape]) / 2).astype(b.dtype)
+        for b in bindings.decoder_inputs(manifest.model, manifest.kv_format)
+    }
+    return feeds | {bindings.PAST_LENGTH: np.array([past], np.int32)}
+
+
+def test_outputs_equal_onnx_runtimes(bundle, limited):
+    """Also of the marked layers. Both sum in float32, in other orders."""
+    feeds = decoder_feeds(limited.manifest, seq=3, capacity=9, past=4)
+    expected = open_engine(bundle, marked_layers=True).run(bindings.DECODER, feeds)
+    found = limited.run(bindings.DECODER, feeds)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=2e-5 * np.abs(value).max(), err_msg=name)
+
+
+def test_a_decode_step_is_the_same_greedy_or_not(limited):
+    session, other = limited.open_session(8), limited.open_session(8)
+    for past in range(3):
+        feeds = decoder_feeds(limited.manifest, seq=1, capacity=1, past=past)
+        feeds = {name: feeds[name] for name in (bindings.INPUTS_EMBEDS, bindings.ROPE_COS, bindings.ROPE_SIN)}
+        logits = session.decode(feeds)[0]
+        assert other.decode_greedy(feeds) == (logits.argmax(), logits.max())
+    assert session.length == other.length == 3
+    assert session.nbytes == 8 * KVFormat.F32.bytes_per_token(limited.manifest.model.text)
+
+
+@pytest.mark.parametrize(("appends", "length"), [(2, 0), (3, 16), (4, 18)])
+def test_an_interrupt_leaves_the_cache_as_it_was(limited, monkeypatch, appends, length):
+    """The engine runs a chunk of 16 tokens in parts of 7, 7 and 2."""
+    model = VisionLanguageModel(limited, CONTEXT, prefill_chunk=16)
+    expected = answer(model, PICTURE, 3).token_ids
+    model = VisionLanguageModel(limited, CONTEXT, prefill_chunk=16)
+    append, left = KernelLibrary.kv_append, appends
+
+    def interrupted(*arguments):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        append(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KernelLibrary, "kv_append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            answer(model, PICTURE, 3)
+    assert model._session.length == length
+    assert answer(model, PICTURE, 3).token_ids == expected
+
+
+def test_without_a_graph_steps_run_one_by_one(limited, caplog):
+    """NumPy cannot be recorded: on a GPU the capture is refused, and the host says so."""
+    session = limited.open_session(8)
+    assert not session.is_graph
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == ON_GPU
+    if ON_GPU:
+        assert "the decode step is no CUDA graph, and slower" in warnings[0]
+
+
+@pytest.mark.skipif(ON_GPU, reason="stands in for a GPU's capture")
+def test_a_step_that_was_recorded_is_replayed(limited, monkeypatch):
+    """What CUDA records and plays again is what the session starts in a step, and nothing else."""
+    replays = 0
+
+    def capture(self, step):
+        def replay():
+            nonlocal replays
+            replays += 1
+            step()
+
+        return replay
+
+    monkeypatch.setattr(EmulatedDevice, "capture", capture)
+    session = limited.open_session(8)
+    feeds = decoder_feeds(limited.manifest, seq=1, capacity=1, past=0)
+    feeds = {name: feeds[name] for name in (bindings.INPUTS_EMBEDS, bindings.ROPE_COS, bindings.ROPE_SIN)}
+    assert session.is_graph
+    session.decode(feeds)
+    session.decode_greedy(feeds)
+    assert (replays, session.length) == (2, 2)
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_larger_than_the_engine_takes(limited):
+    picture = [user(Image.new("RGB", (256, 256)), "What is it?")]
+    resized = VisionLanguageModel(limited, CONTEXT, prefill_chunk=16).prompt(picture)
+    assert len(resized.visuals[0].patches.pixel_values) == 64
+    model = VisionLanguageModel(limited, CONTEXT, prefill_chunk=16, max_pixels=256 * 256)
+    with pytest.raises(UserError, match="a picture has 256 patches; this engine was built for up to 64: give"):
+        answer(model, picture, 1)
+
+
+def test_sizes_that_the_engine_was_not_built_for(limited):
+    feeds = decoder_feeds(limited.manifest, seq=8, capacity=9, past=4)
+    with pytest.raises(UserError, match=r"the decoder engine does not take inputs_embeds of shape \[1, 8, \d+\]"):
+        limited.run(bindings.DECODER, feeds)
+
+
+def test_a_context_longer_than_the_engine_takes(bundle):
+    engine = open_engine(bundle, host="plugin")
+    with pytest.raises(UserError, match="a context of 262145 tokens is more than this engine was built for, 262144"):
+        engine.open_session(262145)
+
+
+def test_memory_that_runs_out(limited):
+    with pytest.raises(UserError, match=r"a context of \d+ tokens needs [\d.]+ GB for its KV cache"):
+        limited.open_session(1 << 39)
+
+
+def test_bundles_without_graphs_and_other_hosts(bundle, tmp_path):
+    manifest = Manifest.read(bundle, "engine")
+    files = {name: file for name, file in manifest.files.items() if not name.startswith("vision.onnx")}
+    manifest = dataclasses.replace(manifest, files=files, backend={"name": "tensorrt"})
+    with pytest.raises(UserError, match=r"holds no ONNX graphs, .* 'tensorrt' made of them: build a bundle with"):
+        plugin_host.open_engine(tmp_path, manifest, marked_layers=False)
+    with pytest.raises(UserError, match="unknown host 'trt': expected plugin"):
+        open_engine(bundle, host="trt")
+
+
+def test_command_line(bundle, capsys):
+    options = ["--host", "plugin", "--prompt", "Hello!", "--max-new-tokens", "2", "--context", str(CONTEXT)]
+    assert main(["run", str(bundle), *options]) == 0
+    assert "2 new in" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(ON_GPU, reason="polygraphy is not where GPUs are")
+def test_validation(bundle, nano_checkpoint, capsys):
+    options = ["--reference", str(nano_checkpoint), "--host", "plugin", "--context", str(CONTEXT), "--bisect"]
+    assert main(["validate", str(bundle), *options, "--prompt", "Hello!"]) == 0
+    out = capsys.readouterr().out
+    assert "prefill.hidden_states" in out
+    assert "0 out of tolerance" in out
+
+
+def test_building_is_for_backends(nano_model_bundle, tmp_path):
+    with pytest.raises(UserError, match="unknown backend 'plugin'"):
+        build(nano_model_bundle, tmp_path / "engine", "plugin")

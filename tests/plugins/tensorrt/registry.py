@@ -1,0 +1,77 @@
+"""Loads a plugin's library into TensorRT's own registry and tries its creator: ``python registry.py LIBRARY``.
+
+Prints JSON. In a process of its own, because what is loaded stays loaded.
+"""
+
+import ctypes
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+OP = "FlashAttention2", "1", ""
+
+
+def attempt(action) -> str | None:
+    """The serialised plugin in hexadecimal; None where TensorRT got none."""
+    try:
+        plugin = action()
+    except RuntimeError:
+        return None
+    return plugin and bytes(plugin.serialize()).hex()
+
+
+def main() -> None:
+    folder = Path(importlib.util.find_spec("tensorrt_lean_libs").origin).parent
+    ctypes.CDLL(str(folder / "libnvinfer_lean.so.10"), mode=ctypes.RTLD_GLOBAL)
+    from tensorrt_lean_bindings import tensorrt_lean as trt
+
+    ctypes.CDLL(sys.argv[1])
+    creator = trt.get_plugin_registry().get_plugin_creator(*OP)
+    if creator is None:
+        print(json.dumps({"found": False}))
+        return
+    kinds = trt.PluginFieldType
+
+    def create(**values):
+        types = {int: (np.int32, kinds.INT32), float: (np.float32, kinds.FLOAT32)}
+        fields = []
+        for name, value in values.items():
+            if isinstance(value, str):
+                fields.append(trt.PluginField(name, np.frombuffer(value.encode(), np.int8), kinds.CHAR))
+            else:
+                dtype, kind = types[type(value)]
+                fields.append(trt.PluginField(name, np.array([value], dtype), kind))
+        return creator.create_plugin("node", trt.PluginFieldCollection(fields))
+
+    plugin = create(causal=1, softmax_scale=0.125, kv_format="f16")
+    data = bytes(plugin.serialize())
+    print(
+        json.dumps(
+            {
+                "found": True,
+                "fields": [field.name for field in creator.field_names],
+                "identity": [plugin.plugin_type, plugin.plugin_version, plugin.plugin_namespace],
+                "outputs": plugin.num_outputs,
+                "bytes": data.hex(),
+                "clone": attempt(plugin.clone),
+                "copy": attempt(lambda: creator.deserialize_plugin("node", data)),
+                "vision": attempt(lambda: create(causal=0, softmax_scale=0.125)),
+                "refused": {
+                    "truncated": attempt(lambda: creator.deserialize_plugin("node", data[:-1])),
+                    "foreign": attempt(lambda: creator.deserialize_plugin("node", b"x" * len(data))),
+                    "newer": attempt(lambda: creator.deserialize_plugin("node", data[:4] + b"\x09" + data[5:])),
+                    "no scale": attempt(lambda: create(causal=1, kv_format="f16")),
+                    "causal": attempt(lambda: create(causal=2, softmax_scale=0.125)),
+                    "type": attempt(lambda: create(causal=1.0, softmax_scale=0.125)),
+                    "kv format": attempt(lambda: create(causal=1, softmax_scale=0.125, kv_format="k8")),
+                },
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The plugin computes attention through TensorRT's plugin interface: of TensorRT 8.6 and 9.x, and of 10."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pascalvl.engines.device import available_target
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module", params=[8, 10])
+def driven(request) -> dict:
+    command = [sys.executable, "-m", "tests.plugins.tensorrt.drive", available_target().value, str(request.param)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_results_against_float64(driven):
+    """FP32 sums of some tens of terms, of the very bytes of the cache; on a GPU recorded in a CUDA graph."""
+    assert driven["errors"].keys() == {"f32 prefill", "f32 decode", "f16 prefill", "f16 decode", "packed"}
+    assert max(driven["errors"].values()) < 3e-6
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        ("attributes", "attribute causal is 3; expected 0 or 1. the plugin's creator did not take the attributes"),
+        ("no format", "attribute kv_format is ''; expected f32 or f16"),
+        ("inputs", "found 3 inputs and 1 outputs; expected 4 and 1"),
+        ("type", "the plugin does not take tensor number 4 of its 6 inputs and 1 output"),
+        ("head size", "Packed attention has head sizes 64, 72 and 128; found key_dim 80"),
+    ],
+)
+def test_bad_input_is_told(driven, what, sentence):
+    assert sentence in driven["refused"][what]

@@ -1,0 +1,83 @@
+"""The TensorRT plugin in the registry of TensorRT 10.16 itself (tensorrt-lean, which needs no GPU for that)."""
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.flash_attention import ATTR_CAUSAL, ATTR_KV_FORMAT, ATTR_SOFTMAX_SCALE, OP_NAME, OP_VERSION
+from pascalvl.plugins.kernels.build import Target
+from pascalvl.plugins.tensorrt import build as plugin_build
+
+
+def in_registry(library: Path) -> tuple[dict, str]:
+    """What `registry.py` found, and what the plugin reported."""
+    script = Path(__file__).with_name("registry.py")
+    result = subprocess.run([sys.executable, script, library], capture_output=True, text=True, check=True)
+    return json.loads(result.stdout), result.stderr
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory) -> tuple[dict, str]:
+    library = tmp_path_factory.mktemp("plugin") / "libpascalvl_plugin.so"
+    plugin_build.build(library, 10, target=Target.EMULATOR)
+    return in_registry(library)
+
+
+def test_the_creator_is_found_by_the_nodes_names(tried):
+    found, _ = tried
+    assert found["found"]
+    assert found["fields"] == [ATTR_CAUSAL, ATTR_SOFTMAX_SCALE, ATTR_KV_FORMAT]
+    assert found["identity"] == [OP_NAME, OP_VERSION, ""]
+    assert found["outputs"] == 1
+
+
+def test_plugins_survive_serialisation_and_cloning(tried):
+    found, _ = tried
+    assert bytes.fromhex(found["bytes"]) == struct.pack("<4sIifi", b"PVFA", 1, 1, 0.125, 1)
+    assert found["clone"] == found["copy"] == found["bytes"]
+    assert bytes.fromhex(found["vision"]) == struct.pack("<4sIifi", b"PVFA", 1, 0, 0.125, 0)
+
+
+def test_what_is_not_understood_is_refused_in_words(tried):
+    found, told = tried
+    assert set(found["refused"].values()) == {None}
+    for sentence in (
+        "a serialised plugin of 19 bytes; expected 20: build the engine again",
+        "the serialised plugin is not this one's",
+        "the serialised plugin has layout 9; expected 1",
+        "attribute softmax_scale is missing",
+        "attribute causal is 2; expected 0 or 1",
+        "attribute causal must be one int32",
+        "attribute kv_format is 'k8'; expected f32 or f16",
+    ):
+        assert f"{OP_NAME}: {sentence}" in told
+
+
+def test_a_library_for_version_8_is_invisible_to_version_10(tmp_path, monkeypatch):
+    monkeypatch.setattr(plugin_build.kernels_build, "SOURCES", ())
+    library = tmp_path / "libpascalvl_plugin.so"
+    plugin_build.build(library, 8, target=Target.EMULATOR)
+    found, told = in_registry(library)
+    assert not found["found"]
+    assert "TensorRT did not take the plugin's creator" in told
+
+
+def test_layouts_of_both_majors():
+    """What must not move; `--check-layout` compares it with TensorRT's headers."""
+    eight, ten = plugin_build.layout(8), plugin_build.layout(10)
+    assert eight["FlashAttention2"] == ten["FlashAttention2"]
+    assert len(eight["FlashAttention2"]) == 30
+    assert eight["Creator"][0] == "getTensorRTVersion"
+    assert ten["Creator"][:2] == ["getAPILanguage", "getInterfaceInfo"]
+    assert (eight["PluginTensorDesc"], ten["PluginTensorDesc"]) == (["48"], ["88"])
+
+
+def test_the_command_names_headers_that_do_not_fit(tmp_path):
+    (tmp_path / "NvInferRuntime.h").write_text("#error not these\n", encoding="utf-8")
+    with pytest.raises(UserError, match="not these"):
+        plugin_build.layout(8, [tmp_path])
