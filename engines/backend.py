@@ -80,6 +80,7 @@ def build(
     backend: str = AUTO,
     kv_format: KVFormat = KVFormat.F32,
     options: BuildOptions | None = None,
+    tell: Callable[[str], None] = log.info,
 ) -> Manifest:
     """Build the engine bundle ``output`` from a model bundle; returns its manifest.
 
@@ -89,12 +90,13 @@ def build(
         backend: one of `BACKENDS`, or `AUTO`.
         kv_format: format of the KV cache.
         options: for backend ``tensorrt`` alone; None: its defaults.
+        tell: called with what `AUTO` took, and why nothing faster.
 
     Raises:
         UserError: a model bundle that is damaged or not one, an unknown or missing backend, options for another one,
             what the backend cannot build, or a full disk.
     """
-    module = _backend_module(backend)
+    module = _backend_module(backend, tell)
     if options is not None and not hasattr(module, "BuildOptions"):
         raise UserError(
             f"these options are for backend tensorrt, and the backend is {module.NAME}: leave them out, or give "
@@ -147,7 +149,7 @@ def open_engine(
     return module.open_engine(directory, manifest, marked_layers)
 
 
-def _backend_module(name: str):
+def _backend_module(name: str, tell: Callable[[str], None] = log.info):
     """Import a backend's module; `AUTO` is the first that is installed, finds what it needs and is not `REFERENCE`."""
     if name not in (AUTO, *BACKENDS):
         raise UserError(f"unknown backend {name!r}: expected one of {', '.join((AUTO, *BACKENDS))}.")
@@ -167,8 +169,7 @@ def _backend_module(name: str):
                 skipped[candidate] = reason
                 continue
             reasons = "".join(f"; {other} is skipped: {reason}" for other, reason in skipped.items())
-            level = logging.WARNING if skipped else logging.INFO
-            log.log(level, "backend %s: the fastest that can be used here%s", candidate, reasons)
+            tell(f"backend {candidate}: the fastest that can be used here{reasons}")
         return module
     reasons = ", ".join(f"{candidate} ({reason})" for candidate, reason in skipped.items())
     if name == AUTO:

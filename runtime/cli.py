@@ -337,7 +337,9 @@ def _build(args: argparse.Namespace) -> int:
 
     given = {name: value for name, value in vars(args).items() if name in BuildOptions.__dataclass_fields__}
     options = BuildOptions(**given) if given else None
-    _report(args.output, build(args.bundle, args.output, args.backend, args.kv, options))
+    told: list[str] = []
+    _report(args.output, build(args.bundle, args.output, args.backend, args.kv, options, told.append))
+    print(*told, sep="\n", end="\n" if told else "")
     return 0
 
 
