@@ -326,7 +326,11 @@ class Context:
 
     def execute(self) -> None:
         """Start the graph."""
-        self._done(self._context.execute_async_v3(self._stream), "run")
+        if not self._context.execute_async_v3(self._stream):
+            raise UserError(
+                f"the {self._graph} engine could not be started; with --verbose TensorRT says why: give a smaller "
+                "--context, end what else uses the card, or build the engine again."
+            )
 
     def _done(self, succeeded: bool, doing: str) -> None:
         if not succeeded:
