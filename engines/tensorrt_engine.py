@@ -19,8 +19,8 @@ from pascalvl.engines.session import Session
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kernels.library import AppendArgs, Cache, RowFormat
-from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.kernels.library import AppendArgs, Cache
+from pascalvl.plugins.kv_format import KVFormat, RowFormat
 from pascalvl.plugins.model_config import TextConfig
 
 ROW_FORMATS = {KVFormat.F32: RowFormat.FLOAT32, KVFormat.F16: RowFormat.FLOAT16}

@@ -117,6 +117,8 @@ class Checkpoint:
                     mrope_section=tuple(text_rope.mrope_section),
                     rope_inv_freq=tuple(text_rope.inv_freq.tolist()),
                     rope_attention_scaling=float(text_rope.attention_scaling),
+                    key_dims=(text.head_dim,) * text.num_hidden_layers,
+                    value_dims=(text.head_dim,) * text.num_hidden_layers,
                 ),
                 vision=_take(VisionConfig, vision, rope_inv_freq=tuple(vision_rope.inv_freq.tolist())),
                 image_token_id=self.hf_config.image_token_id,

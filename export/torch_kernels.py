@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 
 from pascalvl.plugins.kernels.build import Target, cached
-from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary, RowFormat
+from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary
+from pascalvl.plugins.kv_format import RowFormat
 
 _FORMATS = {torch.float32: RowFormat.FLOAT32, torch.float16: RowFormat.FLOAT16}
 _TARGETS = {"cuda": Target.CUDA, "cpu": Target.EMULATOR}

@@ -4,7 +4,7 @@ Dimensions that vary between calls are strings; equal strings are equal lengths.
 
 The engines are pure functions. The decoder reads the cache (``past_key.i``, ``past_value.i``: the whole capacity, of
 which the first ``past_length`` rows of a sequence are valid) and returns the keys and values of this call's tokens
-for the runtime to append.
+for the runtime to append. `pascalvl.plugins.flash_attention` tells what each of the cache's tensors means.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import dataclasses
 
 import numpy as np
 
-from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 
 DECODER = "decoder"
@@ -24,6 +24,8 @@ ROPE_COS = "rope_cos"
 ROPE_SIN = "rope_sin"
 DEEPSTACK_EMBEDS = "deepstack_embeds"
 PAST_LENGTH = "past_length"
+PAST_VISIBLE = "past_visible"
+RECENT_LENGTH = "recent_length"
 LOGITS = "logits"
 
 PIXEL_VALUES = "pixel_values"
@@ -42,6 +44,18 @@ def past_key(layer: int) -> str:
 
 def past_value(layer: int) -> str:
     return f"past_value.{layer}"
+
+
+def past_scale(layer: int) -> str:
+    return f"past_scale.{layer}"
+
+
+def recent_key(layer: int) -> str:
+    return f"recent_key.{layer}"
+
+
+def recent_value(layer: int) -> str:
+    return f"recent_value.{layer}"
 
 
 def new_key(layer: int) -> str:
@@ -94,21 +108,36 @@ def vision_outputs(config: ModelConfig) -> list[Binding]:
     ]
 
 
-def decoder_inputs(config: ModelConfig, kv_format: KVFormat) -> list[Binding]:
+def decoder_inputs(config: ModelConfig, cache: CacheConfig) -> list[Binding]:
     text = config.text
-    cache_shape = ("batch", text.num_key_value_heads, "capacity", text.head_dim)
+    lengths = [PAST_LENGTH, RECENT_LENGTH] if cache.recent else [PAST_LENGTH]
     return [
         _float(INPUTS_EMBEDS, "batch", "seq", text.hidden_size),
         _float(ROPE_COS, "batch", "seq", text.head_dim),
         _float(ROPE_SIN, "batch", "seq", text.head_dim),
         _float(DEEPSTACK_EMBEDS, config.num_deepstack, "batch", "seq", text.hidden_size),
-        _int(PAST_LENGTH, "batch"),
-        *(
-            Binding(name(layer), kv_format.dtype, cache_shape)
-            for layer in range(text.num_hidden_layers)
-            for name in (past_key, past_value)
-        ),
+        *(_int(name, "batch") for name in lengths),
+        _int(PAST_VISIBLE, "batch", "visible_slots"),
+        *(binding for layer in range(text.num_hidden_layers) for binding in cache_inputs(config, cache, layer)),
     ]
+
+
+def cache_inputs(config: ModelConfig, cache: CacheConfig, layer: int) -> list[Binding]:
+    """The decoder's inputs that are a layer's cache, in the op's order."""
+    layout = cache.layers(config.text)[layer]
+    heads = layout.num_kv_heads
+    inputs = [
+        Binding(name(layer), row.dtype, ("batch", heads, "capacity", elements))
+        for name, row, elements in zip((past_key, past_value), layout.kv_format.rows, layout.row_elements, strict=True)
+    ]
+    if layout.kv_format.is_quantised:
+        inputs.append(Binding(past_scale(layer), np.dtype(np.float16), (2, "batch", heads, "capacity")))
+    if cache.recent:
+        inputs += [
+            Binding(name(layer), np.dtype(np.float16), ("batch", heads, "recent", dim))
+            for name, dim in zip((recent_key, recent_value), layout.dims, strict=True)
+        ]
+    return inputs
 
 
 def decoder_outputs(config: ModelConfig) -> list[Binding]:
@@ -117,9 +146,9 @@ def decoder_outputs(config: ModelConfig) -> list[Binding]:
     return [
         _float(LOGITS, "batch", text.vocab_size),
         *(
-            _float(name(layer), "batch", text.num_key_value_heads, "seq", text.head_dim)
-            for layer in range(text.num_hidden_layers)
-            for name in (new_key, new_value)
+            _float(name(layer), "batch", text.num_key_value_heads, "seq", dim)
+            for layer, dims in enumerate(zip(text.key_dims, text.value_dims, strict=True))
+            for name, dim in zip((new_key, new_value), dims, strict=True)
         ),
     ]
 

@@ -1,24 +1,71 @@
-"""The byte layout of the external KV cache: one definition for Python, the ONNX function body and the kernels.
+"""The byte layout of the external KV cache, and the grammar in which a user asks for one.
+
+The one definition for Python, the ONNX function body and the kernels.
 
 Keys and values of a layer live in two separate arrays ``[batch, num_kv_heads, capacity, row]``; a row holds one
-token's head and starts on a 16-byte boundary.
+token's head and starts on a 16-byte boundary. Quantised rows are codes, for ONNX and TensorRT in int32 words; their
+scales, one float16 a row, live in a third array ``[2, batch, num_kv_heads, capacity]``, of keys and then values.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+import re
 
 import numpy as np
 
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.model_config import TextConfig
 
+ROW_ALIGNMENT = 16
+ROTATED_DIM = 128
+"""Length of the keys that the kernels rotate (by the Hadamard matrix); shorter ones are stored as they come."""
+RANKS = (64, 96, 112, 128)
+"""Lengths of keys and values that the kernels take."""
+_LEAST_WINDOW = 16
+
+
+class RowFormat(enum.IntEnum):
+    """How the elements of a cache row are stored; numbered as in the kernels' C ABI."""
+
+    FLOAT32 = 0
+    FLOAT16 = 1
+    INT8 = 2
+    """Two's complement, -127 to 127."""
+    INT4 = 3
+    """Code + 8 in a nibble, codes -7 to 7; of eight elements, byte i holds number i low and number i + 4 high."""
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether rows have a scale, in an array of their own: element = code * scale."""
+        return self in (RowFormat.INT8, RowFormat.INT4)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Element type of the array that holds the rows: of codes, words."""
+        kinds = {RowFormat.FLOAT32: np.float32, RowFormat.FLOAT16: np.float16}
+        return np.dtype(kinds.get(self, np.int32))
+
+    @property
+    def largest_code(self) -> int:
+        """Codes go from its negative to it."""
+        return {RowFormat.INT8: 127, RowFormat.INT4: 7}[self]
+
+    def row_bytes(self, dim: int) -> int:
+        """Bytes of a row of ``dim`` elements."""
+        bits = {RowFormat.FLOAT32: 32, RowFormat.FLOAT16: 16, RowFormat.INT8: 8, RowFormat.INT4: 4}[self]
+        return -(-dim * bits // 8 // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
 
 class KVFormat(enum.Enum):
-    """Storage format of cached keys and values; the value is the name used on the command line and in manifests."""
+    """Storage format of a layer's cached keys and values; the value is its name everywhere."""
 
     F32 = "f32"
     F16 = "f16"
+    K8V8 = "k8v8"
+    K8V4 = "k8v4"
+    K4V4 = "k4v4"
 
     @classmethod
     def parse(cls, text: str) -> KVFormat:
@@ -30,18 +77,221 @@ class KVFormat(enum.Enum):
             raise UserError(f"unknown KV cache format {text!r}: expected one of {known}.") from None
 
     @property
-    def dtype(self) -> np.dtype:
-        """Element type of a cache row."""
-        return np.dtype({KVFormat.F32: np.float32, KVFormat.F16: np.float16}[self])
+    def rows(self) -> tuple[RowFormat, RowFormat]:
+        """Formats of keys and of values."""
+        f32, f16, int8, int4 = RowFormat
+        return {
+            KVFormat.F32: (f32, f32),
+            KVFormat.F16: (f16, f16),
+            KVFormat.K8V8: (int8, int8),
+            KVFormat.K8V4: (int8, int4),
+            KVFormat.K4V4: (int4, int4),
+        }[self]
 
-    def row_bytes(self, head_dim: int) -> int:
-        """Bytes of one token's key (or value) of one head."""
-        return head_dim * self.dtype.itemsize
+    @property
+    def is_quantised(self) -> bool:
+        return self.rows[0].is_quantised
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerLayout:
+    """One layer's cache."""
+
+    kv_format: KVFormat
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def is_rotated(self) -> bool:
+        """Whether keys are stored, and queries meet them, rotated."""
+        return self.kv_format.is_quantised and self.key_dim == ROTATED_DIM
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Elements of a key and of a value."""
+        return self.key_dim, self.value_dim
+
+    @property
+    def row_bytes(self) -> tuple[int, int]:
+        """Bytes of a key's row and of a value's."""
+        key, value = (row.row_bytes(dim) for row, dim in zip(self.kv_format.rows, self.dims, strict=True))
+        return key, value
+
+    @property
+    def row_elements(self) -> tuple[int, int]:
+        """The same in elements of the arrays' type."""
+        key, value = (size // row.dtype.itemsize for row, size in zip(self.kv_format.rows, self.row_bytes, strict=True))
+        return key, value
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of a token's keys and values with their scales."""
+        scales = 2 * np.dtype(np.float16).itemsize if self.kv_format.is_quantised else 0
+        return self.num_kv_heads * (sum(self.row_bytes) + scales)
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """What a token sees of a long past: the first ``sinks`` tokens, and the last ``length``, itself included.
+
+    StreamingLLM (Xiao et al., arXiv:2309.17453), but with the positions that the tokens have. Pinned tokens are always
+    seen, and counted as all others are.
+    """
+
+    sinks: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.sinks}+{self.length}"
+
+
+Rank = int | float
+"""Of keys or values in all layers; a fraction: in each layer the lowest that leaves no more than this error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """What a user asks of the KV cache; `parse` reads it, `str` writes it.
+
+    Compare by what each part is fixed by: ``key_rank`` and ``value_rank`` by an export, formats and ``recent`` by a
+    build, ``window`` and ``pin_images`` by each run.
+    """
+
+    kv_format: KVFormat = KVFormat.K8V4
+    key_rank: Rank | None = None
+    """None: as the model has it."""
+    value_rank: Rank | None = None
+    window: Window | None = None
+    """None: everything is kept."""
+    pin_images: bool = False
+    """Whether the tokens of pictures and videos stay, whatever the window."""
+    recent: int = 0
+    """The last so many tokens are kept in float16 besides, and decode reads those."""
+    overrides: tuple[tuple[int, int, KVFormat], ...] = ()
+    """Layers, first and last, with another format; a later one counts more."""
+
+    GRAMMAR = (
+        "FORMAT[,rk=RANK][,rv=RANK][,window=SINKS+LENGTH][,pin=image][,recent=TOKENS][,layer.FIRST-LAST=FORMAT], "
+        f"FORMAT one of {', '.join(f.value for f in KVFormat)}, RANK one of {', '.join(map(str, RANKS))} or auto:ERROR"
+    )
+
+    @classmethod
+    def parse(cls, text: str) -> CacheConfig:
+        """Read, for example, ``k8v4,rv=96,window=64+8192,pin=image,layer.0-1=f16``.
+
+        Raises:
+            UserError: the text is none of that; names what is.
+        """
+        first, *options = (part.strip() for part in text.split(","))
+        found: dict[str, object] = {"kv_format": KVFormat.parse(first)}
+        overrides = []
+        for option in options:
+            name, _, value = option.partition("=")
+            if layers := re.fullmatch(r"layer\.(\d{1,4})(?:-(\d{1,4}))?", name):
+                start = int(layers[1])
+                overrides.append((start, int(layers[2] or start), KVFormat.parse(value)))
+                if overrides[-1][0] > overrides[-1][1]:
+                    raise UserError(f"the KV cache option {option!r} names no layers: expected the first one first.")
+                continue
+            if name not in _OPTIONS:
+                raise UserError(f"unknown KV cache option {option!r}: expected {cls.GRAMMAR}.")
+            field, read = _OPTIONS[name]
+            if field in found:
+                raise UserError(f"the KV cache option {name} is given twice: expected it once.")
+            found[field] = read(option, value)
+        config = cls(**found, overrides=tuple(overrides))
+        config._check()
+        return config
+
+    def __str__(self) -> str:
+        parts = [self.kv_format.value]
+        for name, rank in (("rk", self.key_rank), ("rv", self.value_rank)):
+            if rank is not None:
+                parts.append(f"{name}={rank if isinstance(rank, int) else f'auto:{rank:g}'}")
+        if self.window:
+            parts.append(f"window={self.window}")
+        if self.pin_images:
+            parts.append("pin=image")
+        if self.recent:
+            parts.append(f"recent={self.recent}")
+        for first, last, kv_format in self.overrides:
+            layers = str(first) if first == last else f"{first}-{last}"
+            parts.append(f"layer.{layers}={kv_format.value}")
+        return ",".join(parts)
+
+    def _check(self) -> None:
+        if self.pin_images and not self.window:
+            raise UserError("the KV cache option pin=image is for a window, without which all is kept: give one.")
+        if self.recent and self.window:
+            raise UserError("the KV cache options recent and window cannot be combined: give one of them.")
+        formats = {self.kv_format, *(kv_format for _, _, kv_format in self.overrides)}
+        if self.recent and not all(kv_format.is_quantised for kv_format in formats):
+            raise UserError("the KV cache option recent is for quantised formats: leave it out, or take k8v8 to k4v4.")
+
+    def layers(self, text: TextConfig) -> tuple[LayerLayout, ...]:
+        """The layout of each layer of a model; raises `UserError` for layers that it does not have."""
+        count = text.num_hidden_layers
+        formats = [self.kv_format] * count
+        for first, last, kv_format in self.overrides:
+            if last >= count:
+                raise UserError(
+                    f"the KV cache option layer.{last} is out of range: this model has layers 0-{count - 1}."
+                )
+            formats[first : last + 1] = [kv_format] * (last + 1 - first)
+        dims = zip(formats, text.key_dims, text.value_dims, strict=True)
+        layouts = tuple(LayerLayout(kv_format, text.num_key_value_heads, *pair) for kv_format, *pair in dims)
+        for layout in layouts:
+            if layout.kv_format.is_quantised and not all(dim in RANKS for dim in layout.dims):
+                raise UserError(
+                    f"{layout.kv_format.value} is for heads of {', '.join(map(str, RANKS))}; this model has keys of "
+                    f"{layout.key_dim} and values of {layout.value_dim}: take f32 or f16."
+                )
+        return layouts
 
     def bytes_per_token(self, text: TextConfig) -> int:
         """Bytes that one token takes in all layers, keys and values together."""
-        return 2 * text.num_hidden_layers * text.num_key_value_heads * self.row_bytes(text.head_dim)
+        return sum(layer.bytes_per_token for layer in self.layers(text))
 
-    def storage_shape(self, text: TextConfig, capacity: int) -> tuple[int, ...]:
-        """Shape of one sequence's rows in all layers; index 1 tells keys (0) from values (1)."""
-        return text.num_hidden_layers, 2, 1, text.num_key_value_heads, capacity, text.head_dim
+
+def _read_rank(option: str, value: str) -> Rank:
+    if value.isdecimal() and int(value) in RANKS:
+        return int(value)
+    if (error := re.fullmatch(r"auto:(0?\.\d+)", value)) and float(error[1]) > 0:
+        return float(error[1])
+    raise UserError(
+        f"the KV cache option {option!r} is no rank: expected one of {', '.join(map(str, RANKS))}, or auto:0.01 for "
+        "the lowest with up to that error."
+    )
+
+
+def _read_window(option: str, value: str) -> Window:
+    parts = re.fullmatch(r"(\d{1,9})\+(\d{1,9})", value)
+    if not parts or int(parts[2]) < _LEAST_WINDOW:
+        raise UserError(
+            f"the KV cache option {option!r} is no window: expected first and last tokens, at least {_LEAST_WINDOW} of "
+            "those, as in window=64+8192."
+        )
+    return Window(int(parts[1]), int(parts[2]))
+
+
+def _read_pin(option: str, value: str) -> bool:
+    if value != "image":
+        raise UserError(f"unknown KV cache option {option!r}: expected pin=image.")
+    return True
+
+
+def _read_recent(option: str, value: str) -> int:
+    if not value.isdecimal() or not 1 <= int(value) <= 4096:
+        raise UserError(f"the KV cache option {option!r} is no number of tokens: expected 1 to 4096.")
+    return int(value)
+
+
+_OPTIONS = {
+    "rk": ("key_rank", _read_rank),
+    "rv": ("value_rank", _read_rank),
+    "window": ("window", _read_window),
+    "pin": ("pin_images", _read_pin),
+    "recent": ("recent", _read_recent),
+}
+"""By name: the field of `CacheConfig`, and what reads its value."""

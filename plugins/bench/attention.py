@@ -22,7 +22,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from pascalvl.plugins.bench.timing import COLD_BYTES, Yardstick, read_bandwidth, seconds
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target, cached
-from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary, RowFormat
+from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary
+from pascalvl.plugins.kv_format import RowFormat
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 F32, F16, I8, I4 = RowFormat

@@ -3,24 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import enum
 from pathlib import Path
 
 from pascalvl.plugins.errors import UserError
-
-
-class RowFormat(enum.IntEnum):
-    """How the elements of a cache row are stored."""
-
-    FLOAT32 = 0
-    FLOAT16 = 1
-    INT8 = 2
-    INT4 = 3
-
-    @property
-    def is_quantised(self) -> bool:
-        """Whether rows have a scale, in an array of their own."""
-        return self in (RowFormat.INT8, RowFormat.INT4)
+from pascalvl.plugins.kv_format import RowFormat
 
 
 class _Struct(ctypes.Structure):

@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary, RowFormat
+from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary
+from pascalvl.plugins.kv_format import RowFormat
 
 PAIRS = [
     (RowFormat.FLOAT32, RowFormat.FLOAT32),

@@ -13,7 +13,8 @@ from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels import build as kernels_build
 from pascalvl.plugins.kernels import report
 from pascalvl.plugins.kernels.build import Target, build, cached
-from pascalvl.plugins.kernels.library import KernelLibrary, RowFormat
+from pascalvl.plugins.kernels.library import KernelLibrary
+from pascalvl.plugins.kv_format import RowFormat
 
 
 @pytest.fixture(scope="module")

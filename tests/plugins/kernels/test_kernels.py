@@ -6,7 +6,8 @@ import torch
 
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target, cached
-from pascalvl.plugins.kernels.library import AttentionArgs, KernelLibrary, RowFormat
+from pascalvl.plugins.kernels.library import AttentionArgs, KernelLibrary
+from pascalvl.plugins.kv_format import RowFormat
 from tests.plugins.kernels import reference
 from tests.plugins.kernels.reference import (
     PAIRS,
