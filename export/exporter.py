@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import Qwen3VLForConditionalGeneration
 
-from pascalvl.export import conformance, onnx_op
+from pascalvl.export import conformance
 from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint
 from pascalvl.export.modules import Decoder, VisionEncoder
 from pascalvl.export.trace import TracedGraph, Weight, example_inputs, trace
-from pascalvl.plugins import bindings
+from pascalvl.plugins import bindings, onnx_body
 from pascalvl.plugins.bundle import EMBEDDINGS, TRANSPOSED, Manifest, atomic_directory
 from pascalvl.plugins.flash_attention import OP_NAME, OP_VERSION
-from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 from pascalvl.plugins.model_config import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def export_checkpoint(
                 model=config,
                 embeddings=embeddings,
                 graphs=graphs,
-                kv_format=KVFormat.F32,
+                kv_cache=CacheConfig(KVFormat.F32),
             ).write(directory)
 
 
@@ -100,8 +100,8 @@ def trace_vision(model: Qwen3VLForConditionalGeneration, config: ModelConfig) ->
 
 def trace_decoder(model: Qwen3VLForConditionalGeneration, config: ModelConfig) -> TracedGraph:
     """Trace the decoder of a model on the meta device."""
-    inputs = bindings.decoder_inputs(config, KVFormat.F32)
-    sizes = {"batch": 2, "seq": 3, "capacity": 5}
+    inputs = bindings.decoder_inputs(config, CacheConfig(KVFormat.F32))
+    sizes = {"batch": 2, "seq": 3, "capacity": 5, "visible_slots": 4}
     dims = {name: torch.export.Dim(name) for name in sizes}
     cache_start = len(inputs) - 2 * config.text.num_hidden_layers
 
@@ -181,7 +181,7 @@ def _write_embeddings(checkpoint: Checkpoint, path: Path) -> dict[str, object]:
 def describe(proto: onnx.ModelProto) -> dict[str, object]:
     """What a manifest says of a graph."""
     return {
-        "opset": onnx_op.OPSET,
+        "opset": onnx_body.OPSET,
         "ir_version": proto.ir_version,
         "plugin": f"{OP_NAME} {OP_VERSION}",
         "ops": dict(sorted(Counter(node.op_type for node in proto.graph.node).items())),

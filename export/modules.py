@@ -70,6 +70,7 @@ class Decoder(nn.Module):
         rope_sin: torch.Tensor,
         deepstack_embeds: torch.Tensor,
         past_length: torch.Tensor,
+        past_visible: torch.Tensor,
         past: list[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         new = _NewKeysValues()
@@ -83,6 +84,7 @@ class Decoder(nn.Module):
                 past_key=past[2 * index],
                 past_value=past[2 * index + 1],
                 past_length=past_length,
+                past_visible=past_visible,
             )
             if index < deepstack_embeds.shape[0]:
                 hidden = hidden + deepstack_embeds[index]
