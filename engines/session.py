@@ -17,6 +17,8 @@ from pascalvl.plugins.kv_rows import compress
 if TYPE_CHECKING:
     from pascalvl.engines.backend import Engine
 
+SLOTS, RECENT_SLOTS = (Binding(name, np.dtype(np.int32), ("batch", "seq")) for name in ("slots", "recent_slots"))
+"""Where new tokens go: inputs of what stores their keys and values, not of the engine."""
 ALWAYS_VISIBLE = np.iinfo(np.int32).max
 """In a `Placement.visible`: every new token sees the slot."""
 
@@ -35,6 +37,15 @@ class Placement:
     """Recent tokens that the call's only token sees besides."""
     recent_slots: np.ndarray | None = None
     """int32 ``[seq]``: where each token goes among the recent ones; where such are kept."""
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """By the names of inputs, `SLOTS` and `RECENT_SLOTS` among them; without `bindings.PAST_VISIBLE`."""
+        arrays = {bindings.PAST_LENGTH: np.array([self.past_length], np.int32), SLOTS.name: self.slots[None]}
+        if self.recent_slots is not None:
+            arrays[bindings.RECENT_LENGTH] = np.array([self.recent_length], np.int32)
+            arrays[RECENT_SLOTS.name] = self.recent_slots[None]
+        return arrays
 
 
 class Session(abc.ABC):
@@ -149,9 +160,7 @@ class HostSession(Session):
         return sum(array.nbytes for array in self._past.values())
 
     def prefill(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> dict[str, np.ndarray]:
-        lengths = {bindings.PAST_LENGTH: np.array([placement.past_length], np.int32)}
-        if self.cache.recent:
-            lengths[bindings.RECENT_LENGTH] = np.array([placement.recent_length], np.int32)
+        lengths = {name: array for name, array in placement.arrays.items() if name.endswith("length")}
         visible = {bindings.PAST_VISIBLE: self.visible(placement)}
         outputs = self._engine.run(bindings.DECODER, {**self._past, **lengths, **visible, **feeds})
         for layer, layout in enumerate(self.layouts):

@@ -17,7 +17,7 @@ import numpy as np
 from pascalvl.engines import profiles
 from pascalvl.engines.backend import Engine
 from pascalvl.engines.device import ALIGNMENT, Buffer, Device
-from pascalvl.engines.session import ALWAYS_VISIBLE, Placement, Session
+from pascalvl.engines.session import ALWAYS_VISIBLE, RECENT_SLOTS, SLOTS, Placement, Session
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
@@ -25,8 +25,6 @@ from pascalvl.plugins.kernels.library import AppendArgs, Cache
 from pascalvl.plugins.kv_format import KVFormat, LayerLayout
 from pascalvl.plugins.model_config import TextConfig
 
-_SLOTS, _RECENT_SLOTS = (bindings.Binding(name, np.dtype(np.int32), (1, "seq")) for name in ("slots", "recent_slots"))
-"""Where new tokens go: inputs of the append, not of the engine."""
 _SCALE_BYTES = 2
 _CHOICE = [
     bindings.Binding("token", np.dtype(np.int32), (1,)),
@@ -156,7 +154,7 @@ class TensorRTSession(Session):
             for layout, layers in itertools.groupby(range(len(self.layouts)), lambda layer: self.layouts[layer])
         ]
 
-        places = [_SLOTS, _RECENT_SLOTS] if self.cache.recent else [_SLOTS]
+        places = [SLOTS, RECENT_SLOTS] if self.cache.recent else [SLOTS]
         own = [binding for binding in decoder if binding.name not in self._cache.pointers]
         self._inputs = Tensors(self._device, [*own, *places], sizes)
         self._prefill_context = self._context(profiles.PREFILL, self._inputs)
@@ -192,7 +190,7 @@ class TensorRTSession(Session):
         self._bind_tokens(self._prefill_context, seq)
         visible = self.visible(placement)
         self._prefill_context.set_shape(bindings.PAST_VISIBLE, visible.shape)
-        for name, array in {**feeds, **_places(placement), bindings.PAST_VISIBLE: visible}.items():
+        for name, array in {**feeds, **placement.arrays, bindings.PAST_VISIBLE: visible}.items():
             self._device.upload(self._inputs.pointers[name], np.ascontiguousarray(array))
         self._prefill_context.execute()
         self._append(seq, self._inputs)
@@ -217,7 +215,7 @@ class TensorRTSession(Session):
         return int(self._choice.arrays["token"][0]), float(self._choice.arrays["logit"][0])
 
     def _decode(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> None:
-        for name, array in {**feeds, **_places(placement)}.items():
+        for name, array in {**feeds, **placement.arrays}.items():
             self._step_inputs.arrays[name][:] = array
         (self._replay or self._step)()
         self._device.synchronize()
@@ -272,10 +270,10 @@ class TensorRTSession(Session):
     def _append(self, seq: int, inputs: Tensors) -> None:
         for run in self._runs:
             names = [binding.name for binding in self.layer_inputs[run.layers[0]]]
-            self._append_run(run, seq, names, inputs.pointers[_SLOTS.name], run.layout)
+            self._append_run(run, seq, names, inputs.pointers[SLOTS.name], run.layout)
             if self.cache.recent:
                 recent = dataclasses.replace(run.layout, kv_format=KVFormat.F16)
-                self._append_run(run, seq, names[-2:], inputs.pointers[_RECENT_SLOTS.name], recent)
+                self._append_run(run, seq, names[-2:], inputs.pointers[RECENT_SLOTS.name], recent)
 
     def _append_run(self, run: _Run, seq: int, names: list[str], slots: int, layout: LayerLayout) -> None:
         """Append the new tokens of some layers to the cache whose tensors in the first layer are ``names``."""
@@ -335,18 +333,6 @@ class _Run:
         key, value = self._token_bytes
         start = self._buffer.pointer
         return start + number * seq * key, start + self._value_start + number * seq * value
-
-
-def _places(placement: Placement) -> dict[str, np.ndarray]:
-    """What a placement says, by the names of inputs; `bindings.PAST_VISIBLE` apart."""
-    places = {
-        bindings.PAST_LENGTH: np.array([placement.past_length], np.int32),
-        _SLOTS.name: placement.slots[None],
-    }
-    if placement.recent_slots is not None:
-        places[bindings.RECENT_LENGTH] = np.array([placement.recent_length], np.int32)
-        places[_RECENT_SLOTS.name] = placement.recent_slots[None]
-    return places
 
 
 class Context:

@@ -106,7 +106,9 @@ def trace_decoder(model: Qwen3VLForConditionalGeneration, config: ModelConfig) -
     cache_start = len(inputs) - 2 * config.text.num_hidden_layers
 
     def arguments(values: list) -> dict:
-        return {**dict(zip(_names(inputs[:cache_start]), values, strict=False)), "past": values[cache_start:]}
+        pairs = zip(values[cache_start::2], values[cache_start + 1 :: 2], strict=True)
+        caches = [{"past_key": key, "past_value": value} for key, value in pairs]
+        return {**dict(zip(_names(inputs[:cache_start]), values, strict=False)), "caches": caches}
 
     return trace(
         Decoder(model),

@@ -71,7 +71,8 @@ class Decoder(nn.Module):
         deepstack_embeds: torch.Tensor,
         past_length: torch.Tensor,
         past_visible: torch.Tensor,
-        past: list[torch.Tensor],
+        caches: list[dict[str, torch.Tensor | str]],
+        recent_length: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         new = _NewKeysValues()
         hidden = inputs_embeds
@@ -81,10 +82,10 @@ class Decoder(nn.Module):
                 hidden,
                 position_embeddings=(rope_cos, rope_sin),
                 past_key_values=new,
-                past_key=past[2 * index],
-                past_value=past[2 * index + 1],
                 past_length=past_length,
                 past_visible=past_visible,
+                recent_length=recent_length,
+                **caches[index],
             )
             if index < deepstack_embeds.shape[0]:
                 hidden = hidden + deepstack_embeds[index]

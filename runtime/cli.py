@@ -428,6 +428,7 @@ def _validate(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from pascalvl.engines import validation
+    from pascalvl.engines.tolerance import tolerance
     from pascalvl.export.checkpoint import Checkpoint
 
     requests = _validation_requests(args)
@@ -450,7 +451,7 @@ def _validate(args: argparse.Namespace) -> int:
         args.reference,
         lambda index, forced: model.trace(conversations[index], forced),
         prompts,
-        model.manifest.kv_cache,
+        tolerance(model.cache_config, model.config),
         name=f"{args.host} host" if args.host else model.manifest.backend["name"],
     )
     table = Table("output", "prompt", "largest error", "tolerance", "", title="worst of each output")

@@ -129,15 +129,17 @@ class KVCache:
         if visible is not None and visible[:past_length].min(initial=ALWAYS_VISIBLE) >= len(identities):
             visible = None
         self._identities[first:last] = identities
-        self._token[places] = _EMPTY  # what is there now may be overwritten before an interrupt
+        # What is there now may be overwritten before an interrupt.
+        self._token[places] = _EMPTY
+        kept, next_recent, self._recent, self._next_recent = self._recent, self._next_recent, 0, 0
         yield Placement(past_length, slots, visible, recent, recent_slots)
         self._token[places] = tokens[stored]
         self._stays[places] = stays[stored]
         self._used = max(self._used, int(places.max(initial=-1)) + 1)
         self._length = last
         if self._config.recent:
-            self._recent = min(self._recent + len(identities), self._config.recent)
-            self._next_recent = (self._next_recent + len(identities)) % self._config.recent
+            self._recent = min(kept + len(identities), self._config.recent)
+            self._next_recent = (next_recent + len(identities)) % self._config.recent
 
     def _policy(
         self, tokens: np.ndarray, pinned: np.ndarray | None

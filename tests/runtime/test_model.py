@@ -309,10 +309,10 @@ def test_a_refused_prompt_leaves_the_cache_alone(nano_engine_bundle):
     assert answer(model, FIRST).reused_tokens == generation.prompt_tokens - 1
 
 
-def test_float16_cache_is_near_float32(nano_engine_bundle, nano_engine_bundle_f16):
+def test_float16_cache_is_near_float32(nano_engine):
     full, half = (
         fresh(bundle, prefill_chunk=16).trace(CONVERSATIONS["mixed turns"], [5, 6, 7])
-        for bundle in (nano_engine_bundle, nano_engine_bundle_f16)
+        for bundle in (nano_engine("f32"), nano_engine("f16"))
     )
     for name in (PREFILL_LOGITS, decode_logits(0), decode_logits(2)):
         error = np.abs(full[name] - half[name]).max() / np.abs(full[name]).max()
