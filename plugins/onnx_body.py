@@ -63,21 +63,17 @@ class CausalBody:
             "longest = ReduceMax <keepdims = 1> (past_length)",
             f"most = Cast <to = {_INT64}> (longest)",
             "queries = Shape <start = 2, end = 3> (q)",
-            *_rows("past_key", key_row, 0, "k"),
-            *_rows("past_value", value_row, 1, "v"),
+            *_rows("past_key", key_row, 0),
+            *_rows("past_value", value_row, 1),
             *(_quantised_queries(self.is_rotated) if key_row.is_quantised else ["past_q = Identity (q)"]),
             *(_RECENT if self.has_recent else ()),
             *_VISIBLE_PAST,
             *_VISIBLE_NEW,
-            # The queries of a group stay folded on one axis, so that its keys and values are not repeated in memory.
             "kv_heads = Shape <start = 0, end = 2> (k)",
-            "width = Shape <start = 3, end = 4> (q)",
-            "folding = Concat <axis = 0> (kv_heads, minus_one, width)",
             *(line for source in sources for line in _scores(source, "past_q" if source == "past" else "q")),
             f"scores = Concat <axis = 3> ({', '.join(f'{source}_scores' for source in sources)})",
             f"visible = Concat <axis = 2> ({', '.join(f'{source}_seen' for source in sources)})",
-            f"values = Concat <axis = 2> ({', '.join(f'{source}_rows' for source in sources)})",
-            *_SOFTMAX,
+            *_attended(sources, value_row),
         ]
         return _function(self.domain, self.inputs, [ATTR_SOFTMAX_SCALE, ATTR_CAUSAL, ATTR_KV_FORMAT], lines)
 
@@ -137,44 +133,71 @@ def _range(name: str, length: str) -> list[str]:
     ]
 
 
-def _rows(name: str, row: RowFormat, which: int, new: str) -> list[str]:
-    """Rows of the past as floats, ``past_keys`` or ``past_rows``; ``new`` are new ones of the same length."""
+def _rows(name: str, row: RowFormat, which: int) -> list[str]:
+    """Rows of the past as floats, ``past_keys`` or ``past_rows``; of quantised ones in the order of `_planar`."""
     result = ("past_keys", "past_rows")[which]
     lines = [f"{name}_cut = Slice ({name}, zero, most, two)"]
     if not row.is_quantised:
         return [*lines, f"{result} = Cast <to = {_FLOAT}> ({name}_cut)"]
-    # By how much a word is shifted to bring each of its codes to the end.
-    shifts = [0, 8, 16, 24] if row is RowFormat.INT8 else [0, 8, 16, 24, 4, 12, 20, 28]
-    bias, modulus = (128, 256) if row is RowFormat.INT8 else (0, 16)  # two's complement, or plus 8
-    centre = 128 if row is RowFormat.INT8 else 8
+    # A code is brought to a word's upper end, made positive there (of int8, by flipping its sign), and moved down.
+    bits = 8 if row is RowFormat.INT8 else 4
+    shifts = [24, 16, 8, 0] if row is RowFormat.INT8 else [28, 20, 12, 4, 24, 16, 8, 0]
+    flipped = 1 << 31 if row is RowFormat.INT8 else 0
+    planes = [f"{name}_plane{number}" for number in range(len(shifts))]
+    lines += [
+        f"{name}_flipped = Constant <value = uint32 {{{flipped}}}> ()",
+        f"{name}_down = Constant <value = uint32 {{{32 - bits}}}> ()",
+        f"{name}_centre = Constant <value = float {{{1 << bits - 1}}}> ()",
+        f"{name}_words = Cast <to = {_UINT32}> ({name}_cut)",
+    ]
+    for plane, shift in zip(planes, shifts, strict=True):
+        lines += [
+            f"{plane}_up = Constant <value = uint32 {{{shift}}}> ()",
+            f'{plane}_upper = BitShift <direction = "LEFT"> ({name}_words, {plane}_up)',
+            f"{plane}_positive = Add ({plane}_upper, {name}_flipped)",
+            f'{plane}_codes = BitShift <direction = "RIGHT"> ({plane}_positive, {name}_down)',
+            f"{plane} = Cast <to = {_FLOAT}> ({plane}_codes)",
+        ]
     return [
         *lines,
-        f"{name}_shifts = Constant <value = uint32[{len(shifts)}] {{{', '.join(map(str, shifts))}}}> ()",
-        f"{name}_bias = Constant <value = uint32 {{{bias}}}> ()",
-        f"{name}_modulus = Constant <value = uint32 {{{modulus}}}> ()",
-        f"{name}_centre = Constant <value = float {{{centre}}}> ()",
-        f"{name}_count = Constant <value_ints = [{len(shifts)}]> ()",
-        f"{name}_four = Constant <value_ints = [4]> ()",
-        f"{name}_words = Cast <to = {_UINT32}> ({name}_cut)",
-        f"{name}_column = Unsqueeze ({name}_words, {name}_four)",
-        f'{name}_shifted = BitShift <direction = "RIGHT"> ({name}_column, {name}_shifts)',
-        f"{name}_biased = Add ({name}_shifted, {name}_bias)",
-        f"{name}_codes = Mod ({name}_biased, {name}_modulus)",
-        f"{name}_floats = Cast <to = {_FLOAT}> ({name}_codes)",
-        f"{name}_centred = Sub ({name}_floats, {name}_centre)",
-        f"{name}_lead = Shape <start = 0, end = 3> ({name}_words)",
-        f"{name}_width = Shape <start = 3, end = 4> ({name}_words)",
-        f"{name}_elements = Mul ({name}_width, {name}_count)",
-        f"{name}_shape = Concat <axis = 0> ({name}_lead, {name}_elements)",
-        f"{name}_padded = Reshape ({name}_centred, {name}_shape)",
-        f"{name}_dim = Shape <start = 3, end = 4> ({new})",
-        f"{name}_plain = Slice ({name}_padded, zero, {name}_dim, three)",
+        f"{name}_biased = Concat <axis = 3> ({', '.join(planes)})",
+        f"{name}_plain = Sub ({name}_biased, {name}_centre)",
         f"{name}_which = Constant <value = int64 {{{which}}}> ()",
         f"{name}_scales = Gather <axis = 0> (past_scale, {name}_which)",
         f"{name}_scales_cut = Slice ({name}_scales, zero, most, two)",
         f"{name}_scale = Cast <to = {_FLOAT}> ({name}_scales_cut)",
         f"{name}_scale_column = Unsqueeze ({name}_scale, three)",
         f"{result} = Mul ({name}_plain, {name}_scale_column)",
+        f"{name}_planes = Constant <value_ints = [{len(shifts)}]> ()",
+        f"{name}_words_of_row = Shape <start = 3, end = 4> ({name})",
+        f"{name}_elements = Mul ({name}_words_of_row, {name}_planes)",
+    ]
+
+
+def _planar(name: str, x: str, result: str) -> list[str]:
+    """Elements in the order in which those of rows ``name`` come out of their words: first the first of each word.
+
+    To bring a few queries or new rows into that order costs less than to bring the whole past into the usual one.
+    """
+    return [
+        f"{result}_dim = Shape <start = 3, end = 4> ({x})",
+        f"{result}_missing = Sub ({name}_elements, {result}_dim)",
+        f"{result}_no_pads = Constant <value_ints = [0, 0, 0, 0, 0, 0, 0]> ()",
+        f"{result}_pads = Concat <axis = 0> ({result}_no_pads, {result}_missing)",
+        f"{result}_padded = Pad ({x}, {result}_pads)",
+        *_swapped(f"{result}_padded", result, f"{name}_words_of_row, {name}_planes", name),
+    ]
+
+
+def _swapped(x: str, result: str, split: str, name: str) -> list[str]:
+    """The last axis split in two, which change places."""
+    return [
+        f"{result}_lead = Shape <start = 0, end = 3> ({x})",
+        f"{result}_splitting = Concat <axis = 0> ({result}_lead, {split})",
+        f"{result}_split = Reshape ({x}, {result}_splitting)",
+        f"{result}_turned = Transpose <perm = [0, 1, 2, 4, 3]> ({result}_split)",
+        f"{result}_joining = Concat <axis = 0> ({result}_lead, {name}_elements)",
+        f"{result} = Reshape ({result}_turned, {result}_joining)",
     ]
 
 
@@ -210,7 +233,8 @@ def _quantised_queries(is_rotated: bool) -> list[str]:
         "q_scaled = Mul (turned, inverse)",
         "q_codes = Round (q_scaled)",
         "q_scale = Div (largest, codes_most)",
-        "past_q = Mul (q_codes, q_scale)",
+        "q_stepped = Mul (q_codes, q_scale)",
+        *_planar("past_key", "q_stepped", "past_q"),
     ]
 
 
@@ -250,26 +274,44 @@ _VISIBLE_NEW = [
 
 
 def _scores(source: str, queries: str) -> list[str]:
+    """The queries of a group stay folded on one axis, so that its keys are not repeated in memory."""
     return [
-        f"{source}_folded = Reshape ({queries}, folding)",
+        f"{source}_width = Shape <start = 3, end = 4> ({queries})",
+        f"{source}_folding = Concat <axis = 0> (kv_heads, minus_one, {source}_width)",
+        f"{source}_folded = Reshape ({queries}, {source}_folding)",
         f"{source}_columns = Transpose <perm = [0, 1, 3, 2]> ({source}_keys)",
         f"{source}_products = MatMul ({source}_folded, {source}_columns)",
         f"{source}_scores = Mul ({source}_products, scale)",
     ]
 
 
-_SOFTMAX = [
-    "lengths = Shape <start = 3, end = 4> (scores)",
-    "unfolding = Concat <axis = 0> (kv_heads, minus_one, queries, lengths)",
-    "unfolded = Reshape (scores, unfolding)",
-    "visible_of_heads = Unsqueeze (visible, axes_of_heads)",
-    "masked = Where (visible_of_heads, unfolded, lowest)",
-    "weights = Softmax <axis = -1> (masked)",
-    "shape = Shape (scores)",
-    "folded_weights = Reshape (weights, shape)",
-    "attended = MatMul (folded_weights, values)",
-    "heads = Shape <start = 0, end = 3> (q)",
-    "whole = Concat <axis = 0> (heads, minus_one)",
-    "of_heads = Reshape (attended, whole)",
-    "output = Transpose <perm = [0, 2, 1, 3]> (of_heads)",
-]
+def _attended(sources: list[str], value_row: RowFormat) -> list[str]:
+    """Scores to the output."""
+    rows, after = [f"{source}_rows" for source in sources], ["plain = Identity (attended)"]
+    lines = []
+    if value_row.is_quantised:
+        lines = [line for row in rows[1:] for line in _planar("past_value", row, f"{row}_planar")]
+        rows[1:] = [f"{row}_planar" for row in rows[1:]]
+        after = [
+            *_swapped("attended", "padded", "past_value_planes, past_value_words_of_row", "past_value"),
+            "value_dim = Shape <start = 3, end = 4> (v)",
+            "plain = Slice (padded, zero, value_dim, three)",
+        ]
+    return [
+        *lines,
+        f"values = Concat <axis = 2> ({', '.join(rows)})",
+        "lengths = Shape <start = 3, end = 4> (scores)",
+        "unfolding = Concat <axis = 0> (kv_heads, minus_one, queries, lengths)",
+        "unfolded = Reshape (scores, unfolding)",
+        "visible_of_heads = Unsqueeze (visible, axes_of_heads)",
+        "masked = Where (visible_of_heads, unfolded, lowest)",
+        "weights = Softmax <axis = -1> (masked)",
+        "shape = Shape (scores)",
+        "folded_weights = Reshape (weights, shape)",
+        "attended = MatMul (folded_weights, values)",
+        *after,
+        "heads = Shape <start = 0, end = 3> (q)",
+        "whole = Concat <axis = 0> (heads, minus_one)",
+        "of_heads = Reshape (plain, whole)",
+        "output = Transpose <perm = [0, 2, 1, 3]> (of_heads)",
+    ]

@@ -173,6 +173,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompt", type=_text, required=True, metavar="TEXT", help="what to ask")
     _add_visuals(sub)
     _add_generation(sub)
+    sub.add_argument(
+        "--cache",
+        type=_path,
+        metavar="FILE",
+        help="keep the KV cache there: what a later prompt shares with this one, as a picture, is not computed again",
+    )
 
     sub = command("chat", _chat, "runtime", f"talk to the model: lines of text, or {_CHAT_COMMANDS}")
     _add_engine(sub)
@@ -364,11 +370,16 @@ def _run(args: argparse.Namespace) -> int:
     given = _given_sampling(args)
     messages = [*_system(args), _user_message([_load(*visual) for visual in args.visuals], args.prompt)]
     model = _open(args)
-    generation = model.generate(messages, _sampling(model, given), args.max_new_tokens, args.stop)
+    sampling = _sampling(model, given)
+    if args.cache and args.cache.exists():
+        model.load_cache(args.cache)
+    generation = model.generate(messages, sampling, args.max_new_tokens, args.stop)
     for piece in generation:
         print(piece, end="", flush=True)
     print()
     print(_summary(generation), file=sys.stderr)
+    if args.cache:
+        model.save_cache(args.cache)
     return 0
 
 
@@ -645,7 +656,9 @@ def _summary(generation: Generation) -> str:
     count = len(generation.token_ids)
     # The first token comes with the prompt.
     speed = f" ({(count - 1) / generation.decode_seconds:.1f} tokens/s)" if count > 1 else ""
+    reused = f" ({generation.reused_tokens} of them cached)" if generation.reused_tokens else ""
+    seconds = generation.vision_seconds + generation.prefill_seconds
     return (
-        f"{generation.prompt_tokens} prompt tokens in {generation.vision_seconds + generation.prefill_seconds:.2f} s, "
+        f"{generation.prompt_tokens} prompt tokens{reused} in {seconds:.2f} s, "
         f"{count} new in {generation.decode_seconds:.2f} s{speed}; ended by {generation.finish_reason.value}"
     )
