@@ -92,8 +92,9 @@ class Attention(nn.Module):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if self._key_dim != self._head_dim:
             # The heads of a group lie one after the other, as if they were its tokens.
-            grouped = query.reshape(batch, self._num_kv_heads, -1, self._head_dim) @ self.query_basis
-            query = grouped.reshape(batch, self._num_heads, seq, self._key_dim)
+            group = self._num_heads // self._num_kv_heads
+            query = query.reshape(batch, self._num_kv_heads, group * seq, self._head_dim) @ self.query_basis
+            query = query.reshape(batch, self._num_heads, seq, self._key_dim)
             key = key @ self.key_basis
         new.append((key, value))
         # The scale is the whole head's: a rank approximates its scores.
