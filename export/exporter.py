@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import Qwen3VLForConditionalGeneration
 
-from pascalvl.export import conformance, onnx_op
+from pascalvl.export import conformance
 from pascalvl.export.calibration import CalibrationPrompt, calibrate, check_prompts
 from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint
 from pascalvl.export.modules import Decoder, VisionEncoder
 from pascalvl.export.trace import TracedGraph, Weight, example_inputs, trace
 from pascalvl.export.transforms import TransformedWeights, WeightSource, check_ranks, plan_transforms
-from pascalvl.plugins import bindings
+from pascalvl.plugins import bindings, onnx_body
 from pascalvl.plugins.bundle import EMBEDDINGS, TRANSPOSED, Manifest, atomic_directory
 from pascalvl.plugins.flash_attention import OP_NAME, OP_VERSION
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
@@ -136,7 +136,9 @@ def trace_decoder(model: Qwen3VLForConditionalGeneration, config: ModelConfig) -
     cache_start = len(inputs) - 2 * config.text.num_hidden_layers
 
     def arguments(values: list) -> dict:
-        return {**dict(zip(_names(inputs[:cache_start]), values, strict=False)), "past": values[cache_start:]}
+        pairs = zip(values[cache_start::2], values[cache_start + 1 :: 2], strict=True)
+        caches = [{"past_key": key, "past_value": value} for key, value in pairs]
+        return {**dict(zip(_names(inputs[:cache_start]), values, strict=False)), "caches": caches}
 
     return trace(
         Decoder(model, config.text),
@@ -211,7 +213,7 @@ def _write_embeddings(checkpoint: Checkpoint, path: Path) -> dict[str, object]:
 def describe(proto: onnx.ModelProto) -> dict[str, object]:
     """What a manifest says of a graph."""
     return {
-        "opset": onnx_op.OPSET,
+        "opset": onnx_body.OPSET,
         "ir_version": proto.ir_version,
         "plugin": f"{OP_NAME} {OP_VERSION}",
         "ops": dict(sorted(Counter(node.op_type for node in proto.graph.node).items())),

@@ -76,14 +76,14 @@ class Attention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         new: list[tuple[torch.Tensor, torch.Tensor]],
-        past: dict[str, torch.Tensor],
+        cache: dict[str, torch.Tensor | str | None],
         **_: object,
     ) -> tuple[torch.Tensor, None]:
         """As Hugging Face's layer calls it.
 
         Args:
             new: to which this call's keys and values are added, ``[batch, num_kv_heads, seq, dim]``.
-            past: the external cache, as `attention_forward` takes it.
+            cache: the external one, as `attention_forward` takes it.
         """
         batch, seq, _ = hidden_states.shape
         query = self.q_norm(self.q_proj(hidden_states).view(batch, seq, -1, self._head_dim)).transpose(1, 2)
@@ -98,7 +98,7 @@ class Attention(nn.Module):
             key = key @ self.key_basis
         new.append((key, value))
         # The scale is the whole head's: a rank approximates its scores.
-        output, _ = attention_forward(self, query, key, value, None, self._head_dim**-0.5, **past)
+        output, _ = attention_forward(self, query, key, value, None, self._head_dim**-0.5, **cache)
         return self.o_proj(output.reshape(batch, seq, -1)), None
 
 
@@ -124,22 +124,16 @@ class Decoder(nn.Module):
         deepstack_embeds: torch.Tensor,
         past_length: torch.Tensor,
         past_visible: torch.Tensor,
-        past: list[torch.Tensor],
+        caches: list[dict[str, torch.Tensor | str]],
+        recent_length: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         new: list[tuple[torch.Tensor, torch.Tensor]] = []
         hidden = inputs_embeds
         after_layers = []
+        lengths = {"past_length": past_length, "past_visible": past_visible, "recent_length": recent_length}
         for index, layer in enumerate(self.language_model.layers):
             hidden = layer(
-                hidden,
-                position_embeddings=(rope_cos, rope_sin),
-                new=new,
-                past={
-                    "past_key": past[2 * index],
-                    "past_value": past[2 * index + 1],
-                    "past_length": past_length,
-                    "past_visible": past_visible,
-                },
+                hidden, position_embeddings=(rope_cos, rope_sin), new=new, cache={**lengths, **caches[index]}
             )
             if index < deepstack_embeds.shape[0]:
                 hidden = hidden + deepstack_embeds[index]

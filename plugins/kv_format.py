@@ -229,6 +229,11 @@ class CacheConfig:
         if self.recent and not all(kv_format.is_quantised for kv_format in formats):
             raise UserError("the KV cache option recent is for quantised formats: leave it out, or take k8v8 to k4v4.")
 
+    def with_ranks_of(self, exported: CacheConfig) -> CacheConfig:
+        """The same with a model bundle's ranks where none are given."""
+        names = [name for name in ("key_rank", "value_rank") if getattr(self, name) is None]
+        return dataclasses.replace(self, **{name: getattr(exported, name) for name in names})
+
     def layers(self, text: TextConfig) -> tuple[LayerLayout, ...]:
         """The layout of each layer of a model; raises `UserError` for layers that it does not have."""
         count = text.num_hidden_layers
@@ -252,6 +257,18 @@ class CacheConfig:
     def bytes_per_token(self, text: TextConfig) -> int:
         """Bytes that one token takes in all layers, keys and values together."""
         return sum(layer.bytes_per_token for layer in self.layers(text))
+
+    def slots(self, tokens: int, pinned: int = 0) -> int:
+        """Slots that a conversation of so many tokens takes, of which so many are pinned."""
+        if self.window is None:
+            return tokens
+        return min(tokens, self.window.sinks + self.window.length - 1 + pinned)
+
+    def nbytes(self, text: TextConfig, tokens: int, pinned: int = 0) -> int:
+        """Bytes of the cache of such a conversation."""
+        layers = self.layers(text)
+        recent = sum(2 * sum(layer.dims) * layer.num_kv_heads for layer in layers) * self.recent
+        return self.slots(tokens, pinned) * sum(layer.bytes_per_token for layer in layers) + recent
 
 
 def _read_rank(option: str, value: str) -> Rank:

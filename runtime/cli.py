@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 _FINDING = 1
 _USER_ERROR = 2
 _RETRY_SECONDS = 0.05
+_CARDS = (6.0, 8.0, 11.0, 24.0)
+"""Gigabytes of the Pascal cards that there are."""
 _CHAT_COMMANDS = "/image PATH, /video PATH, /reset, /exit"
 
 
@@ -163,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("bundle", type=_path, metavar="MODEL_BUNDLE", help="folder written by 'pascalvl export'")
     _add_output(sub)
     _add_backend(sub, "what runs the engines; auto: the fastest that can be used here")
-    sub.add_argument("--kv", type=_kv_format, default="f32", metavar="FORMAT", help="format of the KV cache: f32, f16")
+    _add_kv(sub, "what the KV cache is like (k8v4)")
     _add_tensorrt(sub)
 
     sub = command("run", _run, "runtime", "answer one prompt")
@@ -171,6 +173,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompt", type=_text, required=True, metavar="TEXT", help="what to ask")
     _add_visuals(sub)
     _add_generation(sub)
+    sub.add_argument(
+        "--cache",
+        type=_path,
+        metavar="FILE",
+        help="keep the KV cache there: what a later prompt shares with this one, as a picture, is not computed again",
+    )
 
     sub = command("chat", _chat, "runtime", f"talk to the model: lines of text, or {_CHAT_COMMANDS}")
     _add_engine(sub)
@@ -187,6 +195,10 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("inspect", _inspect, "runtime", "what a bundle is, and the memory it needs")
     sub.add_argument("bundle", type=_path, metavar="BUNDLE", help="folder of a model or engine bundle")
+    _add_kv(sub, "tell of this KV cache")
+    sub.add_argument(
+        "--memory", type=float, action="append", metavar="GB", help="tell the longest context that fits in so much"
+    )
 
     sub = command("doctor", _doctor, "runtime", "what the tensorrt backend needs, and what this machine has of it")
     sub.add_argument("--engine", type=_path, metavar="ENGINE_BUNDLE", help="check whether this bundle runs here, too")
@@ -199,6 +211,11 @@ def _add_output(parser: _Parser) -> None:
 
 def _add_backend(parser: _Parser, meaning: str) -> None:
     parser.add_argument("--backend", default="auto", metavar="NAME", help=meaning)
+
+
+def _add_kv(parser: argparse.ArgumentParser, meaning: str) -> None:
+    forms = "k8v4, k8v8, k4v4, f16 or f32[,rk=RANK][,rv=RANK][,window=SINKS+LENGTH][,pin=image][,recent=N]..."
+    parser.add_argument("--kv", type=_cache, metavar="CONFIG", help=f"{meaning}: {forms}")
 
 
 def _add_tensorrt(parser: _Parser) -> None:
@@ -221,6 +238,7 @@ def _add_engine(parser: _Parser) -> None:
         "--host", metavar="NAME", help="plugin: run the ONNX graphs node by node, attention in the TensorRT plugin"
     )
     parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together, at most")
+    _add_kv(parser, "as the engines were built, with another window")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="resize larger pictures to this area")
 
 
@@ -271,10 +289,10 @@ def _names(argument: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in argument.split(",") if name.strip())
 
 
-def _kv_format(text: str) -> Any:
-    from pascalvl.plugins.kv_format import KVFormat
+def _cache(text: str) -> Any:
+    from pascalvl.plugins.kv_format import CacheConfig
 
-    return KVFormat.parse(text)
+    return CacheConfig.parse(text)
 
 
 def _given_sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -352,11 +370,16 @@ def _run(args: argparse.Namespace) -> int:
     given = _given_sampling(args)
     messages = [*_system(args), _user_message([_load(*visual) for visual in args.visuals], args.prompt)]
     model = _open(args)
-    generation = model.generate(messages, _sampling(model, given), args.max_new_tokens, args.stop)
+    sampling = _sampling(model, given)
+    if args.cache and args.cache.exists():
+        model.load_cache(args.cache)
+    generation = model.generate(messages, sampling, args.max_new_tokens, args.stop)
     for piece in generation:
         print(piece, end="", flush=True)
     print()
     print(_summary(generation), file=sys.stderr)
+    if args.cache:
+        model.save_cache(args.cache)
     return 0
 
 
@@ -416,6 +439,7 @@ def _validate(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from pascalvl.engines import validation
+    from pascalvl.engines.tolerance import tolerance
     from pascalvl.export.checkpoint import Checkpoint
 
     requests = _validation_requests(args)
@@ -438,7 +462,7 @@ def _validate(args: argparse.Namespace) -> int:
         args.reference,
         lambda index, forced: model.trace(conversations[index], forced),
         prompts,
-        model.manifest.kv_format,
+        tolerance(model.cache_config, model.config),
         name=f"{args.host} host" if args.host else model.manifest.backend["name"],
     )
     table = Table("output", "prompt", "largest error", "tolerance", "", title="worst of each output")
@@ -485,13 +509,13 @@ def _inspect(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from pascalvl.plugins.bundle import Manifest
-    from pascalvl.plugins.kv_format import KVFormat
+    from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 
     manifest = Manifest.read(args.bundle, "model", "engine")
     text, vision = manifest.model.text, manifest.model.vision
-    formats = list(KVFormat) if manifest.kind == "model" else [manifest.kv_format]
+    caches = [CacheConfig(f) for f in KVFormat] if manifest.kind == "model" else [manifest.kv_cache]
+    caches = [cache.with_ranks_of(manifest.kv_cache) for cache in ([args.kv] if args.kv else caches)]
     weights = sum(manifest.files[name]["bytes"] for name in manifest.files if name.startswith(tuple(manifest.graphs)))
-    per_token = {f: f.bytes_per_token(text) for f in formats}
 
     facts = Table.grid(padding=(0, 2))
     facts.add_row("bundle", f"{manifest.kind}, version {manifest.version}")
@@ -513,17 +537,32 @@ def _inspect(args: argparse.Namespace) -> int:
     for name, graph in manifest.graphs.items():
         ops = ", ".join(f"{count} {op}" for op, count in graph["ops"].items())
         facts.add_row(f"{name} graph", f"opset {graph['opset']}, IR {graph['ir_version']}, {graph['plugin']}; {ops}")
-    facts.add_row("KV cache", ", ".join(f"{f.value}: {size} bytes a token" for f, size in per_token.items()))
-
-    memory = Table("context", "weights", title="memory (GB)")
-    for kv_format in formats:
-        memory.add_column(f"{kv_format.value} cache", justify="right")
-        memory.add_column("together", justify="right")
-    for context in _context_lengths(text.max_position_embeddings):
-        sizes = [size for f in formats for size in (context * per_token[f], weights + context * per_token[f])]
-        memory.add_row(str(context), *(f"{size / 1e9:.3f}" for size in (weights, *sizes)))
-    _console().print(facts, memory)
+    lengths = _context_lengths(text.max_position_embeddings)
+    memory = Table("KV cache", "bytes a token", title="KV cache in GB, by tokens of context")
+    for length in lengths:
+        memory.add_column(str(length), justify="right")
+    fitting = Table("KV cache", title=f"longest context beside {weights / 1e9:.3f} GB of weights, by the card's GB")
+    for size in args.memory or _CARDS:
+        fitting.add_column(f"{size:g}", justify="right")
+    for cache in caches:
+        gigabytes = [f"{cache.nbytes(text, length) / 1e9:.3f}" for length in lengths]
+        memory.add_row(str(cache), str(cache.bytes_per_token(text)), *gigabytes)
+        rooms = [int(size * 1e9) - weights for size in args.memory or _CARDS]
+        fitting.add_row(str(cache), *(_longest_context(cache, text, room) for room in rooms))
+    _console().print(facts, memory, fitting)
     return 0
+
+
+def _longest_context(cache: Any, text: Any, room: int) -> str:
+    """Tokens whose cache fits in ``room`` bytes, up to what the model was made for."""
+    longest = text.max_position_embeddings
+    if cache.nbytes(text, longest) <= room:
+        return f"{longest} (all)"
+    low, high = 0, longest  # fits, does not fit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cache.nbytes(text, middle) <= room else (low, middle)
+    return str(low) if low else "none"
 
 
 def _context_lengths(longest: int) -> list[int]:
@@ -592,6 +631,7 @@ def _open(args: argparse.Namespace, marked_layers: bool = False) -> VisionLangua
             marked_layers=marked_layers,
             progress=lambda count: progress.advance(task, count),
             host=args.host,
+            cache=args.kv,
         )
 
 
@@ -616,7 +656,9 @@ def _summary(generation: Generation) -> str:
     count = len(generation.token_ids)
     # The first token comes with the prompt.
     speed = f" ({(count - 1) / generation.decode_seconds:.1f} tokens/s)" if count > 1 else ""
+    reused = f" ({generation.reused_tokens} of them cached)" if generation.reused_tokens else ""
+    seconds = generation.vision_seconds + generation.prefill_seconds
     return (
-        f"{generation.prompt_tokens} prompt tokens in {generation.vision_seconds + generation.prefill_seconds:.2f} s, "
+        f"{generation.prompt_tokens} prompt tokens{reused} in {seconds:.2f} s, "
         f"{count} new in {generation.decode_seconds:.2f} s{speed}; ended by {generation.finish_reason.value}"
     )

@@ -182,7 +182,7 @@ def _edit_manifest(bundle, edit):
         (lambda b: (b / MANIFEST).unlink(), "it has no manifest.json"),
         (lambda b: (b / MANIFEST).write_text("{"), "manifest.json cannot be read"),
         (lambda b: _edit_manifest(b, lambda m: m.update(version=0)), "has bundle version 0"),
-        (lambda b: _edit_manifest(b, lambda m: m.update(kv_format="f16")), "is for another model: .* float16"),
+        (lambda b: _edit_manifest(b, lambda m: m.update(kv_cache="f16")), "is for another model: .* float16"),
         (lambda b: _edit_manifest(b, lambda m: m["model"]["text"].update(head_dim=64)), "rope_inv_freq is"),
         (lambda b: _edit_manifest(b, lambda m: m["backend"].update(name="abacus")), "unknown backend 'abacus'"),
     ],

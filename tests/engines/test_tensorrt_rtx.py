@@ -11,7 +11,7 @@ import tensorrt_rtx as trt
 from pascalvl.export import export_checkpoint
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
-from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 from tests import real_sizes
 
 RANGES = {
@@ -40,7 +40,7 @@ def test_parses_and_compiles(bundle, graph, request, tmp_path):
     config = Manifest.read(bundle, "model").model
     inputs = {
         bindings.VISION: bindings.vision_inputs(config),
-        bindings.DECODER: bindings.decoder_inputs(config, KVFormat.F32),
+        bindings.DECODER: bindings.decoder_inputs(config, CacheConfig(KVFormat.F32)),
     }[graph]
     proto = onnx.load(bundle / f"{graph}.onnx", load_external_data=False)
     path = tmp_path / "inlined.onnx"

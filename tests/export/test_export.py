@@ -20,7 +20,7 @@ from pascalvl.export.checkpoint import Checkpoint
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.flash_attention import OP_DOMAIN, OP_NAME
-from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 from tests import real_sizes
 
 # Both sides float32, summed in different orders: a few units in 1e-6 of values of size one after a few layers.
@@ -63,7 +63,7 @@ def _vision_bindings(config):
 
 
 def _decoder_bindings(config):
-    return bindings.decoder_inputs(config, KVFormat.F32), bindings.decoder_outputs(config)
+    return bindings.decoder_inputs(config, CacheConfig(KVFormat.F32)), bindings.decoder_outputs(config)
 
 
 def _signature(value):
@@ -106,7 +106,7 @@ def _compare_decoder(model, tmp_path):
     torch.manual_seed(3)
     past_lengths, seen = [4, 7], []
     feeds = {b.name: np.zeros([dict(batch=2, seq=seq, capacity=capacity).get(d, d) for d in b.shape], b.dtype)
-             for b in bindings.decoder_inputs(config, KVFormat.F32)}  # fmt: skip
+             for b in bindings.decoder_inputs(config, CacheConfig(KVFormat.F32))}  # fmt: skip
     feeds[bindings.PAST_LENGTH][:] = past_lengths
     language_model = model.model.language_model
     for b, past in enumerate(past_lengths):

@@ -75,14 +75,12 @@ def run_decoder(checkpoint, text, planned, reference, token_ids):
     language_model, seq = reference.model.language_model, token_ids.shape[1]
     embeds = language_model.embed_tokens(token_ids)
     cos, sin = language_model.rotary_emb(embeds, torch.arange(seq).expand(3, 1, seq))
-    past = [
-        torch.zeros(1, text.num_key_value_heads, 1, dim)
-        for pair in zip(dims["key_dims"], dims["value_dims"], strict=True)
-        for dim in pair
-    ]
+    shapes = [[1, text.num_key_value_heads, 1, dim] for pair in zip(*dims.values(), strict=True) for dim in pair]
+    caches = [{"past_key": torch.zeros(key), "past_value": torch.zeros(value)} for key, value in
+              zip(shapes[::2], shapes[1::2], strict=True)]  # fmt: skip
     none = torch.zeros(1, dtype=torch.int32)
     with torch.no_grad():
-        outputs = decoder(embeds, cos, sin, embeds.new_empty(0, *embeds.shape), none, none[:, None], past)
+        outputs = decoder(embeds, cos, sin, embeds.new_empty(0, *embeds.shape), none, none[:, None], caches)
         logits = decoder.lm_head(decoder.language_model.norm(outputs[-1]))
     torch.testing.assert_close(outputs[0], logits[:, -1])
     layers = text.num_hidden_layers
