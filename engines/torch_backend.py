@@ -294,6 +294,7 @@ def _load(directory: Path, manifest: Manifest, device: torch.device) -> dict[str
     config = Qwen3VLConfig.from_dict(read_json(directory / CHECKPOINT_CONFIG, _REMEDY))
     _check(directory, manifest, config)
     model = meta_model(config)
+    modules = {bindings.VISION: VisionEncoder(model), bindings.DECODER: Decoder(model, manifest.model.text)}
     weights = {}
     for graph, places in read_json(directory / _WEIGHTS, _REMEDY).items():
         for note, place in places.items():
@@ -307,7 +308,7 @@ def _load(directory: Path, manifest: Manifest, device: torch.device) -> dict[str
     model.tie_weights()
     if missing := [n for n, p in model.named_parameters() if p.is_meta and n != TOKEN_EMBEDDINGS]:
         raise UserError(f"{directory} lacks the weight {missing[0]}: {_REMEDY}.")
-    return {bindings.VISION: VisionEncoder(model).eval(), bindings.DECODER: Decoder(model).eval()}
+    return {graph: module.eval() for graph, module in modules.items()}
 
 
 def _check(directory: Path, manifest: Manifest, config: Qwen3VLConfig) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from pascalvl.runtime.generation import Generation
     from pascalvl.runtime.model import VisionLanguageModel
+    from pascalvl.runtime.prompt_folder import PromptCase
     from pascalvl.runtime.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ _USER_ERROR = 2
 _RETRY_SECONDS = 0.05
 _CARDS = (6.0, 8.0, 11.0, 24.0)
 """Gigabytes of the Pascal cards that there are."""
+_CALIBRATION_PIXELS = 1 << 20
+"""Area that larger pictures are resized to: more says nothing new about keys and values."""
 _CHAT_COMMANDS = "/image PATH, /video PATH, /reset, /exit"
 
 
@@ -160,6 +163,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("export", _export, "export,runtime", "checkpoint to model bundle")
     sub.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="folder of a Hugging Face Qwen3-VL model")
     _add_output(sub)
+    _add_kv(sub, "the KV cache it is for, of which ranks (rk, rv) are made now, and the rest by 'build'")
+    sub.add_argument(
+        "--calibrate",
+        type=_path,
+        metavar="DIR",
+        help="folder of prompts and pictures, as the model will be asked, to fit keys and values to the cache by",
+    )
 
     sub = command("build", _build, "engines", "model bundle to engine bundle")
     sub.add_argument("bundle", type=_path, metavar="MODEL_BUNDLE", help="folder written by 'pascalvl export'")
@@ -330,8 +340,28 @@ def _export(args: argparse.Namespace) -> int:
         except UserError as error:
             raise UserError(str(error).replace(str(directory), str(args.checkpoint))) from error
 
-    _report(args.output, export_checkpoint(args.checkpoint, args.output, check))
+    options = {"cache": args.kv} if args.kv else {}
+    if args.calibrate:
+        from pascalvl.runtime.prompt_folder import read_prompts
+
+        cases = read_prompts(args.calibrate)
+        options["calibration"] = lambda directory, config: _calibration_prompts(cases, directory, config)
+    _report(args.output, export_checkpoint(args.checkpoint, args.output, check, **options))
     return 0
+
+
+def _calibration_prompts(cases: Sequence[PromptCase], directory: Path, config: Any) -> list[Any]:
+    from pascalvl.export.calibration import CalibrationPrompt, CalibrationVisual
+    from pascalvl.runtime.prompt import PromptBuilder
+
+    prompts = PromptBuilder(directory, config, _CALIBRATION_PIXELS)
+    return [
+        CalibrationPrompt(
+            prompt.token_ids,
+            [CalibrationVisual(v.patches.pixel_values, v.patches.grid, v.patches.is_video) for v in prompt.visuals],
+        )
+        for prompt in (prompts.build(case.messages) for case in cases)
+    ]
 
 
 def _check_host_files(directory: Path, config: Any) -> None:
