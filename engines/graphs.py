@@ -7,7 +7,7 @@ import onnx.parser
 from onnx import helper
 
 from pascalvl.plugins import bindings
-from pascalvl.plugins.flash_attention import ATTR_KV_FORMAT, OP_NAME, OP_VERSION
+from pascalvl.plugins.flash_attention import ATTR_KV_FORMAT, ATTR_RECENT, OP_NAME, OP_VERSION
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.onnx_body import CausalBody
@@ -35,6 +35,8 @@ def set_cache(decoder: onnx.ModelProto, model: ModelConfig, cache: CacheConfig) 
         node.domain = body.domain
         attribute = next(a for a in node.attribute if a.name == ATTR_KV_FORMAT)
         attribute.s = body.kv_format.value.encode()
+        if cache.recent:
+            node.attribute.append(helper.make_attribute(ATTR_RECENT, cache.recent))
     del decoder.functions[:]
     del decoder.opset_import[1:]
     for body in sorted(bodies, key=lambda body: body.domain):

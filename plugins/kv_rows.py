@@ -58,7 +58,7 @@ def compress(x: np.ndarray, row_format: RowFormat, rotated: bool = False) -> tup
 
 
 def expand(rows: np.ndarray, scale: np.ndarray | None, row_format: RowFormat, dim: int) -> np.ndarray:
-    """The elements ``[..., dim]`` of cache rows, float32; rotated ones stay so."""
+    """The elements ``[..., dim]`` of cache rows, float32 (of scales in float64, as those); rotated ones stay so."""
     if not row_format.is_quantised:
         return rows[..., :dim].astype(np.float32)
     if row_format is RowFormat.INT8:
@@ -66,4 +66,4 @@ def expand(rows: np.ndarray, scale: np.ndarray | None, row_format: RowFormat, di
     else:
         nibbles = rows.view(np.uint32)[..., None] >> _NIBBLES & 15
         codes = nibbles.reshape(*rows.shape[:-1], -1)[..., :dim].astype(np.int8) - np.int8(8)
-    return codes * scale.astype(np.float32)[..., None]
+    return codes * scale.astype(np.promote_types(scale.dtype, np.float32))[..., None]

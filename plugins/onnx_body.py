@@ -12,6 +12,7 @@ import dataclasses
 from pascalvl.plugins.flash_attention import (
     ATTR_CAUSAL,
     ATTR_KV_FORMAT,
+    ATTR_RECENT,
     ATTR_SOFTMAX_SCALE,
     OP_DOMAIN,
     OP_NAME,
@@ -75,7 +76,8 @@ class CausalBody:
             f"visible = Concat <axis = 2> ({', '.join(f'{source}_seen' for source in sources)})",
             *_attended(sources, value_row),
         ]
-        return _function(self.domain, self.inputs, [ATTR_SOFTMAX_SCALE, ATTR_CAUSAL, ATTR_KV_FORMAT], lines)
+        attributes = [ATTR_SOFTMAX_SCALE, ATTR_CAUSAL, ATTR_KV_FORMAT, *[ATTR_RECENT] * self.has_recent]
+        return _function(self.domain, self.inputs, attributes, lines)
 
 
 def packed_body() -> str:

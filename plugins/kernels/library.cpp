@@ -103,7 +103,9 @@ Cache to_cache(const pascalvl_cache& c) {
           c.capacity};
 }
 
-bool is_decode(const pascalvl_attention_args& a) { return a.causal && a.seq == 1 && a.past_length; }
+bool is_decode(const pascalvl_attention_args& a) { return a.causal && a.seq == 1 && a.past_length && !a.past_visible; }
+
+bool has_recent(const pascalvl_attention_args& a) { return is_decode(a) && a.recent_length; }
 
 bool quantises_queries(const pascalvl_attention_args& a) {  // in a launch of its own
   return a.causal && a.past_length && is_quantised(a.cache.key_format) && !is_decode(a);
@@ -133,14 +135,18 @@ void check(const pascalvl_attention_args& a) {
             a.num_kv_heads, a.num_heads);
     require_positive(a.num_sequences, "num_sequences");
     require(a.cu_seqlens, "cu_seqlens is a null pointer.");
-    require(!a.window && !a.sinks, "Packed attention has no window and no sinks; found %d and %d.", a.window, a.sinks);
     return;
   }
   require_dim(a.key_dim, "key_dim");
   require_dim(a.value_dim, "value_dim");
-  require(a.window >= 0 && a.sinks >= 0, "window is %d and sinks %d; they must not be negative.", a.window, a.sinks);
-  require(a.window > 0 || a.sinks == 0, "sinks is %d without a window.", a.sinks);
   if (a.past_length) check_cache(a.cache, a.key_dim);
+  if (has_recent(a)) {
+    require(is_quantised(a.cache.key_format), "Recent tokens are kept beside a quantised cache; found %s.",
+            format_name(a.cache.key_format));
+    check_cache(a.recent, a.key_dim);
+    require(a.recent.key_format == kFloat16, "Recent tokens are kept in float16; found %s.",
+            format_name(a.recent.key_format));
+  }
   if (is_decode(a)) {
     const int group = a.num_heads / a.num_kv_heads;
     require(group == 1 || group == 2 || group == 4 || group == 8,
@@ -149,11 +155,14 @@ void check(const pascalvl_attention_args& a) {
 }
 
 // As many splits as the card runs at once, none shorter than it pays.
-int decode_splits(const pascalvl_attention_args& a) {
+int splits_of(const pascalvl_attention_args& a, const pascalvl_cache& cache) {
   const int blocks = a.batch * a.num_kv_heads, wanted = multiprocessors() * kBlocksPerMultiprocessor;
-  const int longest = a.window ? std::min(a.cache.capacity, a.window + a.sinks) : a.cache.capacity;
-  const int most = (longest + kLeastKeys - 1) / kLeastKeys;
+  const int most = (cache.capacity + kLeastKeys - 1) / kLeastKeys;
   return std::max(1, std::min({most, wanted / blocks, kMaxSplits}));
+}
+
+int decode_splits(const pascalvl_attention_args& a) {
+  return splits_of(a, a.cache) + (has_recent(a) ? splits_of(a, a.recent) : 0);
 }
 
 size_t workspace_bytes(const pascalvl_attention_args& a) {
@@ -170,6 +179,7 @@ AttentionParams to_params(const pascalvl_attention_args& a) {
   p.out = a.out;
   if (a.causal && a.past_length) p.cache = to_cache(a.cache);
   p.past_length = a.causal ? a.past_length : nullptr;
+  p.past_visible = a.causal ? a.past_visible : nullptr;
   p.cu_seqlens = a.cu_seqlens;
   p.num_sequences = a.num_sequences;
   p.num_heads = a.num_heads;
@@ -179,8 +189,6 @@ AttentionParams to_params(const pascalvl_attention_args& a) {
   p.key_dim = a.key_dim;
   p.value_dim = a.value_dim;
   p.scale_log2 = a.softmax_scale * 1.4426950408889634f;
-  p.window = a.window;
-  p.sinks = a.sinks;
   return p;
 }
 
@@ -195,10 +203,23 @@ const char* kernel_format(int format) {
 }
 
 void decode(const pascalvl_attention_args& a, void* workspace, void* stream) {
-  DecodeParams p{to_params(a), static_cast<float*>(workspace), decode_splits(a), bool(a.cache.rotated)};
-  const std::string kernel = text("decode_%d_%s_%s", a.num_heads / a.num_kv_heads, kernel_format(a.cache.key_format),
-                                  kernel_format(a.cache.value_format));
-  launch(kernel, {unsigned(p.splits), unsigned(a.num_kv_heads), unsigned(a.batch)}, kDecodeThreads, p, stream);
+  DecodeParams p{to_params(a), static_cast<float*>(workspace), decode_splits(a), 0, splits_of(a, a.cache),
+                 true,         bool(a.cache.rotated)};
+  const auto launch_splits = [&] {
+    const std::string kernel =
+        text("decode_%d_%s_%s", a.num_heads / a.num_kv_heads, kernel_format(p.attention.cache.key_format),
+             kernel_format(p.attention.cache.value_format));
+    launch(kernel, {unsigned(p.own_splits), unsigned(a.num_kv_heads), unsigned(a.batch)}, kDecodeThreads, p, stream);
+  };
+  launch_splits();
+  if (has_recent(a)) {
+    p.attention.cache = to_cache(a.recent);
+    p.attention.past_length = a.recent_length;
+    p.first_split = p.own_splits;
+    p.own_splits = p.splits - p.first_split;
+    p.has_new = p.rotated = false;
+    launch_splits();
+  }
   launch("decode_merge", {unsigned(a.num_heads), unsigned(a.batch), 1}, kMergeThreads, p, stream);
 }
 

@@ -39,8 +39,11 @@ class AttentionArgs(_Struct):
         ("softmax_scale", ctypes.c_float),
         ("causal", ctypes.c_int32),
         *_fields(ctypes.c_void_p, "past_length cu_seqlens"),
-        *_fields(ctypes.c_int32, "num_sequences window sinks"),
+        ("num_sequences", ctypes.c_int32),
+        ("past_visible", ctypes.c_void_p),
         ("cache", Cache),
+        ("recent_length", ctypes.c_void_p),
+        ("recent", Cache),
     )
 
 

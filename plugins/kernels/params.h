@@ -47,8 +47,9 @@ struct AttentionParams {
   const unsigned char* q_codes;  // rows of 128 bytes, zeros beyond key_dim
   const float* q_scale;          // one a row
   Cache cache;
-  const int* past_length;  // [batch]; null: no past
-  const int* cu_seqlens;   // [num_sequences + 1]; only where packed
+  const int* past_length;   // [batch]; null: no past
+  const int* past_visible;  // [batch, capacity]: how many of the first queries see a slot; null: all
+  const int* cu_seqlens;    // [num_sequences + 1]; only where packed
   int num_sequences;
   int num_heads;
   int num_kv_heads;
@@ -57,8 +58,6 @@ struct AttentionParams {
   int key_dim;
   int value_dim;
   float scale_log2;  // softmax_scale * log2(e): exponentials are powers of two
-  int window;        // a query sees the last `window` positions, its own included; 0: all
-  int sinks;         // and the first `sinks`
 };
 
 constexpr int kMaxSplits = 512;
@@ -66,11 +65,14 @@ constexpr int kMaxSplits = 512;
 // Floats of what a split leaves: rows start on 16-byte boundaries.
 PASCALVL_BOTH_SIDES constexpr int partial_pitch(int value_dim) { return value_dim + 4; }
 
-// Decode: AttentionParams with seq 1, cut into splits of the past.
+// Decode: AttentionParams with seq 1, cut into splits of the past. Where there are two pasts, each has a launch.
 struct DecodeParams {
   AttentionParams attention;
-  float* partial;  // [batch, num_heads, splits, partial_pitch]: unnormalised output, maximum, sum
-  int splits;
+  float* partial;   // [batch, num_heads, splits, partial_pitch]: unnormalised output, maximum, sum
+  int splits;       // of all pasts
+  int first_split;  // of this one
+  int own_splits;
+  bool has_new;  // this launch takes the new token
   bool rotated;  // the cache's keys
 };
 

@@ -52,9 +52,12 @@ typedef struct {
   const int32_t* past_length;  // [batch], at most capacity each; null: no past
   const int32_t* cu_seqlens;
   int32_t num_sequences;
-  int32_t window;  // causal: a token sees the last `window` positions, its own included (0: all) ...
-  int32_t sinks;   // ... and the first `sinks`
+  const int32_t* past_visible;  // [batch, capacity]: new token i sees a slot if i < past_visible; null: all see all
   pascalvl_cache cache;
+  // Of a quantised cache, with seq 1 and no past_visible: the token also sees the first recent_length[b] slots of this
+  // one, in half and not rotated. Null: none. Several tokens do not see it.
+  const int32_t* recent_length;
+  pascalvl_cache recent;
 } pascalvl_attention_args;
 
 // Bytes of workspace that a call with these arguments needs; it does not depend on what the device arrays hold.

@@ -34,9 +34,14 @@ struct Source {
   const unsigned short* v_scale;
   int k_row;  // bytes
   int v_row;
-  int count;     // rows there are
-  int position;  // of the first one
+  int count;  // rows there are
 };
+
+// The queries that see a key: those with these numbers.
+struct SeenBy {
+  int from, to;
+};
+constexpr int kAll = 0x7fffffff;
 
 // What lies in global memory and does not change: the compiler cannot tell of pointers that come from shared memory.
 template <typename T>
@@ -184,7 +189,7 @@ struct PrefillShared {
   float slices[2][T::kSliceWords];
   float probability[T::kKeys * T::kRows];  // [key][row], see probability_at
   Source sources[2];                       // the cache and the new keys
-  int position[T::kRows];                  // of each query
+  int number[T::kRows];                    // of each query, among the new tokens
   float q_scale[T::kRows];                 // of quantised queries, times scale_log2
   float k_scale[T::kKeys];                 // of a tile's codes
   float v_scale[T::kKeys];
@@ -372,11 +377,11 @@ struct Prefill : Tile<kValueDim> {
     }
   }
 
-  // One tile: `count` keys, number `first` and on, of a source. Where `masked`, `sees(row, position)` tells what a row
-  // sees; rows of the source from `count` on are read as its last one, and must be masked.
-  template <int kKeyFormat, int kValueFormat, typename Sees>
+  // One tile: `count` keys, number `first` and on, of a source. Where `masked`, `seen_by(key)` tells who sees a key;
+  // rows of the source from `count` on are read as its last one, and must be masked.
+  template <int kKeyFormat, int kValueFormat, typename Seen>
   __device__ __forceinline__ void tile(const AttentionParams& p, const unsigned char* q, const Source& source,
-                                       int first, int count, bool masked, Shared& shared, Sees sees) {
+                                       int first, int count, bool masked, Shared& shared, Seen seen_by) {
     float score[kRowsPerThread][kKeysPerThread];
     scores<kKeyFormat>(p, q, source, first, shared, score);
 
@@ -431,11 +436,13 @@ struct Prefill : Tile<kValueDim> {
     fetch(0);
     if (masked) {
 #pragma unroll
-      for (int i = 0; i < kRowsPerThread; ++i) {
+      for (int j = 0; j < kKeysPerThread; ++j) {
+        const int key = first + key_of(j);
+        const SeenBy seen = key < source.count ? seen_by(key) : SeenBy{0, 0};
 #pragma unroll
-        for (int j = 0; j < kKeysPerThread; ++j) {
-          const int key = first + key_of(j);
-          if (key >= source.count || !sees(row0 + i, source.position + key)) score[i][j] = kLowest;
+        for (int i = 0; i < kRowsPerThread; ++i) {
+          const int number = shared.number[row0 + i];
+          if (number < seen.from || number >= seen.to) score[i][j] = kLowest;
         }
       }
     }

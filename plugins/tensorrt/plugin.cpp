@@ -1,11 +1,13 @@
 // FlashAttention2 as a TensorRT plugin: IPluginV2DynamicExt, which TensorRT 8.6, 9.x and 10.x share, over the kernels'
 // C ABI. The library registers itself when it is loaded. What the op is: plugins/flash_attention.py, from where its
 // names come as macros.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "plugins/kernels/pascalvl.h"
 #include "plugins/tensorrt/interface.h"
@@ -50,22 +52,49 @@ std::string text(const Dims& dims) {
   return result + "]";
 }
 
+// The cache's formats.
+struct KVFormat {
+  const char* name;
+  int32_t key, value;  // pascalvl_format
+};
+constexpr KVFormat kFormats[] = {PASCALVL_KV_FORMATS};
+constexpr int32_t kNumFormats = sizeof kFormats / sizeof kFormats[0];
+
+bool is_quantised(const KVFormat& format) { return format.key == PASCALVL_INT8 || format.key == PASCALVL_INT4; }
+
+// Type of the tensors that rows of a format come in; of codes, words.
+DataType row_type(int32_t format) {
+  return format == PASCALVL_FLOAT32   ? DataType::kFLOAT
+         : format == PASCALVL_FLOAT16 ? DataType::kHALF
+                                      : DataType::kINT32;
+}
+
 // What a node's attributes say; also the bytes of a serialised plugin.
 struct Attributes {
   static constexpr uint32_t kMagic = 0x41465650;  // "PVFA"
-  static constexpr uint32_t kLayout = 1;
+  static constexpr uint32_t kLayout = 2;
   uint32_t magic = kMagic;
   uint32_t layout = kLayout;
   int32_t causal = 0;
   float softmax_scale = 0;
-  int32_t kv_format = PASCALVL_FLOAT32;  // of both keys and values; only where causal
+  int32_t kv_format = 0;  // number in kFormats; only where causal
+  int32_t recent = 0;     // capacity of the recent tokens' cache
 };
-static_assert(sizeof(Attributes) == 20, "no padding is written");
+static_assert(sizeof(Attributes) == 24, "no padding is written");
 
 int32_t parse_kv_format(const std::string& name) {
-  if (name == "f32") return PASCALVL_FLOAT32;
-  if (name == "f16") return PASCALVL_FLOAT16;
-  throw std::invalid_argument("attribute " PASCALVL_ATTR_KV_FORMAT " is '" + name + "'; expected f32 or f16");
+  std::string known;
+  for (int32_t i = 0; i < kNumFormats; ++i) {
+    if (name == kFormats[i].name) return i;
+    known += (i ? ", " : "") + std::string(kFormats[i].name);
+  }
+  throw std::invalid_argument("attribute " PASCALVL_ATTR_KV_FORMAT " is '" + name + "'; expected one of " + known);
+}
+
+void check_recent(const Attributes& attributes) {
+  require(attributes.recent >= 0 && (!attributes.recent || is_quantised(kFormats[attributes.kv_format])),
+          "attribute " PASCALVL_ATTR_RECENT " is " + std::to_string(attributes.recent) + " with a cache in " +
+              kFormats[attributes.kv_format].name + "; expected 0, or a number of slots beside a quantised cache");
 }
 
 Attributes parse_fields(const PluginFieldCollection& collection) {
@@ -87,6 +116,9 @@ Attributes parse_fields(const PluginFieldCollection& collection) {
       expect(PluginFieldType::kFLOAT32, "one float32");
       std::memcpy(&attributes.softmax_scale, field.data, sizeof attributes.softmax_scale);
       has_scale = true;
+    } else if (name == PASCALVL_ATTR_RECENT) {
+      expect(PluginFieldType::kINT32, "one int32");
+      std::memcpy(&attributes.recent, field.data, sizeof attributes.recent);
     } else if (name == PASCALVL_ATTR_KV_FORMAT) {
       // An empty text is what exported nodes have that read no cache; it may come without data.
       require(field.type == PluginFieldType::kCHAR && field.length >= 0, "attribute " + name + " must be a text");
@@ -95,6 +127,7 @@ Attributes parse_fields(const PluginFieldCollection& collection) {
     }
   }
   if (attributes.causal) attributes.kv_format = parse_kv_format(kv_format);
+  check_recent(attributes);
   require(has_scale, "attribute " PASCALVL_ATTR_SOFTMAX_SCALE " is missing");
   return attributes;
 }
@@ -109,14 +142,28 @@ Attributes parse_bytes(const void* data, size_t length) {
   require(attributes.layout == Attributes::kLayout,
           "the serialised plugin has layout " + std::to_string(attributes.layout) + "; expected " +
               std::to_string(Attributes::kLayout) + ": build the engine with this version of the plugin");
-  require((attributes.causal == 0 || attributes.causal == 1) &&
-              (attributes.kv_format == PASCALVL_FLOAT32 || attributes.kv_format == PASCALVL_FLOAT16),
+  require((attributes.causal == 0 || attributes.causal == 1) && attributes.kv_format >= 0 &&
+              attributes.kv_format < kNumFormats,
           "the serialised plugin's attributes are out of range: build the engine again");
+  check_recent(attributes);
   return attributes;
 }
 
-// Inputs, in the node's order.
-enum Input { kQuery, kKey, kValue, kLengths, kPastKey, kPastValue };
+// Inputs, in the node's order: those from kVisible on where causal, from kPastScale on as the cache has them.
+enum Input {
+  kQuery,
+  kKey,
+  kValue,
+  kLengths,
+  kVisible,
+  kPastKey,
+  kPastValue,
+  kPastScale,
+  kRecentLength,
+  kRecentKey,
+  kRecentValue,
+  kNumInputs
+};
 
 class FlashAttention2 final : public IPluginV2DynamicExt {
  public:
@@ -164,11 +211,7 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
              " outputs; expected " + std::to_string(num_inputs_expected()) + " and 1");
       return false;
     }
-    const bool is_past = position == kPastKey || position == kPastValue;
-    const DataType type = position == kLengths ? DataType::kINT32
-                          : position < num_inputs && is_past && attributes_.kv_format == PASCALVL_FLOAT16
-                              ? DataType::kHALF
-                              : DataType::kFLOAT;
+    const DataType type = position < num_inputs ? input_type(position) : DataType::kFLOAT;
     return tensors[position].type == type && tensors[position].format == TensorFormat::kLINEAR;
   }
 
@@ -202,8 +245,19 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
       const auto* lengths = static_cast<const int32_t*>(inputs[kLengths]);
       if (args.causal) {
         args.past_length = lengths;
+        if (args.past_visible) args.past_visible = static_cast<const int32_t*>(inputs[kVisible]);
         args.cache.key = const_cast<void*>(inputs[kPastKey]);
         args.cache.value = const_cast<void*>(inputs[kPastValue]);
+        if (is_quantised(format())) {
+          auto* scales = static_cast<uint16_t*>(const_cast<void*>(inputs[kPastScale]));
+          args.cache.key_scale = scales;
+          args.cache.value_scale = scales + int64_t(args.batch) * args.num_kv_heads * args.cache.capacity;
+        }
+        if (args.recent_length) {
+          args.recent_length = static_cast<const int32_t*>(inputs[kRecentLength]);
+          args.recent.key = const_cast<void*>(inputs[kRecentKey]);
+          args.recent.value = const_cast<void*>(inputs[kRecentValue]);
+        }
       } else {
         args.cu_seqlens = lengths;
       }
@@ -215,7 +269,42 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
   }
 
  private:
-  int32_t num_inputs_expected() const { return attributes_.causal ? kPastValue + 1 : kLengths + 1; }
+  const KVFormat& format() const { return kFormats[attributes_.kv_format]; }
+
+  int32_t num_inputs_expected() const {
+    if (!attributes_.causal) return kLengths + 1;
+    return attributes_.recent ? kNumInputs : is_quantised(format()) ? kPastScale + 1 : kPastValue + 1;
+  }
+
+  DataType input_type(int32_t position) const {
+    switch (position) {
+      case kLengths:
+      case kVisible:
+      case kRecentLength:
+        return DataType::kINT32;
+      case kPastKey:
+        return row_type(format().key);
+      case kPastValue:
+        return row_type(format().value);
+      case kPastScale:
+      case kRecentKey:
+      case kRecentValue:
+        return DataType::kHALF;
+      default:
+        return DataType::kFLOAT;
+    }
+  }
+
+  static void expect(const Dims& dims, const Dims& expected, const char* name) {
+    const bool same = dims.nbDims == expected.nbDims && std::equal(dims.d, dims.d + dims.nbDims, expected.d);
+    require(same, std::string(name) + " has shape " + text(dims) + "; expected " + text(expected));
+  }
+
+  // Elements of a row in its tensor's type.
+  static int32_t row_elements(int32_t format, int32_t dim) {
+    const size_t size = format == PASCALVL_FLOAT16 ? sizeof(uint16_t) : sizeof(uint32_t);
+    return int32_t(pascalvl_row_bytes(format, dim) / size);
+  }
 
   // The arguments of a call; for pointers, what is never read but looks like one.
   pascalvl_attention_args sizes(const PluginTensorDesc* inputs) const {
@@ -237,12 +326,35 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
     args.softmax_scale = attributes_.softmax_scale;
     args.causal = attributes_.causal;
     if (args.causal) {
-      const Dims& past = inputs[kPastKey].dims;
+      const Dims &past = inputs[kPastKey].dims, &visible = inputs[kVisible].dims;
       require(past.nbDims == 4, "the past has 4 dimensions; found " + text(past));
+      const auto capacity = past.d[2];
+      expect(past, {4, {k.d[0], k.d[1], capacity, row_elements(format().key, args.key_dim)}}, "the past of keys");
+      expect(inputs[kPastValue].dims, {4, {k.d[0], k.d[1], capacity, row_elements(format().value, args.value_dim)}},
+             "the past of values");
       args.past_length = lengths;
+      // One number for all slots says that all new tokens see them.
+      if (visible.d[1] != 1 || capacity == 1) {
+        expect(visible, {2, {k.d[0], capacity}}, "past_visible");
+        args.past_visible = lengths;
+      }
       args.cache.key = args.cache.value = somewhere;
-      args.cache.key_format = args.cache.value_format = attributes_.kv_format;
-      args.cache.capacity = int32_t(past.d[2]);
+      args.cache.key_format = format().key;
+      args.cache.value_format = format().value;
+      args.cache.capacity = int32_t(capacity);
+      if (is_quantised(format())) {
+        expect(inputs[kPastScale].dims, {4, {2, k.d[0], k.d[1], capacity}}, "past_scale");
+        args.cache.key_scale = args.cache.value_scale = somewhere;
+        args.cache.rotated = args.key_dim == PASCALVL_ROTATED_DIM;
+      }
+      if (attributes_.recent) {
+        for (const auto& [input, dim] : {std::pair(kRecentKey, args.key_dim), std::pair(kRecentValue, args.value_dim)})
+          expect(inputs[input].dims, {4, {k.d[0], k.d[1], attributes_.recent, dim}}, "the cache of recent tokens");
+        args.recent_length = lengths;
+        args.recent.key = args.recent.value = somewhere;
+        args.recent.key_format = args.recent.value_format = PASCALVL_FLOAT16;
+        args.recent.capacity = attributes_.recent;
+      }
     } else {
       args.cu_seqlens = lengths;
       args.num_sequences = int32_t(inputs[kLengths].dims.d[0]) - 1;
@@ -261,8 +373,9 @@ class Creator final : public IPluginCreator {
   const PluginFieldCollection* getFieldNames() noexcept override {
     static const PluginField fields[] = {{PASCALVL_ATTR_CAUSAL, nullptr, PluginFieldType::kINT32, 1},
                                          {PASCALVL_ATTR_SOFTMAX_SCALE, nullptr, PluginFieldType::kFLOAT32, 1},
-                                         {PASCALVL_ATTR_KV_FORMAT, nullptr, PluginFieldType::kCHAR, 1}};
-    static const PluginFieldCollection collection{3, fields};
+                                         {PASCALVL_ATTR_KV_FORMAT, nullptr, PluginFieldType::kCHAR, 1},
+                                         {PASCALVL_ATTR_RECENT, nullptr, PluginFieldType::kINT32, 1}};
+    static const PluginFieldCollection collection{4, fields};
     return &collection;
   }
   IPluginV2* createPlugin(const AsciiChar*, const PluginFieldCollection* fields) noexcept override {

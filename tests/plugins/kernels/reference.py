@@ -1,4 +1,4 @@
-"""What the kernels must compute, in NumPy: attention in float64, cache rows bit for bit. And calls of the library."""
+"""What the kernels must compute: attention in float64 over a cache's rows. And calls of the library."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary
 from pascalvl.plugins.kv_format import RowFormat
+from pascalvl.plugins.kv_rows import expand, hadamard
 
 PAIRS = [
     (RowFormat.FLOAT32, RowFormat.FLOAT32),
@@ -18,37 +19,6 @@ PAIRS = [
     (RowFormat.INT4, RowFormat.INT4),
 ]
 """The formats of keys and values that a cache may have."""
-
-
-def hadamard(x: np.ndarray) -> np.ndarray:
-    """Rows of 128 times the orthonormal Hadamard matrix (Sylvester's), by butterflies: in float32 the kernels' bits."""
-    for step in 2 ** np.arange(7):
-        pairs = x.reshape(*x.shape[:-1], -1, 2, step)
-        x = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2).reshape(x.shape)
-    return x * x.dtype.type(128**-0.5)
-
-
-def quantise(x: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and float16 scales of float32 rows: one scale a row, symmetric, rounded to nearest even."""
-    scale = (np.abs(x).max(-1) / np.float32(most)).astype(np.float16)
-    stored = scale.astype(np.float32)
-    inverse = np.where(stored > 0, np.float32(1) / np.where(stored > 0, stored, 1), 0).astype(np.float32)
-    codes = np.clip(np.rint(x * inverse[..., None]), -most, most).astype(np.int8)
-    return codes, scale
-
-
-def unpack(rows: np.ndarray, scale: np.ndarray, row_format: RowFormat, dim: int) -> np.ndarray:
-    """Cache rows [..., bytes] to float64 [..., dim]."""
-    if row_format is RowFormat.FLOAT32:
-        return rows.view(np.float32)[..., :dim].astype(np.float64)
-    if row_format is RowFormat.FLOAT16:
-        return rows.view(np.float16)[..., :dim].astype(np.float64)
-    if row_format is RowFormat.INT8:
-        codes = rows.view(np.int8)[..., :dim].astype(np.float64)
-    else:
-        words = rows.reshape(*rows.shape[:-1], -1, 4)  # four bytes hold eight elements: low nibbles, then high ones
-        codes = np.concatenate([words & 15, words >> 4], -1).reshape(*rows.shape[:-1], -1)[..., :dim] - 8.0
-    return codes * scale.astype(np.float64)[..., None]
 
 
 def attention(q, k, v, visible, softmax_scale: float) -> np.ndarray:
@@ -160,7 +130,9 @@ class HostCache:
 
     def contents(self, which: int, layer: int = 0) -> np.ndarray:
         """Keys (0, still rotated) or values (1) as float64 [batch, num_kv_heads, capacity, dim]."""
-        return unpack(self.rows[which][layer], self.scales[which][layer], self.formats[which], self.dims[which])
+        row_format = self.formats[which]
+        rows, scales = self.rows[which][layer].view(row_format.dtype), self.scales[which][layer]
+        return expand(rows, scales.astype(np.float64), row_format, self.dims[which]).astype(np.float64)
 
 
 def append(
@@ -204,14 +176,21 @@ def causal_attention(
     v,
     past_length: np.ndarray,
     softmax_scale: float,
-    window: int = 0,
-    sinks: int = 0,
+    visible: np.ndarray | None = None,
+    recent: tuple[HostCache, np.ndarray] | None = None,
 ) -> np.ndarray:
-    """The library's attention of q [batch, num_heads, seq, dim] and new k, v over a cache."""
-    past_length = copy(past_length)
+    """The library's attention of q [batch, num_heads, seq, dim] and new k, v over a cache.
+
+    ``visible`` [batch, capacity]: how many queries see a slot; ``recent``: a cache of recent tokens, and lengths.
+    """
+    past_length, visible = copy(past_length), copy(visible)
     batch, num_heads, seq, key_dim = q.shape
     out = aligned((batch, seq, num_heads, v.shape[-1]))
     out[:] = np.nan
+    options = {}
+    if recent:
+        recent_length = copy(recent[1])
+        options = {"recent": recent[0].view(), "recent_length": pointer(recent_length)}
     args = AttentionArgs(
         q=pointer(q),
         k=pointer(k),
@@ -226,9 +205,9 @@ def causal_attention(
         softmax_scale=softmax_scale,
         causal=1,
         past_length=pointer(past_length),
-        window=window,
-        sinks=sinks,
+        past_visible=pointer(visible),
         cache=cache.view(),
+        **options,
     )
     workspace = aligned((library.attention_workspace(args),), np.uint8)
     library.attention(args, pointer(workspace), workspace.nbytes)
@@ -236,27 +215,31 @@ def causal_attention(
     return out
 
 
-def expected_attention(cache: HostCache, q, k, v, past_length, softmax_scale, window=0, sinks=0) -> np.ndarray:
+def expected_attention(cache: HostCache, q, k, v, past_length, softmax_scale, visible=None, recent=None) -> np.ndarray:
     """The same in float64, over the cache's very codes. Quantised keys meet queries quantised to int8."""
     outs = []
     for b, past in enumerate(past_length):
-        own = past + np.arange(q.shape[2])[:, None]
-        position = np.arange(past + q.shape[2])[None]
-        visible = position <= own
-        if window:
-            visible &= (position > own - window) | (position < sinks)
+        number = np.arange(q.shape[2])[:, None]
+        sees = [np.ones((q.shape[2], past), bool) if visible is None else number < visible[b, :past]]
         old_q = q[b].astype(np.float64)
         if cache.formats[0].is_quantised:
             turned = hadamard(q[b]) if cache.rotated else q[b]
             most = np.abs(turned).max(-1, keepdims=True)
             codes = np.rint(turned * (np.float32(127) / most))
             old_q = codes.astype(np.float64) * (most / np.float32(127))
-        # Old and new keys meet different forms of q: stack both, zeros where the other form is due.
+        # Old and other keys meet different forms of q: stack both, zeros where the other form is due.
         both = np.concatenate([old_q, q[b].astype(np.float64)], -1)
         old_k = cache.contents(0)[b][:, :past]
-        keys = np.concatenate(
-            [np.concatenate([old_k, np.zeros_like(old_k)], -1), np.concatenate([np.zeros_like(k[b]), k[b]], -1)], 1
-        )
-        values = np.concatenate([cache.contents(1)[b][:, :past], v[b]], 1)
-        outs.append(attention(both, keys, values, visible, softmax_scale))
+        keys = [np.concatenate([old_k, np.zeros_like(old_k)], -1)]
+        values = [cache.contents(1)[b][:, :past]]
+        others = [(k[b], v[b], number >= number.T)]
+        if recent:
+            length = recent[1][b]
+            others.append((*(recent[0].contents(i)[b][:, :length] for i in range(2)), np.ones((1, length), bool)))
+        for other_k, other_v, seen in others:
+            keys.append(np.concatenate([np.zeros_like(other_k), other_k], -1))
+            values.append(other_v)
+            sees.append(seen)
+        keys, values, sees = np.concatenate(keys, 1), np.concatenate(values, 1), np.concatenate(sees, 1)
+        outs.append(attention(both, keys, values, sees, softmax_scale))
     return np.stack(outs)

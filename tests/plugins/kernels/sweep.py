@@ -3,12 +3,14 @@
 Of the formats of the cache, each EVERY-th is tried.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from pascalvl.plugins.kernels.library import AttentionArgs, KernelLibrary
+from pascalvl.plugins.kv_format import RowFormat
 from tests.plugins.kernels.reference import (
     PAIRS,
     HostCache,
@@ -33,14 +35,20 @@ def main() -> None:
     rng = np.random.default_rng(0)
     for formats in PAIRS[:: int(sys.argv[2])]:
         rotated = formats[0].is_quantised
-        for group, seq, past, window in ((1, 1, 5, 0), (2, 1, 5, 0), (4, 1, 70, 9), (8, 1, 5, 0), (2, 3, 70, 0)):
+        for group, seq, past, masked in ((1, 1, 5, 0), (2, 1, 5, 0), (4, 1, 70, 1), (8, 1, 5, 0), (2, 3, 70, 2)):
             shape = Shape(num_heads=group, num_kv_heads=1, value_dim=96 if seq > 1 else 128, capacity=past)
             cache = HostCache(library, shape, formats, rotated)
             old_k, old_v = normal(rng, 1, 1, 1, past, 128), normal(rng, 1, 1, 1, past, shape.value_dim)
             append(library, cache, old_k, old_v, np.zeros(1, np.int32))
             q, k = normal(rng, 1, group, seq, 128), normal(rng, 1, 1, seq, 128)
             v = normal(rng, 1, 1, seq, shape.value_dim)
-            case = (cache, q, k, v, np.array([past], np.int32), 0.1, window)
+            visible = np.resize(np.arange(seq + 1, dtype=np.int32), (1, past)) if masked else None
+            recent = None
+            if rotated and seq == 1 and not masked:
+                small = dataclasses.replace(shape, capacity=7)
+                recent = HostCache(library, small, (RowFormat.FLOAT16,) * 2, False), np.array([3], np.int32)
+                append(library, recent[0], old_k[..., :5, :].copy(), old_v[..., :5, :].copy(), np.zeros(1, np.int32))
+            case = (cache, q, k, v, np.array([past], np.int32), 0.1, visible, recent)
             assert relative_error(causal_attention(library, *case), expected_attention(*case)) < 1e-3
     for dim in (64, 72):
         q, k, v, out = (normal(rng, 1, 70, dim) for _ in range(4))

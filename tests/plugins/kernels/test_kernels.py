@@ -1,5 +1,7 @@
 """The kernels against NumPy: on the emulator, and on a GPU where there is one."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import AttentionArgs, KernelLibrary
 from pascalvl.plugins.kv_format import RowFormat
+from pascalvl.plugins.kv_rows import compress, expand, hadamard
 from tests.plugins.kernels import reference
 from tests.plugins.kernels.reference import (
     PAIRS,
@@ -19,9 +22,7 @@ from tests.plugins.kernels.reference import (
     causal_attention,
     copy,
     expected_attention,
-    hadamard,
     pointer,
-    quantise,
     relative_error,
 )
 
@@ -73,37 +74,42 @@ def make_case(library, shape: Shape, formats, rotated: bool, seq: int, past, see
 
 @pytest.mark.parametrize("formats", PAIRS)
 @pytest.mark.parametrize(("key_dim", "value_dim", "rotated"), [(128, 128, True), (128, 96, False), (64, 112, False)])
-def test_append_writes_these_codes(library, formats, key_dim, value_dim, rotated):
+def test_append_writes_what_numpy_does(library, formats, key_dim, value_dim, rotated):
+    """Bit for bit, also rows of zeros and of numbers too large for the format; and nothing else."""
     rotated = rotated and formats[0].is_quantised
     rng = np.random.default_rng(0)
     shape = Shape(batch=2, num_kv_heads=3, key_dim=key_dim, value_dim=value_dim, capacity=11)
     cache = HostCache(library, shape, formats, rotated, layers=2)
     key, value = normal(rng, 2, 2, 3, 4, key_dim), normal(rng, 2, 2, 3, 4, value_dim)
-    key[0, 0, 0, 0] = 0
+    key[0, 0, 0, 0] = value[0, 0, 0, 1] = 0
+    key[1, 0, 0, 0] *= 1e-7
+    key[0, 1, 2, 3] *= 1e9
+    value[1, 1, 2, 3] *= 1e9
     past = np.array([5, 2], np.int32)
     append(library, cache, key, value, past)
     for which, (new, form) in enumerate(zip((key, value), formats, strict=True)):
-        turned = which == 0 and rotated
-        exact = hadamard(new.astype(np.float64)) if turned else new.astype(np.float64)
-        for layer in range(2):
-            found = cache.contents(which, layer)
-            for b in range(2):
-                written = found[b, :, past[b] : past[b] + 4]
-                rest = np.delete(cache.rows[which][layer][b], np.s_[past[b] : past[b] + 4], 1)
-                assert not rest.any()
-                if form.is_quantised and not turned:
-                    codes, scale = quantise(new[layer, b], 127 if form is RowFormat.INT8 else 7)
-                    np.testing.assert_array_equal(written, codes * scale.astype(np.float64)[..., None])
-                    continue
-                # Within half a step of a code, or the format's own rounding; and that of the rotation in FP32.
-                step = {
-                    RowFormat.FLOAT32: 2e-6,
-                    RowFormat.FLOAT16: 2**-10,
-                    RowFormat.INT8: 1 / 127,
-                    RowFormat.INT4: 1 / 7,
-                }
-                size = np.abs(exact[layer, b]).max(-1, keepdims=True)
-                assert (np.abs(written - exact[layer, b]) <= 0.51 * step[form] * size).all()
+        rows, scales = compress(new, form, rotated and which == 0)
+        for b in range(2):
+            slots = slice(past[b], past[b] + 4)
+            found = cache.rows[which][:, b].view(form.dtype)
+            np.testing.assert_array_equal(found[:, :, slots], rows[:, b])
+            assert not np.delete(found, np.s_[slots], 2).any()
+            if form.is_quantised:
+                np.testing.assert_array_equal(cache.scales[which][:, b, :, slots], scales[:, b])
+
+
+@pytest.mark.parametrize("row_format", list(RowFormat))
+@pytest.mark.parametrize("dim", [64, 96, 112, 128])
+def test_rows_read_back(row_format, dim):
+    """Within half a step of a code, or the format's own rounding."""
+    x = np.random.default_rng(dim).standard_normal((5, dim)).astype(np.float32)
+    found = expand(*compress(x, row_format), row_format, dim)
+    step = {RowFormat.FLOAT32: 0, RowFormat.FLOAT16: 2**-10, RowFormat.INT8: 1 / 127, RowFormat.INT4: 1 / 7}[row_format]
+    assert (np.abs(found - x) <= 0.51 * step * np.abs(x).max(-1, keepdims=True)).all()
+    rotated = compress(x, row_format, True) if dim == 128 and row_format.is_quantised else None
+    if rotated:
+        error = expand(*rotated, row_format, dim) - hadamard(x.astype(np.float64))
+        assert (np.abs(error) <= 0.51 * step * np.abs(hadamard(x)).max(-1, keepdims=True)).all()
 
 
 def test_append_takes_slots_and_skips_negative_ones(library):
@@ -153,12 +159,36 @@ def test_prefill_of_reduced_ranks(library, formats, key_dim, value_dim):
     assert relative_error(causal_attention(library, *case, 0.1), expected_attention(*case, 0.1)) < TOLERANCE
 
 
-@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (5, 0), (64, 3), (100, 70), (1000, 2)])
-@pytest.mark.parametrize("seq", [1, 90])
-def test_windows_and_sinks(library, window, sinks, seq):
-    case = make_case(library, Shape(), F32, False, seq, [200], 5)
-    found = causal_attention(library, *case, 0.1, window, sinks)
-    assert relative_error(found, expected_attention(*case, 0.1, window, sinks)) < TOLERANCE
+def masks(rng: np.random.Generator, batch: int, capacity: int, seq: int) -> np.ndarray:
+    """How many of the new tokens see each slot: some all, some none."""
+    visible = rng.integers(0, seq + 1, (batch, capacity))
+    visible[rng.random((batch, capacity)) < 0.3] = np.iinfo(np.int32).max
+    return visible.astype(np.int32)
+
+
+@pytest.mark.parametrize("formats", [F32, *PAIRS[2:4]])
+@pytest.mark.parametrize("seq", [1, 3, 90])
+def test_slots_that_some_tokens_do_not_see(library, formats, seq):
+    case = make_case(library, Shape(batch=2), formats, False, seq, [200, 130], 5)
+    visible = masks(np.random.default_rng(seq), 2, 256, seq)
+    visible[0, :140] = 0  # a whole tile that none sees
+    found = causal_attention(library, *case, 0.1, visible)
+    assert relative_error(found, expected_attention(*case, 0.1, visible)) < TOLERANCE
+
+
+@pytest.mark.parametrize("formats", PAIRS[2:])
+@pytest.mark.parametrize(("past", "lengths"), [([200, 0], [0, 5]), ([77, 130], [128, 100])])
+def test_recent_tokens(library, formats, past, lengths):
+    shape = Shape(batch=2, num_heads=8, num_kv_heads=2, value_dim=96)
+    case = make_case(library, shape, formats, True, 1, past, 10)
+    recent, *_ = make_case(
+        library, dataclasses.replace(shape, capacity=128), (RowFormat.FLOAT16,) * 2, False, 1, lengths, 11
+    )
+    recent = recent, np.array(lengths, np.int32)
+    found = causal_attention(library, *case, 0.1, recent=recent)
+    assert relative_error(found, expected_attention(*case, 0.1, recent=recent)) < TOLERANCE
+    without = expected_attention(*case, 0.1)
+    assert relative_error(found, without) > 0.1
 
 
 def test_prefill_without_a_past(library):
@@ -192,7 +222,7 @@ def test_decode_of_reduced_ranks(library, formats, key_dim, value_dim):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_any_combination(library, seed):
-    """Formats, ranks, groups, lengths, windows and outliers as they come."""
+    """Formats, ranks, groups, lengths, masks and outliers as they come."""
     rng = np.random.default_rng([14, seed])
     formats = PAIRS[seed % len(PAIRS)]
     group, num_kv_heads = int(rng.choice([1, 2, 4, 8])), int(rng.integers(1, 4))
@@ -207,12 +237,12 @@ def test_any_combination(library, seed):
     )
     past = [int(rng.integers(shape.capacity + 1)) for _ in range(shape.batch)]
     seq = 1 if rng.random() < 0.5 else int(rng.integers(2, 80))
-    window = int(rng.integers(1, 350)) if rng.random() < 0.5 else 0
-    sinks = int(rng.integers(20)) if window else 0
+    with_masks = rng.random() < 0.5
     rotated = formats[0].is_quantised and shape.key_dim == 128 and rng.random() < 0.5
     case = make_case(library, shape, formats, rotated, seq, past, seed, outliers=rng.random() < 0.5)
-    found = causal_attention(library, *case, 0.1, window, sinks)
-    assert relative_error(found, expected_attention(*case, 0.1, window, sinks)) < TOLERANCE
+    visible = masks(rng, shape.batch, shape.capacity, case[1].shape[2]) if with_masks else None
+    found = causal_attention(library, *case, 0.1, visible)
+    assert relative_error(found, expected_attention(*case, 0.1, visible)) < TOLERANCE
 
 
 # Extremes -------------------------------------------------------------------------------------------------------------
@@ -306,8 +336,6 @@ def test_greedy_takes_the_first_of_the_largest(library, vocab_size):
         ({"num_heads": 6}, "Decode has 1, 2, 4 or 8 query heads a kv head; found 3."),
         ({"key_dim": 80}, "key_dim is 80; expected 64, 96, 112 or 128."),
         ({"softmax_scale": float("nan")}, "softmax_scale is not a finite number."),
-        ({"window": -1}, "window is -1 and sinks 0; they must not be negative."),
-        ({"sinks": 4}, "sinks is 4 without a window."),
         ({"key_format": 9}, "The cache's formats are 9 and 1; expected 0 (float32)"),
         ({"rotated": 1}, "Only quantised keys are rotated; found float16."),
         ({"key_format": 2}, "A cache of int8 keys and float16 values is not supported"),

@@ -11,6 +11,8 @@ import numpy as np
 from pascalvl.engines.device import open_device
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
+from pascalvl.plugins.kv_format import KVFormat, LayerLayout
+from pascalvl.plugins.kv_rows import compress, expand, hadamard
 from pascalvl.plugins.tensorrt.host import PluginHost
 from tests.plugins.kernels.reference import attention, relative_error
 
@@ -50,15 +52,58 @@ def main() -> None:
         device.synchronize()
         return output
 
-    def causal(name: str, dtype: type, seq: int) -> float:
-        past, capacity = 40, 64
-        q, k, v = normal(1, 4, seq, 128), normal(1, 2, seq, 128), normal(1, 2, seq, 128)
-        keys, values = normal(1, 2, capacity, 128, dtype=dtype), normal(1, 2, capacity, 128, dtype=dtype)
-        attributes = {"causal": 1, "softmax_scale": 0.1, "kv_format": name}
-        found = run(attributes, q, k, v, np.array([past], I32), keys, values)
-        visible = np.arange(past + seq)[None] <= past + np.arange(seq)[:, None]
-        both = [np.concatenate([old[0, :, :past].astype(F32), new[0]], 1) for old, new in ((keys, k), (values, v))]
-        return float(relative_error(found[0], attention(q[0], *both, visible, 0.1)))
+    def causal(layout: LayerLayout, seq: int, masked: bool = False, recent: int = 0) -> float:
+        """Over two sequences; with a mask, or recent tokens."""
+        past, capacity = np.array([40, 23], I32), 64
+        heads, (key_dim, value_dim) = layout.num_kv_heads, layout.dims
+        q, k, v = normal(2, 4, seq, key_dim), normal(2, heads, seq, key_dim), normal(2, heads, seq, value_dim)
+        rotated = layout.is_rotated, False
+        rows, scales = zip(
+            *(
+                compress(normal(2, heads, capacity, dim), row, turned)
+                for dim, row, turned in zip(layout.dims, layout.kv_format.rows, rotated, strict=True)
+            ),
+            strict=True,
+        )
+        visible = np.full((2, 1), seq, I32)
+        if masked:
+            visible = rng.integers(0, seq + 1, (2, capacity)).astype(I32)
+        inputs = [q, k, v, past, visible, *rows]
+        if layout.kv_format.is_quantised:
+            inputs.append(np.stack(scales))
+        attributes = {"causal": 1, "softmax_scale": 0.1, "kv_format": layout.kv_format.value}
+        lengths = np.array([3, 5], I32)
+        if recent:
+            attributes["recent"] = recent
+            inputs += [lengths, *(normal(2, heads, recent, dim, dtype=F16) for dim in layout.dims)]
+        found = run(attributes, *inputs)
+        keys, values = (
+            expand(*arguments) for arguments in zip(rows, scales, layout.kv_format.rows, layout.dims, strict=True)
+        )
+        errors = []
+        for b in range(2):
+            met = q[b]
+            if layout.kv_format.is_quantised:
+                met = hadamard(met) if layout.is_rotated else met
+                step = np.abs(met).max(-1, keepdims=True) / 127
+                met = np.rint(met / step) * step
+            # Cached keys and others meet different forms of q: both stacked, zeros where the other form is due.
+            both = np.concatenate([met, q[b]], -1)
+            old, new = keys[b, :, : past[b]], k[b]
+            seen = [np.arange(seq)[:, None] < np.broadcast_to(visible[b], capacity)[: past[b]]]
+            stacked = [np.concatenate([old, 0 * old], -1), np.concatenate([0 * new, new], -1)]
+            others = [values[b, :, : past[b]], v[b]]
+            seen.append(np.arange(seq)[None] <= np.arange(seq)[:, None])
+            if recent:
+                recent_k, recent_v = (x[b, :, : lengths[b]].astype(F32) for x in inputs[-2:])
+                stacked.append(np.concatenate([0 * recent_k, recent_k], -1))
+                others.append(recent_v)
+                seen.append(np.ones((seq, lengths[b]), bool))
+            expected = attention(
+                both, np.concatenate(stacked, 1), np.concatenate(others, 1), np.concatenate(seen, 1), 0.1
+            )
+            errors.append(relative_error(found[b], expected))
+        return float(max(errors))
 
     def packed() -> float:
         q, k, v = (normal(1, 3, 50, 64) for _ in range(3))
@@ -76,22 +121,30 @@ def main() -> None:
         return ""
 
     vision, text = {"causal": 0, "softmax_scale": 0.1}, {"causal": 1, "softmax_scale": 0.1, "kv_format": "f16"}
-    lengths, cache = np.array([4], I32), normal(1, 2, 16, 128)
+    lengths, visible, cache = np.array([4], I32), np.array([[4]], I32), normal(1, 2, 16, 128)
+    words = np.zeros((1, 2, 16, 32), I32)
     print(
         json.dumps(
             {
                 "errors": {
-                    "f32 prefill": causal("f32", F32, 9),
-                    "f32 decode": causal("f32", F32, 1),
-                    "f16 prefill": causal("f16", F16, 9),
-                    "f16 decode": causal("f16", F16, 1),
+                    **{f"{f.value} decode": causal(LayerLayout(f, 2, 128, 128), 1) for f in KVFormat},
+                    **{f"{f.value} prefill": causal(LayerLayout(f, 2, 128, 128), 9) for f in KVFormat},
+                    "ranks": causal(LayerLayout(KVFormat.K4V4, 2, 112, 96), 9),
+                    "mask": causal(LayerLayout(KVFormat.K8V4, 2, 128, 128), 9, masked=True),
+                    "recent": causal(LayerLayout(KVFormat.K8V4, 2, 128, 96), 1, recent=7),
                     "packed": packed(),
                 },
                 "refused": {
                     "attributes": refused({"causal": 3, "softmax_scale": 0.1}, lengths),
                     "no format": refused({"causal": 1, "softmax_scale": 0.1}, lengths),
                     "inputs": refused(vision, normal(1, 2, 8, 64), normal(1, 2, 8, 64), normal(1, 2, 8, 64)),
-                    "type": refused(text, *(normal(1, 2, 4, 128) for _ in range(3)), lengths, cache, cache),
+                    "type": refused(text, *(normal(1, 2, 4, 128) for _ in range(3)), lengths, visible, cache, cache),
+                    "words": refused(
+                        {**text, "kv_format": "k8v4"},
+                        *(normal(1, 2, 4, 128) for _ in range(3)),
+                        *(lengths, visible, words, words, np.zeros((2, 1, 2, 16), F16)),
+                    ),
+                    "recent": refused({**text, "recent": 4}, lengths),
                     "head size": refused(vision, *(normal(1, 2, 8, 80) for _ in range(3)), np.array([0, 8], I32)),
                 },
             }
