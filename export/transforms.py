@@ -154,7 +154,7 @@ def _plan_layer(
     statistics: LayerStatistics, output: np.ndarray, cache: CacheConfig, calibrated: bool
 ) -> LayerTransform:
     heads, dim, _ = output.shape
-    rank = _rank(cache.value_rank, rank_errors(statistics.value, output))
+    rank = _rank(cache.value_rank, statistics.value, output)
     if rank == dim and not calibrated:
         # The weights' statistics are too rough to balance by: on the nano checkpoint, values in 4 bits then diverge by
         # 0.0082 to 0.0089 nats (ridge 0.01, 0.1), rotated alone by 0.0083, and balanced by a calibration's by 0.0074.
@@ -167,7 +167,7 @@ def _plan_layer(
     if cache.key_rank is not None:
         # Of the balanced ones, among which none is small only for its norm's weight.
         query, key = statistics.query * np.outer(balance, balance), statistics.key / np.outer(balance, balance)
-        if (rank := _rank(cache.key_rank, rank_errors(key, query))) < dim:
+        if (rank := _rank(cache.key_rank, key, query)) < dim:
             key_down, query_basis = projection(key, query, rank)
             key_basis = _t(key_down)
     return LayerTransform(balance, value_down, value_up, query_basis, key_basis)
@@ -242,11 +242,12 @@ def spread(dim: int) -> np.ndarray:
     return cosines
 
 
-def _rank(asked: Rank | None, errors: np.ndarray) -> int:
-    """The rank of a layer: as asked, or the lowest with no more than that error (`rank_errors`)."""
-    dim = len(errors) - 1
-    if asked is None or isinstance(asked, int):
+def _rank(asked: Rank | None, moment: np.ndarray, weight: np.ndarray) -> int:
+    """The rank of a layer: as asked, or the lowest with no more than that error (see `rank_errors`)."""
+    dim = moment.shape[-1]
+    if not isinstance(asked, float):
         return asked or dim
+    errors = rank_errors(moment, weight)
     return next((rank for rank in RANKS if rank < dim and errors[rank] <= asked), dim)
 
 
