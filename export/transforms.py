@@ -196,7 +196,7 @@ def key_balance(statistics: LayerStatistics) -> np.ndarray:
 
 def _pair_moments(moment: np.ndarray) -> np.ndarray:
     pairs = np.diagonal(moment, axis1=1, axis2=2).reshape(len(moment), 2, -1).sum((0, 1))
-    return np.maximum(pairs, _FLOOR * pairs.max())
+    return _above_zero(np.maximum(pairs, _FLOOR * pairs.max()))
 
 
 def projection(moment: np.ndarray, weight: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -217,7 +217,7 @@ def projection(moment: np.ndarray, weight: np.ndarray, rank: int) -> tuple[np.nd
     """
     root, inverse_root = _roots(weight)
     eigenvalues, eigenvectors = _eigh(root @ moment @ root)
-    balance = (eigenvalues + _RIDGE * eigenvalues.mean(1, keepdims=True))[:, :rank] ** 0.25
+    balance = _above_zero(eigenvalues + _RIDGE * eigenvalues.mean(1, keepdims=True))[:, :rank] ** 0.25
     kept, rotation = eigenvectors[:, :, :rank], spread(rank)
     down = rotation @ (_t(kept / balance[:, None]) @ root)
     up = inverse_root @ (kept * balance[:, None]) @ rotation.T
@@ -260,8 +260,13 @@ def _eigh(symmetric: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _roots(symmetric: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Square root and its inverse."""
     eigenvalues, eigenvectors = _eigh(symmetric)
-    roots = np.sqrt(np.maximum(eigenvalues, _FLOOR * eigenvalues[:, :1]))[:, None]
+    roots = np.sqrt(_above_zero(np.maximum(eigenvalues, _FLOOR * eigenvalues[:, :1])))[:, None]
     return (eigenvectors * roots) @ _t(eigenvectors), (eigenvectors / roots) @ _t(eigenvectors)
+
+
+def _above_zero(floored: np.ndarray) -> np.ndarray:
+    """The same, but 1 for what is 0 in spite of its floor: all of a head that does nothing."""
+    return np.where(floored > 0, floored, 1.0)
 
 
 def _t(matrices: np.ndarray) -> np.ndarray:
