@@ -154,7 +154,7 @@ def _plan_layer(
     statistics: LayerStatistics, output: np.ndarray, cache: CacheConfig, calibrated: bool
 ) -> LayerTransform:
     heads, dim, _ = output.shape
-    rank = _rank(cache.value_rank, rank_errors(statistics.value, output))
+    rank = _rank(cache.value_rank, statistics.value, output)
     if rank == dim and not calibrated:
         # The weights' statistics are too rough to balance by: on the nano checkpoint, values in 4 bits then diverge by
         # 0.0082 to 0.0089 nats (ridge 0.01, 0.1), rotated alone by 0.0083, and balanced by a calibration's by 0.0074.
@@ -167,7 +167,7 @@ def _plan_layer(
     if cache.key_rank is not None:
         # Of the balanced ones, among which none is small only for its norm's weight.
         query, key = statistics.query * np.outer(balance, balance), statistics.key / np.outer(balance, balance)
-        if (rank := _rank(cache.key_rank, rank_errors(key, query))) < dim:
+        if (rank := _rank(cache.key_rank, key, query)) < dim:
             key_down, query_basis = projection(key, query, rank)
             key_basis = _t(key_down)
     return LayerTransform(balance, value_down, value_up, query_basis, key_basis)
@@ -196,7 +196,7 @@ def key_balance(statistics: LayerStatistics) -> np.ndarray:
 
 def _pair_moments(moment: np.ndarray) -> np.ndarray:
     pairs = np.diagonal(moment, axis1=1, axis2=2).reshape(len(moment), 2, -1).sum((0, 1))
-    return np.maximum(pairs, _FLOOR * pairs.max())
+    return _above_zero(np.maximum(pairs, _FLOOR * pairs.max()))
 
 
 def projection(moment: np.ndarray, weight: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -217,7 +217,7 @@ def projection(moment: np.ndarray, weight: np.ndarray, rank: int) -> tuple[np.nd
     """
     root, inverse_root = _roots(weight)
     eigenvalues, eigenvectors = _eigh(root @ moment @ root)
-    balance = (eigenvalues + _RIDGE * eigenvalues.mean(1, keepdims=True))[:, :rank] ** 0.25
+    balance = _above_zero(eigenvalues + _RIDGE * eigenvalues.mean(1, keepdims=True))[:, :rank] ** 0.25
     kept, rotation = eigenvectors[:, :, :rank], spread(rank)
     down = rotation @ (_t(kept / balance[:, None]) @ root)
     up = inverse_root @ (kept * balance[:, None]) @ rotation.T
@@ -242,11 +242,12 @@ def spread(dim: int) -> np.ndarray:
     return cosines
 
 
-def _rank(asked: Rank | None, errors: np.ndarray) -> int:
-    """The rank of a layer: as asked, or the lowest with no more than that error (`rank_errors`)."""
-    dim = len(errors) - 1
-    if asked is None or isinstance(asked, int):
+def _rank(asked: Rank | None, moment: np.ndarray, weight: np.ndarray) -> int:
+    """The rank of a layer: as asked, or the lowest with no more than that error (see `rank_errors`)."""
+    dim = moment.shape[-1]
+    if not isinstance(asked, float):
         return asked or dim
+    errors = rank_errors(moment, weight)
     return next((rank for rank in RANKS if rank < dim and errors[rank] <= asked), dim)
 
 
@@ -259,8 +260,13 @@ def _eigh(symmetric: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _roots(symmetric: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Square root and its inverse."""
     eigenvalues, eigenvectors = _eigh(symmetric)
-    roots = np.sqrt(np.maximum(eigenvalues, _FLOOR * eigenvalues[:, :1]))[:, None]
+    roots = np.sqrt(_above_zero(np.maximum(eigenvalues, _FLOOR * eigenvalues[:, :1])))[:, None]
     return (eigenvectors * roots) @ _t(eigenvectors), (eigenvectors / roots) @ _t(eigenvectors)
+
+
+def _above_zero(floored: np.ndarray) -> np.ndarray:
+    """The same, but 1 for what is 0 in spite of its floor: all of a head that does nothing."""
+    return np.where(floored > 0, floored, 1.0)
 
 
 def _t(matrices: np.ndarray) -> np.ndarray:

@@ -312,3 +312,26 @@ def test_ranks_that_cannot_be_had(checkpoint, text, statistics):
                                 key_dims=(64,) * 6, value_dims=(64,) * 6)  # fmt: skip
     with pytest.raises(UserError, match="rv=96 is more than this model's head size, 64"):
         plan_transforms(checkpoint, short, CacheConfig(KVFormat.F32, None, 96))
+
+
+@pytest.mark.parametrize("dead", ["query", "key", "value", "o_proj"])
+def test_heads_that_do_nothing(checkpoint, text, statistics, dead):
+    """Pruned, or never used by the prompts: nothing becomes infinite."""
+
+    class Pruned:
+        def __contains__(self, name):
+            return name in checkpoint
+
+        def tensor(self, name):
+            tensor = checkpoint.tensor(name)
+            if dead == "o_proj" and name.endswith("o_proj.weight"):
+                tensor[:, : tensor.shape[1] // 2] = 0
+            return tensor
+
+    changed = statistics
+    if dead != "o_proj":
+        zeros = np.zeros_like(statistics[0].query)
+        changed = [dataclasses.replace(layer, **{dead: zeros}) for layer in statistics]
+    for transform in plan_transforms(Pruned(), text, CacheConfig(KVFormat.F32, 96, 1e-3), changed):
+        for name, array in vars(transform).items():
+            assert array is None or np.isfinite(array).all(), name
