@@ -67,7 +67,7 @@ def calibrate(
         UserError: too few tokens, or the model's answer is not finite.
     """
     check_prompts(prompts)
-    with _quiet():
+    with quiet():
         model = Qwen3VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
     language_model = model.model.language_model
     language_model.config._attn_implementation = _ATTN_IMPLEMENTATION  # of the text alone, not of the vision encoder
@@ -134,7 +134,7 @@ AttentionMaskInterface.register(_ATTN_IMPLEMENTATION, flash_attention_mask)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' own progress bar: the export has one."""
     enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -34,7 +34,10 @@ class RowFormat(enum.IntEnum):
     INT8 = 2
     """Two's complement, -127 to 127."""
     INT4 = 3
-    """Code + 8 in a nibble, codes -7 to 7; of eight elements, byte i holds number i low and number i + 4 high."""
+    """Code + 8 in a nibble; of eight elements, byte i holds number i low and number i + 4 high.
+
+    The element of largest magnitude has code -8, so that the scale has the other sign: all 16 codes are of use.
+    """
 
     @property
     def is_quantised(self) -> bool:
@@ -46,11 +49,6 @@ class RowFormat(enum.IntEnum):
         """Element type of the array that holds the rows: of codes, words."""
         kinds = {RowFormat.FLOAT32: np.float32, RowFormat.FLOAT16: np.float16}
         return np.dtype(kinds.get(self, np.int32))
-
-    @property
-    def largest_code(self) -> int:
-        """Codes go from its negative to it."""
-        return {RowFormat.INT8: 127, RowFormat.INT4: 7}[self]
 
     def row_bytes(self, dim: int) -> int:
         """Bytes of a row of ``dim`` elements."""

@@ -35,6 +35,8 @@ _CARDS = (6.0, 8.0, 11.0, 24.0)
 """Gigabytes of the Pascal cards that there are."""
 _CALIBRATION_PIXELS = 1 << 20
 """Area that larger pictures are resized to: more says nothing new about keys and values."""
+_OWN_ANSWER_TOKENS = 64
+"""Tokens of an answer that the model gives itself where an evaluation has none."""
 _CHAT_COMMANDS = "/image PATH, /video PATH, /reset, /exit"
 
 
@@ -202,6 +204,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompt", type=_text, metavar="TEXT", help="compare on this prompt, not the built-in ones")
     _add_visuals(sub)
     sub.add_argument("--bisect", action="store_true", help="compare every layer, and name the first that deviates")
+
+    sub = command("eval", _evaluate, "export,runtime,dev", "what a compressed KV cache does to a model's answers")
+    sub.add_argument("what", choices=["kv"], help="kv: formats of the KV cache")
+    sub.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="folder of a Hugging Face Qwen3-VL model")
+    sub.add_argument("--data", type=_path, required=True, metavar="DIR", help="folder of prompts and pictures")
+    sub.add_argument("--calibrate", type=_path, metavar="DIR", help="fit the formats by this folder of other prompts")
+    sub.add_argument(
+        "--kv", type=_cache, action="append", metavar="CONFIG", help="a format to measure; can be repeated (several)"
+    )
+    sub.add_argument("--no-baselines", action="store_true", help="leave out llama.cpp's formats, and parts of ours")
+    sub.add_argument("--json", type=_path, metavar="FILE", help="write the figures there")
+    sub.add_argument("--plot", type=_path, metavar="FILE", help="draw divergence against bytes there (PNG)")
 
     sub = command("inspect", _inspect, "runtime", "what a bundle is, and the memory it needs")
     sub.add_argument("bundle", type=_path, metavar="BUNDLE", help="folder of a model or engine bundle")
@@ -533,6 +547,110 @@ def _validation_requests(args: argparse.Namespace) -> dict[str, list[dict[str, A
         "video": [_user_message([("video", clip)], "What happens?")],
         "turns": [first, {"role": "assistant", "content": "Rings."}, _user_message([], "Which colours have they?")],
     }
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    import dataclasses
+    import json
+    import tempfile
+
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from pascalvl.export import kv_evaluation
+    from pascalvl.export.calibration import calibrate
+    from pascalvl.export.checkpoint import Checkpoint
+    from pascalvl.plugins.kv_format import CacheConfig
+    from pascalvl.runtime.prompt_folder import read_prompts
+
+    cases = read_prompts(args.data)
+    learned = read_prompts(args.calibrate) if args.calibrate else []
+    formats = args.kv or [CacheConfig.parse(text) for text in kv_evaluation.DEFAULT_FORMATS]
+    console = Console(stderr=True)
+    with (
+        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        with Checkpoint(args.checkpoint) as checkpoint:
+            checkpoint.copy_host_files(Path(folder))
+            config = checkpoint.model_config()
+        statistics = None
+        if learned:
+            task = progress.add_task("calibrating", total=len(learned))
+            calibration = _calibration_prompts(learned, Path(folder), config)
+            statistics = calibrate(args.checkpoint, calibration, lambda: progress.advance(task))
+        prompts = _evaluation_prompts(args.checkpoint, cases, Path(folder), config, progress)
+        baselines = not args.no_baselines
+        total = len(prompts) * kv_evaluation.passes(formats, baselines)
+        task = progress.add_task("evaluating", total=total)
+        results = kv_evaluation.evaluate(
+            args.checkpoint, prompts, formats, statistics, baselines, lambda: progress.advance(task)
+        )
+    first = results[0]
+    strict = Table(title=f"strict: {first.positions} positions of text")
+    as_run = Table(title=f"as run: {first.answer_positions} positions of answers")
+    for table, headings in (
+        (strict, ("bytes", "KL", "KL 99.9%", "top-1", "perplexity")),
+        (as_run, ("bytes", "KL", "top-1", "right")),
+    ):
+        table.add_column("KV cache", no_wrap=True)
+        for heading in headings:
+            table.add_column(heading, justify="right", no_wrap=True)
+    for row in results:
+        size, right = f"{row.bytes_per_token:g}", "" if row.right is None else f"{row.right:.2%}"
+        strict.add_row(
+            row.name, size, f"{row.kl:.2e}", f"{row.kl_999:.2e}", f"{row.top_1:.2%}", f"{row.perplexity:.5g}"
+        )
+        as_run.add_row(row.name, size, f"{row.answer_kl:.2e}", f"{row.answer_top_1:.2%}", right)
+    _console().print(strict, as_run)
+    if args.json:
+        figures = json.dumps([dataclasses.asdict(row) for row in results], indent=1)
+        _write_whole(args.json, lambda path: path.write_text(figures + "\n", encoding="utf-8"))
+    if args.plot:
+        _write_whole(args.plot, lambda path: kv_evaluation.plot(results, path))
+    return 0
+
+
+def _evaluation_prompts(
+    checkpoint: Path, cases: Sequence[PromptCase], directory: Path, config: Any, progress: Any
+) -> list[Any]:
+    """Conversations with the answers that the folder gives, or else the model's own."""
+    import numpy as np
+
+    from pascalvl.export import kv_evaluation
+    from pascalvl.plugins.bundle import GENERATION_CONFIG
+    from pascalvl.runtime.generation import GenerationConfig
+    from pascalvl.runtime.prompt import PromptBuilder
+
+    builder = PromptBuilder(directory, config, _CALIBRATION_PIXELS)
+    eos = GenerationConfig.from_file(directory / GENERATION_CONFIG).eos_token_ids
+    model, prompts = None, []
+    task = progress.add_task("reading prompts", total=len(cases))
+    for case, prompt in zip(cases, _calibration_prompts(cases, directory, config), strict=True):
+        if case.answer is None:
+            model = model or kv_evaluation.load(checkpoint)
+            answer = kv_evaluation.greedy_answer(model, prompt, eos, _OWN_ANSWER_TOKENS)
+        else:
+            whole = builder.build([*case.messages, {"role": "assistant", "content": case.answer}]).token_ids
+            rest = whole[len(prompt.token_ids) :]
+            ends = np.flatnonzero(np.isin(rest, list(eos)))
+            if not np.array_equal(whole[: len(prompt.token_ids)], prompt.token_ids) or not len(ends):
+                raise UserError(f"the chat template has no place for the answer to {case.name}: leave the answer out.")
+            answer = rest[: ends[0] + 1]
+        prompts.append(kv_evaluation.EvaluationPrompt(prompt, answer, case.answer is not None))
+        progress.advance(task)
+    return prompts
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under another name, then give it its own."""
+    partial = path.with_name(f".{path.name}.partial{path.suffix}")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -222,7 +222,7 @@ def test_build_from_what_is_no_model_bundle(refused, nano_model_bundle, nano_eng
     ranks = "has other ranks than the model was exported with .* export it with --kv k8v4,rv=96, or give no ranks"
     refused(ranks, "build", nano_model_bundle, "--output", output, "--kv", "k8v4,rv=96")
     refused(
-        "layer.6 is too much: this model has layers 0-5",
+        "layer.6 is out of range: this model has layers 0-5",
         "build",
         nano_model_bundle,
         "--output",

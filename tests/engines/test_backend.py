@@ -63,7 +63,7 @@ def test_engine_for_another_model_is_found_before_it_runs(nano_engine_bundle, tm
     model["text"]["num_key_value_heads"] //= 2
     model["text"]["num_hidden_layers"] -= 1
     for dims in ("key_dims", "value_dims"):
-        model["text"][dims].pop()
+        model["text"][dims] = model["text"][dims][1:]
     other = _copy_with_manifest(nano_engine_bundle, tmp_path / "layers", model=model)
     with pytest.raises(UserError, match="it has the further inputs"):
         open_engine(other)

@@ -543,4 +543,4 @@ def test_command_line(tensorrt, nano_model_bundle, tmp_path, monkeypatch, capsys
     assert capsys.readouterr().err == "pascalvl: error: enough.\n"
     assert found.pop() == BuildOptions(64, 5000, 900, tmp_path / "t", ("CUBLAS", "CUDNN"), ())
     assert main(command) == 2
-    assert found.pop() == CacheConfig(KVFormat.F32)  # no options
+    assert found.pop() is None  # neither options nor a cache

@@ -17,6 +17,7 @@ from tests import real_sizes
 RANGES = {
     "batch": (1, 1, 1),
     "seq": (1, 16, 64),
+    "visible_slots": (1, 1, 64),
     "capacity": (128, 128, 128),
     "patches": (4, 64, 256),
     "segments_plus_1": (2, 2, 3),
