@@ -46,7 +46,7 @@ RUN    := $(BIN)/pascalvl
 ON_HOST := $(if $(HOST),--host $(HOST))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo export engine run chat validate inspect kernels plugin test lint clean
+.PHONY: help setup demo export engine run chat validate inspect eval kernels plugin test lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -71,6 +71,12 @@ validate: engine ## compare the engines with the PyTorch model, output by output
 
 inspect: engine ## what the engine bundle is, and the memory it needs
 	$(RUN) inspect $(ENGINE)
+
+eval: setup $(VENV)/torchvision ## what formats of the KV cache do to the nano checkpoint's answers
+	$(BIN)/python -m tests.nano.questions build/questions
+	$(BIN)/python -m tests.nano.questions build/calibration --calibration
+	$(RUN) eval kv tests/nano/checkpoint --data build/questions --calibrate build/calibration \
+	    --json build/eval-kv.json --plot build/eval-kv.png
 
 test: setup $(VENV)/torchvision ## the tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

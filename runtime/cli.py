@@ -564,6 +564,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     from pascalvl.plugins.kv_format import CacheConfig
     from pascalvl.runtime.prompt_folder import read_prompts
 
+    if args.plot:
+        import matplotlib  # noqa: F401 - missing: said before the work
     cases = read_prompts(args.data)
     learned = read_prompts(args.calibrate) if args.calibrate else []
     formats = args.kv or [CacheConfig.parse(text) for text in kv_evaluation.DEFAULT_FORMATS]
