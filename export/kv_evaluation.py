@@ -47,11 +47,13 @@ class EvaluationPrompt:
 
     Attributes:
         is_right: whether the answer is known to be right; otherwise it is what the model itself said.
+        name: what `Result.wrong` calls it.
     """
 
     prompt: CalibrationPrompt
     answer: np.ndarray
     is_right: bool
+    name: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,6 +87,8 @@ class Result:
     name: str
     bytes_per_token: float
     """Of a KV head."""
+    model_bytes_per_token: float
+    """Of all layers and KV heads."""
     kl: float
     """Strict, mean over all positions of text."""
     kl_999: float
@@ -93,6 +97,8 @@ class Result:
     """Strict, share of positions whose likeliest token is float32's."""
     perplexity: float
     """Strict, of the text itself."""
+    strict_right: float | None
+    """Strict, share of answers each of whose tokens is the likeliest; None where none is known."""
     answer_kl: float
     """As run, mean over answers' positions."""
     answer_top_1: float
@@ -100,6 +106,10 @@ class Result:
     """As run, share of answers that come out exactly; None where none is known."""
     positions: int
     answer_positions: int
+    wrong: tuple[str, ...]
+    """As run, names of the prompts whose answers do not come out."""
+    strict_wrong: tuple[str, ...]
+    """Strict, the same."""
 
 
 def evaluate(
@@ -115,7 +125,7 @@ def evaluate(
     Args:
         checkpoint: folder of the Hugging Face model; it is run in float32 on the CPU.
         prompts: the conversations.
-        formats: what to measure; windows do not count.
+        formats: what to measure, without ``window`` and ``recent``.
         statistics: of a calibration, for the formats' transforms; None: what the weights tell.
         baselines: measure llama.cpp's formats too, and ours without balance or rotation.
         progress: called after each pass, of which there are `passes` for each conversation.
@@ -125,6 +135,12 @@ def evaluate(
     """
     if not prompts:
         raise UserError("there is nothing to evaluate: give a folder of prompts.")
+    for cache in formats:
+        if cache.window or cache.recent:
+            raise UserError(
+                f"the KV cache {cache} cannot be evaluated: every token is seen, and compressed, here. Leave window, "
+                "pin and recent out."
+            )
     with Checkpoint(checkpoint) as opened:
         text = opened.model_config().text
         schemes = [Scheme("exact", 8 * text.head_dim, None)]
@@ -142,7 +158,8 @@ def evaluate(
                 hidden = _run(model, prompt, scheme.compression, strict) if scheme.compression else exact
                 _compare(model, prompt, exact, hidden, strict, sums[scheme.name])
                 progress()
-    return [sums[scheme.name].result(scheme) for scheme in schemes]
+    heads = text.num_hidden_layers * text.num_key_value_heads
+    return [sums[scheme.name].result(scheme, heads) for scheme in schemes]
 
 
 def passes(formats: Sequence[CacheConfig], baselines: bool) -> int:
@@ -271,23 +288,30 @@ class _Sums:
     loss: list[np.ndarray] = dataclasses.field(default_factory=list)
     answer_kl: list[np.ndarray] = dataclasses.field(default_factory=list)
     answer_same: list[np.ndarray] = dataclasses.field(default_factory=list)
-    right: list[bool] = dataclasses.field(default_factory=list)
+    right: dict[bool, list[tuple[str, bool]]] = dataclasses.field(default_factory=lambda: {True: [], False: []})
+    """By whether strict: names and whether the answer comes out, of prompts whose answer is known."""
 
-    def result(self, scheme: Scheme) -> Result:
+    def result(self, scheme: Scheme, heads: int) -> Result:
         kl, same, loss = (np.concatenate(values) for values in (self.kl, self.same, self.loss))
         answer_kl, answer_same = np.concatenate(self.answer_kl), np.concatenate(self.answer_same)
+        share = {kind: float(np.mean([hit for _, hit in hits])) if hits else None for kind, hits in self.right.items()}
+        wrong = {kind: tuple(name for name, hit in hits if not hit) for kind, hits in self.right.items()}
         return Result(
             scheme.name,
             scheme.row_bytes,
+            scheme.row_bytes * heads,
             float(kl.mean()),
             float(np.quantile(kl, 0.999)),
             float(same.mean()),
             float(np.exp(loss.mean())),
+            share[True],
             float(answer_kl.mean()),
             float(answer_same.mean()),
-            float(np.mean(self.right)) if self.right else None,
+            share[False],
             len(kl),
             len(answer_kl),
+            wrong[False],
+            wrong[True],
         )
 
 
@@ -302,8 +326,9 @@ def _compare(
     tokens = np.concatenate([prompt.prompt.token_ids, prompt.answer])
     visual = np.isin(tokens, (model.config.image_token_id, model.config.video_token_id))
     positions = np.flatnonzero(~visual[1:])  # that predict a token of text
+    first_answer = len(prompt.prompt.token_ids) - 1
     if not strict:
-        positions = positions[positions >= len(prompt.prompt.token_ids) - 1]
+        positions = positions[positions >= first_answer]
     hits = []
     for start in range(0, len(positions), _LOGITS_AT_ONCE):
         at = torch.from_numpy(positions[start : start + _LOGITS_AT_ONCE])
@@ -320,9 +345,9 @@ def _compare(
         else:
             sums.answer_kl.append(kl)
             sums.answer_same.append(same)
-            hits.append((likeliest == target).numpy())
-    if not strict and prompt.is_right:
-        sums.right.append(bool(np.concatenate(hits).all()))
+        hits.append((likeliest == target).numpy()[at.numpy() >= first_answer])
+    if prompt.is_right:
+        sums.right[strict].append((prompt.name, bool(np.concatenate(hits).all())))
 
 
 # Schemes --------------------------------------------------------------------------------------------------------------

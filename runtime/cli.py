@@ -593,17 +593,17 @@ def _evaluate(args: argparse.Namespace) -> int:
     strict = Table(title=f"strict: {first.positions} positions of text")
     as_run = Table(title=f"as run: {first.answer_positions} positions of answers")
     for table, headings in (
-        (strict, ("bytes", "KL", "KL 99.9%", "top-1", "perplexity")),
+        (strict, ("bytes", "KL", "KL 99.9%", "top-1", "perplexity", "right")),
         (as_run, ("bytes", "KL", "top-1", "right")),
     ):
         table.add_column("KV cache", no_wrap=True)
         for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
     for row in results:
-        size, right = f"{row.bytes_per_token:g}", "" if row.right is None else f"{row.right:.2%}"
-        strict.add_row(
-            row.name, size, f"{row.kl:.2e}", f"{row.kl_999:.2e}", f"{row.top_1:.2%}", f"{row.perplexity:.5g}"
-        )
+        size = f"{row.bytes_per_token:g}"
+        right, strict_right = ("" if x is None else f"{x:.2%}" for x in (row.right, row.strict_right))
+        figures = (f"{row.kl:.2e}", f"{row.kl_999:.2e}", f"{row.top_1:.2%}", f"{row.perplexity:.5g}")
+        strict.add_row(row.name, size, *figures, strict_right)
         as_run.add_row(row.name, size, f"{row.answer_kl:.2e}", f"{row.answer_top_1:.2%}", right)
     _console().print(strict, as_run)
     if args.json:
@@ -640,7 +640,7 @@ def _evaluation_prompts(
             if not np.array_equal(whole[: len(prompt.token_ids)], prompt.token_ids) or not len(ends):
                 raise UserError(f"the chat template has no place for the answer to {case.name}: leave the answer out.")
             answer = rest[: ends[0] + 1]
-        prompts.append(kv_evaluation.EvaluationPrompt(prompt, answer, case.answer is not None))
+        prompts.append(kv_evaluation.EvaluationPrompt(prompt, answer, case.answer is not None, case.name))
         progress.advance(task)
     return prompts
 

@@ -138,6 +138,30 @@ def test_order_of_formats(results):
     assert (sizes["llama.cpp q8_0"], sizes["llama.cpp q4_0"]) == (272, 144)
 
 
+def test_right_and_wrong_answers(nano_checkpoint, nano_reference):
+    """Against the model's own greedy continuation, and that with its last token changed."""
+    tokens = torch.from_numpy(PROMPT.prompt.token_ids)[None]
+    with torch.no_grad():
+        own = [int(nano_reference(input_ids=tokens).logits[0, -1].argmax())]
+        longer = torch.cat([tokens, torch.tensor([own])], 1)
+        own.append(int(nano_reference(input_ids=longer).logits[0, -1].argmax()))
+    prompts = [
+        dataclasses.replace(PROMPT, answer=np.array(answer), name=name)
+        for name, answer in (("own", own), ("other", [own[0], own[1] ^ 1]))
+    ]
+    (exact,) = kv_evaluation.evaluate(nano_checkpoint, prompts, [], baselines=False)
+    assert exact.right == exact.strict_right == 0.5
+    assert exact.wrong == exact.strict_wrong == ("other",)
+    assert exact.model_bytes_per_token == 6 * KV_HEADS * 8 * DIM
+
+
+@pytest.mark.parametrize("option", ["window=64+512", "recent=128"])
+def test_options_that_are_not_simulated(option, nano_checkpoint):
+    cache = CacheConfig.parse(f"k8v4,{option}")
+    with pytest.raises(UserError, match="cannot be evaluated"):
+        kv_evaluation.evaluate(nano_checkpoint, [PROMPT], [cache])
+
+
 def test_nothing_to_evaluate(nano_checkpoint):
     with pytest.raises(UserError, match="nothing to evaluate"):
         kv_evaluation.evaluate(nano_checkpoint, [], [])
