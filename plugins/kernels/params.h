@@ -47,8 +47,9 @@ struct AttentionParams {
   const unsigned char* q_codes;  // rows of 128 bytes, zeros beyond key_dim
   const float* q_scale;          // one a row
   Cache cache;
-  const int* past_length;  // [batch]; null: no past
-  const int* cu_seqlens;   // [num_sequences + 1]; only where packed
+  const int* past_length;   // [batch]; null: no past
+  const int* past_visible;  // [batch, capacity]; null: all of the past is seen; only prefill reads it
+  const int* cu_seqlens;    // [num_sequences + 1]; only where packed
   int num_sequences;
   int num_heads;
   int num_kv_heads;
@@ -57,8 +58,6 @@ struct AttentionParams {
   int key_dim;
   int value_dim;
   float scale_log2;  // softmax_scale * log2(e): exponentials are powers of two
-  int window;        // a query sees the last `window` positions, its own included; 0: all
-  int sinks;         // and the first `sinks`
 };
 
 constexpr int kMaxSplits = 512;
@@ -66,11 +65,15 @@ constexpr int kMaxSplits = 512;
 // Floats of what a split leaves: rows start on 16-byte boundaries.
 PASCALVL_BOTH_SIDES constexpr int partial_pitch(int value_dim) { return value_dim + 4; }
 
-// Decode: AttentionParams with seq 1, cut into splits of the past.
+// Decode: AttentionParams with seq 1, the past of which is cut into splits. A launch over one cache takes `splits` of
+// all, number first_split and on.
 struct DecodeParams {
   AttentionParams attention;
-  float* partial;  // [batch, num_heads, splits, partial_pitch]: unnormalised output, maximum, sum
+  float* partial;  // [batch, num_heads, all_splits, partial_pitch]: unnormalised output, maximum, sum
+  int all_splits;
+  int first_split;
   int splits;
+  bool has_new;  // whether the first of its splits takes the new token too
   bool rotated;  // the cache's keys
 };
 

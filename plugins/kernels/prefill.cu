@@ -4,15 +4,14 @@
 namespace pascalvl {
 
 // The new keys and values from row number `first` of k and v on.
-__device__ __forceinline__ Source new_rows(const AttentionParams& p, long long first, int count, int position) {
+__device__ __forceinline__ Source new_rows(const AttentionParams& p, long long first, int count) {
   return {reinterpret_cast<const unsigned char*>(p.k + first * p.key_dim),
           reinterpret_cast<const unsigned char*>(p.v + first * p.value_dim),
           nullptr,
           nullptr,
           4 * p.key_dim,
           4 * p.value_dim,
-          count,
-          position};
+          count};
 }
 
 // Grid: (kv heads, tiles of rows, batch). The last tiles of rows see the most keys and are started first.
@@ -29,26 +28,16 @@ __device__ __forceinline__ void prefill_causal(const AttentionParams& p, Prefill
   const auto* q = reinterpret_cast<const unsigned char*>(p.q + first_q * p.key_dim);
   const unsigned char* q_past = is_quantised(kKeyFormat) ? p.q_codes + first_q * kCodeRow : q;
 
-  // Positions of the block's first and last query.
-  const int low = past + prefill.first_row / p.group;
-  const int high = past + (min2(prefill.first_row + kRows, prefill.rows) - 1) / p.group;
-  auto sees = [&](int row, int position) {  // whether the query of a row sees a position
-    const int own = shared.position[row];
-    return position <= own && (p.window == 0 || position > own - p.window || position < p.sinks);
-  };
-  // Tiles that no row sees lie between the sinks and the first query's window.
-  const int hidden_from = p.window ? ceil_div(p.sinks, kKeys) * kKeys : 0;
-  const int hidden_to = p.window ? low - p.window + 1 : 0;
-  auto all_see = [&](int first, int last) {
-    return last <= low && (p.window == 0 || first > high - p.window || last < p.sinks);
-  };
+  // The block's first and last token.
+  const int low = prefill.first_row / p.group;
+  const int high = (min2(prefill.first_row + kRows, prefill.rows) - 1) / p.group;
 
   const Cache& cache = p.cache;
   const long long slot = kv * cache.capacity;
   const int k_row = row_bytes(kKeyFormat, p.key_dim), v_row = row_bytes(kValueFormat, p.value_dim);
   if (threadIdx.x < kRows) {
     const int r = min2(prefill.first_row + int(threadIdx.x), prefill.rows - 1);
-    shared.position[threadIdx.x] = past + r / p.group;
+    shared.token[threadIdx.x] = r / p.group;
     if (is_quantised(kKeyFormat)) {
       shared.q_scale[threadIdx.x] = p.scale_log2 * p.q_scale[first_q + r % p.group * p.seq + r / p.group];
     }
@@ -60,24 +49,31 @@ __device__ __forceinline__ void prefill_causal(const AttentionParams& p, Prefill
                          is_quantised(kValueFormat) ? cache.value_scale + slot : nullptr,
                          k_row,
                          v_row,
-                         past,
-                         0};
-    shared.sources[1] = new_rows(p, kv * p.seq, p.seq, past);
+                         past};
+    shared.sources[1] = new_rows(p, kv * p.seq, p.seq);
   }
   __syncthreads();
-  auto skipped = [&](int from) { return from >= hidden_from && from + kKeys <= hidden_to; };
+
+  // Of the cache's slots, how many of the first tokens see each.
+  const int* visible = p.past_visible ? p.past_visible + (long long)sequence * cache.capacity : nullptr;
+  auto is_hidden = [&](int first) {  // from the whole block: every warp looks at the whole tile, so that all agree
+    bool seen = false;
+    for (int i = threadIdx.x % kWarp; i < kKeys; i += kWarp) seen |= __ldg(visible + min2(first + i, past - 1)) > low;
+    return !__any_sync(kAllLanes, seen);
+  };
   for (int first = 0; first < past; first += kKeys) {
-    if (skipped(first)) continue;
-    const bool masked = first + kKeys > past || !all_see(first, first + kKeys - 1);
-    prefill.template tile<kKeyFormat, kValueFormat>(p, q_past, shared.sources[0], first, min2(past - first, kKeys),
-                                                    masked, shared, sees);
+    if (visible && is_hidden(first)) continue;
+    prefill.template tile<kKeyFormat, kValueFormat>(
+        p, q_past, shared.sources[0], first, min2(past - first, kKeys), visible || first + kKeys > past, shared,
+        [&](int key) {
+          const int tokens = visible ? __ldg(visible + key) : p.seq;
+          return [&shared, tokens](int row) { return shared.token[row] < tokens; };
+        });
   }
-  for (int first = 0; first <= high - past; first += kKeys) {
-    const int from = past + first;
-    if (skipped(from)) continue;
-    const bool masked = first + kKeys > p.seq || !all_see(from, from + kKeys - 1);
-    prefill.template tile<kFloat32, kFloat32>(p, q, shared.sources[1], first, min2(high - from + 1, kKeys), masked,
-                                              shared, sees);
+  for (int first = 0; first <= high; first += kKeys) {
+    prefill.template tile<kFloat32, kFloat32>(
+        p, q, shared.sources[1], first, min2(high - first + 1, kKeys), first + kKeys > low + 1, shared,
+        [&](int key) { return [&shared, key](int row) { return key <= shared.token[row]; }; });
   }
   prefill.store(p, p.out + ((long long)sequence * p.seq * p.num_heads + head * p.group) * p.value_dim);
 }
@@ -102,11 +98,12 @@ __device__ __forceinline__ void prefill_packed(const AttentionParams& p, Prefill
   prefill.begin(p, tile * kRows, length, 0);
   const long long first_token = (long long)head * p.seq + begin;
   const auto* q = reinterpret_cast<const unsigned char*>(p.q + first_token * p.key_dim);
-  if (threadIdx.x == 0) shared.sources[0] = new_rows(p, first_token, length, 0);
+  if (threadIdx.x == 0) shared.sources[0] = new_rows(p, first_token, length);
   __syncthreads();
   for (int first = 0; first < length; first += kKeys) {
     prefill.template tile<kFloat32, kFloat32>(p, q, shared.sources[0], first, min2(length - first, kKeys),
-                                              first + kKeys > length, shared, [](int, int) { return true; });
+                                              first + kKeys > length, shared,
+                                              [](int) { return [](int) { return true; }; });
   }
   prefill.store(p, p.out + ((long long)begin * p.num_heads + head) * p.value_dim);
 }

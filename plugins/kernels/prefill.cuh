@@ -34,8 +34,7 @@ struct Source {
   const unsigned short* v_scale;
   int k_row;  // bytes
   int v_row;
-  int count;     // rows there are
-  int position;  // of the first one
+  int count;  // rows there are
 };
 
 // What lies in global memory and does not change: the compiler cannot tell of pointers that come from shared memory.
@@ -184,7 +183,7 @@ struct PrefillShared {
   float slices[2][T::kSliceWords];
   float probability[T::kKeys * T::kRows];  // [key][row], see probability_at
   Source sources[2];                       // the cache and the new keys
-  int position[T::kRows];                  // of each query
+  int token[T::kRows];                     // of each query, its number among the new ones
   float q_scale[T::kRows];                 // of quantised queries, times scale_log2
   float k_scale[T::kKeys];                 // of a tile's codes
   float v_scale[T::kKeys];
@@ -372,8 +371,8 @@ struct Prefill : Tile<kValueDim> {
     }
   }
 
-  // One tile: `count` keys, number `first` and on, of a source. Where `masked`, `sees(row, position)` tells what a row
-  // sees; rows of the source from `count` on are read as its last one, and must be masked.
+  // One tile: `count` keys, number `first` and on, of a source. Where `masked`, `sees(key)(row)` tells whether a row
+  // sees one of its keys; rows of the source from `count` on are read as its last one, and must be masked.
   template <int kKeyFormat, int kValueFormat, typename Sees>
   __device__ __forceinline__ void tile(const AttentionParams& p, const unsigned char* q, const Source& source,
                                        int first, int count, bool masked, Shared& shared, Sees sees) {
@@ -431,11 +430,13 @@ struct Prefill : Tile<kValueDim> {
     fetch(0);
     if (masked) {
 #pragma unroll
-      for (int i = 0; i < kRowsPerThread; ++i) {
+      for (int j = 0; j < kKeysPerThread; ++j) {
+        const int key = first + key_of(j);
+        const bool there = key < source.count;
+        const auto row_sees = sees(min2(key, source.count - 1));
 #pragma unroll
-        for (int j = 0; j < kKeysPerThread; ++j) {
-          const int key = first + key_of(j);
-          if (key >= source.count || !sees(row0 + i, source.position + key)) score[i][j] = kLowest;
+        for (int i = 0; i < kRowsPerThread; ++i) {
+          if (!there || !row_sees(row0 + i)) score[i][j] = kLowest;
         }
       }
     }
