@@ -25,14 +25,16 @@ def hadamard(x: np.ndarray) -> np.ndarray:
 def quantise(x: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Codes (int8, ``[..., dim]``) and scales (float16, ``[...]``) of float32 rows.
 
-    One scale a row, symmetric, rounded to the nearest even; the codes are those of the scale as stored.
+    One scale a row, symmetric, rounded to the nearest even; the codes are those of the scale as stored. Of a row too
+    large for float16 (or infinite) the scale is infinity and the codes are zeros: such a row reads as NaN.
     """
-    with np.errstate(over="ignore"):  # a row too large for the format is stored as infinity
+    with np.errstate(over="ignore"):
         scale = (np.abs(x).max(-1) / np.float32(most)).astype(np.float16)
     stored = scale.astype(np.float32)
     inverse = np.where(stored > 0, np.float32(1) / np.where(stored > 0, stored, 1), 0).astype(np.float32)
-    codes = np.clip(np.rint(x * inverse[..., None]), -most, most).astype(np.int8)
-    return codes, scale
+    with np.errstate(invalid="ignore"):  # infinity times zero: no number, which as an integer is zero
+        codes = np.nan_to_num(np.clip(np.rint(x * inverse[..., None]), -most, most), nan=0)
+    return codes.astype(np.int8), scale
 
 
 def compress(x: np.ndarray, row_format: RowFormat, rotated: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
@@ -66,4 +68,5 @@ def expand(rows: np.ndarray, scale: np.ndarray | None, row_format: RowFormat, di
     else:
         nibbles = rows.view(np.uint32)[..., None] >> _NIBBLES & 15
         codes = nibbles.reshape(*rows.shape[:-1], -1)[..., :dim].astype(np.int8) - np.int8(8)
-    return codes * scale.astype(np.float32)[..., None]
+    with np.errstate(invalid="ignore"):  # zero times the infinite scale of a row that was too large
+        return codes * scale.astype(np.float32)[..., None]

@@ -446,7 +446,11 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   return result;
 }
 
-inline int __float2int_rn(float x) { return int(std::nearbyint(x)); }
+// No number becomes 0, and what is too large the largest there is.
+inline int __float2int_rn(float x) {
+  if (std::isnan(x)) return 0;
+  return x >= 2147483648.0f ? INT32_MAX : x < -2147483648.0f ? INT32_MIN : int(std::nearbyint(x));
+}
 inline float __int_as_float(int bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);

@@ -227,10 +227,10 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
                                    partial_pitch(a.value_dim);
   const long long partial_stride = (long long)p.all_splits * partial_pitch(a.value_dim);  // between heads
 
-  // This block's keys lie in slots begin to end - 1.
+  // This block's keys lie in slots begin to last.
   const int share = max2(ceil_div(ceil_div(past, p.splits), kLeastKeys), 1) * kLeastKeys;
-  const int begin = blockIdx.x * share, end = min2(begin + share, past);
-  const bool has_new = p.has_new && blockIdx.x == 0;
+  const int begin = blockIdx.x * share, end = min2(begin + share, past), last = end - 1;
+  const bool has_new = (p.first_split | blockIdx.x) == 0;
   if (begin >= end && !has_new) {
     if (threadIdx.x < kGroup) {
       partial[threadIdx.x * partial_stride + a.value_dim] = kLowest;
@@ -257,7 +257,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
   auto own_key = [&](int first, int i) { return first + (own_load + i) * Keys::kAtOnce + lane / Keys::kLanes; };
   auto load_scales = [&](const unsigned short* scales, int first, unsigned short* loaded) {
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) loaded[i] = scales[first_slot + min2(own_key(first, i), end - 1)];
+    for (int i = 0; i < kOwn; ++i) loaded[i] = scales[first_slot + min2(own_key(first, i), last)];
   };
   auto load_keys = [&](int first) {
     load_rows<kTile, Keys::kAtOnce>(keys, key_row, end, first, first + lane / Keys::kLanes, key_words);

@@ -218,7 +218,6 @@ void decode(const pascalvl_attention_args& a, void* workspace, void* stream) {
   p.partial = static_cast<float*>(workspace);
   p.splits = decode_splits(a, a.cache.capacity);
   p.all_splits = p.splits + recent_splits(a);
-  p.has_new = true;
   p.rotated = a.cache.rotated;
   const auto launch_splits = [&] {
     const Cache& cache = p.attention.cache;
@@ -232,7 +231,7 @@ void decode(const pascalvl_attention_args& a, void* workspace, void* stream) {
     p.attention.past_length = a.recent_length;
     p.first_split = p.splits;
     p.splits = recent_splits(a);
-    p.has_new = p.rotated = false;
+    p.rotated = false;
     launch_splits();
   }
   launch("decode_merge", {unsigned(a.num_heads), unsigned(a.batch), 1}, kMergeThreads, p, stream);

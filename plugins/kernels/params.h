@@ -66,14 +66,13 @@ constexpr int kMaxSplits = 512;
 PASCALVL_BOTH_SIDES constexpr int partial_pitch(int value_dim) { return value_dim + 4; }
 
 // Decode: AttentionParams with seq 1, the past of which is cut into splits. A launch over one cache takes `splits` of
-// all, number first_split and on.
+// all, number first_split and on; the first of all takes the new token too.
 struct DecodeParams {
   AttentionParams attention;
   float* partial;  // [batch, num_heads, all_splits, partial_pitch]: unnormalised output, maximum, sum
   int all_splits;
   int first_split;
   int splits;
-  bool has_new;  // whether the first of its splits takes the new token too
   bool rotated;  // the cache's keys
 };
 

@@ -1,4 +1,4 @@
-"""What the kernels must compute, in NumPy: attention in float64, cache rows bit for bit. And calls of the library."""
+"""What attention must give, in float64 over the cache's very rows; and calls of the kernels' library."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary
 from pascalvl.plugins.kv_format import RowFormat
+from pascalvl.plugins.kv_rows import expand, hadamard
 
 PAIRS = [
     (RowFormat.FLOAT32, RowFormat.FLOAT32),
@@ -18,37 +19,6 @@ PAIRS = [
     (RowFormat.INT4, RowFormat.INT4),
 ]
 """The formats of keys and values that a cache may have."""
-
-
-def hadamard(x: np.ndarray) -> np.ndarray:
-    """Rows of 128 times the orthonormal Hadamard matrix (Sylvester's), by butterflies: in float32 the kernels' bits."""
-    for step in 2 ** np.arange(7):
-        pairs = x.reshape(*x.shape[:-1], -1, 2, step)
-        x = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2).reshape(x.shape)
-    return x * x.dtype.type(128**-0.5)
-
-
-def quantise(x: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and float16 scales of float32 rows: one scale a row, symmetric, rounded to nearest even."""
-    scale = (np.abs(x).max(-1) / np.float32(most)).astype(np.float16)
-    stored = scale.astype(np.float32)
-    inverse = np.where(stored > 0, np.float32(1) / np.where(stored > 0, stored, 1), 0).astype(np.float32)
-    codes = np.clip(np.rint(x * inverse[..., None]), -most, most).astype(np.int8)
-    return codes, scale
-
-
-def unpack(rows: np.ndarray, scale: np.ndarray, row_format: RowFormat, dim: int) -> np.ndarray:
-    """Cache rows [..., bytes] to float64 [..., dim]."""
-    if row_format is RowFormat.FLOAT32:
-        return rows.view(np.float32)[..., :dim].astype(np.float64)
-    if row_format is RowFormat.FLOAT16:
-        return rows.view(np.float16)[..., :dim].astype(np.float64)
-    if row_format is RowFormat.INT8:
-        codes = rows.view(np.int8)[..., :dim].astype(np.float64)
-    else:
-        words = rows.reshape(*rows.shape[:-1], -1, 4)  # four bytes hold eight elements: low nibbles, then high ones
-        codes = np.concatenate([words & 15, words >> 4], -1).reshape(*rows.shape[:-1], -1)[..., :dim] - 8.0
-    return codes * scale.astype(np.float64)[..., None]
 
 
 def attention(q, k, v, visible, softmax_scale: float) -> np.ndarray:
@@ -160,7 +130,9 @@ class HostCache:
 
     def contents(self, which: int, layer: int = 0) -> np.ndarray:
         """Keys (0, still rotated) or values (1) as float64 [batch, num_kv_heads, capacity, dim]."""
-        return unpack(self.rows[which][layer], self.scales[which][layer], self.formats[which], self.dims[which])
+        row_format = self.formats[which]
+        rows = self.rows[which][layer].view(row_format.dtype)
+        return expand(rows, self.scales[which][layer], row_format, self.dims[which]).astype(np.float64)
 
 
 def append(
@@ -196,19 +168,24 @@ def append(
     memory.wait()
 
 
+Recent = tuple[HostCache, np.ndarray]
+"""A cache of recent tokens in float16, and how many each sequence has."""
+
+
 def causal_attention(
     library: KernelLibrary,
     cache: HostCache,
-    q,
-    k,
-    v,
-    past_length: np.ndarray,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    past_length: np.ndarray | None,
     softmax_scale: float,
-    window: int = 0,
-    sinks: int = 0,
+    past_visible: np.ndarray | None = None,
+    recent: Recent | None = None,
 ) -> np.ndarray:
     """The library's attention of q [batch, num_heads, seq, dim] and new k, v over a cache."""
-    past_length = copy(past_length)
+    past_length, past_visible = copy(past_length), copy(past_visible)
+    recent_length = copy(recent[1]) if recent else None
     batch, num_heads, seq, key_dim = q.shape
     out = aligned((batch, seq, num_heads, v.shape[-1]))
     out[:] = np.nan
@@ -226,9 +203,10 @@ def causal_attention(
         softmax_scale=softmax_scale,
         causal=1,
         past_length=pointer(past_length),
-        window=window,
-        sinks=sinks,
+        past_visible=pointer(past_visible),
+        recent_length=pointer(recent_length),
         cache=cache.view(),
+        recent=recent[0].view() if recent else Cache(),
     )
     workspace = aligned((library.attention_workspace(args),), np.uint8)
     library.attention(args, pointer(workspace), workspace.nbytes)
@@ -236,27 +214,39 @@ def causal_attention(
     return out
 
 
-def expected_attention(cache: HostCache, q, k, v, past_length, softmax_scale, window=0, sinks=0) -> np.ndarray:
-    """The same in float64, over the cache's very codes. Quantised keys meet queries quantised to int8."""
+def expected_attention(
+    cache: HostCache,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    past_length: np.ndarray,
+    softmax_scale: float,
+    past_visible: np.ndarray | None = None,
+    recent: Recent | None = None,
+) -> np.ndarray:
+    """The same in float64, over the caches' very rows. Quantised keys meet queries quantised to int8."""
     outs = []
     for b, past in enumerate(past_length):
-        own = past + np.arange(q.shape[2])[:, None]
-        position = np.arange(past + q.shape[2])[None]
-        visible = position <= own
-        if window:
-            visible &= (position > own - window) | (position < sinks)
-        old_q = q[b].astype(np.float64)
+        token = np.arange(q.shape[2])[:, None]
+        sees_past = np.ones((len(token), past), bool) if past_visible is None else token < past_visible[b, :past]
+        exact_q = past_q = q[b].astype(np.float64)
         if cache.formats[0].is_quantised:
             turned = hadamard(q[b]) if cache.rotated else q[b]
             most = np.abs(turned).max(-1, keepdims=True)
             codes = np.rint(turned * (np.float32(127) / most))
-            old_q = codes.astype(np.float64) * (most / np.float32(127))
-        # Old and new keys meet different forms of q: stack both, zeros where the other form is due.
-        both = np.concatenate([old_q, q[b].astype(np.float64)], -1)
-        old_k = cache.contents(0)[b][:, :past]
-        keys = np.concatenate(
-            [np.concatenate([old_k, np.zeros_like(old_k)], -1), np.concatenate([np.zeros_like(k[b]), k[b]], -1)], 1
+            past_q = codes.astype(np.float64) * (most / np.float32(127))
+        keys, values, sees_new = [k[b]], [v[b]], [np.arange(len(token)) <= token]
+        if recent:
+            count = recent[1][b]
+            keys.insert(0, recent[0].contents(0)[b][:, :count])
+            values.insert(0, recent[0].contents(1)[b][:, :count])
+            sees_new.insert(0, np.ones((len(token), count), bool))
+        # The past's keys and the others meet different forms of q: stack both, zeros where the other form is due.
+        past_k, new_k = cache.contents(0)[b][:, :past], np.concatenate(keys, 1)
+        both_k = np.concatenate(
+            [np.pad(past_k, ((0, 0), (0, 0), (0, k.shape[-1]))), np.pad(new_k, ((0, 0), (0, 0), (k.shape[-1], 0)))], 1
         )
-        values = np.concatenate([cache.contents(1)[b][:, :past], v[b]], 1)
-        outs.append(attention(both, keys, values, visible, softmax_scale))
+        both_v = np.concatenate([cache.contents(1)[b][:, :past], *values], 1)
+        visible = np.concatenate([sees_past, *sees_new], 1)
+        outs.append(attention(np.concatenate([past_q, exact_q], -1), both_k, both_v, visible, softmax_scale))
     return np.stack(outs)

@@ -1,5 +1,8 @@
 """The kernels against NumPy: on the emulator, and on a GPU where there is one."""
 
+import dataclasses
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +11,12 @@ from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import AttentionArgs, KernelLibrary
 from pascalvl.plugins.kv_format import RowFormat
+from pascalvl.plugins.kv_rows import compress, hadamard
 from tests.plugins.kernels import reference
 from tests.plugins.kernels.reference import (
     PAIRS,
     HostCache,
+    Recent,
     Shape,
     aligned,
     append,
@@ -19,9 +24,7 @@ from tests.plugins.kernels.reference import (
     causal_attention,
     copy,
     expected_attention,
-    hadamard,
     pointer,
-    quantise,
     relative_error,
 )
 
@@ -68,52 +71,69 @@ def make_case(library, shape: Shape, formats, rotated: bool, seq: int, past, see
     return cache, q, k, v, np.array(past, np.int32)
 
 
+def run_on(library: KernelLibrary):
+    """The library's attention, as `expected_attention` is called."""
+    return functools.partial(causal_attention, library)
+
+
 # kv_append ------------------------------------------------------------------------------------------------------------
 
 
+def extremes(rows: np.ndarray) -> None:
+    """Make the first of seven tokens or more [..., token, dim] hard to store, the others stay."""
+    rows[..., 0, :] = 0
+    rows[..., 1, :] *= 1e-9  # its scale rounds to zero
+    rows[..., 2, :] *= 1e-5  # below float16's normal numbers
+    rows[..., 3, :] *= 1e8
+    rows[..., 4, 5] = -np.inf
+
+
 @pytest.mark.parametrize("formats", PAIRS)
-@pytest.mark.parametrize(("key_dim", "value_dim", "rotated"), [(128, 128, True), (128, 96, False), (64, 112, False)])
-def test_append_writes_these_codes(library, formats, key_dim, value_dim, rotated):
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim", "rotated"),
+    [(128, 128, True), (128, 96, False), (112, 64, False), (96, 112, False), (64, 128, False)],
+)
+@pytest.mark.parametrize(
+    "slots", [None, [[5, -1, 0, 11, 3, 10, 4, 8], [7, 6, 5, -9, 99, 3, 2, 1]]], ids=["past_length", "slots"]
+)
+def test_append_writes_what_compress_gives(library, formats, key_dim, value_dim, rotated, slots):
     rotated = rotated and formats[0].is_quantised
     rng = np.random.default_rng(0)
     shape = Shape(batch=2, num_kv_heads=3, key_dim=key_dim, value_dim=value_dim, capacity=11)
     cache = HostCache(library, shape, formats, rotated, layers=2)
-    key, value = normal(rng, 2, 2, 3, 4, key_dim), normal(rng, 2, 2, 3, 4, value_dim)
-    key[0, 0, 0, 0] = 0
-    past = np.array([5, 2], np.int32)
-    append(library, cache, key, value, past)
+    key, value = normal(rng, 2, 2, 3, 8, key_dim), normal(rng, 2, 2, 3, 8, value_dim)
+    extremes(key)
+    extremes(value)
+    past = None if slots else np.array([2, 5], np.int32)
+    append(library, cache, key, value, past, np.array(slots, np.int32) if slots else None)
+    taken = np.array(slots) if slots else past[:, None] + np.arange(8)
     for which, (new, form) in enumerate(zip((key, value), formats, strict=True)):
         turned = which == 0 and rotated
-        exact = hadamard(new.astype(np.float64)) if turned else new.astype(np.float64)
-        for layer in range(2):
-            found = cache.contents(which, layer)
-            for b in range(2):
-                written = found[b, :, past[b] : past[b] + 4]
-                rest = np.delete(cache.rows[which][layer][b], np.s_[past[b] : past[b] + 4], 1)
-                assert not rest.any()
-                if form.is_quantised and not turned:
-                    codes, scale = quantise(new[layer, b], 127 if form is RowFormat.INT8 else 7)
-                    np.testing.assert_array_equal(written, codes * scale.astype(np.float64)[..., None])
-                    continue
-                # Within half a step of a code, or the format's own rounding; and that of the rotation in FP32.
-                step = {
-                    RowFormat.FLOAT32: 2e-6,
-                    RowFormat.FLOAT16: 2**-10,
-                    RowFormat.INT8: 1 / 127,
-                    RowFormat.INT4: 1 / 7,
-                }
-                size = np.abs(exact[layer, b]).max(-1, keepdims=True)
-                assert (np.abs(written - exact[layer, b]) <= 0.51 * step[form] * size).all()
-
-
-def test_append_takes_slots_and_skips_negative_ones(library):
-    rng = np.random.default_rng(1)
-    cache = HostCache(library, Shape(capacity=6), F32, False)
-    key, value = normal(rng, 1, 1, 1, 4, 128), normal(rng, 1, 1, 1, 4, 128)
-    append(library, cache, key, value, None, np.array([[5, -1, 0, 6]], np.int32))
-    expected = np.zeros((6, 128))
-    expected[5], expected[0] = key[0, 0, 0, 0], key[0, 0, 0, 2]
-    np.testing.assert_array_equal(cache.contents(0)[0, 0], expected)
+        with np.errstate(invalid="ignore"):
+            rows, scale = compress(new, form, turned)
+            exact = hadamard(new.astype(np.float64)) if turned else new.astype(np.float64)
+        expected = np.zeros_like(cache.rows[which]).view(form.dtype)
+        expected_scale = np.zeros_like(cache.scales[which])
+        for b, token in np.ndindex(taken.shape):
+            if not 0 <= (slot := taken[b, token]) < shape.capacity:
+                continue
+            expected[:, b, :, slot] = rows[:, b, :, token]
+            if form.is_quantised:
+                expected_scale[:, b, :, slot] = scale[:, b, :, token]
+            if 0 < token < 5:  # too small or too large for its scale to be exact
+                continue
+            # Within half a step of a code, or the format's own rounding; and that of the rotation in FP32.
+            step = {
+                RowFormat.FLOAT32: 2e-6,
+                RowFormat.FLOAT16: 2**-10,
+                RowFormat.INT8: 1 / 127,
+                RowFormat.INT4: 1 / 7,
+            }[form]
+            for layer in range(2):
+                found, want = cache.contents(which, layer)[b, :, slot], exact[layer, b, :, token]
+                assert (np.abs(found - want) <= 0.51 * step * np.abs(want).max(-1, keepdims=True)).all()
+        np.testing.assert_array_equal(cache.rows[which], expected.view(np.uint8))
+        np.testing.assert_array_equal(cache.scales[which].view(np.uint16), expected_scale.view(np.uint16))
 
 
 # Prefill --------------------------------------------------------------------------------------------------------------
@@ -153,14 +173,6 @@ def test_prefill_of_reduced_ranks(library, formats, key_dim, value_dim):
     assert relative_error(causal_attention(library, *case, 0.1), expected_attention(*case, 0.1)) < TOLERANCE
 
 
-@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (5, 0), (64, 3), (100, 70), (1000, 2)])
-@pytest.mark.parametrize("seq", [1, 90])
-def test_windows_and_sinks(library, window, sinks, seq):
-    case = make_case(library, Shape(), F32, False, seq, [200], 5)
-    found = causal_attention(library, *case, 0.1, window, sinks)
-    assert relative_error(found, expected_attention(*case, 0.1, window, sinks)) < TOLERANCE
-
-
 def test_prefill_without_a_past(library):
     cache, q, k, v, _ = make_case(library, Shape(), F32, False, 30, [0], 6)
     found = causal_attention(library, cache, q, k, v, None, 0.1)
@@ -187,12 +199,143 @@ def test_decode_of_reduced_ranks(library, formats, key_dim, value_dim):
     assert relative_error(causal_attention(library, *case, 0.1), expected_attention(*case, 0.1)) < TOLERANCE
 
 
+# Masks of the past ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("formats", PAIRS)
+@pytest.mark.parametrize("seq", [1, 20, 70])
+def test_masks_of_the_past(library, formats, seq):
+    rng = np.random.default_rng(seq)
+    shape = Shape(batch=2, num_heads=6, num_kv_heads=2, capacity=300)
+    case = make_case(library, shape, formats, formats[0].is_quantised, seq, [290, 131], 20)
+    visible = rng.integers(0, seq + 2, (2, shape.capacity)).astype(np.int32)
+    visible[1, ::2] = 0
+    found, expected = (f(*case, 0.1, visible) for f in (run_on(library), expected_attention))
+    assert relative_error(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (96, 112), (112, 96), (128, 64)])
+def test_masks_and_reduced_ranks(library, key_dim, value_dim):
+    rng = np.random.default_rng(key_dim)
+    shape = Shape(num_heads=2, num_kv_heads=1, key_dim=key_dim, value_dim=value_dim)
+    case = make_case(library, shape, PAIRS[3], key_dim == 128, 75, [200], 21)
+    visible = rng.integers(0, 80, (1, shape.capacity)).astype(np.int32)
+    found, expected = (f(*case, 0.1, visible) for f in (run_on(library), expected_attention))
+    assert relative_error(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(("start", "seq"), [(3, 9), (30, 20), (150, 33), (301, 64), (301, 1)])
+@pytest.mark.parametrize("sinks", [0, 5])
+def test_a_ring_gives_a_sliding_window(library, start, seq, sinks):
+    """A cache of the first tokens and a ring of the last 64, against attention over all there were."""
+    window = 64
+    rng = np.random.default_rng(start)
+    k, v, q = normal(rng, 1, 1, start + seq, 128), normal(rng, 1, 1, start + seq, 128), normal(rng, 1, 4, seq, 128)
+    cache = HostCache(library, Shape(capacity=sinks + window), F32, False)
+    position = np.arange(start)
+    slots = np.where(position < sinks, position, sinks + (position - sinks) % window).astype(np.int32)
+    for token in range(start):  # as time goes: later ones overwrite
+        one = np.s_[:, :, token : token + 1]
+        append(library, cache, copy(k[one])[None], copy(v[one])[None], None, slots[None, token : token + 1])
+    held = np.zeros(sinks + window, np.int64)
+    held[slots] = position
+    # Token start + i sees position p where start + i - p < window.
+    visible = np.where(held < sinks, seq, held + window - start).astype(np.int32)[None]
+    past = np.array([min(start, sinks + window)], np.int32)
+    new = np.s_[:, :, start:]
+    found = causal_attention(library, cache, q, copy(k[new]), copy(v[new]), past, 0.1, visible)
+    distance = start + np.arange(seq)[:, None] - np.arange(start + seq)
+    sees = (distance >= 0) & ((distance < window) | (np.arange(start + seq) < sinks))
+    assert relative_error(found[0], attention(q[0], k[0], v[0], sees, 0.1)) < TOLERANCE
+
+
+def test_keys_that_no_query_of_a_block_sees_are_not_read(library):
+    """Of a window's past: a block that saw them would find no numbers."""
+    cache, q, k, v, past = make_case(library, Shape(capacity=512), F32, False, 40, [512], 22)
+    visible = np.full((1, 512), 40, np.int32)
+    visible[:, 128:384] = 0
+    expected = expected_attention(cache, q, k, v, past, 0.1, visible)
+    for rows in cache.rows:
+        rows[..., 128:384, :].view(np.float32)[:] = np.nan
+    assert relative_error(causal_attention(library, cache, q, k, v, past, 0.1, visible), expected) < TOLERANCE
+
+
+# Recent tokens --------------------------------------------------------------------------------------------------------
+
+
+def make_recent(library, shape: Shape, capacity: int, lengths, seed: int) -> Recent:
+    """Recent tokens beside a cache of such a shape."""
+    recent = dataclasses.replace(shape, capacity=capacity)
+    cache, *_, length = make_case(library, recent, PAIRS[1], False, 1, lengths, seed)
+    return cache, length
+
+
+@pytest.mark.parametrize("formats", PAIRS[2:])
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize(("past", "recent"), [([0, 70], [1, 0]), ([200, 63], [31, 150]), ([256, 0], [150, 0])])
+def test_decode_over_recent_tokens_too(library, formats, group, past, recent):
+    shape = Shape(batch=2, num_heads=group, num_kv_heads=1)
+    case = make_case(library, shape, formats, True, 1, past, 30, outliers=True)
+    more = make_recent(library, shape, 150, recent, 31)
+    found, expected = (f(*case, 0.1, recent=more) for f in (run_on(library), expected_attention))
+    assert relative_error(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (96, 112), (112, 96), (128, 64)])
+@pytest.mark.parametrize("formats", PAIRS[2:])
+def test_recent_tokens_of_reduced_ranks(library, formats, key_dim, value_dim):
+    shape = Shape(num_heads=2, num_kv_heads=1, key_dim=key_dim, value_dim=value_dim)
+    case = make_case(library, shape, formats, key_dim == 128, 1, [100], 32)
+    more = make_recent(library, shape, 200, [180], 33)
+    found, expected = (f(*case, 0.1, recent=more) for f in (run_on(library), expected_attention))
+    assert relative_error(found, expected) < TOLERANCE
+
+
+def test_several_tokens_come_without_recent_ones(library):
+    case = make_case(library, Shape(), PAIRS[2], True, 7, [100], 34)
+    none = make_recent(library, Shape(), 32, [0], 35)
+    np.testing.assert_array_equal(
+        causal_attention(library, *case, 0.1, recent=none), causal_attention(library, *case, 0.1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"past_length": None}, "Recent tokens lie beside a quantised cache; found none."),
+        ({"key_format": 1, "value_format": 1}, "Recent tokens lie beside a quantised cache; found float16."),
+        ({"past_visible": 16}, "Recent tokens cannot be had together with past_visible"),
+        ({"recent.key_format": 2}, "Recent keys and values are int8 and float16; expected float16."),
+        ({"recent.rotated": 1}, "Recent keys and values are rotated float16 and float16; expected float16."),
+        ({"recent.capacity": 0}, "The recent rows' capacity is 0; it must be at least 1."),
+        ({"recent.value": None}, "The cache of recent values is a null pointer."),
+    ],
+)
+def test_bad_recent_tokens_are_refused_in_words(library, change, told):
+    shape = Shape()
+    cache, q, k, v, past = make_case(library, shape, PAIRS[2], False, 1, [5], 36)
+    recent, length = make_recent(library, shape, 16, [3], 37)
+    out = aligned((1, 1, 4, 128))
+    sizes = {"batch": 1, "num_heads": 4, "num_kv_heads": 1, "seq": 1, "key_dim": 128, "value_dim": 128}
+    pointers = dict(zip(("q", "k", "v", "out", "past_length"), map(pointer, (q, k, v, out, past)), strict=True))
+    views = {"cache": cache.view(), "recent": recent.view()}
+    args = AttentionArgs(**pointers, **sizes, **views, softmax_scale=0.1, causal=1, recent_length=pointer(length))
+    workspace = aligned((library.attention_workspace(args),), np.uint8)
+    for name, value in change.items():
+        owner = args.recent if name.startswith("recent.") else args.cache if name.endswith("format") else args
+        setattr(owner, name.removeprefix("recent."), value)
+    with pytest.raises(UserError) as error:
+        library.attention(args, pointer(workspace), workspace.nbytes)
+    assert told in str(error.value)
+    assert not out.any()
+
+
 # Combinations ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_any_combination(library, seed):
-    """Formats, ranks, groups, lengths, windows and outliers as they come."""
+    """Formats, ranks, groups, lengths, masks, recent tokens and outliers as they come."""
     rng = np.random.default_rng([14, seed])
     formats = PAIRS[seed % len(PAIRS)]
     group, num_kv_heads = int(rng.choice([1, 2, 4, 8])), int(rng.integers(1, 4))
@@ -207,12 +350,16 @@ def test_any_combination(library, seed):
     )
     past = [int(rng.integers(shape.capacity + 1)) for _ in range(shape.batch)]
     seq = 1 if rng.random() < 0.5 else int(rng.integers(2, 80))
-    window = int(rng.integers(1, 350)) if rng.random() < 0.5 else 0
-    sinks = int(rng.integers(20)) if window else 0
     rotated = formats[0].is_quantised and shape.key_dim == 128 and rng.random() < 0.5
     case = make_case(library, shape, formats, rotated, seq, past, seed, outliers=rng.random() < 0.5)
-    found = causal_attention(library, *case, 0.1, window, sinks)
-    assert relative_error(found, expected_attention(*case, 0.1, window, sinks)) < TOLERANCE
+    visible = recent = None
+    if rng.random() < 0.5:
+        visible = rng.integers(0, seq + 2, (shape.batch, shape.capacity)).astype(np.int32)
+    elif formats[0].is_quantised and seq == 1:
+        capacity = int(rng.integers(1, 200))
+        recent = make_recent(library, shape, capacity, list(rng.integers(0, capacity + 1, shape.batch)), seed)
+    found, expected = (f(*case, 0.1, visible, recent) for f in (run_on(library), expected_attention))
+    assert relative_error(found, expected) < TOLERANCE
 
 
 # Extremes -------------------------------------------------------------------------------------------------------------
@@ -306,8 +453,6 @@ def test_greedy_takes_the_first_of_the_largest(library, vocab_size):
         ({"num_heads": 6}, "Decode has 1, 2, 4 or 8 query heads a kv head; found 3."),
         ({"key_dim": 80}, "key_dim is 80; expected 64, 96, 112 or 128."),
         ({"softmax_scale": float("nan")}, "softmax_scale is not a finite number."),
-        ({"window": -1}, "window is -1 and sinks 0; they must not be negative."),
-        ({"sinks": 4}, "sinks is 4 without a window."),
         ({"key_format": 9}, "The cache's formats are 9 and 1; expected 0 (float32)"),
         ({"rotated": 1}, "Only quantised keys are rotated; found float16."),
         ({"key_format": 2}, "A cache of int8 keys and float16 values is not supported"),
