@@ -222,9 +222,9 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
   const int head = blockIdx.y, sequence = blockIdx.z;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int past = a.past_length[sequence];
-  float* partial = p.partial + (((long long)sequence * a.num_heads + head * kGroup) * p.all_splits + p.first_split +
-                                blockIdx.x) *
-                                   partial_pitch(a.value_dim);
+  float* partial =
+      p.partial + (((long long)sequence * a.num_heads + head * kGroup) * p.all_splits + p.first_split + blockIdx.x) *
+                      partial_pitch(a.value_dim);
   const long long partial_stride = (long long)p.all_splits * partial_pitch(a.value_dim);  // between heads
 
   // This block's keys lie in slots begin to last.

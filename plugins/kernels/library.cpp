@@ -103,9 +103,7 @@ Cache to_cache(const pascalvl_cache& c) {
           c.capacity};
 }
 
-bool is_decode(const pascalvl_attention_args& a) {
-  return a.causal && a.seq == 1 && a.past_length && !a.past_visible;
-}
+bool is_decode(const pascalvl_attention_args& a) { return a.causal && a.seq == 1 && a.past_length && !a.past_visible; }
 
 bool has_recent(const pascalvl_attention_args& a) { return a.causal && a.seq == 1 && a.recent_length; }
 
@@ -221,8 +219,8 @@ void decode(const pascalvl_attention_args& a, void* workspace, void* stream) {
   p.rotated = a.cache.rotated;
   const auto launch_splits = [&] {
     const Cache& cache = p.attention.cache;
-    const std::string kernel = text("decode_%d_%s_%s", p.attention.group, kernel_format(cache.key_format),
-                                    kernel_format(cache.value_format));
+    const std::string kernel =
+        text("decode_%d_%s_%s", p.attention.group, kernel_format(cache.key_format), kernel_format(cache.value_format));
     launch(kernel, {unsigned(p.splits), unsigned(a.num_kv_heads), unsigned(a.batch)}, kDecodeThreads, p, stream);
   };
   launch_splits();

@@ -63,12 +63,13 @@ __device__ __forceinline__ void prefill_causal(const AttentionParams& p, Prefill
   };
   for (int first = 0; first < past; first += kKeys) {
     if (visible && is_hidden(first)) continue;
-    prefill.template tile<kKeyFormat, kValueFormat>(
-        p, q_past, shared.sources[0], first, min2(past - first, kKeys), visible || first + kKeys > past, shared,
-        [&](int key) {
-          const int tokens = visible ? __ldg(visible + key) : p.seq;
-          return [&shared, tokens](int row) { return shared.token[row] < tokens; };
-        });
+    prefill.template tile<kKeyFormat, kValueFormat>(p, q_past, shared.sources[0], first, min2(past - first, kKeys),
+                                                    visible || first + kKeys > past, shared, [&](int key) {
+                                                      const int tokens = visible ? __ldg(visible + key) : p.seq;
+                                                      return [&shared, tokens](int row) {
+                                                        return shared.token[row] < tokens;
+                                                      };
+                                                    });
   }
   for (int first = 0; first <= high; first += kKeys) {
     prefill.template tile<kFloat32, kFloat32>(

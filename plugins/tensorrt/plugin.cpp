@@ -1,12 +1,16 @@
 // FlashAttention2 as a TensorRT plugin: IPluginV2DynamicExt, which TensorRT 8.6, 9.x and 10.x share, over the kernels'
 // C ABI. The library registers itself when it is loaded. What the op is: plugins/flash_attention.py, from where its
-// names come as macros.
+// names come as macros; so do the cache's formats, from plugins/kv_format.py.
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
+#include <iterator>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
+#include "plugins/kernels/params.h"
 #include "plugins/kernels/pascalvl.h"
 #include "plugins/tensorrt/interface.h"
 
@@ -44,28 +48,46 @@ void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
+// Of a call of the kernels' library: its own sentence, where it failed.
+void check(int status) {
+  if (status != PASCALVL_OK) throw std::runtime_error(pascalvl_last_error());
+}
+
 std::string text(const Dims& dims) {
   std::string result = "[";
   for (int i = 0; i < dims.nbDims; ++i) result += (i ? ", " : "") + std::to_string(dims.d[i]);
   return result + "]";
 }
 
-// What a node's attributes say; also the bytes of a serialised plugin.
+// A cache's format: its name, and how the rows of keys and of values are stored.
+struct KVFormat {
+  const char* name;
+  int32_t rows[2];
+};
+constexpr KVFormat kFormats[] = {PASCALVL_KV_FORMATS};
+constexpr int32_t kNumFormats = int32_t(std::size(kFormats));
+
+// What a node's attributes say, and whether it has inputs of recent tokens: TensorRT tells that a build alone. Also the
+// bytes of a serialised plugin.
 struct Attributes {
   static constexpr uint32_t kMagic = 0x41465650;  // "PVFA"
-  static constexpr uint32_t kLayout = 1;
+  static constexpr uint32_t kLayout = 2;
   uint32_t magic = kMagic;
   uint32_t layout = kLayout;
   int32_t causal = 0;
   float softmax_scale = 0;
-  int32_t kv_format = PASCALVL_FLOAT32;  // of both keys and values; only where causal
+  int32_t kv_format = 0;  // index of kFormats; only where causal
+  int32_t recent = 0;
 };
-static_assert(sizeof(Attributes) == 20, "no padding is written");
+static_assert(sizeof(Attributes) == 24, "no padding is written");
 
 int32_t parse_kv_format(const std::string& name) {
-  if (name == "f32") return PASCALVL_FLOAT32;
-  if (name == "f16") return PASCALVL_FLOAT16;
-  throw std::invalid_argument("attribute " PASCALVL_ATTR_KV_FORMAT " is '" + name + "'; expected f32 or f16");
+  std::string known;
+  for (int32_t i = 0; i < kNumFormats; ++i) {
+    if (name == kFormats[i].name) return i;
+    known += std::string(i == 0 ? "" : i + 1 < kNumFormats ? ", " : " or ") + kFormats[i].name;
+  }
+  throw std::invalid_argument("attribute " PASCALVL_ATTR_KV_FORMAT " is '" + name + "'; expected " + known);
 }
 
 Attributes parse_fields(const PluginFieldCollection& collection) {
@@ -109,14 +131,37 @@ Attributes parse_bytes(const void* data, size_t length) {
   require(attributes.layout == Attributes::kLayout,
           "the serialised plugin has layout " + std::to_string(attributes.layout) + "; expected " +
               std::to_string(Attributes::kLayout) + ": build the engine with this version of the plugin");
-  require((attributes.causal == 0 || attributes.causal == 1) &&
-              (attributes.kv_format == PASCALVL_FLOAT32 || attributes.kv_format == PASCALVL_FLOAT16),
+  const auto is_flag = [](int32_t value) { return value == 0 || value == 1; };
+  require(is_flag(attributes.causal) && is_flag(attributes.recent) && attributes.kv_format >= 0 &&
+              attributes.kv_format < kNumFormats,
           "the serialised plugin's attributes are out of range: build the engine again");
   return attributes;
 }
 
-// Inputs, in the node's order.
-enum Input { kQuery, kKey, kValue, kLengths, kPastKey, kPastValue };
+// Inputs, in the node's order. kLengths: past_length, or cu_seqlens where not causal.
+enum Input {
+  kQuery,
+  kKey,
+  kValue,
+  kLengths,
+  kPastVisible,
+  kPastKey,
+  kPastValue,
+  kPastScale,
+  kRecentLength,
+  kRecentKey,
+  kRecentValue
+};
+constexpr int32_t kNumPacked = kLengths + 1, kNumPlain = kPastValue + 1, kNumQuantised = kPastScale + 1,
+                  kNumWithRecent = kRecentValue + 1;
+
+void expect_shape(const char* name, const Dims& found, std::initializer_list<int64_t> expected,
+                  const char* or_else = "") {
+  Dims dims{};
+  for (const int64_t size : expected) dims.d[dims.nbDims++] = Extent(size);
+  require(text(found) == text(dims),
+          std::string(name) + " has shape " + text(found) + "; expected " + text(dims) + or_else);
+}
 
 class FlashAttention2 final : public IPluginV2DynamicExt {
  public:
@@ -127,7 +172,7 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
   int32_t getNbOutputs() const noexcept override { return 1; }
   // Loads the kernels: that cannot be done while a CUDA graph is captured.
   int32_t initialize() noexcept override {
-    return guarded<int32_t>(1, [] { return require(pascalvl_load() == PASCALVL_OK, pascalvl_last_error()), 0; });
+    return guarded<int32_t>(1, [] { return check(pascalvl_load()), 0; });
   }
   void terminate() noexcept override {}
   size_t getSerializationSize() const noexcept override { return sizeof attributes_; }
@@ -159,34 +204,41 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
 
   bool supportsFormatCombination(int32_t position, const PluginTensorDesc* tensors, int32_t num_inputs,
                                  int32_t num_outputs) noexcept override {
-    if (num_inputs != num_inputs_expected() || num_outputs != 1) {
+    const int32_t least = !attributes_.causal ? kNumPacked : is_quantised() ? kNumQuantised : kNumPlain;
+    const bool has_recent = is_quantised() && num_inputs == kNumWithRecent;
+    if ((num_inputs != least && !has_recent) || num_outputs != 1) {
       report("found " + std::to_string(num_inputs) + " inputs and " + std::to_string(num_outputs) +
-             " outputs; expected " + std::to_string(num_inputs_expected()) + " and 1");
+             " outputs; expected " + std::to_string(least) +
+             (is_quantised() ? " or " + std::to_string(kNumWithRecent) : "") + " and 1");
       return false;
     }
-    const bool is_past = position == kPastKey || position == kPastValue;
-    const DataType type = position == kLengths ? DataType::kINT32
-                          : position < num_inputs && is_past && attributes_.kv_format == PASCALVL_FLOAT16
-                              ? DataType::kHALF
-                              : DataType::kFLOAT;
+    const DataType type = position < num_inputs ? input_type(position) : DataType::kFLOAT;
     return tensors[position].type == type && tensors[position].format == TensorFormat::kLINEAR;
   }
 
-  void configurePlugin(const DynamicPluginTensorDesc*, int32_t, const DynamicPluginTensorDesc*,
-                       int32_t) noexcept override {}
+  void configurePlugin(const DynamicPluginTensorDesc*, int32_t num_inputs, const DynamicPluginTensorDesc*,
+                       int32_t) noexcept override {
+    attributes_.recent = num_inputs == kNumWithRecent;
+  }
 
-  // For these sizes, and for one new token: a profile for prompts takes those too, and decode needs other memory.
-  size_t getWorkspaceSize(const PluginTensorDesc* inputs, int32_t, const PluginTensorDesc*,
+  // For these sizes, and for one new token: a profile for prompts takes those too, and decode needs other memory, with
+  // a mask or without.
+  size_t getWorkspaceSize(const PluginTensorDesc* inputs, int32_t num_inputs, const PluginTensorDesc*,
                           int32_t) const noexcept override {
     return guarded<size_t>(0, [&] {
-      pascalvl_attention_args args = sizes(inputs);
+      pascalvl_attention_args args = sizes(inputs, num_inputs == kNumWithRecent);
       size_t most = 0;
-      for (const int32_t seq : {args.seq, 1}) {
-        args.seq = seq;
+      const auto count = [&] {
         size_t bytes = 0;
-        require(pascalvl_attention_workspace(&args, &bytes) == PASCALVL_OK, pascalvl_last_error());
+        check(pascalvl_attention_workspace(&args, &bytes));
         most = bytes > most ? bytes : most;
-      }
+      };
+      const int32_t* const recent = std::exchange(args.recent_length, nullptr);
+      count();
+      args.seq = 1;
+      args.past_visible = nullptr;
+      args.recent_length = recent;
+      count();
       return most;
     });
   }
@@ -194,7 +246,7 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
   int32_t enqueue(const PluginTensorDesc* descriptions, const PluginTensorDesc*, const void* const* inputs,
                   void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
     return guarded<int32_t>(1, [&] {
-      pascalvl_attention_args args = sizes(descriptions);
+      pascalvl_attention_args args = sizes(descriptions, attributes_.recent);
       args.q = static_cast<const float*>(inputs[kQuery]);
       args.k = static_cast<const float*>(inputs[kKey]);
       args.v = static_cast<const float*>(inputs[kValue]);
@@ -202,26 +254,66 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
       const auto* lengths = static_cast<const int32_t*>(inputs[kLengths]);
       if (args.causal) {
         args.past_length = lengths;
+        if (args.past_visible) args.past_visible = static_cast<const int32_t*>(inputs[kPastVisible]);
         args.cache.key = const_cast<void*>(inputs[kPastKey]);
         args.cache.value = const_cast<void*>(inputs[kPastValue]);
+        if (is_quantised()) {
+          auto* scales = static_cast<uint16_t*>(const_cast<void*>(inputs[kPastScale]));
+          args.cache.key_scale = scales;
+          args.cache.value_scale = scales + int64_t(args.batch) * args.num_kv_heads * args.cache.capacity;
+        }
+        if (args.recent_length) {
+          args.recent_length = static_cast<const int32_t*>(inputs[kRecentLength]);
+          args.recent.key = const_cast<void*>(inputs[kRecentKey]);
+          args.recent.value = const_cast<void*>(inputs[kRecentValue]);
+        }
       } else {
         args.cu_seqlens = lengths;
       }
       size_t bytes = 0;
-      require(pascalvl_attention_workspace(&args, &bytes) == PASCALVL_OK, pascalvl_last_error());
-      require(pascalvl_attention(&args, workspace, bytes, stream) == PASCALVL_OK, pascalvl_last_error());
+      check(pascalvl_attention_workspace(&args, &bytes));
+      check(pascalvl_attention(&args, workspace, bytes, stream));
       return 0;
     });
   }
 
  private:
-  int32_t num_inputs_expected() const { return attributes_.causal ? kPastValue + 1 : kLengths + 1; }
+  bool is_quantised() const {
+    return attributes_.causal && pascalvl::is_quantised(kFormats[attributes_.kv_format].rows[0]);
+  }
+
+  DataType input_type(int32_t position) const {
+    switch (position) {
+      case kLengths:
+      case kPastVisible:
+      case kRecentLength:
+        return DataType::kINT32;
+      case kPastKey:
+      case kPastValue:
+        return is_quantised()                                                         ? DataType::kINT32
+               : kFormats[attributes_.kv_format].rows[0] == int32_t(PASCALVL_FLOAT16) ? DataType::kHALF
+                                                                                      : DataType::kFLOAT;
+      case kPastScale:
+      case kRecentKey:
+      case kRecentValue:
+        return DataType::kHALF;
+      default:
+        return DataType::kFLOAT;
+    }
+  }
+
+  // Elements of a cache's row, as the tensor that holds it has them: words, where they are codes.
+  static int64_t row_elements(int32_t format, int32_t dim) {
+    return row_bytes(format, dim) / (format == PASCALVL_FLOAT16 ? 2 : 4);
+  }
 
   // The arguments of a call; for pointers, what is never read but looks like one.
-  pascalvl_attention_args sizes(const PluginTensorDesc* inputs) const {
+  pascalvl_attention_args sizes(const PluginTensorDesc* inputs, bool recent) const {
     const Dims &q = inputs[kQuery].dims, &k = inputs[kKey].dims, &v = inputs[kValue].dims;
     for (const Dims* dims : {&q, &k, &v})
       require(dims->nbDims == 4, "q, k and v have 4 dimensions; found " + text(*dims));
+    expect_shape("k", k, {q.d[0], k.d[1], q.d[2], q.d[3]});
+    expect_shape("v", v, {q.d[0], k.d[1], q.d[2], v.d[3]});
     alignas(16) static char somewhere[16];
     const auto* values = reinterpret_cast<const float*>(somewhere);
     const auto* lengths = reinterpret_cast<const int32_t*>(somewhere);
@@ -237,13 +329,47 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
     args.softmax_scale = attributes_.softmax_scale;
     args.causal = attributes_.causal;
     if (args.causal) {
-      const Dims& past = inputs[kPastKey].dims;
-      require(past.nbDims == 4, "the past has 4 dimensions; found " + text(past));
+      const auto& rows = kFormats[attributes_.kv_format].rows;
+      const int64_t batch = args.batch, heads = args.num_kv_heads;
+      const Dims &past = inputs[kPastKey].dims, &visible = inputs[kPastVisible].dims;
+      require(past.nbDims == 4, "past_key has 4 dimensions; found " + text(past));
+      const int64_t capacity = past.d[2];
+      expect_shape("past_length", inputs[kLengths].dims, {batch});
+      expect_shape("past_key", past, {batch, heads, capacity, row_elements(rows[0], args.key_dim)});
+      expect_shape("past_value", inputs[kPastValue].dims,
+                   {batch, heads, capacity, row_elements(rows[1], args.value_dim)});
+      // One number for all slots is not looked at: it comes where all see all, and is at least the number of new
+      // tokens.
+      const bool is_mask = visible.nbDims != 2 || visible.d[1] != 1 || (capacity == 1 && !recent);
+      if (is_mask) {
+        expect_shape("past_visible", visible, {batch, capacity}, ", or 1 last for all slots alike");
+      } else {
+        expect_shape("past_visible", visible, {batch, 1});
+      }
       args.past_length = lengths;
+      args.past_visible = is_mask ? lengths : nullptr;
       args.cache.key = args.cache.value = somewhere;
-      args.cache.key_format = args.cache.value_format = attributes_.kv_format;
-      args.cache.capacity = int32_t(past.d[2]);
+      args.cache.key_format = rows[0];
+      args.cache.value_format = rows[1];
+      args.cache.capacity = int32_t(capacity);
+      if (is_quantised()) {
+        expect_shape("past_scale", inputs[kPastScale].dims, {2, batch, heads, capacity});
+        args.cache.key_scale = args.cache.value_scale = somewhere;
+        args.cache.rotated = args.key_dim == PASCALVL_ROTATED_DIM;
+      }
+      if (recent) {
+        const Dims& key = inputs[kRecentKey].dims;
+        require(key.nbDims == 4, "recent_key has 4 dimensions; found " + text(key));
+        expect_shape("recent_length", inputs[kRecentLength].dims, {batch});
+        expect_shape("recent_key", key, {batch, heads, key.d[2], args.key_dim});
+        expect_shape("recent_value", inputs[kRecentValue].dims, {batch, heads, key.d[2], args.value_dim});
+        args.recent_length = lengths;
+        args.recent.key = args.recent.value = somewhere;
+        args.recent.key_format = args.recent.value_format = PASCALVL_FLOAT16;
+        args.recent.capacity = int32_t(key.d[2]);
+      }
     } else {
+      require(inputs[kLengths].dims.nbDims == 1, "cu_seqlens has 1 dimension; found " + text(inputs[kLengths].dims));
       args.cu_seqlens = lengths;
       args.num_sequences = int32_t(inputs[kLengths].dims.d[0]) - 1;
     }

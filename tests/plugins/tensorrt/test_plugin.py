@@ -36,24 +36,31 @@ def test_the_creator_is_found_by_the_nodes_names(tried):
     assert found["outputs"] == 1
 
 
+def serialised(causal: int, kv_format: int) -> bytes:
+    return struct.pack("<4sIifii", b"PVFA", 2, causal, 0.125, kv_format, 0)
+
+
 def test_plugins_survive_serialisation_and_cloning(tried):
     found, _ = tried
-    assert bytes.fromhex(found["bytes"]) == struct.pack("<4sIifi", b"PVFA", 1, 1, 0.125, 1)
+    assert bytes.fromhex(found["bytes"]) == serialised(1, 1)
     assert found["clone"] == found["copy"] == found["bytes"]
-    assert bytes.fromhex(found["vision"]) == struct.pack("<4sIifi", b"PVFA", 1, 0, 0.125, 0)
+    assert bytes.fromhex(found["vision"]) == serialised(0, 0)
+    assert [bytes.fromhex(data) for data in found["formats"]] == [serialised(1, i) for i in range(5)]
 
 
 def test_what_is_not_understood_is_refused_in_words(tried):
     found, told = tried
     assert set(found["refused"].values()) == {None}
     for sentence in (
-        "a serialised plugin of 19 bytes; expected 20: build the engine again",
+        "a serialised plugin of 23 bytes; expected 24: build the engine again",
         "the serialised plugin is not this one's",
-        "the serialised plugin has layout 9; expected 1",
+        "the serialised plugin has layout 9; expected 2",
+        "the serialised plugin has layout 1; expected 2",
+        "the serialised plugin's attributes are out of range",
         "attribute softmax_scale is missing",
         "attribute causal is 2; expected 0 or 1",
         "attribute causal must be one int32",
-        "attribute kv_format is 'k8'; expected f32 or f16",
+        "attribute kv_format is 'k8'; expected f32, f16, k8v8, k8v4 or k4v4",
     ):
         assert f"{OP_NAME}: {sentence}" in told
 
