@@ -2,7 +2,10 @@
 
 MODEL   ?= tests/nano/checkpoint
 BACKEND ?= auto
-KV      ?= f32
+# The KV cache: a format, k8v4, k8v8, k4v4, f16 or f32, and options such as k8v4,window=64+8192,pin=image (see README.md).
+KV      ?= k8v4
+# A folder of your own prompts and pictures, from which an export learns how keys and values are distributed.
+CALIBRATE ?=
 IMAGE   ?= tests/nano/pictures/sample.png
 PROMPT  ?= Describe the picture.
 # Further options of `pascalvl run` and `chat`, for example --max-pixels 1000000.
@@ -28,8 +31,13 @@ TORCH       := 2.13.0
 TORCHVISION := 0.28.0
 
 LABEL  := $(subst /,-,$(patsubst tests/%,%,$(patsubst %/,%,$(patsubst %/checkpoint,%,$(MODEL)))))
-BUNDLE := build/model/$(LABEL)
-ENGINE := build/engine/$(LABEL)-$(BACKEND)-$(KV)
+comma  := ,
+# What of KV an export depends on, and names of folders without what make gives a meaning to.
+RANKS  := $(filter rk=% rv=%,$(subst $(comma), ,$(KV)))
+plain   = $(subst :,,$(subst +,-,$(subst =,,$(subst $(comma),-,$(1)))))
+MODEL_LABEL := $(call plain,$(subst /,-,$(LABEL)$(addprefix -,$(RANKS))$(if $(CALIBRATE),-calibrated)))
+BUNDLE := build/model/$(subst $() ,,$(MODEL_LABEL))
+ENGINE := build/engine/$(subst $() ,,$(MODEL_LABEL))-$(BACKEND)-$(call plain,$(KV))
 
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -93,7 +101,7 @@ $(VENV)/torchvision: $(VENV)/installed
 	$(PIP) install $(PIP_ARGS) --no-deps --upgrade --target $@ torchvision==$(TORCHVISION)
 
 $(BUNDLE)/manifest.json: $(VENV)/installed $(wildcard $(MODEL)/*) $(wildcard export/*.py plugins/*.py)
-	$(RUN) export $(MODEL) --output $(BUNDLE)
+	$(RUN) export $(MODEL) --output $(BUNDLE) --kv '$(KV)' $(if $(CALIBRATE),--calibrate '$(CALIBRATE)')
 
 $(ENGINE)/manifest.json: $(BUNDLE)/manifest.json $(wildcard engines/*.py)
-	$(RUN) build $(BUNDLE) --output $(ENGINE) --backend $(BACKEND) --kv $(KV) $(BUILD_OPTIONS)
+	$(RUN) build $(BUNDLE) --output $(ENGINE) --backend $(BACKEND) --kv '$(KV)' $(BUILD_OPTIONS)

@@ -16,7 +16,7 @@ from pascalvl.engines.build_options import BuildOptions
 from pascalvl.engines.session import HostSession, Session
 from pascalvl.plugins.bundle import HOST_FILES, Manifest, atomic_directory
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.kv_format import CacheConfig
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ class Engine(abc.ABC):
 
     max_pixels: int | None = None
     """Area of the largest picture that it takes; None: any."""
+    max_prefill: int | None = None
+    """Tokens that one call takes at most; None: any number."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory = directory
@@ -64,7 +66,7 @@ class Engine(abc.ABC):
         try:
             return self._new_session(capacity)
         except MemoryError:
-            needed = capacity * self.manifest.kv_format.bytes_per_token(self.manifest.model.text)
+            needed = capacity * self.manifest.kv_cache.bytes_per_token(self.manifest.model.text)
             raise UserError(
                 f"a context of {capacity} tokens needs {needed / 1e9:.1f} GB for its KV cache, which is more than can "
                 "be allocated: ask for a shorter context."
@@ -78,7 +80,7 @@ def build(
     model_bundle: Path,
     output: Path,
     backend: str = AUTO,
-    kv_format: KVFormat = KVFormat.F32,
+    cache: CacheConfig | None = None,
     options: BuildOptions | None = None,
     tell: Callable[[str], None] = log.info,
 ) -> Manifest:
@@ -88,13 +90,14 @@ def build(
         model_bundle: what an export wrote.
         output: folder to write.
         backend: one of `BACKENDS`, or `AUTO`.
-        kv_format: format of the KV cache.
+        cache: what the KV cache is like; None: `CacheConfig`'s defaults. Ranks are those that the model was exported
+            with, and need not be given.
         options: for backend ``tensorrt`` alone; None: its defaults.
         tell: called with what `AUTO` took, and why nothing faster.
 
     Raises:
         UserError: a model bundle that is damaged or not one, an unknown or missing backend, options for another one,
-            what the backend cannot build, or a full disk.
+            a cache that the model cannot have, what the backend cannot build, or a full disk.
     """
     module = _backend_module(backend, tell)
     if options is not None and not hasattr(module, "BuildOptions"):
@@ -103,13 +106,21 @@ def build(
             "--backend tensorrt."
         )
     manifest = Manifest.read(model_bundle, "model")
+    exported = manifest.kv_cache
+    cache = (cache or CacheConfig()).with_ranks_of(exported)
+    if (cache.key_rank, cache.value_rank) != (exported.key_rank, exported.value_rank):
+        raise UserError(
+            f"the KV cache {cache} has other ranks than the model was exported with ({exported}): export it with --kv "
+            f"{cache}, or give no ranks."
+        )
+    cache.layers(manifest.model.text)
     manifest.verify(model_bundle)
     with atomic_directory(output, "engine") as directory:
         for name in HOST_FILES:
             shutil.copyfile(model_bundle / name, directory / name)
         given = () if options is None else (options,)
-        description = module.build(model_bundle, directory, manifest, kv_format, *given)
-        return dataclasses.replace(manifest, kind="engine", kv_format=kv_format, backend=description).write(directory)
+        description = module.build(model_bundle, directory, manifest, cache, *given)
+        return dataclasses.replace(manifest, kind="engine", kv_cache=cache, backend=description).write(directory)
 
 
 def open_engine(

@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 import onnx
+import onnx.parser
 from onnx import helper
 
 from pascalvl.plugins import bindings
-from pascalvl.plugins.flash_attention import ATTR_KV_FORMAT, OP_NAME
-from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.flash_attention import ATTR_KV_FORMAT, ATTR_RECENT, OP_NAME, OP_VERSION
+from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
+from pascalvl.plugins.onnx_body import CausalBody
 
 
-def set_kv_format(decoder: onnx.ModelProto, model: ModelConfig, kv_format: KVFormat) -> None:
-    """Make a decoder graph read a cache of ``kv_format``."""
-    inputs = {value.name: value for value in decoder.graph.input}
-    for binding in bindings.decoder_inputs(model, kv_format):
-        inputs[binding.name].type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(binding.dtype)
+def set_cache(decoder: onnx.ModelProto, model: ModelConfig, cache: CacheConfig) -> None:
+    """Make an exported decoder graph read a cache as asked for: its inputs, its nodes, and the op's bodies."""
+    del decoder.graph.input[:]
+    decoder.graph.input.extend(
+        helper.make_tensor_value_info(binding.name, helper.np_dtype_to_tensor_dtype(binding.dtype), binding.shape)
+        for binding in bindings.decoder_inputs(model, cache)
+    )
+    layouts, bodies = cache.layers(model.text), set()
     for node in decoder.graph.node:
-        if node.op_type == OP_NAME:
-            attribute = next(a for a in node.attribute if a.name == ATTR_KV_FORMAT)
-            attribute.s = kv_format.value.encode()
+        if node.op_type != OP_NAME:
+            continue
+        layer = next(layer for layer in range(len(layouts)) if bindings.past_key(layer) in node.input)
+        body = CausalBody.of(layouts[layer], bool(cache.recent))
+        bodies.add(body)
+        names = {
+            binding.name.rpartition(".")[0]: binding.name for binding in bindings.cache_inputs(model, cache, layer)
+        }
+        del node.input[3:]
+        node.input.extend(names.get(name, name) for name in body.inputs[3:])
+        node.domain = body.domain
+        attribute = next(a for a in node.attribute if a.name == ATTR_KV_FORMAT)
+        attribute.s = body.kv_format.value.encode()
+        if cache.recent:
+            node.attribute.append(helper.make_attribute(ATTR_RECENT, cache.recent))
+    del decoder.functions[:]
+    del decoder.opset_import[1:]
+    for body in sorted(bodies, key=lambda body: body.domain):
+        decoder.functions.append(onnx.parser.parse_function(body.text))
+        decoder.opset_import.append(helper.make_opsetid(body.domain, int(OP_VERSION)))
 
 
 def mark_layers(decoder: onnx.ModelProto, model: ModelConfig) -> None:

@@ -21,7 +21,7 @@ from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import ONNX_FILES, Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.flash_attention import ATTR_CAUSAL, ATTR_SOFTMAX_SCALE, OP_DOMAIN, OP_NAME
-from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.kv_format import CacheConfig
 
 NAME = "onnxruntime"
 FILES = ONNX_FILES
@@ -89,7 +89,7 @@ class OnnxRuntimeEngine(Engine):
             bindings.DECODER: _session(directory, decoder),
         }
         self._check(bindings.VISION, bindings.vision_inputs(model))
-        self._check(bindings.DECODER, bindings.decoder_inputs(model, manifest.kv_format))
+        self._check(bindings.DECODER, bindings.decoder_inputs(model, manifest.kv_cache))
         self._output_names = {
             graph: [output.name for output in session.get_outputs()] for graph, session in self._sessions.items()
         }
@@ -122,8 +122,8 @@ class OnnxRuntimeEngine(Engine):
             )
 
 
-def build(model_bundle: Path, directory: Path, manifest: Manifest, kv_format: KVFormat) -> dict[str, str]:
-    """Write the graphs for ``kv_format`` into ``directory``, load them once, and return the manifest's description."""
+def build(model_bundle: Path, directory: Path, manifest: Manifest, cache: CacheConfig) -> dict[str, str]:
+    """Write the graphs for ``cache`` into ``directory``, load them once, and return the manifest's description."""
     import onnx
 
     from pascalvl.engines import graphs
@@ -131,7 +131,7 @@ def build(model_bundle: Path, directory: Path, manifest: Manifest, kv_format: KV
     for graph in (bindings.VISION, bindings.DECODER):
         proto = onnx.load(_path(model_bundle, graph), load_external_data=False)
         if graph == bindings.DECODER:
-            graphs.set_kv_format(proto, manifest.model, kv_format)
+            graphs.set_cache(proto, manifest.model, cache)
         else:
             _use_blocked_attention(proto, manifest.model.vision.num_heads)
         onnx.save(proto, _path(directory, graph))

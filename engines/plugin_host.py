@@ -32,7 +32,7 @@ FILES = ()
 MAJOR = 8
 """Whose plugin interface is spoken: that of TensorRT 8.6 and 9.x, which serve Pascal cards."""
 _LIMITS = Limits(prefill_chunk=512, max_patches=65536, max_context=262144)
-_PASTS = ("past_key.", "past_value.")
+_CACHES = ("past_key.", "past_value.", "past_scale.", "recent_key.", "recent_value.")
 
 
 class OnDevice(np.ndarray):
@@ -55,13 +55,12 @@ class _Attention:
         self._buffers = Buffers(device)
         self._plugins: dict[int, HostedPlugin] = {}
 
-    @property
-    def operator(self) -> type[OpRun]:
-        """The op for onnx's evaluator."""
+    def operator(self, domain: str) -> type[OpRun]:
+        """The op of a domain for onnx's evaluator."""
         run = self._run
 
         class FlashAttention(OpRun):
-            op_domain = OP_DOMAIN
+            op_domain = domain
 
             def _run(self, *inputs: np.ndarray, **_: Any) -> tuple[np.ndarray]:
                 return (run(id(self), inputs, _attributes(self.onnx_node)),)
@@ -96,7 +95,8 @@ class ReferencePlan:
 
     def __init__(self, proto: onnx.ModelProto, ranges: list[Shapes], attention: _Attention, device: Device):
         graphs.strip_functions(proto)
-        self.evaluator = ReferenceEvaluator(proto, new_ops=[attention.operator])
+        domains = [opset.domain for opset in proto.opset_import if opset.domain.startswith(OP_DOMAIN)]
+        self.evaluator = ReferenceEvaluator(proto, new_ops=[attention.operator(domain) for domain in domains])
         self.ranges = ranges
         self.device = device
         self.inputs = {value.name: _dtype(value) for value in proto.graph.input}
@@ -148,7 +148,7 @@ class ReferenceContext:
         feeds = {}
         for name, dtype in plan.inputs.items():
             shape, pointer = self._shapes[name], self._addresses[name]
-            if name.startswith(_PASTS):
+            if name.startswith(_CACHES):
                 feeds[name] = OnDevice.at(pointer, dtype, shape)
             else:
                 feeds[name] = np.empty(shape, dtype)
@@ -186,6 +186,6 @@ def open_engine(directory: Path, manifest: Manifest, marked_layers: bool) -> Ten
         proto = onnx.load(directory / f"{graph}.onnx")
         if marked_layers and graph == bindings.DECODER:
             graphs.mark_layers(proto, manifest.model)
-        ranges = profiles(graph, manifest.model, manifest.kv_format, _LIMITS)
+        ranges = profiles(graph, manifest.model, manifest.kv_cache, _LIMITS)
         plans[graph] = ReferencePlan(proto, ranges, attention, device)
     return TensorRTEngine(directory, manifest, plans, device, marked_layers)

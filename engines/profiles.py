@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from pascalvl.plugins import bindings
-from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 
 PREFILL, DECODE = 0, 1
@@ -29,7 +29,7 @@ class Limits:
     """Tokens of the cache."""
 
 
-def profiles(graph: str, model: ModelConfig, kv_format: KVFormat, limits: Limits) -> list[Shapes]:
+def profiles(graph: str, model: ModelConfig, cache: CacheConfig, limits: Limits) -> list[Shapes]:
     """A graph's profiles. The runtime runs one sequence, and one picture at a time."""
     merged = model.vision.spatial_merge_size**2
     sizes = {
@@ -37,11 +37,14 @@ def profiles(graph: str, model: ModelConfig, kv_format: KVFormat, limits: Limits
         "capacity": (1, min(_USUAL_CONTEXT, limits.max_context), limits.max_context),
         "patches": (merged, max(limits.max_patches // 4 // merged * merged, merged), limits.max_patches),
         "segments_plus_1": (2, 2, 2),
+        "recent": (cache.recent, cache.recent, cache.recent),
     }
     if graph == bindings.VISION:
         return [_shapes(bindings.vision_inputs(model), sizes)]
-    inputs, chunk = bindings.decoder_inputs(model, kv_format), limits.prefill_chunk
-    return [_shapes(inputs, {**sizes, "seq": seq}) for seq in ((1, chunk, chunk), (1, 1, 1))]
+    inputs, chunk = bindings.decoder_inputs(model, cache), limits.prefill_chunk
+    one = (1, 1, 1)
+    prefill = {**sizes, "seq": (1, chunk, chunk), "visible_slots": (1, 1, limits.max_context)}
+    return [_shapes(inputs, prefill), _shapes(inputs, {**sizes, "seq": one, "visible_slots": one})]
 
 
 def _shapes(inputs: list[bindings.Binding], sizes: Mapping[str, tuple[int, int, int]]) -> Shapes:

@@ -3,31 +3,69 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pascalvl.plugins import bindings
+from pascalvl.plugins.bindings import Binding
+from pascalvl.plugins.kv_format import RowFormat
+from pascalvl.plugins.kv_rows import compress
 
 if TYPE_CHECKING:
     from pascalvl.engines.backend import Engine
+
+SLOTS, RECENT_SLOTS = (Binding(name, np.dtype(np.int32), ("batch", "seq")) for name in ("slots", "recent_slots"))
+"""Where new tokens go: inputs of what stores their keys and values, not of the engine."""
+ALWAYS_VISIBLE = np.iinfo(np.int32).max
+"""In a `Placement.visible`: every new token sees the slot."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Placement:
+    """How the tokens of a call meet the cache, and where their own keys and values go then."""
+
+    past_length: int
+    """Slots, from the first on, that the tokens see ..."""
+    slots: np.ndarray
+    """int32 ``[seq]``: where each token goes; negative: nowhere."""
+    visible: np.ndarray | None = None
+    """... each of them, int32 ``[capacity]``, by as many of the call's first tokens; None: by all."""
+    recent_length: int = 0
+    """Recent tokens that the call's only token sees besides."""
+    recent_slots: np.ndarray | None = None
+    """int32 ``[seq]``: where each token goes among the recent ones; where such are kept."""
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """By the names of inputs, `SLOTS` and `RECENT_SLOTS` among them; without `bindings.PAST_VISIBLE`."""
+        arrays = {bindings.PAST_LENGTH: np.array([self.past_length], np.int32), SLOTS.name: self.slots[None]}
+        if self.recent_slots is not None:
+            arrays[bindings.RECENT_LENGTH] = np.array([self.recent_length], np.int32)
+            arrays[RECENT_SLOTS.name] = self.recent_slots[None]
+        return arrays
 
 
 class Session(abc.ABC):
     """One sequence's keys and values, where the engine reads them, and the decoder run over new tokens.
 
-    The storage, ``[num_hidden_layers, 2, 1, num_kv_heads, capacity, head_dim]`` with keys before values, stays where it
-    is for the session's life. Its first `length` tokens are in use; what is to be kept is for the caller to say. A call
-    that raises, or that an interrupt ends, appends nothing.
+    The storage stays where it is for the session's life; `bindings.cache_inputs` tells a layer's tensors. Which token
+    is in which slot, and what is to be kept, is for the caller to say.
 
     Args:
-        capacity: tokens that there is room for; calls must not append more.
+        engine: what runs.
+        capacity: slots that there is room for.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, engine: Engine, capacity: int) -> None:
         self.capacity = capacity
-        self.length = 0
+        self.model, self.cache = engine.manifest.model, engine.manifest.kv_cache
+        self.layouts = self.cache.layers(self.model.text)
+        self.layer_inputs = [bindings.cache_inputs(self.model, self.cache, layer) for layer in range(len(self.layouts))]
+        """By layer: the tensors of its cache."""
+        self.sizes = {"batch": 1, "capacity": capacity, "recent": self.cache.recent}
 
     @property
     @abc.abstractmethod
@@ -35,11 +73,12 @@ class Session(abc.ABC):
         """Bytes of the storage."""
 
     @abc.abstractmethod
-    def prefill(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run new tokens and append their keys and values.
+    def prefill(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> dict[str, np.ndarray]:
+        """Run new tokens and store their keys and values.
 
         Args:
             feeds: `bindings.INPUTS_EMBEDS`, `ROPE_COS`, `ROPE_SIN` and `DEEPSTACK_EMBEDS` of the tokens, batch 1.
+            placement: where their past and their own places are.
 
         Returns:
             `bindings.LOGITS` of the last, ``[1, vocab_size]``; of an engine opened with marked layers also the
@@ -50,59 +89,113 @@ class Session(abc.ABC):
         """
 
     @abc.abstractmethod
-    def decode(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Run one token of text, ``feeds`` without `bindings.DEEPSTACK_EMBEDS`; returns logits ``[1, vocab_size]``."""
+    def decode(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> np.ndarray:
+        """Run one token of text, which sees all of its past, ``feeds`` without `bindings.DEEPSTACK_EMBEDS`.
 
-    def decode_greedy(self, feeds: Mapping[str, np.ndarray]) -> tuple[int, float]:
+        Returns logits ``[1, vocab_size]``.
+        """
+
+    def decode_greedy(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> tuple[int, float]:
         """As `decode`, but returns only the first of the likeliest tokens, and its logit (NaN if any logit is)."""
-        logits = self.decode(feeds)[0]
+        logits = self.decode(feeds, placement)[0]
         token = int(logits.argmax())
         return token, float(logits[token])
 
-    def truncate(self, length: int) -> None:
-        """Forget all tokens after the first ``length``."""
-        self.length = min(length, self.length)
+    def read(self, slots: np.ndarray) -> dict[str, np.ndarray]:
+        """Copies of what is in ``slots``, by the names of `bindings`: the cache's tensors with as many slots."""
+        return {
+            binding.name: np.take(self._fetch(binding), slots, binding.shape.index("capacity"))
+            for binding in self._stored()
+        }
+
+    def write(self, slots: np.ndarray, rows: Mapping[str, np.ndarray]) -> None:
+        """Put the first of what `read` gave into ``slots``."""
+        for binding in self._stored():
+            lead = (slice(None),) * binding.shape.index("capacity")
+            array = self._fetch(binding)
+            array[(*lead, slots)] = rows[binding.name][(*lead, slice(len(slots)))]
+            self._put(binding, array)
+
+    @abc.abstractmethod
+    def _fetch(self, binding: Binding) -> np.ndarray:
+        """One of the cache's tensors."""
+
+    @abc.abstractmethod
+    def _put(self, binding: Binding, array: np.ndarray) -> None:
+        """Set one of the cache's tensors to what `_fetch` gave, changed."""
+
+    def _stored(self) -> list[Binding]:
+        """The tensors that hold what is in slots."""
+        return [binding for inputs in self.layer_inputs for binding in inputs if "capacity" in binding.shape]
+
+    def shape_of(self, binding: Binding) -> tuple[int, ...]:
+        """Shape of one of the cache's tensors."""
+        return tuple(self.sizes[size] if isinstance(size, str) else size for size in binding.shape)
+
+    def visible(self, placement: Placement) -> np.ndarray:
+        """`bindings.PAST_VISIBLE` of a call."""
+        if placement.visible is None:
+            return np.full((1, 1), ALWAYS_VISIBLE, np.int32)
+        return placement.visible[None]
 
 
 class HostSession(Session):
-    """The storage as a NumPy array, for engines that take their inputs from the host.
+    """The storage as NumPy arrays, for engines that take their inputs from the host.
 
     Pages of memory that were never written cost nothing yet.
     """
 
     def __init__(self, engine: Engine, capacity: int) -> None:
-        super().__init__(capacity)
+        super().__init__(engine, capacity)
         self._engine = engine
-        model, kv_format = engine.manifest.model, engine.manifest.kv_format
-        self._rows = np.zeros(kv_format.storage_shape(model.text, capacity), kv_format.dtype)
-        self._past_length = np.zeros(1, np.int32)
-        self._layers = [
-            (bindings.new_key(layer), keys, bindings.new_value(layer), values)
-            for layer, (keys, values) in enumerate(self._rows)
-        ]
         self._past = {
-            bindings.PAST_LENGTH: self._past_length,
-            **{bindings.past_key(layer): keys for layer, (keys, _) in enumerate(self._rows)},
-            **{bindings.past_value(layer): values for layer, (_, values) in enumerate(self._rows)},
+            binding.name: np.zeros(self.shape_of(binding), binding.dtype)
+            for inputs in self.layer_inputs
+            for binding in inputs
         }
-        self._no_deepstack = np.zeros((model.num_deepstack, 1, 1, model.text.hidden_size), np.float32)
+        self._no_deepstack = np.zeros((self.model.num_deepstack, 1, 1, self.model.text.hidden_size), np.float32)
 
     @property
     def nbytes(self) -> int:
-        return self._rows.nbytes
+        return sum(array.nbytes for array in self._past.values())
 
-    def prefill(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        start = self.length
-        self._past_length[0] = start
-        outputs = self._engine.run(bindings.DECODER, {**self._past, **feeds})
-        stop = start + feeds[bindings.INPUTS_EMBEDS].shape[1]
-        with np.errstate(over="ignore"):  # a value too large for the format is stored as infinity
-            for new_key, keys, new_value, values in self._layers:
-                keys[:, :, start:stop] = outputs.pop(new_key)
-                values[:, :, start:stop] = outputs.pop(new_value)
-        # Last, so that an interrupt anywhere above leaves the cache as it was.
-        self.length = stop
+    def prefill(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> dict[str, np.ndarray]:
+        lengths = {name: array for name, array in placement.arrays.items() if name.endswith("length")}
+        visible = {bindings.PAST_VISIBLE: self.visible(placement)}
+        outputs = self._engine.run(bindings.DECODER, {**self._past, **lengths, **visible, **feeds})
+        for layer, layout in enumerate(self.layouts):
+            new = outputs.pop(bindings.new_key(layer)), outputs.pop(bindings.new_value(layer))
+            names = [binding.name for binding in self.layer_inputs[layer]]
+            for which, (rows, row_format) in enumerate(zip(new, layout.kv_format.rows, strict=True)):
+                scales = self._past[bindings.past_scale(layer)][which] if row_format.is_quantised else None
+                is_rotated = layout.is_rotated and which == 0
+                _store(self._past[names[which]], scales, rows, placement.slots, row_format, is_rotated)
+                if placement.recent_slots is not None:
+                    recent = self._past[names[which - 2]]
+                    _store(recent, None, rows, placement.recent_slots, RowFormat.FLOAT16, False)
         return outputs
 
-    def decode(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-        return self.prefill({**feeds, bindings.DEEPSTACK_EMBEDS: self._no_deepstack})[bindings.LOGITS]
+    def decode(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> np.ndarray:
+        return self.prefill({**feeds, bindings.DEEPSTACK_EMBEDS: self._no_deepstack}, placement)[bindings.LOGITS]
+
+    def _fetch(self, binding: Binding) -> np.ndarray:
+        return self._past[binding.name]
+
+    def _put(self, binding: Binding, array: np.ndarray) -> None:
+        pass
+
+
+def _store(
+    cache: np.ndarray,
+    scales: np.ndarray | None,
+    rows: np.ndarray,
+    slots: np.ndarray,
+    row_format: RowFormat,
+    is_rotated: bool,
+) -> None:
+    """Put new rows ``[1, num_kv_heads, seq, dim]`` into a layer's keys or values, and their scales."""
+    stored = slots >= 0
+    codes, scale = compress(rows[:, :, stored], row_format, is_rotated)
+    cache[:, :, slots[stored]] = codes
+    if scales is not None:
+        scales[:, :, slots[stored]] = scale

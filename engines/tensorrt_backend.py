@@ -30,7 +30,7 @@ from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.flash_attention import OP_NAME, OP_VERSION
 from pascalvl.plugins.kernels.build import Target
-from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.tensorrt import build as plugin_build
 
@@ -65,10 +65,10 @@ def build(
     model_bundle: Path,
     directory: Path,
     manifest: Manifest,
-    kv_format: KVFormat,
+    cache: CacheConfig,
     options: BuildOptions | None = None,
 ) -> dict[str, str]:
-    """Write the plans for ``kv_format`` into ``directory``, and return the manifest's description.
+    """Write the plans for ``cache`` into ``directory``, and return the manifest's description.
 
     Raises:
         UserError: a card or a version of TensorRT that do not fit, options that it does not know, or its own error.
@@ -86,9 +86,9 @@ def build(
     timing_cache = _timing_cache(gpu, options)
     plugin = _load_plugin()
     for graph in _GRAPHS:
-        ranges = profiles(graph, manifest.model, kv_format, limits)
+        ranges = profiles(graph, manifest.model, cache, limits)
         log.info("building %s for %s with TensorRT %s, profiles %s", graph, gpu.sm, trt.__version__, ranges)
-        _write_plan(model_bundle, directory, graph, manifest.model, kv_format, ranges, settings, timing_cache)
+        _write_plan(model_bundle, directory, graph, manifest.model, cache, ranges, settings, timing_cache)
     return {
         "name": NAME,
         "version": trt.__version__,
@@ -365,7 +365,7 @@ def _write_plan(
     directory: Path,
     graph: str,
     model: ModelConfig,
-    kv_format: KVFormat,
+    cache: CacheConfig,
     ranges: list[Shapes],
     settings: Mapping[str, Any],
     timing_cache: Path,
@@ -375,7 +375,7 @@ def _write_plan(
 
     logger = _logger()
     with tempfile.TemporaryDirectory() as folder, _progress(f"building {graph}", logger) as monitor:
-        network = _parse(_prepare(model_bundle, Path(folder), graph, model, kv_format), logger)
+        network = _parse(_prepare(model_bundle, Path(folder), graph, model, cache), logger)
         with logger.attempt(f"build the {graph} engine"):
             wanted = []
             for shapes in ranges:
@@ -391,7 +391,7 @@ def _write_plan(
             file.write(plan)
 
 
-def _prepare(model_bundle: Path, folder: Path, graph: str, model: ModelConfig, kv_format: KVFormat) -> Path:
+def _prepare(model_bundle: Path, folder: Path, graph: str, model: ModelConfig, cache: CacheConfig) -> Path:
     """Write a graph as TensorRT takes it into ``folder``, beside a link to its weights; returns its path."""
     import onnx
 
@@ -400,7 +400,7 @@ def _prepare(model_bundle: Path, folder: Path, graph: str, model: ModelConfig, k
     name = f"{graph}.onnx"
     proto = onnx.load(model_bundle / name, load_external_data=False)
     if graph == bindings.DECODER:
-        graphs.set_kv_format(proto, model, kv_format)
+        graphs.set_cache(proto, model, cache)
     graphs.strip_functions(proto)
     onnx.save(proto, folder / name)
     (folder / f"{name}.data").symlink_to((model_bundle / f"{name}.data").resolve())

@@ -6,6 +6,8 @@ Of TensorRT it uses the engine's and the execution context's methods that 8.6, 9
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,15 +17,15 @@ import numpy as np
 from pascalvl.engines import profiles
 from pascalvl.engines.backend import Engine
 from pascalvl.engines.device import ALIGNMENT, Buffer, Device
-from pascalvl.engines.session import Session
+from pascalvl.engines.session import ALWAYS_VISIBLE, RECENT_SLOTS, SLOTS, Placement, Session
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.library import AppendArgs, Cache
-from pascalvl.plugins.kv_format import KVFormat, RowFormat
+from pascalvl.plugins.kv_format import KVFormat, LayerLayout
 from pascalvl.plugins.model_config import TextConfig
 
-ROW_FORMATS = {KVFormat.F32: RowFormat.FLOAT32, KVFormat.F16: RowFormat.FLOAT16}
+_SCALE_BYTES = 2
 _CHOICE = [
     bindings.Binding("token", np.dtype(np.int32), (1,)),
     bindings.Binding("logit", np.dtype(np.float32), (1,)),
@@ -61,7 +63,7 @@ class TensorRTEngine(Engine):
         model = manifest.model
         self.inputs = {
             bindings.VISION: bindings.vision_inputs(model),
-            bindings.DECODER: bindings.decoder_inputs(model, manifest.kv_format),
+            bindings.DECODER: bindings.decoder_inputs(model, manifest.kv_cache),
         }
         self.outputs = {
             bindings.VISION: bindings.vision_outputs(model),
@@ -131,44 +133,40 @@ class TensorRTSession(Session):
     """The cache in the device's memory, with the decoder's contexts for prompts and for one token.
 
     All memory is allocated here, once. Keys and values of new tokens of all layers lie in one staging area, from where
-    one launch appends them. What varies between decode steps is written to one array in host memory, which the step
-    copies to the device, the number of past tokens with it: the host's word counts, also after an interrupt. A chunk of
-    a prompt longer than the engine takes is run in several.
+    one launch appends those of all layers with the same layout. What varies between decode steps is written to one
+    array in host memory, which the step copies to the device, places in the cache with it: the host's word counts, also
+    after an interrupt.
     """
 
     def __init__(self, engine: TensorRTEngine, capacity: int) -> None:
-        super().__init__(capacity)
+        super().__init__(engine, capacity)
         self._engine, self._device = engine, engine.device
-        model, self._format = engine.manifest.model, engine.manifest.kv_format
-        self._text = text = model.text
-        self._chunk = min(engine.max_prefill, capacity)
-        storage = self._format.storage_shape(text, capacity)
-        self._cache = self._device.allocate(int(np.prod(storage)) * self._format.dtype.itemsize)
-        self._layer_bytes = self._cache.nbytes // text.num_hidden_layers  # of keys, then values
-        sizes = {"batch": 1, "seq": self._chunk, "capacity": capacity}
-        self._pasts = {
-            name(layer): self._cache.pointer + layer * self._layer_bytes + which * self._layer_bytes // 2
-            for layer in range(text.num_hidden_layers)
-            for which, name in enumerate((bindings.past_key, bindings.past_value))
-        }
-        self._past_shape = storage[2:]
+        text = self.model.text
+        chunk = min(engine.max_prefill, capacity)
+        sizes = {**self.sizes, "seq": chunk, "visible_slots": capacity}
+        self._cache = Tensors(self._device, [b for inputs in self.layer_inputs for b in inputs], sizes)
 
-        decoder = {binding.name: binding for binding in engine.inputs[bindings.DECODER]}
+        decoder = engine.inputs[bindings.DECODER]
         outputs = [b for b in engine.outputs[bindings.DECODER] if b.name not in _new_names(text)]
         self._outputs = Tensors(self._device, outputs, sizes)
-        self._token_bytes = 4 * text.num_key_value_heads * text.head_dim
-        self._new_bytes = text.num_hidden_layers * self._token_bytes * self._chunk
-        self._new = self._device.allocate(2 * self._new_bytes)
+        self._runs = [
+            _Run(self._device, layout, list(layers), chunk)
+            for layout, layers in itertools.groupby(range(len(self.layouts)), lambda layer: self.layouts[layer])
+        ]
 
-        own = [binding for name, binding in decoder.items() if name not in self._pasts]
-        self._inputs = Tensors(self._device, own, sizes)
+        places = [SLOTS, RECENT_SLOTS] if self.cache.recent else [SLOTS]
+        own = [binding for binding in decoder if binding.name not in self._cache.pointers]
+        self._inputs = Tensors(self._device, [*own, *places], sizes)
         self._prefill_context = self._context(profiles.PREFILL, self._inputs)
 
-        one = {**sizes, "seq": 1}
-        staged = (bindings.INPUTS_EMBEDS, bindings.ROPE_COS, bindings.ROPE_SIN, bindings.PAST_LENGTH)
-        self._step_inputs = StagedTensors(self._device, [decoder[name] for name in staged], one)
-        no_deepstack = StagedTensors(self._device, [decoder[bindings.DEEPSTACK_EMBEDS]], one)
+        one = {**sizes, "seq": 1, "visible_slots": 1}
+        no_deepstack = StagedTensors(self._device, [b for b in own if b.name == bindings.DEEPSTACK_EMBEDS], one)
         no_deepstack.upload()
+        staged = [binding for binding in own if binding.name != bindings.DEEPSTACK_EMBEDS]
+        self._step_inputs = StagedTensors(self._device, [*staged, *places], one)
+        self._step_inputs.arrays[bindings.PAST_VISIBLE][:] = ALWAYS_VISIBLE
+        for binding in places:
+            self._step_inputs.arrays[binding.name][:] = -1
         self._decode_context = self._context(profiles.DECODE, self._step_inputs, no_deepstack)
         self._bind_tokens(self._decode_context, 1)
         self._kept = no_deepstack
@@ -187,27 +185,12 @@ class TensorRTSession(Session):
         """Whether the decode step is one CUDA graph."""
         return self._replay is not None
 
-    def prefill(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        total = feeds[bindings.INPUTS_EMBEDS].shape[1]
-        parts = []
-        for first in range(0, total, self._chunk):
-            chunk = slice(first, min(first + self._chunk, total))
-            part = {
-                name: array[:, :, chunk] if name == bindings.DEEPSTACK_EMBEDS else array[:, chunk]
-                for name, array in feeds.items()
-            }
-            parts.append(self._prefill(part, self.length + first))
-        outputs = parts[-1]
-        for name in outputs.keys() - {bindings.LOGITS}:
-            outputs[name] = np.concatenate([part[name] for part in parts], axis=1)
-        # Last, so that an interrupt anywhere above leaves the cache as it was.
-        self.length += total
-        return outputs
-
-    def _prefill(self, feeds: Mapping[str, np.ndarray], past: int) -> dict[str, np.ndarray]:
+    def prefill(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> dict[str, np.ndarray]:
         seq = feeds[bindings.INPUTS_EMBEDS].shape[1]
         self._bind_tokens(self._prefill_context, seq)
-        for name, array in {**feeds, bindings.PAST_LENGTH: np.array([past], np.int32)}.items():
+        visible = self.visible(placement)
+        self._prefill_context.set_shape(bindings.PAST_VISIBLE, visible.shape)
+        for name, array in {**feeds, **placement.arrays, bindings.PAST_VISIBLE: visible}.items():
             self._device.upload(self._inputs.pointers[name], np.ascontiguousarray(array))
         self._prefill_context.execute()
         self._append(seq, self._inputs)
@@ -221,23 +204,31 @@ class TensorRTSession(Session):
         self._device.synchronize()
         return outputs
 
-    def decode(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-        self._decode(feeds)
+    def decode(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> np.ndarray:
+        self._decode(feeds, placement)
         self._device.download(self._logits, self._outputs.pointers[bindings.LOGITS])
         self._device.synchronize()
         return self._logits.copy()
 
-    def decode_greedy(self, feeds: Mapping[str, np.ndarray]) -> tuple[int, float]:
-        self._decode(feeds)
+    def decode_greedy(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> tuple[int, float]:
+        self._decode(feeds, placement)
         return int(self._choice.arrays["token"][0]), float(self._choice.arrays["logit"][0])
 
-    def _decode(self, feeds: Mapping[str, np.ndarray]) -> None:
-        for name, array in feeds.items():
+    def _decode(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> None:
+        for name, array in {**feeds, **placement.arrays}.items():
             self._step_inputs.arrays[name][:] = array
-        self._step_inputs.arrays[bindings.PAST_LENGTH][0] = self.length
         (self._replay or self._step)()
         self._device.synchronize()
-        self.length += 1
+
+    def _fetch(self, binding: bindings.Binding) -> np.ndarray:
+        array = np.empty(self.shape_of(binding), binding.dtype)
+        self._device.download(array, self._cache.pointers[binding.name])
+        self._device.synchronize()
+        return array
+
+    def _put(self, binding: bindings.Binding, array: np.ndarray) -> None:
+        self._device.upload(self._cache.pointers[binding.name], array)
+        self._device.synchronize()
 
     def _step(self) -> None:
         """One token, from the staged inputs to the likeliest next one on the host, without waiting for the device."""
@@ -247,7 +238,7 @@ class TensorRTSession(Session):
         self._device.kernels.greedy(
             self._outputs.pointers[bindings.LOGITS],
             1,
-            self._text.vocab_size,
+            self.model.text.vocab_size,
             self._choice.pointers["token"],
             self._choice.pointers["logit"],
             self._device.stream,
@@ -257,11 +248,10 @@ class TensorRTSession(Session):
     def _context(self, profile: int, *inputs: Tensors) -> Context:
         """A context of the decoder that reads these inputs and this cache."""
         context = Context(self._engine, bindings.DECODER, profile)
-        for tensors in inputs:
-            for name, pointer in tensors.pointers.items():
-                context.bind_input(name, pointer, tensors.shapes[name])
-        for name, pointer in self._pasts.items():
-            context.bind_input(name, pointer, self._past_shape)
+        known = {binding.name for binding in self._engine.inputs[bindings.DECODER]}
+        for tensors in (*inputs, self._cache):
+            for name in known & tensors.pointers.keys():
+                context.bind_input(name, tensors.pointers[name], tensors.shapes[name])
         for name, pointer in self._outputs.pointers.items():
             context.bind_output(name, pointer)
         return context
@@ -271,35 +261,78 @@ class TensorRTSession(Session):
         for binding in self._engine.inputs[bindings.DECODER]:
             if "seq" in binding.shape:
                 context.set_shape(binding.name, shape_of(binding, {"batch": 1, "seq": seq}))
-        for layer in range(self._text.num_hidden_layers):
-            start = self._new.pointer + layer * seq * self._token_bytes
-            context.bind_output(bindings.new_key(layer), start)
-            context.bind_output(bindings.new_value(layer), start + self._new_bytes)
+        for run in self._runs:
+            for number, layer in enumerate(run.layers):
+                key, value = run.new(number, seq)
+                context.bind_output(bindings.new_key(layer), key)
+                context.bind_output(bindings.new_value(layer), value)
 
     def _append(self, seq: int, inputs: Tensors) -> None:
-        text, row_format = self._text, ROW_FORMATS[self._format]
-        cache = Cache(
-            key=self._pasts[bindings.past_key(0)],
-            value=self._pasts[bindings.past_value(0)],
-            key_format=row_format,
-            value_format=row_format,
-            capacity=self.capacity,
+        for run in self._runs:
+            names = [binding.name for binding in self.layer_inputs[run.layers[0]]]
+            self._append_run(run, seq, names, inputs.pointers[SLOTS.name], run.layout)
+            if self.cache.recent:
+                recent = dataclasses.replace(run.layout, kv_format=KVFormat.F16)
+                self._append_run(run, seq, names[-2:], inputs.pointers[RECENT_SLOTS.name], recent)
+
+    def _append_run(self, run: _Run, seq: int, names: list[str], slots: int, layout: LayerLayout) -> None:
+        """Append the new tokens of some layers to the cache whose tensors in the first layer are ``names``."""
+        key, value = run.new(0, seq)
+        pointers = [self._cache.pointers[name] for name in names]
+        # Layers with the same layout lie at equal distances.
+        next_layer = run.layers[min(1, len(run.layers) - 1)]
+        stride = (
+            self._cache.pointers[bindings.past_key(next_layer)] - self._cache.pointers[bindings.past_key(run.layers[0])]
         )
+        scales, capacity = (None, None), self._cache.shapes[names[0]][2]
+        if layout.kv_format.is_quantised:
+            scales = pointers[2], pointers[2] + int(np.prod(self._cache.shapes[names[2]][1:])) * _SCALE_BYTES
         args = AppendArgs(
-            key=self._new.pointer,
-            value=self._new.pointer + self._new_bytes,
-            layers=text.num_hidden_layers,
+            key=key,
+            value=value,
+            layers=len(run.layers),
             batch=1,
-            num_kv_heads=text.num_key_value_heads,
+            num_kv_heads=layout.num_kv_heads,
             seq=seq,
-            key_dim=text.head_dim,
-            value_dim=text.head_dim,
-            past_length=inputs.pointers[bindings.PAST_LENGTH],
-            cache=cache,
-            key_stride=self._layer_bytes,
-            value_stride=self._layer_bytes,
+            key_dim=layout.key_dim,
+            value_dim=layout.value_dim,
+            slots=slots,
+            cache=Cache(
+                key=pointers[0],
+                value=pointers[1],
+                key_scale=scales[0],
+                value_scale=scales[1],
+                key_format=layout.kv_format.rows[0],
+                value_format=layout.kv_format.rows[1],
+                capacity=capacity,
+                rotated=layout.is_rotated,
+            ),
+            key_stride=stride,
+            value_stride=stride,
+            key_scale_stride=stride,
+            value_scale_stride=stride,
         )
         self._device.kernels.kv_append(args, self._device.stream)
+
+
+class _Run:
+    """Neighbouring layers with the same layout, and the staging area of their new keys and values.
+
+    For ``seq`` tokens that holds ``[layers, 1, num_kv_heads, seq, dim]`` of keys, and as much of values.
+    """
+
+    def __init__(self, device: Device, layout: LayerLayout, layers: list[int], chunk: int) -> None:
+        self.layout, self.layers = layout, layers
+        key, value = (4 * layout.num_kv_heads * dim for dim in layout.dims)
+        self._token_bytes = key, value
+        self._value_start = len(layers) * key * chunk
+        self._buffer = device.allocate(self._value_start + len(layers) * value * chunk)
+
+    def new(self, number: int, seq: int) -> tuple[int, int]:
+        """Where keys and values of the run's layer ``number`` are."""
+        key, value = self._token_bytes
+        start = self._buffer.pointer
+        return start + number * seq * key, start + self._value_start + number * seq * value
 
 
 class Context:
@@ -369,6 +402,10 @@ class Tensors:
             nbytes += _aligned(int(np.prod(self.shapes[tensor.name])) * tensor.dtype.itemsize)
         self._buffer = device.allocate(nbytes)
         self.pointers = {name: self._buffer.pointer + start for name, start in self._starts.items()}
+
+    @property
+    def nbytes(self) -> int:
+        return self._buffer.nbytes
 
 
 class StagedTensors(Tensors):

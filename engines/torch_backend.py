@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,14 +21,14 @@ from torch import nn
 from transformers import Qwen3VLConfig
 
 from pascalvl.engines.backend import REFERENCE, Engine
-from pascalvl.engines.session import Session
+from pascalvl.engines.session import ALWAYS_VISIBLE, RECENT_SLOTS, SLOTS, Placement, Session
 from pascalvl.export import torch_kernels
 from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, meta_model
 from pascalvl.export.modules import Decoder, VisionEncoder
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import CHECKPOINT_CONFIG, TRANSPOSED, Manifest, read_json
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ _WEIGHTS = "weights.json"
 """By graph and name (as `TRANSPOSED` says): where in the graph's data a weight starts, and its shape there."""
 FILES = (CHECKPOINT_CONFIG, _WEIGHTS, *_DATA.values())
 _REMEDY = "build the bundle again"
+_ALIGNMENT = 256
 
 
 class TorchEngine(Engine):
@@ -59,7 +61,11 @@ class TorchEngine(Engine):
                 "or choose another --backend."
             ) from error
         layers = range(manifest.model.text.num_hidden_layers)
-        self._past_names = [name(layer) for layer in layers for name in (bindings.past_key, bindings.past_value)]
+        self._layouts = manifest.kv_cache.layers(manifest.model.text)
+        self._cache_names = [
+            [binding.name for binding in bindings.cache_inputs(manifest.model, manifest.kv_cache, layer)]
+            for layer in layers
+        ]
         self._output_names = {
             bindings.VISION: [binding.name for binding in bindings.vision_outputs(manifest.model)],
             bindings.DECODER: [
@@ -72,7 +78,10 @@ class TorchEngine(Engine):
         """`run` on tensors, where they are."""
         inputs = dict(inputs)
         if graph == bindings.DECODER:
-            inputs["past"] = [inputs.pop(name) for name in self._past_names]
+            inputs["caches"] = [
+                {"kv_format": layout.kv_format.value, **{name.rpartition(".")[0]: inputs.pop(name) for name in names}}
+                for layout, names in zip(self._layouts, self._cache_names, strict=True)
+            ]
         outputs = self._modules[graph](**inputs)
         return dict(zip(self._output_names[graph], outputs, strict=False))  # the last, if any, are not asked for
 
@@ -93,36 +102,47 @@ class TorchSession(Session):
     """The storage as a tensor on the engine's device.
 
     What varies between decode steps is written to one array in pinned memory, which the step itself copies to the
-    device, the number of past tokens with it: the host's word counts, also after an interrupt.
+    device, places in the cache with it: the host's word counts, also after an interrupt.
     """
 
     def __init__(self, engine: TorchEngine, capacity: int) -> None:
-        super().__init__(capacity)
+        super().__init__(engine, capacity)
         self._engine = engine
-        model, kv_format, device = engine.manifest.model, engine.manifest.kv_format, engine.device
-        text, on_cuda = model.text, device.type == "cuda"
+        text, device, on_cuda = self.model.text, engine.device, engine.device.type == "cuda"
         with evaluation("the KV cache"):
-            shape, dtype = kv_format.storage_shape(text, capacity), getattr(torch, kv_format.dtype.name)
-            self._rows = torch.zeros(shape, dtype=dtype, device=device)
-            self._past = {}
-            for layer, (keys, values) in enumerate(self._rows):
-                self._past |= {bindings.past_key(layer): keys, bindings.past_value(layer): values}
+            inputs = [binding for inputs in self.layer_inputs for binding in inputs]
+            nbytes = [math.prod(self.shape_of(b)) * b.dtype.itemsize for b in inputs]
+            aligned = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in nbytes]
+            self._storage = torch.zeros(sum(aligned), dtype=torch.uint8, device=device)
+            self._past = {
+                b.name: part[:size].view(getattr(torch, b.dtype.name)).view(self.shape_of(b))
+                for b, part, size in zip(inputs, self._storage.split(aligned), nbytes, strict=True)
+            }
 
-            sizes = {
+            places = [bindings.PAST_LENGTH, bindings.PAST_VISIBLE, SLOTS.name]
+            if self.cache.recent:
+                places += [bindings.RECENT_LENGTH, RECENT_SLOTS.name]
+            floats = {
                 bindings.INPUTS_EMBEDS: text.hidden_size,
                 bindings.ROPE_COS: text.head_dim,
                 bindings.ROPE_SIN: text.head_dim,
-                bindings.PAST_LENGTH: 1,
             }
+            sizes = {**floats, **dict.fromkeys(places, 1)}
             self._staged = torch.zeros(sum(sizes.values()), pin_memory=on_cuda)
             self._inputs = self._staged.to(device)
             staged, self._step_inputs = (
                 {name: part.view(1, 1, -1) for name, part in zip(sizes, whole.split([*sizes.values()]), strict=True)}
                 for whole in (self._staged, self._inputs)
             )
-            for inputs in (staged, self._step_inputs):
-                inputs[bindings.PAST_LENGTH] = inputs[bindings.PAST_LENGTH].view(torch.int32).flatten()
+            for tensors in (staged, self._step_inputs):
+                for name in places:
+                    of_batch = name in (bindings.PAST_LENGTH, bindings.RECENT_LENGTH)
+                    tensors[name] = tensors[name].view(torch.int32).view((1,) if of_batch else (1, 1))
             self._staged_inputs = {name: part.numpy() for name, part in staged.items()}
+            self._staged_inputs[bindings.PAST_VISIBLE][:] = ALWAYS_VISIBLE
+            for name in (SLOTS.name, RECENT_SLOTS.name):
+                if name in places:
+                    self._staged_inputs[name][:] = -1
             # DeepStack adds nothing to text: it has no levels here.
             self._step_inputs[bindings.DEEPSTACK_EMBEDS] = self._inputs.new_empty(0, 1, 1, text.hidden_size)
             self._likeliest = torch.zeros(2, dtype=torch.float64, pin_memory=on_cuda)
@@ -131,30 +151,26 @@ class TorchSession(Session):
 
     @property
     def nbytes(self) -> int:
-        return self._rows.nbytes
+        return self._storage.nbytes
 
-    def prefill(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def prefill(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> dict[str, np.ndarray]:
+        visible = {bindings.PAST_VISIBLE: self.visible(placement)}
         with evaluation("the decoder engine"):
-            inputs = self._engine.tensors({**feeds, bindings.PAST_LENGTH: np.array([self.length], np.int32)})
-            outputs = self._run(inputs)
-            found = {name: output.numpy(force=True) for name, output in outputs.items()}
-        # Last, so that an interrupt anywhere above leaves the cache as it was.
-        self.length += feeds[bindings.INPUTS_EMBEDS].shape[1]
-        return found
+            outputs = self._run(self._engine.tensors({**feeds, **placement.arrays, **visible}))
+            return {name: output.numpy(force=True) for name, output in outputs.items()}
 
-    def decode(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-        self._decode(feeds)
+    def decode(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> np.ndarray:
+        self._decode(feeds, placement)
         return self._logits.numpy(force=True)
 
-    def decode_greedy(self, feeds: Mapping[str, np.ndarray]) -> tuple[int, float]:
-        self._decode(feeds)
+    def decode_greedy(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> tuple[int, float]:
+        self._decode(feeds, placement)
         token, logit = self._likeliest.tolist()
         return int(token), logit
 
-    def _decode(self, feeds: Mapping[str, np.ndarray]) -> None:
-        for name, array in feeds.items():
+    def _decode(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> None:
+        for name, array in {**feeds, **placement.arrays}.items():
             self._staged_inputs[name][:] = array
-        self._staged_inputs[bindings.PAST_LENGTH][0] = self.length
         with evaluation("the decoder engine"):
             if self.graph:
                 self.graph.replay()
@@ -162,7 +178,13 @@ class TorchSession(Session):
                 self._step()
             if self._engine.device.type == "cuda":
                 torch.cuda.current_stream(self._engine.device).synchronize()
-        self.length += 1
+
+    def _fetch(self, binding: bindings.Binding) -> np.ndarray:
+        return self._past[binding.name].numpy(force=True)
+
+    def _put(self, binding: bindings.Binding, array: np.ndarray) -> None:
+        with torch.inference_mode():
+            self._past[binding.name].copy_(torch.from_numpy(array))
 
     def _step(self) -> None:
         """From `_staged` to `_logits` on the device and `_likeliest` on the host, without waiting for the device."""
@@ -173,15 +195,19 @@ class TorchSession(Session):
 
     def _run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the decoder and append; returns its other outputs."""
+        inputs = dict(inputs)
+        slots, recent_slots = inputs.pop(SLOTS.name), inputs.pop(RECENT_SLOTS.name, None)
         outputs = self._engine.forward(bindings.DECODER, {**inputs, **self._past})
-        new_key, new_value = (
-            torch.stack([outputs.pop(name(layer)) for layer in range(len(self._rows))])
-            for name in (bindings.new_key, bindings.new_value)
-        )
-        past_length = inputs[bindings.PAST_LENGTH]
-        torch_kernels.kv_append(
-            self._engine.kernels, new_key, new_value, self._rows[:, 0], self._rows[:, 1], past_length
-        )
+        new = [
+            (outputs.pop(bindings.new_key(layer)), outputs.pop(bindings.new_value(layer)))
+            for layer in range(len(self.layouts))
+        ]
+        kernels = self._engine.kernels
+        caches = [[self._past[binding.name] for binding in inputs] for inputs in self.layer_inputs]
+        torch_kernels.kv_append(kernels, self.layouts, new, [(*cache[:3], None)[:3] for cache in caches], slots)
+        if recent_slots is not None:
+            layouts = [dataclasses.replace(layout, kv_format=KVFormat.F16) for layout in self.layouts]
+            torch_kernels.kv_append(kernels, layouts, new, [(*cache[-2:], None) for cache in caches], recent_slots)
         return outputs
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
@@ -203,10 +229,10 @@ class TorchSession(Session):
         return graph
 
 
-def build(model_bundle: Path, directory: Path, manifest: Manifest, kv_format: KVFormat) -> dict[str, str]:
+def build(model_bundle: Path, directory: Path, manifest: Manifest, cache: CacheConfig) -> dict[str, str]:
     """Copy the weights into ``directory`` and note where they are, load them once; returns the manifest's description.
 
-    The modules take any cache format: the manifest's.
+    The modules take any cache: the manifest's.
     """
     import onnx
 
@@ -268,6 +294,7 @@ def _load(directory: Path, manifest: Manifest, device: torch.device) -> dict[str
     config = Qwen3VLConfig.from_dict(read_json(directory / CHECKPOINT_CONFIG, _REMEDY))
     _check(directory, manifest, config)
     model = meta_model(config)
+    modules = {bindings.VISION: VisionEncoder(model), bindings.DECODER: Decoder(model, manifest.model.text)}
     weights = {}
     for graph, places in read_json(directory / _WEIGHTS, _REMEDY).items():
         for note, place in places.items():
@@ -281,7 +308,7 @@ def _load(directory: Path, manifest: Manifest, device: torch.device) -> dict[str
     model.tie_weights()
     if missing := [n for n, p in model.named_parameters() if p.is_meta and n != TOKEN_EMBEDDINGS]:
         raise UserError(f"{directory} lacks the weight {missing[0]}: {_REMEDY}.")
-    return {bindings.VISION: VisionEncoder(model).eval(), bindings.DECODER: Decoder(model).eval()}
+    return {graph: module.eval() for graph, module in modules.items()}
 
 
 def _check(directory: Path, manifest: Manifest, config: Qwen3VLConfig) -> None:

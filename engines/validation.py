@@ -21,20 +21,12 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator, IterationResult, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
+from pascalvl.engines.tolerance import TOLERANCE
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import KVFormat
 
 VISION_EMBEDS = "vision.embeds"
 PREFILL_LOGITS = "prefill.logits"
-
-TOLERANCE = {KVFormat.F32: 5e-4, KVFormat.F16: 2e-2}
-"""Largest error of an output, relative to the root mean square (RMS) of the reference's.
-
-Not to its largest value: trained models have a few channels of hundreds of RMS, behind which anything would pass.
-Both sides compute in float32, but sum in different orders, which leaves some 1e-6 of each value: 1e-5 of the RMS in the
-nano checkpoint, more where such channels are rounded. A float16 cache rounds every key and value by up to 2^-11 = 5e-4,
-which leaves 2e-3 there; both have a margin for deeper models and longer prompts.
-"""
 
 
 def vision_deepstack(level: int) -> str:
@@ -200,11 +192,13 @@ def validate(
     checkpoint: Path,
     candidate: Candidate,
     prompts: Sequence[ValidationPrompt],
-    kv_format: KVFormat,
+    allowed: float,
     new_tokens: int = 16,
     name: str = "engine",
 ) -> list[Row]:
     """Compare the candidate's outputs with those of the checkpoint in float32; returns one row an output and prompt.
+
+    ``allowed`` is `pascalvl.engines.tolerance.tolerance` of the candidate's cache.
 
     Raises:
         UserError: the candidate does not return an output that the reference has.
@@ -219,20 +213,20 @@ def validate(
         return [
             row
             for prompt, reference_outputs, outputs in zip(prompts, expected, found, strict=True)
-            for row in _compare(prompt.name, reference_outputs, outputs, kv_format)
+            for row in _compare(prompt.name, reference_outputs, outputs, allowed)
         ]
 
 
-def _compare(prompt: str, expected: Outputs, found: Outputs, kv_format: KVFormat) -> list[Row]:
+def _compare(prompt: str, expected: Outputs, found: Outputs, allowed: float) -> list[Row]:
     if missing := [name for name in expected if name not in found and not name.startswith("prefill.hidden_states")]:
         raise UserError(f"the engine returned no {', '.join(missing)} for prompt {prompt!r}: it is for another model.")
     names = sorted((name for name in expected if name in found), key=_stage)
     # The vision encoder reads no cache.
-    formats = {name: KVFormat.F32 if name.startswith("vision") else kv_format for name in names}
-    allowed = {name: TOLERANCE[formats[name]] * _rms(expected[name]) for name in names}
-    compare = SimpleCompareFunc(atol=allowed, rtol={name: 0.0 for name in names}, check_error_stat="max")
+    exact = TOLERANCE[KVFormat.F32]
+    allowed_of = {n: (exact if n.startswith("vision") else allowed) * _rms(expected[n]) for n in names}
+    compare = SimpleCompareFunc(atol=allowed_of, rtol={name: 0.0 for name in names}, check_error_stat="max")
     results = compare(*(IterationResult({name: outputs[name] for name in names}) for outputs in (expected, found)))
-    return [Row(prompt, name, float(results[name].max_absdiff), allowed[name]) for name in names]
+    return [Row(prompt, name, float(results[name].max_absdiff), allowed_of[name]) for name in names]
 
 
 def _rms(values: np.ndarray) -> float:

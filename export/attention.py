@@ -14,6 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 from pascalvl.export import torch_kernels
 from pascalvl.export.tiled_attention import TiledAttention
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kv_format import KVFormat
 
 ATTN_IMPLEMENTATION = "pascalvl"
 PACKED_ATTN_IMPLEMENTATION = "pascalvl_flash"
@@ -31,32 +32,47 @@ def flash_attention_2(
     past_key: torch.Tensor | None,
     past_value: torch.Tensor | None,
     past_length: torch.Tensor | None,
+    past_visible: torch.Tensor | None,
+    past_scale: torch.Tensor | None,
+    recent_key: torch.Tensor | None,
+    recent_value: torch.Tensor | None,
+    recent_length: torch.Tensor | None,
     causal: bool,
     softmax_scale: float,
+    kv_format: str,
 ) -> torch.Tensor:
     """Attention as `pascalvl.plugins.flash_attention` defines it.
 
-    Tensors on CUDA go to the kernels, in float32; others to `pascalvl.export.tiled_attention`, in any float type.
-    Differentiable once in q, k, v, past_key and past_value, on any device; memory is linear in the length both ways.
+    Tensors on CUDA go to the kernels, in float32; others to `pascalvl.export.tiled_attention`, in any float type, with
+    a cache of floats. Differentiable once in q, k, v, past_key and past_value where those are floats, on any device;
+    memory is linear in the length both ways.
 
     Args:
-        q: ``[batch, num_heads, seq, head_dim]``.
-        k, v: ``[batch, num_kv_heads, seq, head_dim]``.
+        q: ``[batch, num_heads, seq, key_dim]``.
+        k: ``[batch, num_kv_heads, seq, key_dim]``.
+        v: ``[batch, num_kv_heads, seq, value_dim]``.
         cu_seqlens: int32 ``[segments + 1]``, bounds of the packed sequences; where not causal.
-        past_key, past_value: ``[batch, num_kv_heads, capacity, head_dim]``, float32 or float16; where causal. None: no
-            past.
+        past_key, past_value: ``[batch, num_kv_heads, capacity, row]``; where causal. None: no past.
         past_length: int32 ``[batch]``, valid rows of the past; where there is one.
+        past_visible: int32 ``[batch, capacity]`` or ``[batch, 1]``; None: every new token sees all of the past.
+        past_scale: float16 ``[2, batch, num_kv_heads, capacity]``; where the past is quantised.
+        recent_key, recent_value: float16 ``[batch, num_kv_heads, recent, dim]``, and their int32 ``[batch]``
+            recent_length; None: none are kept.
         causal: which of the two modes.
         softmax_scale: factor on q k^T.
+        kv_format: name of the past's `pascalvl.plugins.kv_format.KVFormat`.
 
     Returns:
-        ``[batch, seq, num_heads, head_dim]``, of ``q``'s type.
+        ``[batch, seq, num_heads, value_dim]``, of ``q``'s type.
 
     Raises:
-        ValueError: the kernels do not support the arguments, for example the head size; says which they do.
+        ValueError: the kernels do not support the arguments, for example the head size; says which they do. Or a
+            quantised past, without them.
     """
     if not torch_kernels.serves(q.device):
-        past = past_key, past_value, past_length
+        if past_scale is not None or recent_key is not None:
+            raise ValueError(f"a cache in {kv_format} is for the kernels, on CUDA; found tensors on {q.device}")
+        past = past_key, past_value, past_length, past_visible
         return TiledAttention(q, k, v, cu_seqlens, *past, causal, softmax_scale).forward()
     kernels = torch_kernels.library(q.device)
     try:
@@ -71,15 +87,21 @@ def flash_attention_2(
             past_key=past_key,
             past_value=past_value,
             past_length=past_length,
+            past_visible=past_visible,
+            past_scale=past_scale,
+            recent_key=recent_key,
+            recent_value=recent_value,
+            recent_length=recent_length,
+            kv_format=KVFormat(kv_format),
         )
     except UserError as error:
         raise ValueError(str(error)) from None
 
 
 @flash_attention_2.register_fake
-def _(q, k, v, cu_seqlens, past_key, past_value, past_length, causal, softmax_scale):
-    batch, num_heads, seq, head_dim = q.shape
-    return q.new_empty(batch, seq, num_heads, head_dim)
+def _(q, k, v, *_):
+    batch, num_heads, seq, _ = q.shape
+    return q.new_empty(batch, seq, num_heads, v.shape[3])
 
 
 @torch.library.custom_op("pascalvl::flash_attention_2_backward", mutates_args=())
@@ -92,6 +114,7 @@ def _flash_attention_2_backward(
     past_key: torch.Tensor | None,
     past_value: torch.Tensor | None,
     past_length: torch.Tensor | None,
+    past_visible: torch.Tensor | None,
     causal: bool,
     softmax_scale: float,
 ) -> list[torch.Tensor]:
@@ -99,23 +122,26 @@ def _flash_attention_2_backward(
 
     An op of its own, because its loops depend on lengths: a compiler traces over them.
     """
-    past = past_key, past_value, past_length
+    past = past_key, past_value, past_length, past_visible
     return TiledAttention(q, k, v, cu_seqlens, *past, causal, softmax_scale).backward(grad)
 
 
 @_flash_attention_2_backward.register_fake
-def _(grad, q, k, v, cu_seqlens, past_key, past_value, past_length, causal, softmax_scale):
+def _(grad, q, k, v, cu_seqlens, past_key, past_value, *_):
     return [torch.empty_like(x) for x in (q, k, v, past_key, past_value) if x is not None]
 
 
 def _save_inputs(ctx, inputs: tuple, output: torch.Tensor) -> None:
-    *tensors, ctx.causal, ctx.softmax_scale = inputs
+    *tensors, ctx.causal, ctx.softmax_scale, ctx.kv_format = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _gradients(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    dq, dk, dv, *of_past = _flash_attention_2_backward(grad, *ctx.saved_tensors, ctx.causal, ctx.softmax_scale)
-    return dq, dk, dv, None, *(of_past or (None, None)), None, None, None
+    *tensors, past_scale, recent_key, _, _ = ctx.saved_tensors
+    if past_scale is not None or recent_key is not None:
+        raise ValueError(f"a cache in {ctx.kv_format} has no gradients: take f32 or f16")
+    dq, dk, dv, *of_past = _flash_attention_2_backward(grad, *tensors, ctx.causal, ctx.softmax_scale)
+    return dq, dk, dv, None, *(of_past or (None, None)), *[None] * 9
 
 
 flash_attention_2.register_autograd(_gradients, setup_context=_save_inputs)
@@ -133,6 +159,12 @@ def attention_forward(
     past_key: torch.Tensor | None = None,
     past_value: torch.Tensor | None = None,
     past_length: torch.Tensor | None = None,
+    past_visible: torch.Tensor | None = None,
+    past_scale: torch.Tensor | None = None,
+    recent_key: torch.Tensor | None = None,
+    recent_value: torch.Tensor | None = None,
+    recent_length: torch.Tensor | None = None,
+    kv_format: str = KVFormat.F32.value,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Attention function of transformers' interface.
@@ -142,8 +174,8 @@ def attention_forward(
         key, value: ``[batch, num_kv_heads, past + seq, head_dim]``, the past (transformers' cache) first.
         attention_mask: None, or ``[batch, past + seq]`` that is true at tokens and false at padding.
         cu_seq_lens_q: bounds of packed sequences, where transformers packs them.
-        past_key, past_value, past_length: an external cache, as `flash_attention_2` takes it; ``key`` and ``value`` are
-            then those of the new tokens alone.
+        past_key to kv_format: an external cache, as `flash_attention_2` takes it; ``key`` and ``value`` are then those
+            of the new tokens alone.
 
     Returns:
         ``[batch, seq, num_heads, head_dim]`` and None: attention weights are never materialised.
@@ -156,10 +188,10 @@ def attention_forward(
     if not module.is_causal:
         if cu_seq_lens_q is None:
             cu_seq_lens_q = torch.tensor([0, query.shape[2]], dtype=torch.int32, device=query.device)
-        return flash_attention_2(query, key, value, cu_seq_lens_q, None, None, None, False, scaling), None
+        return flash_attention_2(query, key, value, cu_seq_lens_q, *[None] * 8, False, scaling, kv_format), None
     if past_length is not None:
-        external = past_key, past_value, past_length
-        return flash_attention_2(query, key, value, None, *external, True, scaling), None
+        external = past_key, past_value, past_length, past_visible, past_scale, recent_key, recent_value, recent_length
+        return flash_attention_2(query, key, value, None, *external, True, scaling, kv_format), None
     past = key.shape[2] - query.shape[2]
     if attention_mask is None:
         return _causal(query, key, value, past, scaling), None
@@ -182,11 +214,12 @@ def attention_forward(
 def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, past: int, scaling: float) -> torch.Tensor:
     """Attention over ``past`` tokens and then the new ones, both in ``key`` and ``value``."""
     new = key[:, :, past:], value[:, :, past:]
+    kv_format = (KVFormat.F16 if key.dtype == torch.float16 else KVFormat.F32).value
     if not past:
-        return flash_attention_2(query, *new, None, None, None, None, True, scaling)
+        return flash_attention_2(query, *new, None, *[None] * 8, True, scaling, kv_format)
     # The kernels read the past where it lies if it is contiguous, as all of it is, and a slice is not.
     length = torch.full(key.shape[:1], past, dtype=torch.int32, device=key.device)
-    return flash_attention_2(query, *new, None, key, value, length, True, scaling)
+    return flash_attention_2(query, *new, None, key, value, length, *[None] * 5, True, scaling, kv_format)
 
 
 for _name in (ATTN_IMPLEMENTATION, PACKED_ATTN_IMPLEMENTATION):

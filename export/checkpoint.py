@@ -95,6 +95,9 @@ class Checkpoint:
                 )
         return model
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._shard_of
+
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor, in the type it has on disk."""
         return self._shard_of[name].get_tensor(name)

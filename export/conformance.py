@@ -12,9 +12,10 @@ from collections.abc import Iterator
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from pascalvl.export.onnx_op import IR_VERSION, OPSET
+from pascalvl.export.onnx_op import IR_VERSION
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.flash_attention import OP_DOMAIN, OP_NAME
+from pascalvl.plugins.onnx_body import OPSET
 
 _SUPPORTED = {
     "FP32 FP16 INT32": (

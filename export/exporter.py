@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,54 +15,80 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import Qwen3VLForConditionalGeneration
 
-from pascalvl.export import conformance, onnx_op
+from pascalvl.export import conformance
+from pascalvl.export.calibration import CalibrationPrompt, calibrate, check_prompts
 from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint
 from pascalvl.export.modules import Decoder, VisionEncoder
 from pascalvl.export.trace import TracedGraph, Weight, example_inputs, trace
-from pascalvl.plugins import bindings
+from pascalvl.export.transforms import TransformedWeights, WeightSource, check_ranks, plan_transforms
+from pascalvl.plugins import bindings, onnx_body
 from pascalvl.plugins.bundle import EMBEDDINGS, TRANSPOSED, Manifest, atomic_directory
 from pascalvl.plugins.flash_attention import OP_NAME, OP_VERSION
-from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 from pascalvl.plugins.model_config import ModelConfig
 
 log = logging.getLogger(__name__)
 
 _ALIGNMENT = 4096
 """Weights start on page boundaries, so that a runtime can map them instead of reading them."""
+_CACHE = CacheConfig(KVFormat.F32)
+"""Of the decoder that is traced; builds change it."""
 
 
 def export_checkpoint(
     checkpoint_directory: Path,
     output: Path,
     check_host_files: Callable[[Path, ModelConfig], None] = lambda *_: None,
+    cache: CacheConfig = _CACHE,
+    calibration: Callable[[Path, ModelConfig], Sequence[CalibrationPrompt]] | None = None,
 ) -> Manifest:
     """Export a Qwen3-VL checkpoint to the model bundle ``output``; returns its manifest.
 
-    Weights are widened to float32 and written one at a time: beside the graphs, memory holds one tensor.
+    The weights come out as `pascalvl.export.transforms` leaves them: the same function, keys and values that quantise
+    better, shorter ones if ``cache`` says so. They are widened to float32 and written one at a time: beside the graphs
+    and the transforms, memory holds one tensor, or, while it calibrates, the model in float32.
 
     Args:
         checkpoint_directory: folder of the Hugging Face model.
         output: folder to write.
         check_host_files: called with a folder that holds the tokenizer's and processors' files, before the long work.
+        cache: its `key_rank` and `value_rank` are what the weights get; the rest is for builds and runs.
+        calibration: called like ``check_host_files``, and after it: the prompts to take statistics from. None: the
+            weights' own.
 
     Raises:
-        UserError: a checkpoint that cannot be used, a graph that TensorRT 8.6 could not parse, or a full disk.
+        UserError: a checkpoint that cannot be used, ranks that it cannot have or that need a calibration, prompts that
+            are too few for one, a graph that TensorRT 8.6 could not parse, or a full disk.
     """
     console = Console(stderr=True)
     bars = Progress(console=console, transient=True, disable=not console.is_terminal)
     with Checkpoint(checkpoint_directory) as checkpoint, bars as progress:
         config = checkpoint.model_config()
+        check_ranks(cache, config.text, calibration is not None)
         model = checkpoint.meta_model()
         with atomic_directory(output, "model") as directory:
             checkpoint.copy_host_files(directory)
             check_host_files(directory, config)
+            statistics = None
+            if calibration:
+                prompts = calibration(directory, config)
+                check_prompts(prompts)
+                task = progress.add_task("calibrating", total=len(prompts))
+                statistics = calibrate(checkpoint_directory, prompts, lambda: progress.advance(task))
+                progress.update(task, visible=False)
+            transforms = plan_transforms(checkpoint, config.text, cache, statistics)
+            weights = TransformedWeights(checkpoint, transforms)
+            key_dims, value_dims = zip(*((t.key_dim, t.value_dim) for t in transforms), strict=True)
+            text = dataclasses.replace(config.text, key_dims=key_dims, value_dims=value_dims)
+            config = dataclasses.replace(config, text=text)
+            log.info("lengths of keys %s, of values %s", key_dims, value_dims)
             graphs = {}
             for name, trace_graph in ((bindings.VISION, trace_vision), (bindings.DECODER, trace_decoder)):
                 task = progress.add_task(f"tracing {name}", total=None)
                 graph = trace_graph(model, config)
                 conformance.check(graph.proto, name)
                 progress.update(task, total=len(graph.weights), description=f"writing {name}")
-                for _ in write_graph(graph, checkpoint, directory / f"{name}.onnx"):
+                for _ in write_graph(graph, weights, directory / f"{name}.onnx"):
                     progress.advance(task)
                 graphs[name] = describe(graph.proto)
                 log.info("%s: %d nodes", name, len(graph.proto.graph.node))
@@ -73,7 +100,7 @@ def export_checkpoint(
                 model=config,
                 embeddings=embeddings,
                 graphs=graphs,
-                kv_format=KVFormat.F32,
+                kv_cache=dataclasses.replace(_CACHE, key_rank=cache.key_rank, value_rank=cache.value_rank),
             ).write(directory)
 
 
@@ -99,17 +126,22 @@ def trace_vision(model: Qwen3VLForConditionalGeneration, config: ModelConfig) ->
 
 
 def trace_decoder(model: Qwen3VLForConditionalGeneration, config: ModelConfig) -> TracedGraph:
-    """Trace the decoder of a model on the meta device."""
-    inputs = bindings.decoder_inputs(config, KVFormat.F32)
-    sizes = {"batch": 2, "seq": 3, "capacity": 5}
+    """Trace the decoder of a model on the meta device, with the lengths of keys and values that ``config`` says.
+
+    The model's attention is replaced, see `Decoder`.
+    """
+    inputs = bindings.decoder_inputs(config, _CACHE)
+    sizes = {"batch": 2, "seq": 3, "capacity": 5, "visible_slots": 7}
     dims = {name: torch.export.Dim(name) for name in sizes}
     cache_start = len(inputs) - 2 * config.text.num_hidden_layers
 
     def arguments(values: list) -> dict:
-        return {**dict(zip(_names(inputs[:cache_start]), values, strict=False)), "past": values[cache_start:]}
+        pairs = zip(values[cache_start::2], values[cache_start + 1 :: 2], strict=True)
+        caches = [{"past_key": key, "past_value": value} for key, value in pairs]
+        return {**dict(zip(_names(inputs[:cache_start]), values, strict=False)), "caches": caches}
 
     return trace(
-        Decoder(model),
+        Decoder(model, config.text),
         arguments(example_inputs(inputs, sizes)),
         arguments(_dynamic_shapes(inputs, dims)),
         inputs,
@@ -137,7 +169,7 @@ def _sources(model: Qwen3VLForConditionalGeneration, prefixes: dict[str, str]) -
     }
 
 
-def write_graph(graph: TracedGraph, checkpoint: Checkpoint, path: Path):
+def write_graph(graph: TracedGraph, weights: WeightSource, path: Path) -> Iterator[str]:
     """Write a graph and, to ``path.data`` beside it, its weights; yields after each weight."""
     proto = graph.proto
     others = [value for value in proto.graph.input if value.name not in graph.weights]
@@ -148,7 +180,7 @@ def write_graph(graph: TracedGraph, checkpoint: Checkpoint, path: Path):
         for name, weight in graph.weights.items():
             data.write(bytes(-data.tell() % _ALIGNMENT))
             offset = data.tell()
-            data.write(_weight_array(checkpoint, weight))  # tofile would hide a full disk
+            data.write(_weight_array(weights, weight))  # tofile would hide a full disk
             external = onnx.TensorProto(
                 name=name,
                 data_type=onnx.TensorProto.FLOAT,
@@ -164,8 +196,8 @@ def write_graph(graph: TracedGraph, checkpoint: Checkpoint, path: Path):
     onnx.checker.check_model(str(path))
 
 
-def _weight_array(checkpoint: Checkpoint, weight: Weight) -> np.ndarray:
-    tensor = checkpoint.tensor(weight.source).reshape(weight.shape)
+def _weight_array(weights: WeightSource, weight: Weight) -> np.ndarray:
+    tensor = weights.tensor(weight.source).reshape(weight.shape)
     if weight.transposed:
         tensor = tensor.T
     return tensor.to(torch.float32).contiguous().numpy()
@@ -181,7 +213,7 @@ def _write_embeddings(checkpoint: Checkpoint, path: Path) -> dict[str, object]:
 def describe(proto: onnx.ModelProto) -> dict[str, object]:
     """What a manifest says of a graph."""
     return {
-        "opset": onnx_op.OPSET,
+        "opset": onnx_body.OPSET,
         "ir_version": proto.ir_version,
         "plugin": f"{OP_NAME} {OP_VERSION}",
         "ops": dict(sorted(Counter(node.op_type for node in proto.graph.node).items())),

@@ -39,6 +39,7 @@ class TiledAttention:
     past_key: torch.Tensor | None
     past_value: torch.Tensor | None
     past_length: torch.Tensor | None
+    past_visible: torch.Tensor | None
     causal: bool
     softmax_scale: float
 
@@ -52,7 +53,7 @@ class TiledAttention:
         batch, num_heads, seq, _ = self.q.shape
         out = self.q.new_empty(batch, seq, num_heads, self.v.shape[3])
         for b, rows, tiles in self._plan():
-            attended, _ = self._attend(b, self._queries(b, rows), tiles)
+            attended, _ = self._attend(b, rows, self._queries(b, rows), tiles)
             out[b, rows] = self._unfolded(attended, rows).transpose(0, 1)
         return out
 
@@ -63,14 +64,14 @@ class TiledAttention:
         dq, *of_keys = gradients
         for b, rows, tiles in self._plan():
             queries = self._queries(b, rows)
-            out, log_sum_exp = self._attend(b, queries, tiles)
+            out, log_sum_exp = self._attend(b, rows, queries, tiles)
             d_out = self._folded(grad[b, rows].transpose(0, 1))
             delta = (d_out * out).sum(-1, keepdim=True)
             d_queries = torch.zeros_like(queries)
             for tile in tiles:
                 keys, values = self._keys(b, tile)
                 dk, dv = (x[b, :, tile.slots] for x in (of_keys[2:] if tile.in_past else of_keys[:2]))
-                weights = self._scores(queries, keys, tile).sub_(log_sum_exp).exp_()
+                weights = self._scores(b, rows, queries, keys, tile).sub_(log_sum_exp).exp_()
                 dv += weights.mT @ d_out
                 d_scores = (d_out @ values.mT).sub_(delta).mul_(weights)
                 d_queries += d_scores @ keys
@@ -97,30 +98,37 @@ class TiledAttention:
             seen = [_KeyTile(True, slots, None) for slots in _cut(0, past, KEY_TILE)]
             for rows in _cut(start, stop, QUERY_TILE):
                 new = _cut(start, rows.stop if self.causal else stop, KEY_TILE)
-                yield b, rows, seen + [_KeyTile(False, s, rows.start - s.start if self.causal else None) for s in new]
+                # First the new ones, of which every query sees one: its maximum is a number from then on.
+                yield b, rows, [_KeyTile(False, s, rows.start - s.start if self.causal else None) for s in new] + seen
 
-    def _attend(self, b: int, queries: torch.Tensor, tiles: list[_KeyTile]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _attend(
+        self, b: int, rows: slice, queries: torch.Tensor, tiles: list[_KeyTile]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Output ``[num_kv_heads, rows, head_dim]`` and log-sum-exp ``[num_kv_heads, rows, 1]`` of folded queries."""
         most = queries.new_full((*queries.shape[:2], 1), -torch.inf)
         total = torch.zeros_like(most)
         out = queries.new_zeros(*queries.shape[:2], self.v.shape[3])
         for tile in tiles:
             keys, values = self._keys(b, tile)
-            scores = self._scores(queries, keys, tile)
+            scores = self._scores(b, rows, queries, keys, tile)
             before, most = most, torch.maximum(most, scores.amax(-1, keepdim=True))
             weights, shrink = scores.sub_(most).exp_(), before.sub_(most).exp_()
             total = total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
             out = out.mul_(shrink).add_(weights @ values)
         return out / total, total.log_().add_(most)
 
-    def _scores(self, queries: torch.Tensor, keys: torch.Tensor, tile: _KeyTile) -> torch.Tensor:
+    def _scores(self, b: int, rows: slice, queries: torch.Tensor, keys: torch.Tensor, tile: _KeyTile) -> torch.Tensor:
         """``[num_kv_heads, rows, keys]`` of folded queries."""
         scores = queries @ keys.mT
-        if tile.diagonal is not None and tile.diagonal < keys.shape[1] - 1:
-            group = self.q.shape[1] // self.k.shape[1]
-            of_heads = scores.unflatten(1, (group, -1))
-            hidden = torch.ones(of_heads.shape[2:], dtype=torch.bool, device=scores.device).triu(tile.diagonal + 1)
-            of_heads.masked_fill_(hidden, -torch.inf)
+        hidden = None
+        if tile.in_past and self.past_visible is not None:
+            numbers = torch.arange(rows.start, rows.stop, device=scores.device)
+            hidden = self.past_visible[b].expand(self.past_key.shape[2])[tile.slots] <= numbers[:, None]
+        elif tile.diagonal is not None and tile.diagonal < keys.shape[1] - 1:
+            shape = rows.stop - rows.start, keys.shape[1]
+            hidden = torch.ones(shape, dtype=torch.bool, device=scores.device).triu(tile.diagonal + 1)
+        if hidden is not None:
+            scores.unflatten(1, (self.q.shape[1] // self.k.shape[1], -1)).masked_fill_(hidden, -torch.inf)
         return scores
 
     def _queries(self, b: int, rows: slice) -> torch.Tensor:

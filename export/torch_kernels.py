@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
 from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary
-from pascalvl.plugins.kv_format import RowFormat
+from pascalvl.plugins.kv_format import KVFormat, LayerLayout
 
-_FORMATS = {torch.float32: RowFormat.FLOAT32, torch.float16: RowFormat.FLOAT16}
 _TARGETS = {"cuda": Target.CUDA, "cpu": Target.EMULATOR}
 _emulated = contextvars.ContextVar("emulated", default=False)
 
@@ -60,8 +61,12 @@ def attention(
     past_key: torch.Tensor | None = None,
     past_value: torch.Tensor | None = None,
     past_length: torch.Tensor | None = None,
-    window: int = 0,
-    sinks: int = 0,
+    past_visible: torch.Tensor | None = None,
+    past_scale: torch.Tensor | None = None,
+    recent_key: torch.Tensor | None = None,
+    recent_value: torch.Tensor | None = None,
+    recent_length: torch.Tensor | None = None,
+    kv_format: KVFormat = KVFormat.F32,
 ) -> torch.Tensor:
     """Launch attention on torch's current stream, see `pascalvl_attention` in ``pascalvl.h``.
 
@@ -73,11 +78,13 @@ def attention(
         causal: which of the two modes.
         softmax_scale: factor on q k^T.
         cu_seqlens: int32 ``[segments + 1]``; where not causal.
-        past_key: ``[batch, num_kv_heads, capacity, key_dim]``, float32 or float16; None or capacity 0: no past.
-        past_value: ``[batch, num_kv_heads, capacity, value_dim]``, of the same type.
+        past_key, past_value: ``[batch, num_kv_heads, capacity, row]`` in ``kv_format``; None or capacity 0: no past.
         past_length: int32 ``[batch]``, each at most the capacity; where there is a past.
-        window: positions that a token sees, its own included; 0: all.
-        sinks: first positions that it sees besides.
+        past_visible: int32 ``[batch, capacity]``: how many new tokens see a slot; None or ``[batch, 1]``: all do.
+        past_scale: float16 ``[2, batch, num_kv_heads, capacity]``; of a quantised past.
+        recent_key, recent_value: float16 ``[batch, num_kv_heads, recent, dim]``; None: none are kept.
+        recent_length: int32 ``[batch]``; with them.
+        kv_format: of the past.
 
     Returns:
         float32 ``[batch, seq, num_heads, value_dim]``.
@@ -100,12 +107,18 @@ def attention(
         tensors["cu_seqlens"] = _checked("cu_seqlens", cu_seqlens, [torch.int32], (None,), q.device)
         options["num_sequences"] = len(cu_seqlens) - 1
     elif past_key is not None and past_key.shape[2]:
-        capacity = past_key.shape[2]
-        shape = batch, num_kv_heads, capacity
-        past_key = _checked("past_key", past_key, _FORMATS, (*shape, key_dim), q.device)
-        past_value = _checked("past_value", past_value, [past_key.dtype], (*shape, value_dim), q.device)
+        layout = LayerLayout(kv_format, num_kv_heads, key_dim, value_dim)
         tensors["past_length"] = _checked("past_length", past_length, [torch.int32], (batch,), q.device)
-        options["cache"] = _cache(past_key, past_value)
+        if past_visible is not None and past_visible.shape[1] == past_key.shape[2]:
+            shape = batch, past_key.shape[2]
+            tensors["past_visible"] = _checked("past_visible", past_visible, [torch.int32], shape, q.device)
+        tensors_of_past = past_key.contiguous(), past_value.contiguous(), past_scale
+        options["cache"] = cache_view(layout, *tensors_of_past)
+        if recent_key is not None:
+            tensors["recent_length"] = _checked("recent_length", recent_length, [torch.int32], (batch,), q.device)
+            options["recent"] = cache_view(
+                dataclasses.replace(layout, kv_format=KVFormat.F16), recent_key, recent_value
+            )
     args = AttentionArgs(
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         batch=batch,
@@ -116,8 +129,6 @@ def attention(
         value_dim=value_dim,
         softmax_scale=softmax_scale,
         causal=causal,
-        window=window,
-        sinks=sinks,
         **options,
     )
     with _current(q.device) as stream:
@@ -128,64 +139,76 @@ def attention(
 
 def kv_append(
     kernels: KernelLibrary,
-    new_key: torch.Tensor,
-    new_value: torch.Tensor,
-    cache_key: torch.Tensor,
-    cache_value: torch.Tensor,
-    past_length: torch.Tensor,
+    layouts: Sequence[LayerLayout],
+    new: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    caches: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]],
+    slots: torch.Tensor,
 ) -> None:
-    """Launch the writing of new keys and values into the caches of all layers, on torch's current stream.
+    """Write new keys and values of all layers into their caches, on torch's current stream, a launch for each run of
+    layers that have the same layout.
 
     Args:
         kernels: of the tensors' device, see `library`.
-        new_key: float32 ``[layers, batch, num_kv_heads, seq, key_dim]``.
-        new_value: float32 ``[layers, batch, num_kv_heads, seq, value_dim]``.
-        cache_key: ``[layers, batch, num_kv_heads, capacity, key_dim]``, float32 or float16, each layer contiguous.
-        cache_value: ``[layers, batch, num_kv_heads, capacity, value_dim]``, as `cache_key`.
-        past_length: int32 ``[batch]``; token ``i`` goes to slot ``past_length + i``, beyond the capacity nowhere.
+        layouts: of each layer.
+        new: of each layer keys and values, float32 ``[batch, num_kv_heads, seq, dim]``.
+        caches: of each layer keys, values and scales, as `attention` takes them; the tensors of layers with the same
+            layout lie at equal distances.
+        slots: int32 ``[batch, seq]``, where each token goes; negative, or beyond the capacity: nowhere.
 
     Raises:
         ValueError: a tensor's type, shape or device is not as above.
         UserError: the kernels do not support the arguments, for example the head size; or CUDA fails.
     """
-    layers, batch, num_kv_heads, seq, key_dim = new_key.shape
-    value_dim, device = new_value.shape[4], new_key.device
-    shape = layers, batch, num_kv_heads
-    new_key = _checked("new_key", new_key, [torch.float32], new_key.shape, device)
-    new_value = _checked("new_value", new_value, [torch.float32], (*shape, seq, value_dim), device)
-    past_length = _checked("past_length", past_length, [torch.int32], (batch,), device)
-    capacity = cache_key.shape[3]
-    _check("cache_key", cache_key, _FORMATS, (*shape, capacity, key_dim), device)
-    _check("cache_value", cache_value, [cache_key.dtype], (*shape, capacity, value_dim), device)
-    for name, cache in (("cache_key", cache_key), ("cache_value", cache_value)):
-        if not cache[0].is_contiguous():
-            raise ValueError(f"each layer of {name} must be contiguous; found strides {cache.stride()}")
-    args = AppendArgs(
-        key=new_key.data_ptr(),
-        value=new_value.data_ptr(),
-        layers=layers,
-        batch=batch,
-        num_kv_heads=num_kv_heads,
-        seq=seq,
-        key_dim=key_dim,
-        value_dim=value_dim,
-        past_length=past_length.data_ptr(),
-        cache=_cache(cache_key[0], cache_value[0]),
-        key_stride=cache_key.stride(0) * cache_key.element_size(),
-        value_stride=cache_value.stride(0) * cache_value.element_size(),
-    )
-    with _current(device) as stream:
-        kernels.kv_append(args, stream)
+    for layout, run in itertools.groupby(range(len(layouts)), lambda layer: layouts[layer]):
+        layers = list(run)
+        key, value = (torch.stack([new[layer][which] for layer in layers]) for which in range(2))
+        count, batch, _, seq, _ = key.shape
+        slots = _checked("slots", slots, [torch.int32], (batch, seq), key.device)
+        first, second = caches[layers[0]], caches[layers[min(1, count - 1)]]
+        strides = [0 if a is None else b.data_ptr() - a.data_ptr() for a, b in zip(first, second, strict=True)]
+        args = AppendArgs(
+            key=key.data_ptr(),
+            value=value.data_ptr(),
+            layers=count,
+            batch=batch,
+            num_kv_heads=layout.num_kv_heads,
+            seq=seq,
+            key_dim=layout.key_dim,
+            value_dim=layout.value_dim,
+            slots=slots.data_ptr(),
+            cache=cache_view(layout, *first),
+            key_stride=strides[0],
+            value_stride=strides[1],
+            key_scale_stride=strides[2],
+            value_scale_stride=strides[2],
+        )
+        with _current(key.device) as stream:
+            kernels.kv_append(args, stream)
 
 
-def _cache(key: torch.Tensor, value: torch.Tensor) -> Cache:
-    """One layer's cache ``[batch, num_kv_heads, capacity, dim]``."""
+def cache_view(layout: LayerLayout, key: torch.Tensor, value: torch.Tensor, scale: torch.Tensor | None = None) -> Cache:
+    """One layer's cache as the kernels take it; raises `ValueError` for tensors of another layout."""
+    batch, _, capacity, _ = key.shape
+    shape = batch, layout.num_kv_heads, capacity
+    rows = zip(("keys", "values"), (key, value), layout.kv_format.rows, layout.row_elements, strict=True)
+    for name, tensor, row, elements in rows:
+        dtype = getattr(torch, row.dtype.name)
+        _check(f"the cache of {name}", tensor, [dtype], (*shape, elements), key.device)
+    if layout.kv_format.is_quantised:
+        _check("the cache's scales", scale, [torch.float16], (2, *shape), key.device)
+    for tensor in (key, value, scale):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"the cache must be contiguous; found strides {tensor.stride()}")
+    scales = (None, None) if scale is None else (scale[0].data_ptr(), scale[1].data_ptr())
     return Cache(
         key=key.data_ptr(),
         value=value.data_ptr(),
-        key_format=_FORMATS[key.dtype],
-        value_format=_FORMATS[value.dtype],
-        capacity=key.shape[2],
+        key_scale=scales[0],
+        value_scale=scales[1],
+        key_format=layout.kv_format.rows[0],
+        value_format=layout.kv_format.rows[1],
+        capacity=capacity,
+        rotated=layout.is_rotated,
     )
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from pascalvl.export import onnx_op
 from pascalvl.plugins.bindings import Binding
 from pascalvl.plugins.flash_attention import ATTR_CAUSAL, OP_DOMAIN, OP_NAME, OP_VERSION
+from pascalvl.plugins.onnx_body import OPSET
 
 _EXPORTER_OPSET = 18
 """The oldest that torch's exporter writes."""
@@ -90,7 +91,7 @@ def trace(
         value.name = mark
     del graph.outputs[len(outputs) :]
 
-    proto = onnx.version_converter.convert_version(ir.to_proto(model), onnx_op.OPSET)
+    proto = onnx.version_converter.convert_version(ir.to_proto(model), OPSET)
     proto.ir_version = onnx_op.IR_VERSION
     proto.producer_name, proto.producer_version = "pascalvl", ""
     _use_old_attribute_forms(proto.graph)
@@ -99,7 +100,7 @@ def trace(
     proto.functions.append(onnx_op.function_body(bool(causal)))
     del proto.opset_import[:]
     proto.opset_import.extend(
-        [onnx.helper.make_opsetid("", onnx_op.OPSET), onnx.helper.make_opsetid(OP_DOMAIN, int(OP_VERSION))]
+        [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(OP_DOMAIN, int(OP_VERSION))]
     )
     return TracedGraph(proto, weights)
 

@@ -11,7 +11,7 @@ source     checkpoint name and hash
 model      `ModelConfig`
 embeddings element type and shape of `EMBEDDINGS`
 graphs     per graph: opset, IR version, plugin op version, and how many nodes of each operator it has
-kv_format  cache format the graphs read (a model bundle's can still be changed by a build)
+kv_cache   `CacheConfig` that the graphs are for (of a model bundle's, a build can change all but the ranks)
 backend    engine bundles: backend name, its version, and what else its engines depend on
 files      per file: size in bytes and SHA-256
 ========== ===========================================================================================================
@@ -34,10 +34,10 @@ from typing import Any
 
 from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 
-BUNDLE_VERSION = 1
+BUNDLE_VERSION = 2
 MANIFEST = "manifest.json"
 EMBEDDINGS = "embeddings.bin"
 TOKENIZER = "tokenizer.json"
@@ -76,7 +76,7 @@ class Manifest:
     model: ModelConfig
     embeddings: dict[str, Any]
     graphs: dict[str, dict[str, Any]]
-    kv_format: KVFormat
+    kv_cache: CacheConfig
     backend: dict[str, Any] = dataclasses.field(default_factory=dict)
     files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     version: int = BUNDLE_VERSION
@@ -85,7 +85,7 @@ class Manifest:
         return {
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             "model": self.model.to_json(),
-            "kv_format": self.kv_format.value,
+            "kv_cache": str(self.kv_cache),
         }
 
     @classmethod
@@ -111,7 +111,7 @@ class Manifest:
                 **{
                     **data,
                     "model": ModelConfig.from_json(data["model"]),
-                    "kv_format": KVFormat.parse(data["kv_format"]),
+                    "kv_cache": CacheConfig.parse(data["kv_cache"]),
                 }
             )
             manifest._check_types()

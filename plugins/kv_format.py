@@ -34,7 +34,10 @@ class RowFormat(enum.IntEnum):
     INT8 = 2
     """Two's complement, -127 to 127."""
     INT4 = 3
-    """Code + 8 in a nibble, codes -7 to 7; of eight elements, byte i holds number i low and number i + 4 high."""
+    """Code + 8 in a nibble; of eight elements, byte i holds number i low and number i + 4 high.
+
+    The element of largest magnitude has code -8, so that the scale has the other sign: all 16 codes are of use.
+    """
 
     @property
     def is_quantised(self) -> bool:
@@ -46,11 +49,6 @@ class RowFormat(enum.IntEnum):
         """Element type of the array that holds the rows: of codes, words."""
         kinds = {RowFormat.FLOAT32: np.float32, RowFormat.FLOAT16: np.float16}
         return np.dtype(kinds.get(self, np.int32))
-
-    @property
-    def largest_code(self) -> int:
-        """Codes go from its negative to it."""
-        return {RowFormat.INT8: 127, RowFormat.INT4: 7}[self]
 
     def row_bytes(self, dim: int) -> int:
         """Bytes of a row of ``dim`` elements."""
@@ -208,7 +206,7 @@ class CacheConfig:
         parts = [self.kv_format.value]
         for name, rank in (("rk", self.key_rank), ("rv", self.value_rank)):
             if rank is not None:
-                parts.append(f"{name}={rank if isinstance(rank, int) else f'auto:{rank:g}'}")
+                parts.append(f"{name}={rank if isinstance(rank, int) else f'auto:{np.format_float_positional(rank)}'}")
         if self.window:
             parts.append(f"window={self.window}")
         if self.pin_images:
@@ -228,6 +226,11 @@ class CacheConfig:
         formats = {self.kv_format, *(kv_format for _, _, kv_format in self.overrides)}
         if self.recent and not all(kv_format.is_quantised for kv_format in formats):
             raise UserError("the KV cache option recent is for quantised formats: leave it out, or take k8v8 to k4v4.")
+
+    def with_ranks_of(self, exported: CacheConfig) -> CacheConfig:
+        """The same with a model bundle's ranks where none are given."""
+        names = [name for name in ("key_rank", "value_rank") if getattr(self, name) is None]
+        return dataclasses.replace(self, **{name: getattr(exported, name) for name in names})
 
     def layers(self, text: TextConfig) -> tuple[LayerLayout, ...]:
         """The layout of each layer of a model; raises `UserError` for layers that it does not have."""
@@ -252,6 +255,18 @@ class CacheConfig:
     def bytes_per_token(self, text: TextConfig) -> int:
         """Bytes that one token takes in all layers, keys and values together."""
         return sum(layer.bytes_per_token for layer in self.layers(text))
+
+    def slots(self, tokens: int, pinned: int = 0) -> int:
+        """Slots that a conversation of so many tokens takes, of which so many are pinned."""
+        if self.window is None:
+            return tokens
+        return min(tokens, self.window.sinks + self.window.length - 1 + pinned)
+
+    def nbytes(self, text: TextConfig, tokens: int, pinned: int = 0) -> int:
+        """Bytes of the cache of such a conversation."""
+        layers = self.layers(text)
+        recent = sum(2 * sum(layer.dims) * layer.num_kv_heads for layer in layers) * self.recent
+        return self.slots(tokens, pinned) * sum(layer.bytes_per_token for layer in layers) + recent
 
 
 def _read_rank(option: str, value: str) -> Rank:

@@ -22,18 +22,26 @@ def hadamard(x: np.ndarray) -> np.ndarray:
     return x * x.dtype.type(dim**-0.5)
 
 
-def quantise(x: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+def quantise(x: np.ndarray, row_format: RowFormat) -> tuple[np.ndarray, np.ndarray]:
     """Codes (int8, ``[..., dim]``) and scales (float16, ``[...]``) of float32 rows.
 
-    One scale a row, symmetric, rounded to the nearest even; the codes are those of the scale as stored. Of a row too
-    large for float16 (or infinite) the scale is infinity and the codes are zeros: such a row reads as NaN.
+    One scale a row, which the element of largest magnitude sets: in 8 bits it has code 127 or -127, in 4 bits -8. Codes
+    are rounded to the nearest, and to even, with the scale as stored. That of a row too large for float16 is infinity,
+    and the row reads as no number.
     """
-    with np.errstate(over="ignore"):
-        scale = (np.abs(x).max(-1) / np.float32(most)).astype(np.float16)
+    most, least = x.max(-1), x.min(-1)
+    with np.errstate(over="ignore"):  # a row too large for the format is stored as infinity
+        if row_format is RowFormat.INT8:
+            lowest, highest = -127, 127
+            scale = np.maximum(most, -least) / np.float32(127)
+        else:
+            lowest, highest = -8, 7
+            scale = np.where(most >= -least, most, least) / np.float32(-8)
+        scale = scale.astype(np.float16)
     stored = scale.astype(np.float32)
-    inverse = np.where(stored > 0, np.float32(1) / np.where(stored > 0, stored, 1), 0).astype(np.float32)
-    with np.errstate(invalid="ignore"):  # infinity times zero: no number, which as an integer is zero
-        codes = np.nan_to_num(np.clip(np.rint(x * inverse[..., None]), -most, most), nan=0)
+    inverse = np.where(stored != 0, np.float32(1) / np.where(stored != 0, stored, 1), 0).astype(np.float32)
+    with np.errstate(invalid="ignore"):  # infinity times zero is no number, and its code 0
+        codes = np.nan_to_num(np.clip(np.rint(x * inverse[..., None]), lowest, highest), nan=0)
     return codes.astype(np.int8), scale
 
 
@@ -49,7 +57,7 @@ def compress(x: np.ndarray, row_format: RowFormat, rotated: bool = False) -> tup
     if not row_format.is_quantised:
         with np.errstate(over="ignore"):  # a value too large for the format is stored as infinity
             return x.astype(row_format.dtype), None
-    codes, scale = quantise(hadamard(x) if rotated else x, row_format.largest_code)
+    codes, scale = quantise(hadamard(x) if rotated else x, row_format)
     rows = np.zeros((*x.shape[:-1], row_format.row_bytes(x.shape[-1])), np.uint8)
     if row_format is RowFormat.INT8:
         rows[..., : x.shape[-1]] = codes.view(np.uint8)
@@ -60,7 +68,7 @@ def compress(x: np.ndarray, row_format: RowFormat, rotated: bool = False) -> tup
 
 
 def expand(rows: np.ndarray, scale: np.ndarray | None, row_format: RowFormat, dim: int) -> np.ndarray:
-    """The elements ``[..., dim]`` of cache rows, float32; rotated ones stay so."""
+    """The elements ``[..., dim]`` of cache rows, float32 (of scales in float64, as those); rotated ones stay so."""
     if not row_format.is_quantised:
         return rows[..., :dim].astype(np.float32)
     if row_format is RowFormat.INT8:
@@ -68,5 +76,5 @@ def expand(rows: np.ndarray, scale: np.ndarray | None, row_format: RowFormat, di
     else:
         nibbles = rows.view(np.uint32)[..., None] >> _NIBBLES & 15
         codes = nibbles.reshape(*rows.shape[:-1], -1)[..., :dim].astype(np.int8) - np.int8(8)
-    with np.errstate(invalid="ignore"):  # zero times the infinite scale of a row that was too large
-        return codes * scale.astype(np.float32)[..., None]
+    with np.errstate(invalid="ignore"):  # of a row that was too large
+        return codes * scale.astype(np.promote_types(scale.dtype, np.float32))[..., None]

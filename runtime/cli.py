@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from pascalvl.runtime.generation import Generation
     from pascalvl.runtime.model import VisionLanguageModel
+    from pascalvl.runtime.prompt_folder import PromptCase
     from pascalvl.runtime.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,12 @@ log = logging.getLogger(__name__)
 _FINDING = 1
 _USER_ERROR = 2
 _RETRY_SECONDS = 0.05
+_CARDS = (6.0, 8.0, 11.0, 24.0)
+"""Gigabytes of the Pascal cards that there are."""
+_CALIBRATION_PIXELS = 1 << 20
+"""Area that larger pictures are resized to: more says nothing new about keys and values."""
+_OWN_ANSWER_TOKENS = 64
+"""Tokens of an answer that the model gives itself where an evaluation has none."""
 _CHAT_COMMANDS = "/image PATH, /video PATH, /reset, /exit"
 
 
@@ -158,12 +165,19 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("export", _export, "export,runtime", "checkpoint to model bundle")
     sub.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="folder of a Hugging Face Qwen3-VL model")
     _add_output(sub)
+    _add_kv(sub, "the KV cache it is for, of which ranks (rk, rv) are made now, and the rest by 'build'")
+    sub.add_argument(
+        "--calibrate",
+        type=_path,
+        metavar="DIR",
+        help="folder of prompts and pictures, as the model will be asked, to fit keys and values to the cache by",
+    )
 
     sub = command("build", _build, "engines", "model bundle to engine bundle")
     sub.add_argument("bundle", type=_path, metavar="MODEL_BUNDLE", help="folder written by 'pascalvl export'")
     _add_output(sub)
     _add_backend(sub, "what runs the engines; auto: the fastest that can be used here")
-    sub.add_argument("--kv", type=_kv_format, default="f32", metavar="FORMAT", help="format of the KV cache: f32, f16")
+    _add_kv(sub, "what the KV cache is like (k8v4)")
     _add_tensorrt(sub)
 
     sub = command("run", _run, "runtime", "answer one prompt")
@@ -171,6 +185,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompt", type=_text, required=True, metavar="TEXT", help="what to ask")
     _add_visuals(sub)
     _add_generation(sub)
+    sub.add_argument(
+        "--cache",
+        type=_path,
+        metavar="FILE",
+        help="keep the KV cache there: what a later prompt shares with this one, as a picture, is not computed again",
+    )
 
     sub = command("chat", _chat, "runtime", f"talk to the model: lines of text, or {_CHAT_COMMANDS}")
     _add_engine(sub)
@@ -185,8 +205,24 @@ def _parser() -> argparse.ArgumentParser:
     _add_visuals(sub)
     sub.add_argument("--bisect", action="store_true", help="compare every layer, and name the first that deviates")
 
+    sub = command("eval", _evaluate, "export,runtime,dev", "what a compressed KV cache does to a model's answers")
+    sub.add_argument("what", choices=["kv"], help="kv: formats of the KV cache")
+    sub.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="folder of a Hugging Face Qwen3-VL model")
+    sub.add_argument("--data", type=_path, required=True, metavar="DIR", help="folder of prompts and pictures")
+    sub.add_argument("--calibrate", type=_path, metavar="DIR", help="fit the formats by this folder of other prompts")
+    sub.add_argument(
+        "--kv", type=_cache, action="append", metavar="CONFIG", help="a format to measure; can be repeated (several)"
+    )
+    sub.add_argument("--no-baselines", action="store_true", help="leave out llama.cpp's formats, and parts of ours")
+    sub.add_argument("--json", type=_path, metavar="FILE", help="write the figures there")
+    sub.add_argument("--plot", type=_path, metavar="FILE", help="draw divergence against bytes there (PNG)")
+
     sub = command("inspect", _inspect, "runtime", "what a bundle is, and the memory it needs")
     sub.add_argument("bundle", type=_path, metavar="BUNDLE", help="folder of a model or engine bundle")
+    _add_kv(sub, "tell of this KV cache")
+    sub.add_argument(
+        "--memory", type=float, action="append", metavar="GB", help="tell the longest context that fits in so much"
+    )
 
     sub = command("doctor", _doctor, "runtime", "what the tensorrt backend needs, and what this machine has of it")
     sub.add_argument("--engine", type=_path, metavar="ENGINE_BUNDLE", help="check whether this bundle runs here, too")
@@ -199,6 +235,11 @@ def _add_output(parser: _Parser) -> None:
 
 def _add_backend(parser: _Parser, meaning: str) -> None:
     parser.add_argument("--backend", default="auto", metavar="NAME", help=meaning)
+
+
+def _add_kv(parser: argparse.ArgumentParser, meaning: str) -> None:
+    forms = "k8v4, k8v8, k4v4, f16 or f32[,rk=RANK][,rv=RANK][,window=SINKS+LENGTH][,pin=image][,recent=N]..."
+    parser.add_argument("--kv", type=_cache, metavar="CONFIG", help=f"{meaning}: {forms}")
 
 
 def _add_tensorrt(parser: _Parser) -> None:
@@ -221,6 +262,7 @@ def _add_engine(parser: _Parser) -> None:
         "--host", metavar="NAME", help="plugin: run the ONNX graphs node by node, attention in the TensorRT plugin"
     )
     parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together, at most")
+    _add_kv(parser, "as the engines were built, with another window")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="resize larger pictures to this area")
 
 
@@ -271,10 +313,10 @@ def _names(argument: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in argument.split(",") if name.strip())
 
 
-def _kv_format(text: str) -> Any:
-    from pascalvl.plugins.kv_format import KVFormat
+def _cache(text: str) -> Any:
+    from pascalvl.plugins.kv_format import CacheConfig
 
-    return KVFormat.parse(text)
+    return CacheConfig.parse(text)
 
 
 def _given_sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -312,8 +354,28 @@ def _export(args: argparse.Namespace) -> int:
         except UserError as error:
             raise UserError(str(error).replace(str(directory), str(args.checkpoint))) from error
 
-    _report(args.output, export_checkpoint(args.checkpoint, args.output, check))
+    options = {"cache": args.kv} if args.kv else {}
+    if args.calibrate:
+        from pascalvl.runtime.prompt_folder import read_prompts
+
+        cases = read_prompts(args.calibrate)
+        options["calibration"] = lambda directory, config: _calibration_prompts(cases, directory, config)
+    _report(args.output, export_checkpoint(args.checkpoint, args.output, check, **options))
     return 0
+
+
+def _calibration_prompts(cases: Sequence[PromptCase], directory: Path, config: Any) -> list[Any]:
+    from pascalvl.export.calibration import CalibrationPrompt, CalibrationVisual
+    from pascalvl.runtime.prompt import PromptBuilder
+
+    prompts = PromptBuilder(directory, config, _CALIBRATION_PIXELS)
+    return [
+        CalibrationPrompt(
+            prompt.token_ids,
+            [CalibrationVisual(v.patches.pixel_values, v.patches.grid, v.patches.is_video) for v in prompt.visuals],
+        )
+        for prompt in (prompts.build(case.messages) for case in cases)
+    ]
 
 
 def _check_host_files(directory: Path, config: Any) -> None:
@@ -352,11 +414,16 @@ def _run(args: argparse.Namespace) -> int:
     given = _given_sampling(args)
     messages = [*_system(args), _user_message([_load(*visual) for visual in args.visuals], args.prompt)]
     model = _open(args)
-    generation = model.generate(messages, _sampling(model, given), args.max_new_tokens, args.stop)
+    sampling = _sampling(model, given)
+    if args.cache and args.cache.exists():
+        model.load_cache(args.cache)
+    generation = model.generate(messages, sampling, args.max_new_tokens, args.stop)
     for piece in generation:
         print(piece, end="", flush=True)
     print()
     print(_summary(generation), file=sys.stderr)
+    if args.cache:
+        model.save_cache(args.cache)
     return 0
 
 
@@ -416,6 +483,7 @@ def _validate(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from pascalvl.engines import validation
+    from pascalvl.engines.tolerance import tolerance
     from pascalvl.export.checkpoint import Checkpoint
 
     requests = _validation_requests(args)
@@ -438,7 +506,7 @@ def _validate(args: argparse.Namespace) -> int:
         args.reference,
         lambda index, forced: model.trace(conversations[index], forced),
         prompts,
-        model.manifest.kv_format,
+        tolerance(model.cache_config, model.config),
         name=f"{args.host} host" if args.host else model.manifest.backend["name"],
     )
     table = Table("output", "prompt", "largest error", "tolerance", "", title="worst of each output")
@@ -481,17 +549,121 @@ def _validation_requests(args: argparse.Namespace) -> dict[str, list[dict[str, A
     }
 
 
+def _evaluate(args: argparse.Namespace) -> int:
+    import dataclasses
+    import json
+    import tempfile
+
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from pascalvl.export import kv_evaluation
+    from pascalvl.export.calibration import calibrate
+    from pascalvl.export.checkpoint import Checkpoint
+    from pascalvl.plugins.kv_format import CacheConfig
+    from pascalvl.runtime.prompt_folder import read_prompts
+
+    cases = read_prompts(args.data)
+    learned = read_prompts(args.calibrate) if args.calibrate else []
+    formats = args.kv or [CacheConfig.parse(text) for text in kv_evaluation.DEFAULT_FORMATS]
+    console = Console(stderr=True)
+    with (
+        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        with Checkpoint(args.checkpoint) as checkpoint:
+            checkpoint.copy_host_files(Path(folder))
+            config = checkpoint.model_config()
+        statistics = None
+        if learned:
+            task = progress.add_task("calibrating", total=len(learned))
+            calibration = _calibration_prompts(learned, Path(folder), config)
+            statistics = calibrate(args.checkpoint, calibration, lambda: progress.advance(task))
+        prompts = _evaluation_prompts(args.checkpoint, cases, Path(folder), config, progress)
+        baselines = not args.no_baselines
+        total = len(prompts) * kv_evaluation.passes(formats, baselines)
+        task = progress.add_task("evaluating", total=total)
+        results = kv_evaluation.evaluate(
+            args.checkpoint, prompts, formats, statistics, baselines, lambda: progress.advance(task)
+        )
+    first = results[0]
+    strict = Table(title=f"strict: {first.positions} positions of text")
+    as_run = Table(title=f"as run: {first.answer_positions} positions of answers")
+    for table, headings in (
+        (strict, ("bytes", "KL", "KL 99.9%", "top-1", "perplexity")),
+        (as_run, ("bytes", "KL", "top-1", "right")),
+    ):
+        table.add_column("KV cache", no_wrap=True)
+        for heading in headings:
+            table.add_column(heading, justify="right", no_wrap=True)
+    for row in results:
+        size, right = f"{row.bytes_per_token:g}", "" if row.right is None else f"{row.right:.2%}"
+        strict.add_row(
+            row.name, size, f"{row.kl:.2e}", f"{row.kl_999:.2e}", f"{row.top_1:.2%}", f"{row.perplexity:.5g}"
+        )
+        as_run.add_row(row.name, size, f"{row.answer_kl:.2e}", f"{row.answer_top_1:.2%}", right)
+    _console().print(strict, as_run)
+    if args.json:
+        figures = json.dumps([dataclasses.asdict(row) for row in results], indent=1)
+        _write_whole(args.json, lambda path: path.write_text(figures + "\n", encoding="utf-8"))
+    if args.plot:
+        _write_whole(args.plot, lambda path: kv_evaluation.plot(results, path))
+    return 0
+
+
+def _evaluation_prompts(
+    checkpoint: Path, cases: Sequence[PromptCase], directory: Path, config: Any, progress: Any
+) -> list[Any]:
+    """Conversations with the answers that the folder gives, or else the model's own."""
+    import numpy as np
+
+    from pascalvl.export import kv_evaluation
+    from pascalvl.plugins.bundle import GENERATION_CONFIG
+    from pascalvl.runtime.generation import GenerationConfig
+    from pascalvl.runtime.prompt import PromptBuilder
+
+    builder = PromptBuilder(directory, config, _CALIBRATION_PIXELS)
+    eos = GenerationConfig.from_file(directory / GENERATION_CONFIG).eos_token_ids
+    model, prompts = None, []
+    task = progress.add_task("reading prompts", total=len(cases))
+    for case, prompt in zip(cases, _calibration_prompts(cases, directory, config), strict=True):
+        if case.answer is None:
+            model = model or kv_evaluation.load(checkpoint)
+            answer = kv_evaluation.greedy_answer(model, prompt, eos, _OWN_ANSWER_TOKENS)
+        else:
+            whole = builder.build([*case.messages, {"role": "assistant", "content": case.answer}]).token_ids
+            rest = whole[len(prompt.token_ids) :]
+            ends = np.flatnonzero(np.isin(rest, list(eos)))
+            if not np.array_equal(whole[: len(prompt.token_ids)], prompt.token_ids) or not len(ends):
+                raise UserError(f"the chat template has no place for the answer to {case.name}: leave the answer out.")
+            answer = rest[: ends[0] + 1]
+        prompts.append(kv_evaluation.EvaluationPrompt(prompt, answer, case.answer is not None))
+        progress.advance(task)
+    return prompts
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under another name, then give it its own."""
+    partial = path.with_name(f".{path.name}.partial{path.suffix}")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from pascalvl.plugins.bundle import Manifest
-    from pascalvl.plugins.kv_format import KVFormat
+    from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 
     manifest = Manifest.read(args.bundle, "model", "engine")
     text, vision = manifest.model.text, manifest.model.vision
-    formats = list(KVFormat) if manifest.kind == "model" else [manifest.kv_format]
+    caches = [CacheConfig(f) for f in KVFormat] if manifest.kind == "model" else [manifest.kv_cache]
+    caches = [cache.with_ranks_of(manifest.kv_cache) for cache in ([args.kv] if args.kv else caches)]
     weights = sum(manifest.files[name]["bytes"] for name in manifest.files if name.startswith(tuple(manifest.graphs)))
-    per_token = {f: f.bytes_per_token(text) for f in formats}
 
     facts = Table.grid(padding=(0, 2))
     facts.add_row("bundle", f"{manifest.kind}, version {manifest.version}")
@@ -513,17 +685,32 @@ def _inspect(args: argparse.Namespace) -> int:
     for name, graph in manifest.graphs.items():
         ops = ", ".join(f"{count} {op}" for op, count in graph["ops"].items())
         facts.add_row(f"{name} graph", f"opset {graph['opset']}, IR {graph['ir_version']}, {graph['plugin']}; {ops}")
-    facts.add_row("KV cache", ", ".join(f"{f.value}: {size} bytes a token" for f, size in per_token.items()))
-
-    memory = Table("context", "weights", title="memory (GB)")
-    for kv_format in formats:
-        memory.add_column(f"{kv_format.value} cache", justify="right")
-        memory.add_column("together", justify="right")
-    for context in _context_lengths(text.max_position_embeddings):
-        sizes = [size for f in formats for size in (context * per_token[f], weights + context * per_token[f])]
-        memory.add_row(str(context), *(f"{size / 1e9:.3f}" for size in (weights, *sizes)))
-    _console().print(facts, memory)
+    lengths = _context_lengths(text.max_position_embeddings)
+    memory = Table("KV cache", "bytes a token", title="KV cache in GB, by tokens of context")
+    for length in lengths:
+        memory.add_column(str(length), justify="right")
+    fitting = Table("KV cache", title=f"longest context beside {weights / 1e9:.3f} GB of weights, by the card's GB")
+    for size in args.memory or _CARDS:
+        fitting.add_column(f"{size:g}", justify="right")
+    for cache in caches:
+        gigabytes = [f"{cache.nbytes(text, length) / 1e9:.3f}" for length in lengths]
+        memory.add_row(str(cache), str(cache.bytes_per_token(text)), *gigabytes)
+        rooms = [int(size * 1e9) - weights for size in args.memory or _CARDS]
+        fitting.add_row(str(cache), *(_longest_context(cache, text, room) for room in rooms))
+    _console().print(facts, memory, fitting)
     return 0
+
+
+def _longest_context(cache: Any, text: Any, room: int) -> str:
+    """Tokens whose cache fits in ``room`` bytes, up to what the model was made for."""
+    longest = text.max_position_embeddings
+    if cache.nbytes(text, longest) <= room:
+        return f"{longest} (all)"
+    low, high = 0, longest  # fits, does not fit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cache.nbytes(text, middle) <= room else (low, middle)
+    return str(low) if low else "none"
 
 
 def _context_lengths(longest: int) -> list[int]:
@@ -592,6 +779,7 @@ def _open(args: argparse.Namespace, marked_layers: bool = False) -> VisionLangua
             marked_layers=marked_layers,
             progress=lambda count: progress.advance(task, count),
             host=args.host,
+            cache=args.kv,
         )
 
 
@@ -616,7 +804,9 @@ def _summary(generation: Generation) -> str:
     count = len(generation.token_ids)
     # The first token comes with the prompt.
     speed = f" ({(count - 1) / generation.decode_seconds:.1f} tokens/s)" if count > 1 else ""
+    reused = f" ({generation.reused_tokens} of them cached)" if generation.reused_tokens else ""
+    seconds = generation.vision_seconds + generation.prefill_seconds
     return (
-        f"{generation.prompt_tokens} prompt tokens in {generation.vision_seconds + generation.prefill_seconds:.2f} s, "
+        f"{generation.prompt_tokens} prompt tokens{reused} in {seconds:.2f} s, "
         f"{count} new in {generation.decode_seconds:.2f} s{speed}; ended by {generation.finish_reason.value}"
     )

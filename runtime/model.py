@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -10,18 +14,24 @@ import numpy as np
 
 from pascalvl.engines import Engine, open_engine
 from pascalvl.plugins import bindings
-from pascalvl.plugins.bundle import EMBEDDINGS, GENERATION_CONFIG
+from pascalvl.plugins.bundle import EMBEDDINGS, GENERATION_CONFIG, Manifest
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.model_config import TextConfig
 from pascalvl.runtime.chat_template import Message
 from pascalvl.runtime.generation import FinishReason, Generation, GenerationConfig, StopMatcher
 from pascalvl.runtime.image import Patches
-from pascalvl.runtime.kv_cache import KVCache
+from pascalvl.runtime.kv_cache import KVCache, Prefix
 from pascalvl.runtime.positions import position_grid_taps, rope_tables, vision_cu_seqlens, vision_rope_tables
 from pascalvl.runtime.prompt import Prompt, PromptBuilder, Visual
 from pascalvl.runtime.sampling import Sampler, SamplingParams, check_finite
 
+log = logging.getLogger(__name__)
+
 DEFAULT_CONTEXT_LENGTH = 4096
 """Room for a few pictures and a conversation; about 1 GB of f16 cache for the largest published model."""
+PINNED_SLOTS = 4096
+"""Room beside a window for pictures that stay: four of a megapixel."""
 DEFAULT_PREFILL_CHUNK = 512
 
 Features = tuple[np.ndarray, np.ndarray]
@@ -36,28 +46,34 @@ class VisionLanguageModel:
     """
 
     def __init__(
-        self, engine: Engine, context_length: int | None, prefill_chunk: int, max_pixels: int | None = None
+        self,
+        engine: Engine,
+        context_length: int | None,
+        prefill_chunk: int,
+        max_pixels: int | None = None,
+        cache: CacheConfig | None = None,
     ) -> None:
         self.manifest = engine.manifest
         self.config = self.manifest.model
-        text = self.config.text
-        longest = text.max_position_embeddings
-        self.context_length = min(DEFAULT_CONTEXT_LENGTH, longest) if context_length is None else context_length
+        self.cache_config = self.manifest.kv_cache if cache is None else _chosen_at_run_time(cache, self.manifest)
+        """What the KV cache is like."""
+        self.context_length = _context_length(context_length, self.config.text, self.cache_config)
         """Tokens of prompt and answer together, at most."""
-        if not 2 <= self.context_length <= longest:
-            raise UserError(
-                f"a context of {self.context_length} tokens is out of range: expected 2 to {longest} for this model."
-            )
         if prefill_chunk < 1:
             raise UserError(f"a prefill chunk of {prefill_chunk} tokens is out of range: expected at least 1.")
         self.generation_config = GenerationConfig.from_file(engine.directory / GENERATION_CONFIG)
         self._engine = engine
-        self._prefill_chunk = prefill_chunk
+        window = self.cache_config.window
+        most = [engine.max_prefill, window.length if window else None]
+        self._prefill_chunk = min([prefill_chunk, *(limit for limit in most if limit is not None)])
         max_pixels = engine.max_pixels if max_pixels is None else max_pixels
         self._prompts = PromptBuilder(engine.directory, self.config, max_pixels)
         self._embeddings = EmbeddingTable(engine.directory / EMBEDDINGS, **self.manifest.embeddings)
-        self._session = engine.open_session(self.context_length)
-        self._cache = KVCache(self._session)
+        pinned = PINNED_SLOTS if self.cache_config.pin_images else 0
+        self._session = engine.open_session(self.cache_config.slots(self.context_length, pinned))
+        log.info("KV cache %s: %d slots, %d bytes", self.cache_config, self._session.capacity, self._session.nbytes)
+        self._cache = KVCache(self._session, self.cache_config, self.context_length)
+        self._prefixes: list[Prefix] = []
         self._answering: Generator[str, None, None] = (piece for piece in ())
 
     @classmethod
@@ -71,6 +87,7 @@ class VisionLanguageModel:
         marked_layers: bool = False,
         progress: Callable[[int], None] = lambda _: None,
         host: str | None = None,
+        cache: CacheConfig | None = None,
     ) -> VisionLanguageModel:
         """Open an engine bundle.
 
@@ -86,12 +103,14 @@ class VisionLanguageModel:
             marked_layers: let `trace` return the hidden states after each decoder layer.
             progress: called with numbers of bytes, as the bundle's files are checked.
             host: ``plugin`` runs the bundle's graphs node by node, attention in the TensorRT plugin's library.
+            cache: another window, and whether pictures are pinned; the rest as the engines were built for. By default
+                all is as it was built.
 
         Raises:
-            UserError: a bundle that cannot be used here, or a context out of range.
+            UserError: a bundle that cannot be used here, a cache that it is not for, or a context out of range.
         """
         engine = open_engine(Path(directory), backend, marked_layers, progress, host)
-        return cls(engine, context_length, prefill_chunk, max_pixels)
+        return cls(engine, context_length, prefill_chunk, max_pixels, cache)
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
         """What `generate` makes of messages before it runs them."""
@@ -124,14 +143,65 @@ class VisionLanguageModel:
         prompt = self.prompt(messages)
         room = self._room(prompt)
         identities = token_identities(prompt)
-        # The last token is run in any case: its logits are needed.
-        reused = min(self._cache.common_prefix(identities), len(identities) - 1)
-        self._cache.truncate(reused)
+        reused = self._reuse(identities, self._pinned(prompt))
         sampler = Sampler(sampling or self.generation_config.sampling, prompt.token_ids, self.config.text.vocab_size)
         generation = Generation(len(prompt.token_ids), reused)
         limit = room if limit is None else min(limit, room)
         self._answering = generation.pieces = self._answer(prompt, identities, sampler, matcher, limit, generation)
         return generation
+
+    def keep_prefix(self, messages: Sequence[Message]) -> None:
+        """Run messages and keep their keys and values on the host, for every later prompt that begins as they do.
+
+        What is kept of, for example, a system message and a picture is not computed again, whatever was asked between.
+        """
+        self._answering.close()
+        prompt = self.prompt(messages)
+        self._room(prompt)
+        identities = token_identities(prompt)
+        self._reuse(identities, self._pinned(prompt))
+        unseen = [visual for visual in prompt.visuals if visual.token_indices[-1] >= self._cache.length]
+        for _ in self._prefill(prompt, identities, [(visual, self._encode(visual.patches)) for visual in unseen]):
+            pass
+        prefix = self._cache.prefix(len(identities))
+        if prefix is None:
+            raise UserError(
+                "the messages are longer than the KV cache's window: shorten them, or give a longer window."
+            )
+        self._prefixes.append(prefix)
+
+    def save_cache(self, path: str | Path) -> None:
+        """Write the keys and values of the conversation so far to a file, which `load_cache` reads.
+
+        Raises:
+            UserError: the file cannot be written, or a window has dropped some.
+        """
+        prefix = self._cache.prefix(self._cache.length)
+        if prefix is None:
+            raise UserError(
+                "the KV cache cannot be saved: its window has dropped tokens; give a longer window, or none."
+            )
+        prefix.save(Path(path), self._digest)
+
+    def load_cache(self, path: str | Path) -> None:
+        """Keep what `save_cache` wrote, as `keep_prefix` does; raises `UserError` for another engine's."""
+        self._prefixes.append(Prefix.load(Path(path), self._digest))
+
+    @property
+    def _digest(self) -> str:
+        """Tells apart engines whose keys and values differ."""
+        files = {name: file["sha256"] for name, file in self.manifest.files.items()}
+        return hashlib.sha256(json.dumps([str(self.manifest.kv_cache), files], sort_keys=True).encode()).hexdigest()
+
+    def _reuse(self, identities: np.ndarray, pinned: np.ndarray) -> int:
+        """Bring the cache to as many of a prompt's first tokens as it, or a kept prefix, has; returns their number."""
+        most = len(identities) - 1  # the last token is run in any case: its logits are needed
+        own = min(self._cache.common_prefix(identities), most)
+        best = max(self._prefixes, key=lambda prefix: prefix.common(identities), default=None)
+        common = 0 if best is None else min(best.common(identities), most)
+        if common > own and self._cache.restore(best, common, pinned[:common]):
+            return common
+        return self._cache.truncate(own)
 
     def trace(self, messages: Sequence[Message], forced_tokens: Sequence[int]) -> dict[str, np.ndarray]:
         """Run messages and then the given tokens, whatever the model would have answered.
@@ -160,8 +230,9 @@ class VisionLanguageModel:
                 hidden = np.concatenate([outputs[name][0] for outputs in chunks])
                 traced[validation.prefill_hidden_states(layer)] = hidden
         for step, token in enumerate(forced_tokens):
-            feeds = self._decode_feeds(token, prompt.next_position + step)
-            traced[validation.decode_logits(step)] = self._session.decode(feeds)
+            feeds = self._token_feeds(token, prompt.next_position + step)
+            with self._cache.appending(np.array([token])) as placement:
+                traced[validation.decode_logits(step)] = self._session.decode(feeds, placement)
         return traced
 
     def _room(self, prompt: Prompt, needed: int = 1) -> int:
@@ -173,7 +244,21 @@ class VisionLanguageModel:
                 f"the prompt has {length} tokens, but the context holds {self.context_length} with the answer: shorten "
                 f"the prompt, limit its pictures' pixels, or set a longer context (up to {longest})."
             )
+        pinned = int(self._pinned(prompt).sum())
+        if self.cache_config.slots(self.context_length, pinned) > self._session.capacity:
+            raise UserError(
+                f"the prompt's pictures have {pinned} tokens, more than the KV cache has room for beside its window "
+                f"({PINNED_SLOTS}): limit their pixels, or do not pin them."
+            )
         return self.context_length - length
+
+    def _pinned(self, prompt: Prompt) -> np.ndarray:
+        """Which of a prompt's tokens the cache keeps whatever its window, bool ``[n]``."""
+        pinned = np.zeros(len(prompt.token_ids), bool)
+        if self.cache_config.pin_images:
+            for visual in prompt.visuals:
+                pinned[visual.token_indices] = True
+        return pinned
 
     def _answer(
         self,
@@ -239,6 +324,7 @@ class VisionLanguageModel:
         self, prompt: Prompt, identities: np.ndarray, seen: Sequence[tuple[Visual, Features]]
     ) -> Iterator[dict[str, np.ndarray]]:
         """Run the prompt's tokens that are not in the cache, chunk by chunk; yields the decoder's outputs."""
+        pinned = self._pinned(prompt)
         for start in range(self._cache.length, len(identities), self._prefill_chunk):
             chunk = slice(start, min(start + self._prefill_chunk, len(identities)))
             feeds = self._feeds(prompt.token_ids[chunk], prompt.position_ids[:, chunk])
@@ -249,21 +335,25 @@ class VisionLanguageModel:
                 rows = visual.token_indices[first:last] - start
                 embeds[0, rows] = image_embeds[first:last]
                 deepstack[:, 0, rows] = levels[:, first:last]
-            self._cache.expect(identities[chunk])
-            yield self._session.prefill({**feeds, bindings.DEEPSTACK_EMBEDS: deepstack})
+            with self._cache.appending(identities[chunk], pinned[chunk]) as placement:
+                outputs = self._session.prefill({**feeds, bindings.DEEPSTACK_EMBEDS: deepstack}, placement)
+            yield outputs
 
     def _next(self, token: int, position: int, sampler: Sampler) -> int:
         """Run one more token; returns the one chosen after it."""
-        feeds = self._decode_feeds(token, position)
+        feeds = self._token_feeds(token, position)
+        with self._cache.appending(np.array([token])) as placement:
+            if not sampler.params.takes_likeliest:
+                logits = self._session.decode(feeds, placement)
+            else:
+                likeliest, logit = self._session.decode_greedy(feeds, placement)
         if not sampler.params.takes_likeliest:
-            return sampler(self._session.decode(feeds)[0])
-        likeliest, logit = self._session.decode_greedy(feeds)
+            return sampler(logits[0])
         check_finite(logit)
         return likeliest
 
-    def _decode_feeds(self, token: int, position: int) -> dict[str, np.ndarray]:
-        """What the session takes of one more token of text, which the cache then expects."""
-        self._cache.expect(np.array([token]))
+    def _token_feeds(self, token: int, position: int) -> dict[str, np.ndarray]:
+        """The decoder's inputs for one more token of text."""
         return self._feeds([token], np.full((3, 1), position))
 
     def _feeds(self, token_ids: Sequence[int] | np.ndarray, position_ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -274,6 +364,29 @@ class VisionLanguageModel:
             bindings.ROPE_COS: cos[None],
             bindings.ROPE_SIN: sin[None],
         }
+
+
+def _chosen_at_run_time(cache: CacheConfig, manifest: Manifest) -> CacheConfig:
+    """The engines' cache with another window; raises `UserError` for what they were not built for."""
+    built, chosen = manifest.kv_cache, cache.with_ranks_of(manifest.kv_cache)
+    if dataclasses.replace(chosen, window=built.window, pin_images=built.pin_images) != built:
+        raise UserError(
+            f"the KV cache {cache} is not what these engines were built for ({built}): only window and pin can be "
+            f"chosen now; build the bundle with --kv {cache}."
+        )
+    return chosen
+
+
+def _context_length(given: int | None, text: TextConfig, cache: CacheConfig) -> int:
+    """Tokens of prompt and answer together; raises `UserError` for a number out of range."""
+    longest = text.max_position_embeddings
+    if given is None:
+        return longest if cache.window else min(DEFAULT_CONTEXT_LENGTH, longest)
+    if cache.window and given > longest:
+        log.warning("positions beyond %d, which the model was made for, may make its answers worse", longest)
+    elif not 2 <= given <= longest:
+        raise UserError(f"a context of {given} tokens is out of range: expected 2 to {longest} for this model.")
+    return given
 
 
 class EmbeddingTable:

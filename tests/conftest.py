@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from pascalvl.engines import build
-from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.kv_format import CacheConfig
 from tests.real_sizes import HOST_FILES
 
 NANO = Path(__file__).parent / "nano"
@@ -40,17 +41,23 @@ def nano_model_bundle(nano_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="session")
-def nano_engine_bundle(nano_model_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    bundle = tmp_path_factory.mktemp("nano") / "engine-f32"
-    build(nano_model_bundle, bundle, "onnxruntime", KVFormat.F32)
-    return bundle
+def nano_engine_bundle(nano_engine) -> Path:
+    """With a cache in float32."""
+    return nano_engine("f32")
 
 
 @pytest.fixture(scope="session")
-def nano_engine_bundle_f16(nano_model_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    bundle = tmp_path_factory.mktemp("nano") / "engine-f16"
-    build(nano_model_bundle, bundle, "onnxruntime", KVFormat.F16)
-    return bundle
+def nano_engine(nano_model_bundle: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Engine bundles of the nano checkpoint: ``nano_engine(kv, backend="onnxruntime")``, each built once."""
+    folder = tmp_path_factory.mktemp("nano")
+
+    @functools.cache
+    def built(kv: str, backend: str = "onnxruntime") -> Path:
+        bundle = folder / f"{backend}-{kv}"
+        build(nano_model_bundle, bundle, backend, CacheConfig.parse(kv))
+        return bundle
+
+    return built
 
 
 @pytest.fixture(scope="session")

@@ -52,6 +52,11 @@ def check_sentence(err, match):
         (["run", "engine"], "required: --prompt; see 'pascalvl run --help'"),
         (["run", "engine", "--prompt", "x", "--colour", "red"], "unrecognized arguments: --colour red"),
         (["build", "model", "--output", "o", "--kv", "f8"], "unknown KV cache format 'f8': expected one of f32, f16"),
+        (["build", "model", "--output", "o", "--kv", "k8v4,rk=100"], "'rk=100' is no rank: expected one of 64, 96"),
+        (["run", "engine", "--prompt", "x", "--kv", "k8v4,window=8192"], "'window=8192' is no window: expected first"),
+        (["run", "engine", "--prompt", "x", "--kv", "f16,pin=image"], "pin=image is for a window"),
+        (["chat", "engine", "--kv", "f16,size=3"], r"unknown KV cache option 'size=3': expected FORMAT\[,rk=RANK\]"),
+        (["inspect", "bundle", "--memory", "lots"], "--memory: invalid float value: 'lots'"),
         (["run", "engine", "--prompt", "x", "--temperature", "hot"], "--temperature: invalid float value: 'hot'"),
         (["run", "engine", "--prompt", "x", "--temperature", "-1"], "temperature is out of range: expected 0 .* -1.0"),
         (["run", "engine", "--prompt", "x", "--top-k", "-2"], "top_k is out of range"),
@@ -182,7 +187,7 @@ def _edit_manifest(bundle, edit):
         (lambda b: (b / MANIFEST).unlink(), "it has no manifest.json"),
         (lambda b: (b / MANIFEST).write_text("{"), "manifest.json cannot be read"),
         (lambda b: _edit_manifest(b, lambda m: m.update(version=0)), "has bundle version 0"),
-        (lambda b: _edit_manifest(b, lambda m: m.update(kv_format="f16")), "is for another model: .* float16"),
+        (lambda b: _edit_manifest(b, lambda m: m.update(kv_cache="f16")), "is for another model: .* float16"),
         (lambda b: _edit_manifest(b, lambda m: m["model"]["text"].update(head_dim=64)), "rope_inv_freq is"),
         (lambda b: _edit_manifest(b, lambda m: m["backend"].update(name="abacus")), "unknown backend 'abacus'"),
     ],
@@ -192,6 +197,14 @@ def test_damaged_engine_bundles(refused, nano_engine_bundle, tmp_path, damage, m
     shutil.copytree(nano_engine_bundle, bundle)
     damage(bundle)
     refused(match, "run", bundle, "--prompt", "Hello!")
+
+
+def test_saved_caches(refused, nano_engine_bundle, tmp_path):
+    command = ["run", nano_engine_bundle, "--prompt", "Hello!", "--max-new-tokens", "1", "--cache"]
+    other = tmp_path / "picture.png"
+    other.write_bytes(b"no cache")
+    refused("picture.png is no saved KV cache .* choose another file", *command, other)
+    assert other.read_bytes() == b"no cache"
 
 
 def test_what_is_no_engine_bundle(refused, nano_model_bundle, tmp_path):
@@ -206,6 +219,17 @@ def test_build_from_what_is_no_model_bundle(refused, nano_model_bundle, nano_eng
     refused("no directory .* the model bundle", "build", tmp_path / "absent", "--output", output)
     refused("is a bundle of kind 'engine': expected the model", "build", nano_engine_bundle, "--output", output)
     refused("unknown backend 'cuda'", "build", nano_model_bundle, "--output", output, "--backend", "cuda")
+    ranks = "has other ranks than the model was exported with .* export it with --kv k8v4,rv=96, or give no ranks"
+    refused(ranks, "build", nano_model_bundle, "--output", output, "--kv", "k8v4,rv=96")
+    refused(
+        "layer.6 is out of range: this model has layers 0-5",
+        "build",
+        nano_model_bundle,
+        "--output",
+        output,
+        "--kv",
+        "f16,layer.2-6=f32",
+    )
     altered = tmp_path / "model"
     shutil.copytree(nano_model_bundle, altered)
     _flip_a_byte(altered)

@@ -144,8 +144,8 @@ def test_turns_of_a_conversation_reuse_the_cache_and_answer_the_same(nano_engine
         asked.append({"role": "assistant", "content": generation.text})
 
 
-def test_half_precision_cache_gives_the_same_answers(nano_engine_bundle_f16, nano_reference, processor):
-    model = VisionLanguageModel.open(nano_engine_bundle_f16)
+def test_half_precision_cache_gives_the_same_answers(nano_engine, nano_reference, processor):
+    model = VisionLanguageModel.open(nano_engine("f16"))
     for case in [("picture", 1, {}), ("recall", 0, {"length": 300}), ("video", 0, {})]:
         messages, images, videos = conversation(*case)
         inputs = reference_inputs(processor, messages, images, videos)

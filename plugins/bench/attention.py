@@ -51,7 +51,7 @@ LLAMA_CPP = {  # microseconds of llama.cpp's Pascal kernels (commit 0c1e5709) on
         )
     },
 }
-DECODES = (1024, 4096, 16384, 131072)
+DECODES = (1024, 4096, 16384, 32768, 131072)
 PREFILLS = ((512, 1024), (512, 4096), (512, 16384), (2048, 2048), (2048, 4096), (2048, 16384))
 PREFILL_FORMATS = ("f32", "f16", "k8v8", "k8v4", "k4v4")
 PACKED = 16, 4096  # heads and patches
@@ -77,6 +77,8 @@ class Row:
     of_sgemm: float | None = None
     """Share of the yardstick's rate."""
     gb_per_s: float | None = None
+    times_f16: float | None = None
+    """How many times as fast as over a cache in f16."""
 
     @property
     def llama_cpp_us(self) -> float | None:
@@ -261,6 +263,7 @@ def past_and_new(bench: Bench, name: str, queries: int, total: int):
 
 def decode(bench: Bench) -> Iterator[Row]:
     for total in (300,) if bench.quick else DECODES:
+        f16_us = None
         for name in FORMATS:
             first, q, k, v, length, expected = past_and_new(bench, name, 1, total)
             kernel = f"decode {name}"
@@ -272,6 +275,8 @@ def decode(bench: Bench) -> Iterator[Row]:
             row = Row(kernel, 1, total, error, us)
             if not bench.quick:
                 row.read_us, row.gb_per_s = 1e6 * size / read_bandwidth(size), size / us / 1e3
+                f16_us = us if name == "f16" else f16_us
+                row.times_f16 = f16_us and f16_us / us
             yield row
 
 

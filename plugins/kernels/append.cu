@@ -22,11 +22,14 @@ __device__ __forceinline__ void store_row(float4 x, int dim, int format, unsigne
     if (inside) *reinterpret_cast<uint2*>(row + 2 * d) = word;
     return;
   }
-  const int most = format == kInt8 ? 127 : 7;
-  const unsigned short bits = float_to_half(warp_max(max_abs(x)) / float(most));
+  // What is beyond the row is zero, which is never the largest alone.
+  const float most = warp_max(max_of(x)), least = -warp_max(max_of(make_float4(-x.x, -x.y, -x.z, -x.w)));
+  const float largest = most >= -least ? most : least;
+  const bool is_int8 = format == kInt8;
+  const unsigned short bits = float_to_half(is_int8 ? fabsf(largest) / 127 : largest / -8);
   // The codes are those of the scale as stored. A row whose scale is zero in half is all zeros.
   const float stored = half_to_float(bits);
-  const unsigned codes = quantise(x, stored > 0 ? 1 / stored : 0, most);
+  const unsigned codes = quantise(x, stored != 0 ? 1 / stored : 0, is_int8 ? -127 : -8, is_int8 ? 127 : 7);
   if (lane == 0) *scale = bits;
   if (format == kInt8) {
     if (inside) *reinterpret_cast<unsigned*>(row + d) = codes;

@@ -89,6 +89,8 @@ __device__ __forceinline__ float max_abs(float4 x) {
   return max2(max2(fabsf(x.x), fabsf(x.y)), max2(fabsf(x.z), fabsf(x.w)));
 }
 
+__device__ __forceinline__ float max_of(float4 x) { return max2(max2(x.x, x.y), max2(x.z, x.w)); }
+
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) x = max2(x, __shfl_xor_sync(kAllLanes, x, mask));
@@ -102,14 +104,14 @@ __device__ __forceinline__ Value warp_sum(Value x) {
   return x;
 }
 
-// Four codes in a word: x * inverse_scale, rounded to the nearest even, at most `most` in size.
-__device__ __forceinline__ unsigned quantise(float4 x, float inverse_scale, int most) {
+// Four codes in a word: x * inverse_scale, rounded to the nearest even, from `least` to `most`.
+__device__ __forceinline__ unsigned quantise(float4 x, float inverse_scale, int least, int most) {
   const float values[4] = {x.x, x.y, x.z, x.w};
   unsigned word = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int code = __float2int_rn(values[i] * inverse_scale);
-    word |= unsigned(min2(max2(code, -most), most) & 0xff) << (8 * i);
+    word |= unsigned(min2(max2(code, least), most) & 0xff) << (8 * i);
   }
   return word;
 }
@@ -118,7 +120,7 @@ __device__ __forceinline__ unsigned quantise(float4 x, float inverse_scale, int 
 __device__ __forceinline__ unsigned quantise_query(float4 q, float& scale) {
   const float most = warp_max(max_abs(q));
   scale = most / 127;
-  return quantise(q, most > 0 ? 127 / most : 0, 127);
+  return quantise(q, most > 0 ? 127 / most : 0, -127, 127);
 }
 
 }  // namespace pascalvl

@@ -15,7 +15,9 @@ enum Format : int {
   kFloat32 = 0,
   kFloat16 = 1,
   kInt8 = 2,  // two's complement, -127..127
-  kInt4 = 3,  // code + 8 in a nibble, codes -7..7; of eight elements, byte i holds number i low and number i + 4 high
+  // Code + 8 in a nibble; of eight elements, byte i holds number i low and number i + 4 high. The element of largest
+  // magnitude has code -8, so that the scale has the other sign: all 16 codes are of use.
+  kInt4 = 3,
 };
 
 // Bytes of a row of `dim` elements.

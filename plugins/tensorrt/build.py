@@ -19,12 +19,13 @@ from pascalvl.plugins import flash_attention, kv_format
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels import build as kernels_build
 from pascalvl.plugins.kernels.build import Target
+from pascalvl.plugins.kv_format import ROTATED_DIM, KVFormat
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "plugin.cpp"
 MAJORS = (8, 10)
 _FACTS = [Path(module.__file__) for module in (flash_attention, kv_format)]
-_NAMES = ("OP_NAME", "OP_VERSION", "ATTR_CAUSAL", "ATTR_SOFTMAX_SCALE", "ATTR_KV_FORMAT")
+_NAMES = ("OP_NAME", "OP_VERSION", "ATTR_CAUSAL", "ATTR_SOFTMAX_SCALE", "ATTR_KV_FORMAT", "ATTR_RECENT")
 _CLASSES = ("FlashAttention2", "Creator")
 _STRUCTS = ("PluginTensorDesc", "DynamicPluginTensorDesc", "DimsExprs", "PluginField", "PluginFieldCollection")
 
@@ -53,9 +54,8 @@ def cached(major: int, target: Target) -> Path:
 
 def _flags(major: int, headers: Sequence[Path]) -> list[str]:
     flags = [f'-DPASCALVL_{name}="{getattr(flash_attention, name)}"' for name in _NAMES]
-    formats = (f'{{"{kv.value}", {{{kv.rows[0]:d}, {kv.rows[1]:d}}}}}' for kv in kv_format.KVFormat)
-    flags.append(f"-DPASCALVL_KV_FORMATS={', '.join(formats)}")
-    flags.append(f"-DPASCALVL_ROTATED_DIM={kv_format.ROTATED_DIM}")
+    formats = ",".join(f'{{"{f.value}",{int(f.rows[0])},{int(f.rows[1])}}}' for f in KVFormat)
+    flags += [f"-DPASCALVL_KV_FORMATS={formats}", f"-DPASCALVL_ROTATED_DIM={ROTATED_DIM}"]
     flags.append(f"-DPASCALVL_TENSORRT_MAJOR={major}")
     if headers:
         # Newer headers call the one interface that all versions share deprecated.

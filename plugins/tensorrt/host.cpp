@@ -1,5 +1,5 @@
 // Drives a plugin as TensorRT does, without TensorRT: a registry and a logger of its own, which a plugin's library that
-// is loaded afterwards finds, and a node's life (create, clone, configure, serialise, deserialise, initialise, enqueue)
+// is loaded afterwards finds, and a node's life (create, serialise, deserialise, initialise, clone, configure, enqueue)
 // behind C functions. It sees the plugin through TensorRT's interface alone.
 #include <cstring>
 #include <memory>
@@ -66,31 +66,13 @@ Owned owned(IPluginV2* plugin, const char* doing) {
   return Owned(static_cast<IPluginV2DynamicExt*>(plugin));
 }
 
-// A parsed node's plugin; that of an engine built for some sizes, and its clone in an execution context.
+// The plugin of an engine, and its clone in an execution context.
 struct Node {
-  IPluginCreator* creator;
-  Owned parsed, engine, context;
+  Owned engine, context;
 
-  explicit Node(IPluginCreator* creator) : creator(creator) {}
-  ~Node() { unload(); }
-
-  // What is loaded is not configured again, as TensorRT does not promise that: it must know all from its bytes.
-  void load(const IPluginV2DynamicExt& built) {
-    unload();
-    std::vector<char> bytes(built.getSerializationSize());
-    built.serialize(bytes.data());
-    Owned loaded = owned(creator->deserializePlugin("node", bytes.data(), bytes.size()), "take its own bytes");
-    require(loaded->initialize() == 0, "the plugin could not be initialised");
-    engine = std::move(loaded);
-    context = owned(engine->clone(), "clone");
-    context->attachToContext(nullptr, nullptr, nullptr);
-  }
-
-  void unload() {
-    if (context) context->detachFromContext();
-    context.reset();
-    if (engine) engine->terminate();
-    engine.reset();
+  ~Node() {
+    context->detachFromContext();
+    engine->terminate();
   }
 };
 
@@ -132,7 +114,7 @@ extern "C" {
 
 const char* pascalvl_host_messages() { return messages.c_str(); }
 
-// Makes a node of a plugin, as a parser does.
+// Makes a node of a plugin: what a parser, a build and the loading of an engine do to it, in turn.
 int pascalvl_host_create(const char* name, const char* version, const char* const* names, const void* const* data,
                          const int32_t* types, const int32_t* lengths, int32_t count, void** node) {
   return guarded([&] {
@@ -146,21 +128,26 @@ int pascalvl_host_create(const char* name, const char* version, const char* cons
     std::vector<PluginField> fields;
     for (int32_t i = 0; i < count; ++i) fields.emplace_back(names[i], data[i], PluginFieldType(types[i]), lengths[i]);
     const PluginFieldCollection collection{count, fields.data()};
-    auto made = std::make_unique<Node>(creator);
-    made->parsed = owned(creator->createPlugin("node", &collection), "take the attributes");
+    const Owned parsed = owned(creator->createPlugin("node", &collection), "take the attributes");
+    const Owned built = owned(parsed->clone(), "clone");
+    std::vector<char> bytes(built->getSerializationSize());
+    built->serialize(bytes.data());
+    auto made = std::make_unique<Node>();
+    made->engine = owned(creator->deserializePlugin("node", bytes.data(), bytes.size()), "take its own bytes");
+    made->context = owned(made->engine->clone(), "clone");
+    require(made->engine->initialize() == 0, "the plugin could not be initialised");
+    made->context->attachToContext(nullptr, nullptr, nullptr);
     *node = made.release();
   });
 }
 
 void pascalvl_host_destroy(void* node) { delete static_cast<Node*>(node); }
 
-// Asks the plugin for its output and its workspace with inputs of these sizes, configures it for them, as a build does,
-// and loads what that leaves.
+// Asks the plugin for its output and its workspace with inputs of these sizes, and configures it for them.
 int pascalvl_host_prepare(void* node, const pascalvl_host_tensor* inputs, int32_t count, pascalvl_host_tensor* output,
                           size_t* workspace) {
   return guarded([&] {
-    const Owned built = owned(static_cast<Node*>(node)->parsed->clone(), "clone");
-    IPluginV2DynamicExt& plugin = *built;
+    IPluginV2DynamicExt& plugin = *static_cast<Node*>(node)->context;
     require(plugin.getNbOutputs() == 1, "the plugin has several outputs");
     std::vector<PluginTensorDesc> tensors = descriptions(inputs, count);
     // A size is an expression of the builder's. This plugin only passes them on: any pointers will do.
@@ -190,7 +177,6 @@ int pascalvl_host_prepare(void* node, const pascalvl_host_tensor* inputs, int32_
     for (const PluginTensorDesc& tensor : tensors) ranges.push_back(exactly(tensor));
     plugin.configurePlugin(ranges.data(), count, &ranges[count], 1);
     *workspace = plugin.getWorkspaceSize(tensors.data(), count, &tensors[count], 1);
-    static_cast<Node*>(node)->load(plugin);
   });
 }
 

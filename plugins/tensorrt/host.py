@@ -60,7 +60,7 @@ class PluginHost:
             raise UserError(f"the plugin {self.plugin.name} failed: {self._library.pascalvl_host_messages().decode()}.")
 
     def create(self, attributes: Mapping[str, int | float | str]) -> HostedPlugin:
-        """The plugin of a node with these attributes, as a parser makes it."""
+        """The plugin of a node with these attributes, ready to run."""
         fields = []
         for value in attributes.values():
             if isinstance(value, str):
@@ -104,7 +104,7 @@ class HostedPlugin:
         self._host.destroy(self._node)
 
     def prepare(self, inputs: Sequence[Shaped]) -> tuple[Shaped, int]:
-        """Configure the plugin for inputs and load it; returns its output's type and shape, and bytes of workspace."""
+        """Configure the plugin for inputs; returns its output's type and shape, and the bytes of workspace it needs."""
         output, workspace = _Tensor(), ctypes.c_size_t()
         self._host.call(
             "pascalvl_host_prepare",

@@ -1,16 +1,14 @@
 // FlashAttention2 as a TensorRT plugin: IPluginV2DynamicExt, which TensorRT 8.6, 9.x and 10.x share, over the kernels'
 // C ABI. The library registers itself when it is loaded. What the op is: plugins/flash_attention.py, from where its
-// names come as macros; so do the cache's formats, from plugins/kv_format.py.
+// names come as macros.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
-#include <initializer_list>
-#include <iterator>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
-#include "plugins/kernels/params.h"
 #include "plugins/kernels/pascalvl.h"
 #include "plugins/tensorrt/interface.h"
 
@@ -59,16 +57,24 @@ std::string text(const Dims& dims) {
   return result + "]";
 }
 
-// A cache's format: its name, and how the rows of keys and of values are stored.
+// The cache's formats.
 struct KVFormat {
   const char* name;
-  int32_t rows[2];
+  int32_t key, value;  // pascalvl_format
 };
 constexpr KVFormat kFormats[] = {PASCALVL_KV_FORMATS};
-constexpr int32_t kNumFormats = int32_t(std::size(kFormats));
+constexpr int32_t kNumFormats = sizeof kFormats / sizeof kFormats[0];
 
-// What a node's attributes say, and whether it has inputs of recent tokens: TensorRT tells that a build alone. Also the
-// bytes of a serialised plugin.
+bool is_quantised(const KVFormat& format) { return format.key == PASCALVL_INT8 || format.key == PASCALVL_INT4; }
+
+// Type of the tensors that rows of a format come in; of codes, words.
+DataType row_type(int32_t format) {
+  return format == PASCALVL_FLOAT32   ? DataType::kFLOAT
+         : format == PASCALVL_FLOAT16 ? DataType::kHALF
+                                      : DataType::kINT32;
+}
+
+// What a node's attributes say; also the bytes of a serialised plugin.
 struct Attributes {
   static constexpr uint32_t kMagic = 0x41465650;  // "PVFA"
   static constexpr uint32_t kLayout = 2;
@@ -76,8 +82,8 @@ struct Attributes {
   uint32_t layout = kLayout;
   int32_t causal = 0;
   float softmax_scale = 0;
-  int32_t kv_format = 0;  // index of kFormats; only where causal
-  int32_t recent = 0;
+  int32_t kv_format = 0;  // number in kFormats; only where causal
+  int32_t recent = 0;     // capacity of the recent tokens' cache
 };
 static_assert(sizeof(Attributes) == 24, "no padding is written");
 
@@ -85,9 +91,15 @@ int32_t parse_kv_format(const std::string& name) {
   std::string known;
   for (int32_t i = 0; i < kNumFormats; ++i) {
     if (name == kFormats[i].name) return i;
-    known += std::string(i == 0 ? "" : i + 1 < kNumFormats ? ", " : " or ") + kFormats[i].name;
+    known += (i ? ", " : "") + std::string(kFormats[i].name);
   }
-  throw std::invalid_argument("attribute " PASCALVL_ATTR_KV_FORMAT " is '" + name + "'; expected " + known);
+  throw std::invalid_argument("attribute " PASCALVL_ATTR_KV_FORMAT " is '" + name + "'; expected one of " + known);
+}
+
+void check_recent(const Attributes& attributes) {
+  require(attributes.recent >= 0 && (!attributes.recent || is_quantised(kFormats[attributes.kv_format])),
+          "attribute " PASCALVL_ATTR_RECENT " is " + std::to_string(attributes.recent) + " with a cache in " +
+              kFormats[attributes.kv_format].name + "; expected 0, or a number of slots beside a quantised cache");
 }
 
 Attributes parse_fields(const PluginFieldCollection& collection) {
@@ -109,6 +121,9 @@ Attributes parse_fields(const PluginFieldCollection& collection) {
       expect(PluginFieldType::kFLOAT32, "one float32");
       std::memcpy(&attributes.softmax_scale, field.data, sizeof attributes.softmax_scale);
       has_scale = true;
+    } else if (name == PASCALVL_ATTR_RECENT) {
+      expect(PluginFieldType::kINT32, "one int32");
+      std::memcpy(&attributes.recent, field.data, sizeof attributes.recent);
     } else if (name == PASCALVL_ATTR_KV_FORMAT) {
       // An empty text is what exported nodes have that read no cache; it may come without data.
       require(field.type == PluginFieldType::kCHAR && field.length >= 0, "attribute " + name + " must be a text");
@@ -117,6 +132,7 @@ Attributes parse_fields(const PluginFieldCollection& collection) {
     }
   }
   if (attributes.causal) attributes.kv_format = parse_kv_format(kv_format);
+  check_recent(attributes);
   require(has_scale, "attribute " PASCALVL_ATTR_SOFTMAX_SCALE " is missing");
   return attributes;
 }
@@ -131,37 +147,28 @@ Attributes parse_bytes(const void* data, size_t length) {
   require(attributes.layout == Attributes::kLayout,
           "the serialised plugin has layout " + std::to_string(attributes.layout) + "; expected " +
               std::to_string(Attributes::kLayout) + ": build the engine with this version of the plugin");
-  const auto is_flag = [](int32_t value) { return value == 0 || value == 1; };
-  require(is_flag(attributes.causal) && is_flag(attributes.recent) && attributes.kv_format >= 0 &&
+  require((attributes.causal == 0 || attributes.causal == 1) && attributes.kv_format >= 0 &&
               attributes.kv_format < kNumFormats,
           "the serialised plugin's attributes are out of range: build the engine again");
+  check_recent(attributes);
   return attributes;
 }
 
-// Inputs, in the node's order. kLengths: past_length, or cu_seqlens where not causal.
+// Inputs, in the node's order: those from kVisible on where causal, from kPastScale on as the cache has them.
 enum Input {
   kQuery,
   kKey,
   kValue,
   kLengths,
-  kPastVisible,
+  kVisible,
   kPastKey,
   kPastValue,
   kPastScale,
   kRecentLength,
   kRecentKey,
-  kRecentValue
+  kRecentValue,
+  kNumInputs
 };
-constexpr int32_t kNumPacked = kLengths + 1, kNumPlain = kPastValue + 1, kNumQuantised = kPastScale + 1,
-                  kNumWithRecent = kRecentValue + 1;
-
-void expect_shape(const char* name, const Dims& found, std::initializer_list<int64_t> expected,
-                  const char* or_else = "") {
-  Dims dims{};
-  for (const int64_t size : expected) dims.d[dims.nbDims++] = Extent(size);
-  require(text(found) == text(dims),
-          std::string(name) + " has shape " + text(found) + "; expected " + text(dims) + or_else);
-}
 
 class FlashAttention2 final : public IPluginV2DynamicExt {
  public:
@@ -204,41 +211,37 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
 
   bool supportsFormatCombination(int32_t position, const PluginTensorDesc* tensors, int32_t num_inputs,
                                  int32_t num_outputs) noexcept override {
-    const int32_t least = !attributes_.causal ? kNumPacked : is_quantised() ? kNumQuantised : kNumPlain;
-    const bool has_recent = is_quantised() && num_inputs == kNumWithRecent;
-    if ((num_inputs != least && !has_recent) || num_outputs != 1) {
+    if (num_inputs != num_inputs_expected() || num_outputs != 1) {
       report("found " + std::to_string(num_inputs) + " inputs and " + std::to_string(num_outputs) +
-             " outputs; expected " + std::to_string(least) +
-             (is_quantised() ? " or " + std::to_string(kNumWithRecent) : "") + " and 1");
+             " outputs; expected " + std::to_string(num_inputs_expected()) + " and 1");
       return false;
     }
     const DataType type = position < num_inputs ? input_type(position) : DataType::kFLOAT;
     return tensors[position].type == type && tensors[position].format == TensorFormat::kLINEAR;
   }
 
-  void configurePlugin(const DynamicPluginTensorDesc*, int32_t num_inputs, const DynamicPluginTensorDesc*,
-                       int32_t) noexcept override {
-    attributes_.recent = num_inputs == kNumWithRecent;
-  }
+  void configurePlugin(const DynamicPluginTensorDesc*, int32_t, const DynamicPluginTensorDesc*,
+                       int32_t) noexcept override {}
 
-  // For these sizes, and for one new token: a profile for prompts takes those too, and decode needs other memory, with
-  // a mask or without.
-  size_t getWorkspaceSize(const PluginTensorDesc* inputs, int32_t num_inputs, const PluginTensorDesc*,
+  // For these sizes and for all that a profile of them takes: one new token too, with which decode needs other memory
+  // where there is no mask, and fewer sequences, which it cuts into more splits.
+  size_t getWorkspaceSize(const PluginTensorDesc* inputs, int32_t, const PluginTensorDesc*,
                           int32_t) const noexcept override {
     return guarded<size_t>(0, [&] {
-      pascalvl_attention_args args = sizes(inputs, num_inputs == kNumWithRecent);
+      pascalvl_attention_args args = sizes(inputs);
       size_t most = 0;
       const auto count = [&] {
         size_t bytes = 0;
         check(pascalvl_attention_workspace(&args, &bytes));
-        most = bytes > most ? bytes : most;
+        most = std::max(most, bytes);
       };
       const int32_t* const recent = std::exchange(args.recent_length, nullptr);
       count();
+      if (!args.causal) return most;
       args.seq = 1;
       args.past_visible = nullptr;
       args.recent_length = recent;
-      count();
+      for (; args.batch > 0; --args.batch) count();
       return most;
     });
   }
@@ -246,7 +249,7 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
   int32_t enqueue(const PluginTensorDesc* descriptions, const PluginTensorDesc*, const void* const* inputs,
                   void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
     return guarded<int32_t>(1, [&] {
-      pascalvl_attention_args args = sizes(descriptions, attributes_.recent);
+      pascalvl_attention_args args = sizes(descriptions);
       args.q = static_cast<const float*>(inputs[kQuery]);
       args.k = static_cast<const float*>(inputs[kKey]);
       args.v = static_cast<const float*>(inputs[kValue]);
@@ -254,10 +257,10 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
       const auto* lengths = static_cast<const int32_t*>(inputs[kLengths]);
       if (args.causal) {
         args.past_length = lengths;
-        if (args.past_visible) args.past_visible = static_cast<const int32_t*>(inputs[kPastVisible]);
+        if (args.past_visible) args.past_visible = static_cast<const int32_t*>(inputs[kVisible]);
         args.cache.key = const_cast<void*>(inputs[kPastKey]);
         args.cache.value = const_cast<void*>(inputs[kPastValue]);
-        if (is_quantised()) {
+        if (is_quantised(format())) {
           auto* scales = static_cast<uint16_t*>(const_cast<void*>(inputs[kPastScale]));
           args.cache.key_scale = scales;
           args.cache.value_scale = scales + int64_t(args.batch) * args.num_kv_heads * args.cache.capacity;
@@ -278,21 +281,23 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
   }
 
  private:
-  bool is_quantised() const {
-    return attributes_.causal && pascalvl::is_quantised(kFormats[attributes_.kv_format].rows[0]);
+  const KVFormat& format() const { return kFormats[attributes_.kv_format]; }
+
+  int32_t num_inputs_expected() const {
+    if (!attributes_.causal) return kLengths + 1;
+    return attributes_.recent ? kNumInputs : is_quantised(format()) ? kPastScale + 1 : kPastValue + 1;
   }
 
   DataType input_type(int32_t position) const {
     switch (position) {
       case kLengths:
-      case kPastVisible:
+      case kVisible:
       case kRecentLength:
         return DataType::kINT32;
       case kPastKey:
+        return row_type(format().key);
       case kPastValue:
-        return is_quantised()                                                         ? DataType::kINT32
-               : kFormats[attributes_.kv_format].rows[0] == int32_t(PASCALVL_FLOAT16) ? DataType::kHALF
-                                                                                      : DataType::kFLOAT;
+        return row_type(format().value);
       case kPastScale:
       case kRecentKey:
       case kRecentValue:
@@ -302,18 +307,26 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
     }
   }
 
-  // Elements of a cache's row, as the tensor that holds it has them: words, where they are codes.
-  static int64_t row_elements(int32_t format, int32_t dim) {
-    return row_bytes(format, dim) / (format == PASCALVL_FLOAT16 ? 2 : 4);
+  static void expect(const Dims& dims, const Dims& expected, const char* name, const char* or_else = "") {
+    const bool same = dims.nbDims == expected.nbDims && std::equal(dims.d, dims.d + dims.nbDims, expected.d);
+    require(same, std::string(name) + " has shape " + text(dims) + "; expected " + text(expected) + or_else);
+  }
+
+  // Elements of a row in its tensor's type.
+  static int32_t row_elements(int32_t format, int32_t dim) {
+    const size_t size = format == PASCALVL_FLOAT16 ? sizeof(uint16_t) : sizeof(uint32_t);
+    return int32_t(pascalvl_row_bytes(format, dim) / size);
   }
 
   // The arguments of a call; for pointers, what is never read but looks like one.
-  pascalvl_attention_args sizes(const PluginTensorDesc* inputs, bool recent) const {
+  pascalvl_attention_args sizes(const PluginTensorDesc* inputs) const {
     const Dims &q = inputs[kQuery].dims, &k = inputs[kKey].dims, &v = inputs[kValue].dims;
     for (const Dims* dims : {&q, &k, &v})
       require(dims->nbDims == 4, "q, k and v have 4 dimensions; found " + text(*dims));
-    expect_shape("k", k, {q.d[0], k.d[1], q.d[2], q.d[3]});
-    expect_shape("v", v, {q.d[0], k.d[1], q.d[2], v.d[3]});
+    expect(k, {4, {q.d[0], k.d[1], q.d[2], q.d[3]}}, "k");
+    expect(v, {4, {q.d[0], k.d[1], q.d[2], v.d[3]}}, "v");
+    require(inputs[kLengths].dims.nbDims == 1,
+            "past_length and cu_seqlens have 1 dimension; found " + text(inputs[kLengths].dims));
     alignas(16) static char somewhere[16];
     const auto* values = reinterpret_cast<const float*>(somewhere);
     const auto* lengths = reinterpret_cast<const int32_t*>(somewhere);
@@ -329,47 +342,41 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
     args.softmax_scale = attributes_.softmax_scale;
     args.causal = attributes_.causal;
     if (args.causal) {
-      const auto& rows = kFormats[attributes_.kv_format].rows;
-      const int64_t batch = args.batch, heads = args.num_kv_heads;
-      const Dims &past = inputs[kPastKey].dims, &visible = inputs[kPastVisible].dims;
-      require(past.nbDims == 4, "past_key has 4 dimensions; found " + text(past));
-      const int64_t capacity = past.d[2];
-      expect_shape("past_length", inputs[kLengths].dims, {batch});
-      expect_shape("past_key", past, {batch, heads, capacity, row_elements(rows[0], args.key_dim)});
-      expect_shape("past_value", inputs[kPastValue].dims,
-                   {batch, heads, capacity, row_elements(rows[1], args.value_dim)});
-      // One number for all slots is not looked at: it comes where all see all, and is at least the number of new
-      // tokens.
-      const bool is_mask = visible.nbDims != 2 || visible.d[1] != 1 || (capacity == 1 && !recent);
-      if (is_mask) {
-        expect_shape("past_visible", visible, {batch, capacity}, ", or 1 last for all slots alike");
-      } else {
-        expect_shape("past_visible", visible, {batch, 1});
-      }
+      const Dims &past = inputs[kPastKey].dims, &visible = inputs[kVisible].dims;
+      require(past.nbDims == 4, "the past has 4 dimensions; found " + text(past));
+      const auto capacity = past.d[2];
+      expect(past, {4, {k.d[0], k.d[1], capacity, row_elements(format().key, args.key_dim)}}, "the past of keys");
+      expect(inputs[kPastValue].dims, {4, {k.d[0], k.d[1], capacity, row_elements(format().value, args.value_dim)}},
+             "the past of values");
+      expect(inputs[kLengths].dims, {1, {k.d[0]}}, "past_length");
       args.past_length = lengths;
-      args.past_visible = is_mask ? lengths : nullptr;
+      // One number for all slots is not looked at: it comes where all new tokens see them. (There is never a mask where
+      // a single slot has recent tokens beside it.)
+      if (visible.nbDims != 2 || visible.d[1] != 1 || (capacity == 1 && !attributes_.recent)) {
+        expect(visible, {2, {k.d[0], capacity}}, "past_visible", ", or 1 last for all slots alike");
+        args.past_visible = lengths;
+      } else {
+        expect(visible, {2, {k.d[0], 1}}, "past_visible");
+      }
       args.cache.key = args.cache.value = somewhere;
-      args.cache.key_format = rows[0];
-      args.cache.value_format = rows[1];
+      args.cache.key_format = format().key;
+      args.cache.value_format = format().value;
       args.cache.capacity = int32_t(capacity);
-      if (is_quantised()) {
-        expect_shape("past_scale", inputs[kPastScale].dims, {2, batch, heads, capacity});
+      if (is_quantised(format())) {
+        expect(inputs[kPastScale].dims, {4, {2, k.d[0], k.d[1], capacity}}, "past_scale");
         args.cache.key_scale = args.cache.value_scale = somewhere;
         args.cache.rotated = args.key_dim == PASCALVL_ROTATED_DIM;
       }
-      if (recent) {
-        const Dims& key = inputs[kRecentKey].dims;
-        require(key.nbDims == 4, "recent_key has 4 dimensions; found " + text(key));
-        expect_shape("recent_length", inputs[kRecentLength].dims, {batch});
-        expect_shape("recent_key", key, {batch, heads, key.d[2], args.key_dim});
-        expect_shape("recent_value", inputs[kRecentValue].dims, {batch, heads, key.d[2], args.value_dim});
+      if (attributes_.recent) {
+        expect(inputs[kRecentLength].dims, {1, {k.d[0]}}, "recent_length");
+        for (const auto& [input, dim] : {std::pair(kRecentKey, args.key_dim), std::pair(kRecentValue, args.value_dim)})
+          expect(inputs[input].dims, {4, {k.d[0], k.d[1], attributes_.recent, dim}}, "the cache of recent tokens");
         args.recent_length = lengths;
         args.recent.key = args.recent.value = somewhere;
         args.recent.key_format = args.recent.value_format = PASCALVL_FLOAT16;
-        args.recent.capacity = int32_t(key.d[2]);
+        args.recent.capacity = attributes_.recent;
       }
     } else {
-      require(inputs[kLengths].dims.nbDims == 1, "cu_seqlens has 1 dimension; found " + text(inputs[kLengths].dims));
       args.cu_seqlens = lengths;
       args.num_sequences = int32_t(inputs[kLengths].dims.d[0]) - 1;
     }
@@ -387,8 +394,9 @@ class Creator final : public IPluginCreator {
   const PluginFieldCollection* getFieldNames() noexcept override {
     static const PluginField fields[] = {{PASCALVL_ATTR_CAUSAL, nullptr, PluginFieldType::kINT32, 1},
                                          {PASCALVL_ATTR_SOFTMAX_SCALE, nullptr, PluginFieldType::kFLOAT32, 1},
-                                         {PASCALVL_ATTR_KV_FORMAT, nullptr, PluginFieldType::kCHAR, 1}};
-    static const PluginFieldCollection collection{3, fields};
+                                         {PASCALVL_ATTR_KV_FORMAT, nullptr, PluginFieldType::kCHAR, 1},
+                                         {PASCALVL_ATTR_RECENT, nullptr, PluginFieldType::kINT32, 1}};
+    static const PluginFieldCollection collection{4, fields};
     return &collection;
   }
   IPluginV2* createPlugin(const AsciiChar*, const PluginFieldCollection* fields) noexcept override {

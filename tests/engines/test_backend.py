@@ -15,15 +15,17 @@ from pascalvl.engines import build, open_engine
 from pascalvl.plugins import bindings, bundle
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.kv_format import CacheConfig
 
 
-def test_build_sets_the_cache_format(nano_engine_bundle, nano_engine_bundle_f16):
-    for directory, kv_format, dtype in (
-        (nano_engine_bundle, KVFormat.F32, TensorProto.FLOAT),
-        (nano_engine_bundle_f16, KVFormat.F16, TensorProto.FLOAT16),
+def test_build_sets_the_cache_format(nano_engine):
+    for kv, dtype in (
+        ("f32", TensorProto.FLOAT),
+        ("f16", TensorProto.FLOAT16),
+        ("k8v4", TensorProto.INT32),
     ):
-        assert open_engine(directory).manifest.kv_format is kv_format
+        directory = nano_engine(kv)
+        assert open_engine(directory).manifest.kv_cache == CacheConfig.parse(kv)
         graph = onnx.load(directory / "decoder.onnx", load_external_data=False).graph
         types = {value.name: value.type.tensor_type.elem_type for value in graph.input}
         assert types[bindings.past_key(0)] == types[bindings.past_value(1)] == dtype
@@ -60,6 +62,8 @@ def test_engine_for_another_model_is_found_before_it_runs(nano_engine_bundle, tm
         open_engine(other)
     model["text"]["num_key_value_heads"] //= 2
     model["text"]["num_hidden_layers"] -= 1
+    for dims in ("key_dims", "value_dims"):
+        model["text"][dims] = model["text"][dims][1:]
     other = _copy_with_manifest(nano_engine_bundle, tmp_path / "layers", model=model)
     with pytest.raises(UserError, match="it has the further inputs"):
         open_engine(other)
@@ -74,7 +78,7 @@ def test_engine_bundle_that_does_not_list_a_graph(nano_engine_bundle, tmp_path):
 
 
 def test_engine_for_another_cache_format_is_found_before_it_runs(nano_engine_bundle, tmp_path):
-    other = _copy_with_manifest(nano_engine_bundle, tmp_path / "format", kv_format="f16")
+    other = _copy_with_manifest(nano_engine_bundle, tmp_path / "format", kv_cache="f16")
     with pytest.raises(UserError, match=r"expected input past_key\.0 float16"):
         open_engine(other)
 

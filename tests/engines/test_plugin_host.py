@@ -22,10 +22,10 @@ from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
 from pascalvl.plugins.kernels.library import KernelLibrary
-from pascalvl.plugins.kv_format import KVFormat
 from pascalvl.plugins.tensorrt.host import HostedPlugin
 from pascalvl.runtime import VisionLanguageModel
 from pascalvl.runtime.cli import main
+from tests.engines.decoder import CACHES, Sequence, decoder_feeds
 from tests.engines.torch_reference import answer, assistant, reference_answer, scene, user
 
 ON_GPU = available_target() is Target.CUDA
@@ -33,17 +33,14 @@ PICTURE = [user(scene(1, 64, 64), "Describe the picture.")]
 TURNS = [*PICTURE, assistant("A grid."), user("Which shapes are red?")]
 NEW_TOKENS = 32 if ON_GPU else 5
 CONTEXT = 96
+APPENDS = {CACHES[-2]: 2, CACHES[-1]: 4}
+"""Launches of a call: one for each run of layers with the same format, and one for recent tokens."""
 LIMITS = Limits(prefill_chunk=7, max_patches=64, max_context=1 << 40)
 
 
 @pytest.fixture(scope="module")
-def bundles(nano_engine_bundle, nano_engine_bundle_f16):
-    return {KVFormat.F32: nano_engine_bundle, KVFormat.F16: nano_engine_bundle_f16}
-
-
-@pytest.fixture(scope="module")
-def bundle(bundles):
-    return bundles[KVFormat.F32]
+def bundle(nano_engine_bundle):
+    return nano_engine_bundle
 
 
 def fresh(bundle, **options) -> VisionLanguageModel:
@@ -71,16 +68,16 @@ def calls(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("kv_format", list(KVFormat))
-def test_tokens_equal_the_reference_and_attention_is_the_plugins(kv_format, bundles, nano_reference, calls):
-    model = fresh(bundles[kv_format])
+@pytest.mark.parametrize("kv", CACHES)
+def test_tokens_equal_the_reference_and_attention_is_the_plugins(kv, nano_engine, nano_reference, calls):
+    model = fresh(nano_engine(kv))
     warm_up = dict(calls)
     generation = answer(model, PICTURE, NEW_TOKENS)
     assert generation.token_ids == reference_answer(nano_reference, model.prompt(PICTURE), NEW_TOKENS)[0]
     layers, depth, steps = model.config.text.num_hidden_layers, model.config.vision.depth, len(generation.token_ids)
     assert {name: count - warm_up[name] for name, count in calls.items()} == {
         "enqueue": depth + steps * layers,
-        "kv_append": steps,  # one of the tokens comes with the prompt
+        "kv_append": steps * APPENDS.get(kv, 1),  # one of the tokens comes with the prompt
         "greedy": steps - 1,
     }
 
@@ -95,16 +92,6 @@ def test_a_conversation_in_chunks(limited, nano_reference):
     assert second.token_ids == reference_answer(nano_reference, model.prompt(TURNS), NEW_TOKENS)[0]
 
 
-def decoder_feeds(manifest, seq, capacity, past):
-    rng = np.random.default_rng(0)
-    sizes = {"batch": 1, "seq": seq, "capacity": capacity}
-    feeds = {
-        b.name: (rng.standard_normal([sizes.get(d, d) for d in b.shape]) / 2).astype(b.dtype)
-        for b in bindings.decoder_inputs(manifest.model, manifest.kv_format)
-    }
-    return feeds | {bindings.PAST_LENGTH: np.array([past], np.int32)}
-
-
 def test_outputs_equal_onnx_runtimes(bundle, limited):
     """Also of the marked layers. Both sum in float32, in other orders."""
     feeds = decoder_feeds(limited.manifest, seq=3, capacity=9, past=4)
@@ -116,19 +103,17 @@ def test_outputs_equal_onnx_runtimes(bundle, limited):
 
 
 def test_a_decode_step_is_the_same_greedy_or_not(limited):
-    session, other = limited.open_session(8), limited.open_session(8)
+    session, other = (Sequence(limited.open_session(8)) for _ in range(2))
     for past in range(3):
         feeds = decoder_feeds(limited.manifest, seq=1, capacity=1, past=past)
-        feeds = {name: feeds[name] for name in (bindings.INPUTS_EMBEDS, bindings.ROPE_COS, bindings.ROPE_SIN)}
         logits = session.decode(feeds)[0]
         assert other.decode_greedy(feeds) == (logits.argmax(), logits.max())
-    assert session.length == other.length == 3
-    assert session.nbytes == 8 * KVFormat.F32.bytes_per_token(limited.manifest.model.text)
+    assert session.session.nbytes == limited.manifest.kv_cache.nbytes(limited.manifest.model.text, 8)
 
 
-@pytest.mark.parametrize(("appends", "length"), [(2, 0), (3, 16), (4, 18)])
+@pytest.mark.parametrize(("appends", "length"), [(0, 0), (2, 14), (3, 18), (4, 19)])
 def test_an_interrupt_leaves_the_cache_as_it_was(limited, monkeypatch, appends, length):
-    """The engine runs a chunk of 16 tokens in parts of 7, 7 and 2."""
+    """The engine takes 7 tokens at a time, of a prompt that has 18."""
     model = VisionLanguageModel(limited, CONTEXT, prefill_chunk=16)
     expected = answer(model, PICTURE, 3).token_ids
     model = VisionLanguageModel(limited, CONTEXT, prefill_chunk=16)
@@ -145,7 +130,7 @@ def test_an_interrupt_leaves_the_cache_as_it_was(limited, monkeypatch, appends, 
         patch.setattr(KernelLibrary, "kv_append", interrupted)
         with pytest.raises(KeyboardInterrupt):
             answer(model, PICTURE, 3)
-    assert model._session.length == length
+    assert model._cache.length == length
     assert answer(model, PICTURE, 3).token_ids == expected
 
 
@@ -173,13 +158,12 @@ def test_a_step_that_was_recorded_is_replayed(limited, monkeypatch):
         return replay
 
     monkeypatch.setattr(EmulatedDevice, "capture", capture)
-    session = limited.open_session(8)
+    sequence = Sequence(limited.open_session(8))
     feeds = decoder_feeds(limited.manifest, seq=1, capacity=1, past=0)
-    feeds = {name: feeds[name] for name in (bindings.INPUTS_EMBEDS, bindings.ROPE_COS, bindings.ROPE_SIN)}
-    assert session.is_graph
-    session.decode(feeds)
-    session.decode_greedy(feeds)
-    assert (replays, session.length) == (2, 2)
+    assert sequence.session.is_graph
+    sequence.decode(feeds)
+    sequence.decode_greedy(feeds)
+    assert (replays, sequence.cache.length) == (2, 2)
 
 
 # What is refused ------------------------------------------------------------------------------------------------------

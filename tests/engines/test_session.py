@@ -7,22 +7,27 @@ import numpy as np
 import pytest
 
 from pascalvl.engines import Engine
+from pascalvl.engines.session import ALWAYS_VISIBLE, Placement
 from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.kv_rows import compress, expand, hadamard
 from pascalvl.plugins.model_config import TextConfig
+from tests.engines.decoder import CACHES
 
 CONFIG = TextConfig(
     vocab_size=16,
     hidden_size=8,
-    num_hidden_layers=3,
+    num_hidden_layers=4,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=8,
+    head_dim=128,
     max_position_embeddings=64,
-    mrope_section=(2, 1, 1),
-    rope_inv_freq=(1.0, 0.5, 0.25, 0.125),
+    mrope_section=(24, 20, 20),
+    rope_inv_freq=(0.5,) * 64,
     rope_attention_scaling=1.0,
+    key_dims=(128, 128, 112, 128),
+    value_dims=(128, 96, 128, 64),
 )
 MODEL = SimpleNamespace(text=CONFIG, num_deepstack=1)
 CAPACITY = 20
@@ -31,10 +36,9 @@ CAPACITY = 20
 class RandomEngine(Engine):
     """Returns random outputs; ``feeds`` and ``outputs`` are those of its last run."""
 
-    def __init__(self, kv_format):
-        super().__init__(Path(), SimpleNamespace(model=MODEL, kv_format=kv_format))
+    def __init__(self, kv):
+        super().__init__(Path(), SimpleNamespace(model=MODEL, kv_cache=CacheConfig.parse(kv)))
         self.rng = np.random.default_rng(0)
-        self.lacks = None
 
     def run(self, graph, feeds):
         assert graph == bindings.DECODER
@@ -42,7 +46,6 @@ class RandomEngine(Engine):
         outputs = {
             b.name: self.rng.standard_normal([sizes.get(d, d) for d in b.shape], np.float32)
             for b in bindings.decoder_outputs(MODEL)
-            if b.name != self.lacks
         }
         self.feeds, self.outputs = feeds, dict(outputs)
         return outputs
@@ -54,92 +57,110 @@ def _feeds(tokens):
     return {bindings.INPUTS_EMBEDS: embeds, bindings.ROPE_COS: rope, bindings.ROPE_SIN: rope}
 
 
-def _prefill(session, tokens):
-    return session.prefill({**_feeds(tokens), bindings.DEEPSTACK_EMBEDS: np.zeros((1, 1, tokens, 8), np.float32)})
+def _placement(past_length, slots, **options):
+    return Placement(past_length, np.array(slots, np.int32), **options)
 
 
-def _past_names():
-    return [
-        (past(layer), new(layer))
-        for layer in range(3)
-        for past, new in ((bindings.past_key, bindings.new_key), (bindings.past_value, bindings.new_value))
-    ]
+def _prefill(session, placement):
+    tokens = len(placement.slots)
+    return session.prefill(
+        {**_feeds(tokens), bindings.DEEPSTACK_EMBEDS: np.zeros((1, 1, tokens, 8), np.float32)}, placement
+    )
 
 
-@pytest.mark.parametrize("kv_format", list(KVFormat))
-def test_rows_are_where_the_decoder_reads_them(kv_format):
-    engine = RandomEngine(kv_format)
+def _stored(engine, session, slots):
+    """What the decoder reads in ``slots``, as floats: by layer, keys (rotated or not) and values."""
+    for layer, layout in enumerate(session.layouts):
+        for which, name in enumerate((bindings.past_key, bindings.past_value)):
+            rows = engine.feeds[name(layer)]
+            assert rows.flags.c_contiguous
+            assert rows.shape == (1, 2, CAPACITY, layout.row_elements[which])
+            row_format = layout.kv_format.rows[which]
+            scale = None
+            if row_format.is_quantised:
+                scale = engine.feeds[bindings.past_scale(layer)][which][:, :, slots]
+            yield layer, which, expand(rows[:, :, slots], scale, row_format, layout.dims[which])
+
+
+def _close(found, new, layout, which):
+    """Whether stored elements are the new ones, as near as the format is."""
+    if layout.is_rotated and which == 0:
+        new = hadamard(new)
+    row_format = layout.kv_format.rows[which]
+    if row_format.is_quantised:  # the rows themselves are tested with the kernels
+        np.testing.assert_array_equal(found, expand(*compress(new, row_format), row_format, layout.dims[which]))
+    else:
+        np.testing.assert_array_equal(found, new.astype(row_format.dtype))
+
+
+@pytest.mark.parametrize("kv", CACHES)
+def test_rows_are_where_the_decoder_reads_them(kv):
+    engine = RandomEngine(kv)
     session = engine.open_session(CAPACITY)
-    assert _prefill(session, 5).keys() == {bindings.LOGITS}
+    kept = {"recent_slots": np.array([0, 1, -1, 2], np.int32)} if session.cache.recent else {}
+    assert _prefill(session, _placement(0, [4, 9, -1, 2], **kept)).keys() == {bindings.LOGITS}
     first = engine.outputs
-    assert engine.feeds[bindings.PAST_LENGTH].tolist() == [0]
-    logits = session.decode(_feeds(1))
+    one = {"recent_slots": np.array([1], np.int32), "recent_length": 3} if kept else {}
+    logits = session.decode(_feeds(1), _placement(7, [0], **one))
     second = engine.outputs
     np.testing.assert_array_equal(logits, second[bindings.LOGITS])
-    assert session.length == 6
-    _prefill(session, 2)
-    assert engine.feeds[bindings.PAST_LENGTH].tolist() == [6]
-    for past, new in _past_names():
-        expected = np.concatenate([first[new], second[new]], axis=2).astype(kv_format.dtype)
-        rows = engine.feeds[past]
-        assert rows.dtype == kv_format.dtype
-        assert rows.shape == (1, 2, CAPACITY, 8)
-        assert rows.flags.c_contiguous
-        np.testing.assert_array_equal(rows[:, :, :6], expected)
+    assert engine.feeds[bindings.PAST_LENGTH].tolist() == [7]
+    names = bindings.new_key, bindings.new_value
+    for layer, which, found in _stored(engine, session, [4, 9, 2, 0]):
+        new = names[which](layer)
+        expected = np.concatenate([first[new][:, :, [0, 1, 3]], second[new]], axis=2)
+        _close(found, expected, session.layouts[layer], which)
+        if kept:
+            recent = engine.feeds[(bindings.recent_key, bindings.recent_value)[which](layer)]
+            expected = np.concatenate([first[new][:, :, :1], second[new], first[new][:, :, 3:]], axis=2)
+            np.testing.assert_array_equal(recent, expected.astype(np.float16))
 
 
-def test_feeds_are_the_decoders_inputs():
-    engine = RandomEngine(KVFormat.F16)
+@pytest.mark.parametrize("kv", CACHES)
+def test_feeds_are_the_decoders_inputs(kv):
+    engine = RandomEngine(kv)
     session = engine.open_session(CAPACITY)
-    expected = {b.name: b for b in bindings.decoder_inputs(MODEL, KVFormat.F16)}
-    for run in (lambda: _prefill(session, 3), lambda: session.decode(_feeds(1))):
+    expected = {b.name: b for b in bindings.decoder_inputs(MODEL, session.cache)}
+    visible = np.full(CAPACITY, 2, np.int32)
+    kept = {"recent_slots": np.array([0], np.int32)} if session.cache.recent else {}
+    for run in (
+        lambda: _prefill(session, _placement(0, [0], visible=visible, **kept)),
+        lambda: session.decode(_feeds(1), _placement(1, [1], **kept)),
+    ):
         run()
         assert engine.feeds.keys() == expected.keys()
         assert all(engine.feeds[name].dtype == binding.dtype for name, binding in expected.items())
         assert engine.feeds[bindings.DEEPSTACK_EMBEDS].shape[2] == engine.feeds[bindings.INPUTS_EMBEDS].shape[1]
+    assert engine.feeds[bindings.PAST_VISIBLE].tolist() == [[ALWAYS_VISIBLE]]
 
 
-def test_truncated_rows_are_overwritten():
-    engine = RandomEngine(KVFormat.F32)
-    session = engine.open_session(CAPACITY)
-    _prefill(session, 6)
-    first = engine.outputs
-    session.truncate(3)
-    assert session.length == 3
-    session.truncate(5)
-    assert session.length == 3
-    _prefill(session, 2)
-    for past, new in _past_names():
-        expected = np.concatenate([first[new][:, :, :3], engine.outputs[new]], axis=2)
-        np.testing.assert_array_equal(engine.feeds[past][:, :, :5], expected)
+@pytest.mark.parametrize("kv", CACHES)
+def test_slots_can_be_copied_elsewhere(kv):
+    engine = RandomEngine(kv)
+    session, other = engine.open_session(CAPACITY), engine.open_session(CAPACITY)
+    kept = {"recent_slots": np.full(3, -1, np.int32)} if session.cache.recent else {}
+    _prefill(session, _placement(0, [5, 6, 7], **kept))
+    _prefill(session, _placement(0, [0, 0, 0], **kept))
+    expected = {(layer, which): x for layer, which, x in _stored(engine, session, [7, 5])}
+    other.write(np.array([1, 2]), session.read(np.array([7, 5, 6])))
+    _prefill(other, _placement(0, [0, 0, 0], **kept))
+    for layer, which, found in _stored(engine, other, [1, 2]):
+        np.testing.assert_array_equal(found, expected[layer, which])
 
 
 def test_greedy_takes_the_first_of_equal_logits(monkeypatch):
-    session = RandomEngine(KVFormat.F32).open_session(CAPACITY)
+    session = RandomEngine("f32").open_session(CAPACITY)
     for logits, expected in (([0.5, 2, 1, 2], (1, 2.0)), ([1, np.nan, 3, 0], (1, np.nan))):
-        monkeypatch.setattr(session, "decode", lambda _, logits=logits: np.array([logits], np.float32))
-        np.testing.assert_equal(session.decode_greedy({}), expected)
+        monkeypatch.setattr(session, "decode", lambda *_, logits=logits: np.array([logits], np.float32))
+        np.testing.assert_equal(session.decode_greedy({}, None), expected)
 
 
-def test_interrupted_append_leaves_the_cache_as_it_was():
-    engine = RandomEngine(KVFormat.F32)
-    session = engine.open_session(CAPACITY)
-    _prefill(session, 4)
-    before = {past: engine.feeds[past][:, :, :4].copy() for past, _ in _past_names()}
-    engine.lacks = bindings.new_value(2)
-    with pytest.raises(KeyError):
-        _prefill(session, 2)
-    assert session.length == 4
-    for name, value in before.items():
-        np.testing.assert_array_equal(engine.feeds[name][:, :, :4], value)
-
-
-def test_bytes():
-    assert KVFormat.F32.bytes_per_token(CONFIG) == 2 * 3 * 2 * 8 * 4
-    assert KVFormat.F16.bytes_per_token(CONFIG) == 2 * 3 * 2 * 8 * 2
-    assert RandomEngine(KVFormat.F16).open_session(CAPACITY).nbytes == CAPACITY * KVFormat.F16.bytes_per_token(CONFIG)
+@pytest.mark.parametrize("kv", CACHES)
+def test_bytes_are_those_foretold(kv):
+    session = RandomEngine(kv).open_session(CAPACITY)
+    assert session.nbytes == session.cache.nbytes(CONFIG, CAPACITY)
 
 
 def test_more_context_than_memory():
     with pytest.raises(UserError, match=r"context of \d+ tokens needs [\d.]+ GB for its KV cache"):
-        RandomEngine(KVFormat.F32).open_session(1 << 45)
+        RandomEngine("f32").open_session(1 << 45)

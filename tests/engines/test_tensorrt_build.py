@@ -24,7 +24,7 @@ from pascalvl.plugins import bindings, bundle
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
-from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 from pascalvl.plugins.tensorrt import build as plugin_build
 
 NAME = "pascalvl.engines.tensorrt_backend"
@@ -97,7 +97,7 @@ def built(stand_in, nano_model_bundle, tmp_path_factory):
         patch.setattr(stand_in, "Builder", Builder)
         patch.setattr("pascalvl.engines.graphs.strip_functions", expand)
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        manifest = build(nano_model_bundle, folder / "engine", "tensorrt", KVFormat.F16, SMALL)
+        manifest = build(nano_model_bundle, folder / "engine", "tensorrt", CacheConfig(KVFormat.F16), SMALL)
     return types.SimpleNamespace(
         folder=folder,
         directory=folder / "engine",
@@ -113,7 +113,7 @@ def built(stand_in, nano_model_bundle, tmp_path_factory):
 
 def test_bundle(built):
     manifest = Manifest.read(built.directory, "engine")
-    assert manifest.kv_format is KVFormat.F16
+    assert manifest.kv_cache == CacheConfig(KVFormat.F16)
     assert set(manifest.files) == {*bundle.HOST_FILES, "vision.plan", "decoder.plan"}
     assert all(manifest.files[name]["bytes"] > 1_000_000 for name in ("vision.plan", "decoder.plan"))
     cuda = manifest.backend.pop("cuda")
@@ -135,7 +135,7 @@ def test_networks_read_the_caches_format(built):
     model = built.manifest.model
     for network, inputs in (
         (vision, bindings.vision_inputs(model)),
-        (decoder, bindings.decoder_inputs(model, KVFormat.F16)),
+        (decoder, bindings.decoder_inputs(model, CacheConfig(KVFormat.F16))),
     ):
         kinds = {"float32": "FLOAT", "float16": "HALF", "int32": "INT32"}
         found = [network.get_input(i) for i in range(network.num_inputs)]
@@ -170,8 +170,8 @@ def test_timing_cache_is_kept(built):
 def test_profiles(tensorrt, nano_model_bundle):
     model = Manifest.read(nano_model_bundle, "model").model
     limits = tensorrt._limits(model, BuildOptions(max_pixels=1_000_000, max_context=5000))
-    (vision,) = profiles(bindings.VISION, model, KVFormat.F32, limits)
-    prefill, decode = profiles(bindings.DECODER, model, KVFormat.F32, limits)
+    (vision,) = profiles(bindings.VISION, model, CacheConfig(KVFormat.F32), limits)
+    prefill, decode = profiles(bindings.DECODER, model, CacheConfig(KVFormat.F32), limits)
     side, merged = model.vision.patch_size, model.vision.spatial_merge_size**2
     smallest, usual, largest = (shape[0] for shape in vision[bindings.PIXEL_VALUES])
     assert smallest == merged
@@ -185,13 +185,13 @@ def test_profiles(tensorrt, nano_model_bundle):
     for profile in (prefill, decode):
         assert [shape[2] for shape in profile[bindings.past_value(0)]] == [1, 4096, 5000]
     assert prefill[bindings.DEEPSTACK_EMBEDS][2] == (model.num_deepstack, 1, 512, hidden)
-    names = [binding.name for binding in bindings.decoder_inputs(model, KVFormat.F32)]
+    names = [binding.name for binding in bindings.decoder_inputs(model, CacheConfig(KVFormat.F32))]
     assert list(prefill) == list(decode) == names
 
 
 def test_weights_are_linked_not_copied(tensorrt, nano_model_bundle, tmp_path):
     model = Manifest.read(nano_model_bundle, "model").model
-    path = tensorrt._prepare(nano_model_bundle, tmp_path, bindings.DECODER, model, KVFormat.F16)
+    path = tensorrt._prepare(nano_model_bundle, tmp_path, bindings.DECODER, model, CacheConfig(KVFormat.F16))
     data = tmp_path / "decoder.onnx.data"
     assert data.is_symlink()
     assert data.samefile(nano_model_bundle / "decoder.onnx.data")
@@ -203,7 +203,7 @@ def test_weights_are_linked_not_copied(tensorrt, nano_model_bundle, tmp_path):
 @pytest.mark.parametrize("graph", [bindings.VISION, bindings.DECODER])
 def test_the_parser_looks_for_the_plugin(tensorrt, graph, nano_model_bundle, tmp_path):
     model = Manifest.read(nano_model_bundle, "model").model
-    path = tensorrt._prepare(nano_model_bundle, tmp_path, graph, model, KVFormat.F32)
+    path = tensorrt._prepare(nano_model_bundle, tmp_path, graph, model, CacheConfig(KVFormat.F32))
     logger = tensorrt._logger()
     sentence = (
         r"^TensorRT 10\.16\.1\.11 cannot parse \w+\.onnx: [^\n]*FlashAttention2[^\n]*Plugin not found[^\n]*[^.]\.$"
@@ -543,4 +543,4 @@ def test_command_line(tensorrt, nano_model_bundle, tmp_path, monkeypatch, capsys
     assert capsys.readouterr().err == "pascalvl: error: enough.\n"
     assert found.pop() == BuildOptions(64, 5000, 900, tmp_path / "t", ("CUBLAS", "CUDNN"), ())
     assert main(command) == 2
-    assert found.pop() is KVFormat.F32  # no options
+    assert found.pop() is None  # neither options nor a cache

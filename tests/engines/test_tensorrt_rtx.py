@@ -11,12 +11,13 @@ import tensorrt_rtx as trt
 from pascalvl.export import export_checkpoint
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
-from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 from tests import real_sizes
 
 RANGES = {
     "batch": (1, 1, 1),
     "seq": (1, 16, 64),
+    "visible_slots": (1, 1, 64),
     "capacity": (128, 128, 128),
     "patches": (4, 64, 256),
     "segments_plus_1": (2, 2, 3),
@@ -40,7 +41,7 @@ def test_parses_and_compiles(bundle, graph, request, tmp_path):
     config = Manifest.read(bundle, "model").model
     inputs = {
         bindings.VISION: bindings.vision_inputs(config),
-        bindings.DECODER: bindings.decoder_inputs(config, KVFormat.F32),
+        bindings.DECODER: bindings.decoder_inputs(config, CacheConfig(KVFormat.F32)),
     }[graph]
     proto = onnx.load(bundle / f"{graph}.onnx", load_external_data=False)
     path = tmp_path / "inlined.onnx"

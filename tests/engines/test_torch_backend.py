@@ -10,20 +10,23 @@ import pytest
 import torch
 
 from pascalvl.engines import build, open_engine, torch_backend, validation
+from pascalvl.engines.tolerance import tolerance
 from pascalvl.export import torch_kernels
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import CHECKPOINT_CONFIG, Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.library import KernelLibrary
-from pascalvl.plugins.kv_format import KVFormat
 from pascalvl.runtime import SamplingParams, VisionLanguageModel
 from pascalvl.runtime.cli import main
+from tests.engines.decoder import CACHES, Sequence, decoder_feeds
 from tests.engines.torch_reference import answer, assistant, reference_answer, scene, user
 
 PICTURE = [user(scene(1, 64, 64), "Describe the picture.")]
 TURNS = [*PICTURE, assistant("A grid."), user("Which shapes are red?")]
 NEW_TOKENS = 5
 CONTEXT = 96
+APPENDS = {CACHES[-2]: 2, CACHES[-1]: 4}
+"""Launches of a call: one for each run of layers with the same format, and one for recent tokens."""
 
 
 @pytest.fixture(autouse=True)
@@ -32,16 +35,8 @@ def no_cuda(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def bundles(nano_model_bundle, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("torch")
-    for kv_format in KVFormat:
-        build(nano_model_bundle, folder / kv_format.value, "torch", kv_format)
-    return {kv_format: folder / kv_format.value for kv_format in KVFormat}
-
-
-@pytest.fixture(scope="module")
-def bundle(bundles):
-    return bundles[KVFormat.F32]
+def bundle(nano_engine):
+    return nano_engine("f32", "torch")
 
 
 def fresh(bundle, **options):
@@ -63,26 +58,26 @@ def launches(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("kv_format", list(KVFormat))
-def test_tokens_equal_the_reference_and_come_from_the_kernels(kv_format, bundles, nano_reference, launches):
-    model = fresh(bundles[kv_format])
+@pytest.mark.parametrize("kv", CACHES)
+def test_tokens_equal_the_reference_and_come_from_the_kernels(kv, nano_engine, nano_reference, launches):
+    model = fresh(nano_engine(kv, "torch"))
     generation = answer(model, PICTURE, NEW_TOKENS)
     assert generation.token_ids == reference_answer(nano_reference, model.prompt(PICTURE), NEW_TOKENS)[0]
     assert len(generation.token_ids) == NEW_TOKENS  # one of them from the prefill
     layers, depth = model.config.text.num_hidden_layers, model.config.vision.depth
-    assert launches == {"attention": depth + NEW_TOKENS * layers, "kv_append": NEW_TOKENS}
+    assert launches == {"attention": depth + NEW_TOKENS * layers, "kv_append": NEW_TOKENS * APPENDS.get(kv, 1)}
 
 
-@pytest.mark.parametrize("kv_format", list(KVFormat))
-def test_validation_against_the_reference(kv_format, bundles, nano_checkpoint):
-    model = fresh(bundles[kv_format], marked_layers=True)
+@pytest.mark.parametrize("kv", CACHES)
+def test_validation_against_the_reference(kv, nano_engine, nano_checkpoint):
+    model = fresh(nano_engine(kv, "torch"), marked_layers=True)
     prompt = model.prompt(PICTURE)
     visuals = [validation.VisualInput(v.patches.pixel_values, v.patches.grid, False) for v in prompt.visuals]
     rows = validation.validate(
         nano_checkpoint,
         lambda _, forced: model.trace(PICTURE, forced),
         [validation.ValidationPrompt("picture", prompt.token_ids, visuals)],
-        kv_format,
+        tolerance(model.cache_config, model.config),
         new_tokens=2,
     )
     assert [row.output for row in rows if not row.passed] == []
@@ -118,19 +113,12 @@ def test_repetition_penalty(bundle, nano_reference):
     assert found != reference_answer(nano_reference, prompt, NEW_TOKENS)[0]
 
 
-def _decoder_feeds(manifest, seq, capacity, past):
-    rng = np.random.default_rng(0)
-    sizes = {"batch": 1, "seq": seq, "capacity": capacity}
-    feeds = {
-        b.name: (rng.standard_normal([sizes.get(d, d) for d in b.shape]) / 2).astype(b.dtype)
-        for b in bindings.decoder_inputs(manifest.model, manifest.kv_format)
-    }
-    return feeds | {bindings.PAST_LENGTH: np.array([past], np.int32)}
-
-
-def test_outputs_equal_the_exported_graphs(bundle, nano_engine_bundle):
-    found, expected = (open_engine(path) for path in (bundle, nano_engine_bundle))
-    feeds = _decoder_feeds(found.manifest, seq=3, capacity=9, past=4)
+@pytest.mark.parametrize("seq", [1, 3])
+@pytest.mark.parametrize("kv", CACHES)
+def test_outputs_equal_the_exported_graphs(kv, seq, nano_engine):
+    """The emulated kernels and the op's ONNX body, over the very same bytes."""
+    found, expected = (open_engine(nano_engine(kv, backend)) for backend in ("torch", "onnxruntime"))
+    feeds = decoder_feeds(found.manifest, seq=seq, capacity=9, past=4)
     outputs = found.run(bindings.DECODER, feeds)
     assert outputs.keys() == {binding.name for binding in bindings.decoder_outputs(found.manifest.model)}
     for name, value in expected.run(bindings.DECODER, feeds).items():
@@ -139,14 +127,12 @@ def test_outputs_equal_the_exported_graphs(bundle, nano_engine_bundle):
 
 def test_a_decode_step_is_the_same_greedy_or_not(bundle):
     engine = open_engine(bundle)
-    session, other = engine.open_session(8), engine.open_session(8)
+    session, other = (Sequence(engine.open_session(8)) for _ in range(2))
     for seed in range(3):
-        feeds = _decoder_feeds(engine.manifest, seq=1, capacity=1, past=seed)
-        feeds = {name: feeds[name] for name in (bindings.INPUTS_EMBEDS, bindings.ROPE_COS, bindings.ROPE_SIN)}
+        feeds = decoder_feeds(engine.manifest, seq=1, capacity=1, past=seed)
         logits = session.decode(feeds)[0].copy()
         assert other.decode_greedy(feeds) == (logits.argmax(), logits.max())
-    assert session.length == other.length == 3
-    assert session.nbytes == 8 * KVFormat.F32.bytes_per_token(engine.manifest.model.text)
+    assert session.session.nbytes == engine.manifest.kv_cache.nbytes(engine.manifest.model.text, 8)
 
 
 @pytest.mark.parametrize("appends", [0, 1, 3])
@@ -169,7 +155,7 @@ def test_an_interrupt_leaves_the_cache_as_it_was(bundle, monkeypatch, appends):
             answer(model, PICTURE, NEW_TOKENS)
     prompt_tokens = len(model.prompt(PICTURE).token_ids)
     assert 16 < prompt_tokens <= 32
-    assert model._session.length == [0, 16, prompt_tokens, prompt_tokens + 1][appends]
+    assert model._cache.length == [0, 16, prompt_tokens, prompt_tokens + 1][appends]
     assert answer(model, PICTURE, NEW_TOKENS).token_ids == expected
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from pascalvl.engines import build, open_engine
+from pascalvl.engines import open_engine
+from pascalvl.engines.tolerance import tolerance
 from pascalvl.engines.torch_backend import TorchSession
 from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kv_format import KVFormat
 from pascalvl.runtime import SamplingParams, VisionLanguageModel
 from pascalvl.runtime.sampling import Sampler
 from pascalvl.runtime.video import Video
@@ -38,21 +38,11 @@ CONVERSATIONS = {
     "video": [user(Video([scene(seed, 96, 64, 1, 2) for seed in range(6)], 3.0), "What happens?")],
     "turns": [*FIRST, assistant("A grid."), user(scene(8, 96, 96), "Which shapes are red?")],
 }
-TOLERANCE = {KVFormat.F32: 5e-4, KVFormat.F16: 2e-2}
-"""Of logits, relative to their RMS: as in `pascalvl.engines.validation`, which needs polygraphy."""
 
 
 @pytest.fixture(scope="module")
-def bundles(nano_model_bundle, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("torch")
-    for kv_format in KVFormat:
-        build(nano_model_bundle, folder / kv_format.value, "torch", kv_format)
-    return {kv_format: folder / kv_format.value for kv_format in KVFormat}
-
-
-@pytest.fixture(scope="module")
-def bundle(bundles):
-    return bundles[KVFormat.F32]
+def bundle(nano_engine):
+    return nano_engine("f32", "torch")
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +66,9 @@ def endless(model, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-@pytest.mark.parametrize("kv_format", list(KVFormat))
-def test_tokens_and_logits_equal_the_reference(name, kv_format, bundles, reference, monkeypatch):
-    model = VisionLanguageModel.open(bundles[kv_format])
+@pytest.mark.parametrize("kv", ["f32", "f16", "k8v8"])
+def test_tokens_and_logits_equal_the_reference(name, kv, nano_engine, reference, monkeypatch):
+    model = VisionLanguageModel.open(nano_engine(kv, "torch"))
     messages = CONVERSATIONS[name]
     expected, expected_logits = reference_answer(reference, model.prompt(messages), NEW_TOKENS)
     assert answer(model, messages, NEW_TOKENS).token_ids == expected
@@ -89,7 +79,9 @@ def test_tokens_and_logits_equal_the_reference(name, kv_format, bundles, referen
     monkeypatch.setattr(Sampler, "__call__", lambda self, given: logits.append(given.copy()) or choose(self, given))
     assert answer(model, messages, NEW_TOKENS).token_ids == expected
     rms = np.sqrt(np.square(expected_logits, dtype=np.float64).mean())
-    np.testing.assert_allclose(np.stack(logits), expected_logits, rtol=0, atol=TOLERANCE[kv_format] * rms)
+    np.testing.assert_allclose(
+        np.stack(logits), expected_logits, rtol=0, atol=tolerance(model.cache_config, model.config) * rms
+    )
 
 
 def test_order_of_prompts_changes_nothing(model, bundle):
@@ -152,6 +144,7 @@ def test_graph_and_plain_steps_agree(bundle, endless):
 CAPTURE_FAILS = """
 import logging, sys
 import torch
+from pascalvl.engines.tolerance import tolerance
 from pascalvl.engines.torch_backend import TorchSession
 from pascalvl.runtime import SamplingParams, VisionLanguageModel
 

@@ -8,10 +8,12 @@ import onnx
 import pytest
 
 from pascalvl.engines import validation
+from pascalvl.engines.tolerance import TOLERANCE, tolerance
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import KVFormat
 from pascalvl.runtime import VisionLanguageModel
+from tests.engines.decoder import CACHES
 from tests.nano.scenes import render, sample_scene
 
 MESSAGES = [
@@ -34,14 +36,14 @@ def compare(bundle, checkpoint, alter=lambda outputs: outputs):
         checkpoint,
         lambda _, forced: alter(model.trace(MESSAGES, forced)),
         [validation.ValidationPrompt("picture", prompt.token_ids, visuals)],
-        model.manifest.kv_format,
+        tolerance(model.cache_config, model.config),
         NEW_TOKENS,
     )
 
 
-@pytest.mark.parametrize("kv_format", list(KVFormat))
-def test_engines_agree_with_the_reference(kv_format, nano_engine_bundle, nano_engine_bundle_f16, nano_checkpoint):
-    bundle = {KVFormat.F32: nano_engine_bundle, KVFormat.F16: nano_engine_bundle_f16}[kv_format]
+@pytest.mark.parametrize("kv", CACHES)
+def test_engines_agree_with_the_reference(kv, nano_engine, nano_checkpoint):
+    bundle = nano_engine(kv)
     rows = compare(bundle, nano_checkpoint)
     config = Manifest.read(bundle, "engine").model
     assert all(row.passed for row in rows)
@@ -74,7 +76,7 @@ def test_a_large_value_hides_no_error():
         found = expected.copy()
         found[50, 7] += error
         outputs = ({validation.VISION_EMBEDS: values} for values in (expected, found))
-        assert [row.passed for row in validation._compare("x", *outputs, KVFormat.F32)] == [passed]
+        assert [row.passed for row in validation._compare("x", *outputs, TOLERANCE[KVFormat.F32])] == [passed]
 
 
 def test_bisection_names_the_layer_whose_weights_differ(nano_engine_bundle, nano_checkpoint, tmp_path):

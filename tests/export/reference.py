@@ -37,7 +37,9 @@ class CausalCase(_Case):
     @property
     def arguments(self) -> tuple:
         """Those of the torch op."""
-        return self.q, self.k, self.v, None, self.past_key, self.past_value, self.past_length, True, self.scale
+        past = self.past_key, self.past_value, self.past_length
+        kv_format = "f16" if self.past_key.dtype == torch.float16 else "f32"
+        return self.q, self.k, self.v, None, *past, *[None] * 5, True, self.scale, kv_format
 
     def output(self) -> torch.Tensor:
         """``[batch, seq, heads, head_dim]``"""
@@ -62,7 +64,7 @@ class PackedCase(_Case):
     @property
     def arguments(self) -> tuple:
         """Those of the torch op."""
-        return self.q, self.k, self.v, self.cu_seqlens, None, None, None, False, self.scale
+        return self.q, self.k, self.v, self.cu_seqlens, *[None] * 8, False, self.scale, "f32"
 
     def output(self) -> torch.Tensor:
         """``[1, total, heads, head_dim]``"""

@@ -1,5 +1,6 @@
 """The torch op against float64 softmax attention, and as a drop-in attention implementation of transformers."""
 
+import contextlib
 import copy
 import dataclasses
 
@@ -12,10 +13,13 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from pascalvl.export import tiled_attention, torch_kernels
 from pascalvl.export.attention import ATTN_IMPLEMENTATION, flash_attention_2
+from pascalvl.plugins.kv_format import KVFormat, LayerLayout
+from pascalvl.plugins.kv_rows import compress
 from tests.export import reference
 
 # float32 dot products of up to a few hundred terms of size one, and a softmax: a few units in the last place.
 TOLERANCE = 2e-6
+FORMATS = {torch.float32: KVFormat.F32, torch.float16: KVFormat.F16}
 
 
 @pytest.mark.parametrize("past_dtype", [torch.float32, torch.float16])
@@ -71,7 +75,7 @@ def test_sequences_of_several_whole_tiles_match_float64():
 
 def test_no_past_equals_an_empty_one():
     case = reference.causal_case(4, 2, 6, [0, 0], capacity=3)
-    without = flash_attention_2(case.q, case.k, case.v, None, None, None, None, True, case.scale)
+    without = flash_attention_2(case.q, case.k, case.v, None, *[None] * 8, True, case.scale, "f32")
     assert torch.equal(without, flash_attention_2(*case.arguments))
 
 
@@ -93,7 +97,7 @@ def test_keys_of_other_tokens_are_refused():
 def test_bounds_that_miss_tokens_are_refused():
     case = reference.packed_case([0, 4, 9])
     with pytest.raises(ValueError, match=r"cu_seqlens from 0 to 9; found 1, \[0, 4\]"):
-        flash_attention_2(case.q, case.k, case.v, case.cu_seqlens[:2], None, None, None, False, case.scale)
+        flash_attention_2(case.q, case.k, case.v, case.cu_seqlens[:2], *[None] * 8, False, case.scale, "f32")
 
 
 # Gradients ------------------------------------------------------------------------------------------------------------
@@ -148,7 +152,7 @@ def test_no_tensor_grows_faster_than_the_length():
     seq, heads, dim = 2048, 2, 8
     q, k, v = (torch.randn(1, heads, seq, dim, requires_grad=True) for _ in range(3))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        flash_attention_2(q, k, v, None, None, None, None, True, 0.3).sum().backward()
+        flash_attention_2(q, k, v, None, *[None] * 8, True, 0.3, "f32").sum().backward()
     largest = max(event.self_cpu_memory_usage for event in profiler.events())
     tile = heads * tiled_attention.QUERY_TILE * tiled_attention.KEY_TILE * 4
     assert q.nbytes <= largest <= max(q.nbytes, tile) < seq * seq / 8
@@ -199,17 +203,22 @@ def test_emulated_packed_matches_float64(head_dim):
     np.testing.assert_allclose(found.numpy(), case.expected(), atol=TOLERANCE)
 
 
-def test_emulated_window_with_sinks_matches_float64():
-    case = reference.causal_case(4, 2, 3, [9], capacity=9, head_dim=64)
-    kernels = torch_kernels.library(torch.device("cpu"))
-    past = {"past_key": case.past_key, "past_value": case.past_value, "past_length": case.past_length}
-    rest = {"causal": True, "softmax_scale": case.scale, **past}
-    found = torch_kernels.attention(kernels, case.q, case.k, case.v, window=4, sinks=2, **rest)
-    keys, values = (torch.cat(pair, dim=2)[0] for pair in ((case.past_key, case.k), (case.past_value, case.v)))
-    distance = torch.arange(9, 12)[:, None] - torch.arange(12)
-    visible = (distance >= 0) & ((distance < 4) | (torch.arange(12) < 2))
-    expected = reference.attend(case.q[0], keys, values, visible, case.scale)
+@pytest.mark.parametrize("emulated", [False, True])
+def test_slots_that_some_tokens_do_not_see(emulated):
+    """As a sliding window has them, in a cache that is a ring."""
+    case = reference.causal_case(4, 2, 3, [9], capacity=11, head_dim=64)
+    visible = torch.tensor([[9, 9, 2, 3, 0, 1, 2, 9, 1, 9, 9]], dtype=torch.int32)
+    arguments = (*case.arguments[:7], visible, *case.arguments[8:])
+    with torch_kernels.emulated() if emulated else contextlib.nullcontext():
+        found = flash_attention_2(*arguments)
+    pairs = ((case.past_key[:, :, :9], case.k), (case.past_value[:, :, :9], case.v))
+    keys, values = (torch.cat(pair, dim=2)[0] for pair in pairs)
+    numbers = torch.arange(3)[:, None]
+    sees = torch.cat([numbers < visible[0, :9], torch.arange(3) <= numbers], dim=1)
+    expected = reference.attend(case.q[0], keys, values, sees, case.scale)
     np.testing.assert_allclose(found[0].numpy(), expected, atol=TOLERANCE)
+    everyone = (*case.arguments[:7], torch.tensor([[3]], dtype=torch.int32), *case.arguments[8:])
+    np.testing.assert_allclose(flash_attention_2(*everyone).numpy(), case.expected(), atol=TOLERANCE)
 
 
 def test_non_contiguous_tensors_go_to_the_kernels_too():
@@ -229,19 +238,47 @@ def test_kv_append_writes_the_new_rows_and_no_others(dtype):
     key, value = (torch.randn(layers, batch, seq, heads, dim).transpose(2, 3) for dim in (64, 128))
     caches = [torch.randn(layers, batch, heads, capacity, dim).to(dtype) for dim in (64, 128)]
     expected = [cache.clone() for cache in caches]
+    slots = torch.tensor([[5, 2, -1, 3], [7, 8, 9, 10]], dtype=torch.int32)
     for cache, new in zip(expected, (key, value), strict=True):
-        cache[:, 0, :, 2:6] = new[:, 0].to(dtype)
+        cache[:, 0, :, [5, 2, 3]] = new[:, 0, :, [0, 1, 3]].to(dtype)
         cache[:, 1, :, 7:] = new[:, 1, :, :2].to(dtype)
-    torch_kernels.kv_append(kernels, key, value, *caches, torch.tensor([2, 7], dtype=torch.int32))
+    layouts = [LayerLayout(FORMATS[dtype], heads, 64, 128)] * layers
+    new, past = list(zip(key, value, strict=True)), [(*pair, None) for pair in zip(*caches, strict=True)]
+    torch_kernels.kv_append(kernels, layouts, new, past, slots)
     assert all(map(torch.equal, caches, expected))
+
+
+@pytest.mark.parametrize("kv_format", [f for f in KVFormat if f.is_quantised])
+def test_quantised_rows_are_those_of_numpy(kv_format):
+    """Layers of two layouts, of which the second is rotated."""
+    torch.manual_seed(4)
+    layouts = [LayerLayout(kv_format, 2, 112, 96)] * 2 + [LayerLayout(kv_format, 2, 128, 128)]
+    new = [tuple(torch.randn(1, 2, 3, dim) for dim in layout.dims) for layout in layouts]
+    sizes = [layout.row_elements for layout in layouts]
+    caches = [
+        (*(torch.zeros(1, 2, 5, size, dtype=torch.int32) for size in pair), torch.zeros(2, 1, 2, 5).half())
+        for pair in [sizes[2]]
+    ]
+    storage = [torch.zeros(2, 1, 2, 5, size, dtype=torch.int32) for size in sizes[0]]
+    scales = torch.zeros(2, 2, 1, 2, 5).half()
+    caches = [*zip(*storage, scales, strict=True), *caches]
+    slots = torch.tensor([[4, 0, 2]], dtype=torch.int32)
+    torch_kernels.kv_append(torch_kernels.library(torch.device("cpu")), layouts, new, caches, slots)
+    for layout, rows, cache in zip(layouts, new, caches, strict=True):
+        for which, row_format in enumerate(kv_format.rows):
+            expected, scale = compress(rows[which].numpy(), row_format, layout.is_rotated and which == 0)
+            np.testing.assert_array_equal(cache[which][:, :, [4, 0, 2]].numpy(), expected)
+            np.testing.assert_array_equal(cache[2][which][:, :, [4, 0, 2]].numpy(), scale)
+            assert not cache[which][:, :, [1, 3]].any()
 
 
 def test_kv_append_refuses_a_cache_that_it_could_not_write_in_place():
     kernels = torch_kernels.library(torch.device("cpu"))
-    new = torch.zeros(1, 1, 2, 1, 64)
-    cache = torch.zeros(1, 1, 4, 2, 64).transpose(2, 3)
-    with pytest.raises(ValueError, match="each layer of cache_key must be contiguous"):
-        torch_kernels.kv_append(kernels, new, new, cache, cache, torch.zeros(1, dtype=torch.int32))
+    new = torch.zeros(1, 2, 1, 64)
+    cache = torch.zeros(1, 4, 2, 64).transpose(1, 2)
+    layouts = [LayerLayout(KVFormat.F32, 2, 64, 64)]
+    with pytest.raises(ValueError, match="the cache must be contiguous; found strides"):
+        torch_kernels.kv_append(kernels, layouts, [(new, new)], [(cache, cache, None)], torch.zeros(1, 1).int())
 
 
 REFUSED = {
@@ -251,7 +288,7 @@ REFUSED = {
     r"take q as torch.float32 \[1, 3, 3, 64\] on cpu; found torch.float64": reference.converted(
         reference.packed_case([0, 3], head_dim=64), torch.float64
     ),
-    r"take past_key as torch.float32 or torch.float16 .* found torch.bfloat16": reference.causal_case(
+    r"take the cache of keys as torch.float32 .* found torch.bfloat16": reference.causal_case(
         4, 2, 3, [2], capacity=2, head_dim=64, past_dtype=torch.bfloat16
     ),
 }

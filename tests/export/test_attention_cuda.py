@@ -13,11 +13,13 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from pascalvl.export import torch_kernels
 from pascalvl.export.attention import ATTN_IMPLEMENTATION, flash_attention_2
+from pascalvl.plugins.kv_format import KVFormat, LayerLayout
 from tests.export import reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 DEVICE = torch.device("cuda")
+FORMATS = {torch.float32: KVFormat.F32, torch.float16: KVFormat.F16}
 NANO = Path(__file__).parents[1] / "nano" / "checkpoint"
 # float32 sums of some hundred terms, relative to the largest result; the emulator measures up to 1.5e-6.
 TOLERANCE = 3e-6
@@ -81,7 +83,7 @@ def test_memory_grows_with_the_length_both_ways():
         q, k, v = (torch.randn(1, heads, seq, 64, device=DEVICE, requires_grad=True) for heads in (8, 2, 2))
         torch.cuda.reset_peak_memory_stats(DEVICE)
         before = torch.cuda.memory_allocated(DEVICE)
-        flash_attention_2(q, k, v, None, None, None, None, True, 0.125).sum().backward()
+        flash_attention_2(q, k, v, None, *[None] * 8, True, 0.125, "f32").sum().backward()
         return torch.cuda.max_memory_allocated(DEVICE) - before
 
     peak(2048)  # cuBLAS takes its workspace
@@ -97,8 +99,9 @@ def test_a_captured_graph_follows_what_its_tensors_hold(seq):
 
     def step() -> torch.Tensor:
         out = flash_attention_2(*case.arguments)
-        caches = case.past_key[None], case.past_value[None]
-        torch_kernels.kv_append(kernels, case.k[None], case.v[None], *caches, case.past_length)
+        slots = case.past_length[:, None] + torch.arange(seq, dtype=torch.int32, device=DEVICE)
+        caches = [(case.past_key, case.past_value, None)]
+        torch_kernels.kv_append(kernels, [LayerLayout(KVFormat.F16, 2, 128, 128)], [(case.k, case.v)], caches, slots)
         case.past_length.add_(seq)
         return out
 
@@ -129,8 +132,10 @@ def test_kv_append_writes_the_new_rows_and_no_others(dtype):
     for cache, new in zip(expected, (key, value), strict=True):
         cache[:, 0, :, 2:42] = new[:, 0].to(dtype)
         cache[:, 1, :, 70:] = new[:, 1, :, :20].to(dtype)
-    past_length = torch.tensor([2, 70], dtype=torch.int32, device=DEVICE)
-    torch_kernels.kv_append(torch_kernels.library(DEVICE), key, value, *caches, past_length)
+    slots = torch.tensor([[2], [70]], dtype=torch.int32, device=DEVICE) + torch.arange(seq, device=DEVICE).int()
+    layouts = [LayerLayout(FORMATS[dtype], heads, 64, 128)] * layers
+    new, past = list(zip(key, value, strict=True)), [(*pair, None) for pair in zip(*caches, strict=True)]
+    torch_kernels.kv_append(torch_kernels.library(DEVICE), layouts, new, past, slots)
     assert all(map(torch.equal, caches, expected))
 
 

@@ -16,11 +16,14 @@ from transformers.vision_utils import (
 from pascalvl.engines import build, open_engine
 from pascalvl.export import conformance, export_checkpoint, exporter
 from pascalvl.export.attention import ATTN_IMPLEMENTATION
+from pascalvl.export.calibration import CalibrationPrompt
 from pascalvl.export.checkpoint import Checkpoint
+from pascalvl.export.transforms import plan_transforms
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
+from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.flash_attention import OP_DOMAIN, OP_NAME
-from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 from tests import real_sizes
 
 # Both sides float32, summed in different orders: a few units in 1e-6 of values of size one after a few layers.
@@ -63,7 +66,7 @@ def _vision_bindings(config):
 
 
 def _decoder_bindings(config):
-    return bindings.decoder_inputs(config, KVFormat.F32), bindings.decoder_outputs(config)
+    return bindings.decoder_inputs(config, CacheConfig(KVFormat.F32)), bindings.decoder_outputs(config)
 
 
 def _signature(value):
@@ -98,15 +101,17 @@ def test_numbers_at_the_width_of_the_2b_model(random_checkpoint, tmp_path):
 
 
 def _compare_decoder(model, tmp_path):
-    """Two sequences of different past lengths, with DeepStack features, against Hugging Face one by one."""
-    build(tmp_path / "model", tmp_path / "engine", "onnxruntime")
+    """Two sequences of different past lengths, with DeepStack features, against Hugging Face one by one.
+
+    The past is what the engine returned for it: keys and values are transformed, scores and outputs are not.
+    """
+    build(tmp_path / "model", tmp_path / "engine", "onnxruntime", CacheConfig(KVFormat.F32))
     engine = open_engine(tmp_path / "engine")
     config = engine.manifest.model
     text, seq, capacity = config.text, 5, 9
     torch.manual_seed(3)
-    past_lengths, seen = [4, 7], []
-    feeds = {b.name: np.zeros([dict(batch=2, seq=seq, capacity=capacity).get(d, d) for d in b.shape], b.dtype)
-             for b in bindings.decoder_inputs(config, KVFormat.F32)}  # fmt: skip
+    past_lengths, expected = [4, 7], []
+    feeds = _decoder_feeds(config, batch=2, seq=seq, capacity=capacity)
     feeds[bindings.PAST_LENGTH][:] = past_lengths
     language_model = model.model.language_model
     for b, past in enumerate(past_lengths):
@@ -119,25 +124,36 @@ def _compare_decoder(model, tmp_path):
         with torch.no_grad():
             rest = {"visual_pos_masks": visual, "deepstack_visual_embeds": list(features)}
             result = language_model(inputs_embeds=embeds, position_ids=position_ids, use_cache=True, **rest)
-            seen.append((result, model.lm_head(result.last_hidden_state[:, -1])))
+            expected.append((model.lm_head(result.last_hidden_state[0, -1]), result.past_key_values.layers))
             cos, sin = language_model.rotary_emb(embeds, position_ids)
-        feeds[bindings.INPUTS_EMBEDS][b] = embeds[0, past:]
-        feeds[bindings.ROPE_COS][b], feeds[bindings.ROPE_SIN][b] = cos[0, past:], sin[0, past:]
+        first = _decoder_feeds(config, batch=1, seq=past, capacity=1)
+        whole = {bindings.INPUTS_EMBEDS: embeds, bindings.ROPE_COS: cos, bindings.ROPE_SIN: sin}
+        for name, states in whole.items():
+            first[name][:], feeds[name][b] = states[:, :past], states[0, past:]
         feeds[bindings.DEEPSTACK_EMBEDS][:, b, 1:4] = features
+        outputs = engine.run(bindings.DECODER, first)
         for layer in range(text.num_hidden_layers):
-            cached = result.past_key_values.layers[layer]
-            feeds[bindings.past_key(layer)][b, :, :past] = cached.keys[0, :, :past]
-            feeds[bindings.past_value(layer)][b, :, :past] = cached.values[0, :, :past]
+            feeds[bindings.past_key(layer)][b, :, :past] = outputs[bindings.new_key(layer)][0]
+            feeds[bindings.past_value(layer)][b, :, :past] = outputs[bindings.new_value(layer)][0]
     outputs = engine.run(bindings.DECODER, feeds)
-    for b, (past, (result, logits)) in enumerate(zip(past_lengths, seen, strict=True)):
-        scale = logits.abs().max()
-        np.testing.assert_allclose(outputs[bindings.LOGITS][b], logits[0].detach(), atol=TOLERANCE * scale)
-        for layer in range(text.num_hidden_layers):
-            cached = result.past_key_values.layers[layer]
-            for name, rows in ((bindings.new_key, cached.keys), (bindings.new_value, cached.values)):
-                expected = rows[0, :, past:].numpy()
-                atol = TOLERANCE * np.abs(expected).max()
-                np.testing.assert_allclose(outputs[name(layer)][b], expected, atol=atol)
+    with Checkpoint(tmp_path / "checkpoint") as checkpoint:
+        planned = plan_transforms(checkpoint, text, CacheConfig(KVFormat.F32))
+    for b, (past, (logits, layers)) in enumerate(zip(past_lengths, expected, strict=True)):
+        np.testing.assert_allclose(outputs[bindings.LOGITS][b], logits, atol=TOLERANCE * logits.abs().max())
+        for layer, (cached, transform) in enumerate(zip(layers, planned, strict=True)):
+            keys, values = (states[0, :, past:].double().numpy() for states in (cached.keys, cached.values))
+            keys, values = keys / transform.balance, values @ transform.value_down.swapaxes(1, 2)
+            for name, rows in ((bindings.new_key, keys), (bindings.new_value, values)):
+                np.testing.assert_allclose(outputs[name(layer)][b], rows, atol=TOLERANCE * np.abs(rows).max())
+
+
+def _decoder_feeds(config, **sizes):
+    """Zeros, with all slots visible."""
+    sizes["visible_slots"] = 1
+    feeds = {b.name: np.zeros([sizes.get(d, d) for d in b.shape], b.dtype)
+             for b in bindings.decoder_inputs(config, CacheConfig(KVFormat.F32))}  # fmt: skip
+    feeds[bindings.PAST_VISIBLE][:] = np.iinfo(np.int32).max
+    return feeds
 
 
 def _compare_vision(model, tmp_path):
@@ -167,6 +183,52 @@ def _compare_vision(model, tmp_path):
     found = [outputs[bindings.IMAGE_EMBEDS], *outputs[bindings.DEEPSTACK_EMBEDS]]
     for reference, output in zip(features, found, strict=True):
         np.testing.assert_allclose(output, reference.numpy(), atol=TOLERANCE * float(reference.abs().max()))
+
+
+def test_ranks_from_a_calibration(nano_checkpoint, nano_reference, tmp_path):
+    """Keys and values come out shorter, as the manifest says, and the answer as good as the same; ranks stay noted."""
+    rng = np.random.default_rng(0)
+    given, asked = rng.integers(0, 2000, (2, 400))
+    seen = []
+
+    def prompts(directory, config):
+        seen.append((sorted(path.name for path in directory.iterdir()), config))
+        return [CalibrationPrompt(given)]
+
+    cache = CacheConfig(KVFormat.K4V4, 112, 1e-3)
+    manifest = export_checkpoint(nano_checkpoint, tmp_path / "model", cache=cache, calibration=prompts)
+    assert manifest.kv_cache == CacheConfig(KVFormat.F32, 112, 1e-3)
+    (names, config) = seen[0]
+    assert "tokenizer.json" in names
+    assert config.text.key_dims == (128,) * 6
+    config = Manifest.read(tmp_path / "model", "model").model
+    assert config.text.key_dims == (112,) * 6
+    assert set(config.text.value_dims) <= {64, 96, 112}  # random tokens use few directions
+
+    build(tmp_path / "model", tmp_path / "engine", "onnxruntime", CacheConfig(KVFormat.F32))
+    feeds = _decoder_feeds(config, batch=1, seq=400, capacity=1)
+    language_model, token_ids = nano_reference.model.language_model, torch.from_numpy(asked)[None]
+    with torch.no_grad():
+        expected = nano_reference(input_ids=token_ids).logits[0, -1].log_softmax(0).numpy()
+        embeds = language_model.embed_tokens(token_ids)
+        cos, sin = language_model.rotary_emb(embeds, torch.arange(400).expand(3, 1, 400))
+    feeds |= {bindings.INPUTS_EMBEDS: embeds.numpy(), bindings.ROPE_COS: cos.numpy(), bindings.ROPE_SIN: sin.numpy()}
+    outputs = open_engine(tmp_path / "engine").run(bindings.DECODER, feeds)
+    for layer, dims in enumerate(zip(config.text.key_dims, config.text.value_dims, strict=True)):
+        assert tuple(outputs[name(layer)].shape[3] for name in (bindings.new_key, bindings.new_value)) == dims
+    found = torch.from_numpy(outputs[bindings.LOGITS][0]).log_softmax(0).numpy()
+    divergence = (np.exp(expected) * (expected - found)).sum()
+    assert 1e-9 < divergence < 0.02
+
+
+def test_ranks_that_cannot_be_had_leave_nothing_behind(nano_checkpoint, tmp_path):
+    for cache, calibration, phrase in (
+        (CacheConfig(KVFormat.F32, 112), None, "give prompts with --calibrate"),
+        (CacheConfig(KVFormat.F32), lambda *_: [], "at least 128 tokens"),
+    ):
+        with pytest.raises(UserError, match=phrase):
+            export_checkpoint(nano_checkpoint, tmp_path / "model", cache=cache, calibration=calibration)
+        assert not list(tmp_path.iterdir())
 
 
 def test_bundle_carries_what_the_checkpoint_says(nano_checkpoint, nano_model_bundle):

@@ -10,11 +10,13 @@ import pytest
 from pascalvl.plugins import bundle
 from pascalvl.plugins.bundle import Manifest, atomic_directory
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 from pascalvl.plugins.model_config import ModelConfig, TextConfig, VisionConfig
 
 MODEL = ModelConfig(
-    TextConfig(512, 64, 2, 4, 1, 16, 1024, (4, 2, 2), (1.0, 0.1, 1 / 3, 0.4, 0.5, 0.2, 0.7, 0.3), 1.0),
+    TextConfig(
+        512, 64, 2, 4, 1, 16, 1024, (4, 2, 2), (1.0, 0.1, 1 / 3, 0.4, 0.5, 0.2, 0.7, 0.3), 1.0, (16, 16), (16, 12)
+    ),
     VisionConfig(2, 64, 4, 3, 16, 2, 2, 16, (0, 1), (1.0, 0.5, 0.2, 0.1)),
     image_token_id=1,
     video_token_id=2,
@@ -22,7 +24,12 @@ MODEL = ModelConfig(
     vision_end_token_id=4,
 )
 MANIFEST = Manifest(
-    "model", {"name": "x", "sha256": "0"}, MODEL, {"dtype": "float16", "shape": [512, 64]}, {}, KVFormat.F16
+    "model",
+    {"name": "x", "sha256": "0"},
+    MODEL,
+    {"dtype": "float16", "shape": [512, 64]},
+    {},
+    CacheConfig(KVFormat.F16),
 )
 
 
@@ -67,7 +74,7 @@ def test_altered_files_are_found(written, alter, phrase):
     [
         ({"kind": "engine"}, "is a bundle of kind 'engine'"),
         ({"version": 99}, "has bundle version 99"),
-        ({"kv_format": "k3v3"}, "unknown KV cache format 'k3v3'"),
+        ({"kv_cache": "k3v3"}, "unknown KV cache format 'k3v3'"),
         ({"model": {"text": {}}}, "does not fit this version"),
         ({"colour": 1}, "is not complete"),
         ({"files": {}}, "does not list the file embeddings.bin"),

@@ -13,8 +13,9 @@ from pascalvl.engines.validation import PREFILL_LOGITS, VISION_EMBEDS, decode_lo
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import GENERATION_CONFIG, Manifest
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.runtime import FinishReason, SamplingParams, VisionLanguageModel
-from pascalvl.runtime.model import EmbeddingTable, token_identities
+from pascalvl.runtime.model import PINNED_SLOTS, EmbeddingTable, token_identities
 from pascalvl.runtime.positions import position_grid_taps, vision_cu_seqlens, vision_rope_tables
 from pascalvl.runtime.tokenizer import Tokenizer
 from pascalvl.runtime.video import Video
@@ -257,6 +258,75 @@ def test_the_same_prompt_again_runs_one_token(nano_engine_bundle, expected, monk
     assert generation.token_ids == expected["pictures"].token_ids[:1]
 
 
+@pytest.mark.parametrize("kv", ["f32", "k8v8", "k8v4", "k8v4,recent=8"])
+def test_a_second_question_skips_the_picture(kv, nano_engine, monkeypatch):
+    """Vision and the shared prefix; whatever was asked between, from the host or from a file."""
+    bundle = nano_engine(kv)
+    second = [{**FIRST[0], "content": [FIRST[0]["content"][0], {"type": "text", "text": "Which shapes are red?"}]}]
+    expected = answer(fresh(bundle), second)
+    model = fresh(bundle)
+    model.keep_prefix(FIRST)
+    between = answer(model, CONVERSATIONS["pictures"])
+    counts = _count_runs(monkeypatch, model)
+    generation = answer(model, second)
+    visual = model.prompt(second).visuals[0].token_indices
+    assert generation.reused_tokens > visual[-1]
+    assert counts[bindings.VISION] == 0
+    assert generation.vision_seconds < expected.vision_seconds
+    assert generation.token_ids == expected.token_ids
+    assert answer(model, CONVERSATIONS["pictures"]).token_ids == between.token_ids
+
+
+@pytest.mark.parametrize("kv", ["f32", "k8v4"])
+def test_a_cache_is_kept_in_a_file(kv, nano_engine, tmp_path, monkeypatch):
+    path = tmp_path / "cache"
+    model = fresh(nano_engine(kv))
+    first = answer(model, FIRST)
+    model.save_cache(path)
+    messages = [*FIRST, assistant(first.text), user("Which shapes are red?")]
+    expected = answer(model, messages)
+    model = fresh(nano_engine(kv))
+    model.load_cache(path)
+    counts = _count_runs(monkeypatch, model)
+    generation = answer(model, messages)
+    assert generation.reused_tokens >= first.prompt_tokens
+    assert counts[bindings.VISION] == 0
+    assert generation.token_ids == expected.token_ids
+    with pytest.raises(UserError, match="was computed by another engine than this one"):
+        fresh(nano_engine("f16")).load_cache(path)
+
+
+def test_what_a_window_has_dropped_cannot_be_kept(nano_engine_bundle, tmp_path):
+    model = fresh(nano_engine_bundle, cache=CacheConfig.parse("f32,window=4+16"))
+    answer(model, FIRST)
+    with pytest.raises(UserError, match="cannot be saved: its window has dropped tokens; give a longer window"):
+        model.save_cache(tmp_path / "cache")
+    with pytest.raises(UserError, match="longer than the KV cache's window: shorten them"):
+        model.keep_prefix(FIRST)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bytes_are_those_foretold(nano_engine):
+    for kv in ("f32", "k8v4", "k4v4,recent=100", "k8v4,window=64+512,pin=image"):
+        model = fresh(nano_engine(kv), context_length=2000)
+        pinned = PINNED_SLOTS if model.cache_config.pin_images else 0
+        assert model._session.nbytes == model.cache_config.nbytes(model.config.text, 2000, pinned)
+
+
+def test_more_pictures_than_can_be_pinned(nano_engine_bundle, monkeypatch):
+    monkeypatch.setattr("pascalvl.runtime.model.PINNED_SLOTS", 40)
+    model = fresh(nano_engine_bundle, cache=CacheConfig.parse("f32,window=4+16,pin=image"))
+    with pytest.raises(UserError, match=r"pictures have \d+ tokens, more than the KV cache has room for .* \(40\)"):
+        answer(model, [user(picture(400, 400), "What is it?")])
+
+
+@pytest.mark.parametrize("kv", ["f16", "f32,recent=4", "f32,layer.0=f16", "f32,rv=64"])
+def test_another_cache_than_the_engines_are_for(kv, nano_engine_bundle):
+    match = "the KV cache option recent is for" if "recent" in kv else "is not what these engines were built for"
+    with pytest.raises(UserError, match=match):
+        fresh(nano_engine_bundle, cache=CacheConfig.parse(kv))
+
+
 def test_another_picture_of_the_same_size_is_not_reused(nano_engine_bundle):
     model = fresh(nano_engine_bundle)
     answer(model, FIRST)
@@ -309,10 +379,10 @@ def test_a_refused_prompt_leaves_the_cache_alone(nano_engine_bundle):
     assert answer(model, FIRST).reused_tokens == generation.prompt_tokens - 1
 
 
-def test_float16_cache_is_near_float32(nano_engine_bundle, nano_engine_bundle_f16):
+def test_float16_cache_is_near_float32(nano_engine):
     full, half = (
         fresh(bundle, prefill_chunk=16).trace(CONVERSATIONS["mixed turns"], [5, 6, 7])
-        for bundle in (nano_engine_bundle, nano_engine_bundle_f16)
+        for bundle in (nano_engine("f32"), nano_engine("f16"))
     )
     for name in (PREFILL_LOGITS, decode_logits(0), decode_logits(2)):
         error = np.abs(full[name] - half[name]).max() / np.abs(full[name]).max()

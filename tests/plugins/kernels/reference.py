@@ -1,4 +1,4 @@
-"""What attention must give, in float64 over the cache's very rows; and calls of the kernels' library."""
+"""What the kernels must compute: attention in float64 over a cache's rows. And calls of the library."""
 
 from __future__ import annotations
 
@@ -131,8 +131,8 @@ class HostCache:
     def contents(self, which: int, layer: int = 0) -> np.ndarray:
         """Keys (0, still rotated) or values (1) as float64 [batch, num_kv_heads, capacity, dim]."""
         row_format = self.formats[which]
-        rows = self.rows[which][layer].view(row_format.dtype)
-        return expand(rows, self.scales[which][layer], row_format, self.dims[which]).astype(np.float64)
+        rows, scales = self.rows[which][layer].view(row_format.dtype), self.scales[which][layer]
+        return expand(rows, scales.astype(np.float64), row_format, self.dims[which]).astype(np.float64)
 
 
 def append(
@@ -169,26 +169,32 @@ def append(
 
 
 Recent = tuple[HostCache, np.ndarray]
-"""A cache of recent tokens in float16, and how many each sequence has."""
+"""A cache of recent tokens, and how many of them each sequence has."""
 
 
 def causal_attention(
     library: KernelLibrary,
     cache: HostCache,
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    past_length: np.ndarray | None,
+    q,
+    k,
+    v,
+    past_length: np.ndarray,
     softmax_scale: float,
-    past_visible: np.ndarray | None = None,
+    visible: np.ndarray | None = None,
     recent: Recent | None = None,
 ) -> np.ndarray:
-    """The library's attention of q [batch, num_heads, seq, dim] and new k, v over a cache."""
-    past_length, past_visible = copy(past_length), copy(past_visible)
-    recent_length = copy(recent[1]) if recent else None
+    """The library's attention of q [batch, num_heads, seq, dim] and new k, v over a cache.
+
+    ``visible`` [batch, capacity]: how many queries see a slot; ``recent``: a cache of recent tokens, and lengths.
+    """
+    past_length, visible = copy(past_length), copy(visible)
     batch, num_heads, seq, key_dim = q.shape
     out = aligned((batch, seq, num_heads, v.shape[-1]))
     out[:] = np.nan
+    options = {}
+    if recent:
+        recent_length = copy(recent[1])
+        options = {"recent": recent[0].view(), "recent_length": pointer(recent_length)}
     args = AttentionArgs(
         q=pointer(q),
         k=pointer(k),
@@ -203,10 +209,9 @@ def causal_attention(
         softmax_scale=softmax_scale,
         causal=1,
         past_length=pointer(past_length),
-        past_visible=pointer(past_visible),
-        recent_length=pointer(recent_length),
+        past_visible=pointer(visible),
         cache=cache.view(),
-        recent=recent[0].view() if recent else Cache(),
+        **options,
     )
     workspace = aligned((library.attention_workspace(args),), np.uint8)
     library.attention(args, pointer(workspace), workspace.nbytes)
@@ -214,39 +219,31 @@ def causal_attention(
     return out
 
 
-def expected_attention(
-    cache: HostCache,
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    past_length: np.ndarray,
-    softmax_scale: float,
-    past_visible: np.ndarray | None = None,
-    recent: Recent | None = None,
-) -> np.ndarray:
-    """The same in float64, over the caches' very rows. Quantised keys meet queries quantised to int8."""
+def expected_attention(cache: HostCache, q, k, v, past_length, softmax_scale, visible=None, recent=None) -> np.ndarray:
+    """The same in float64, over the cache's very codes. Quantised keys meet queries quantised to int8."""
     outs = []
     for b, past in enumerate(past_length):
-        token = np.arange(q.shape[2])[:, None]
-        sees_past = np.ones((len(token), past), bool) if past_visible is None else token < past_visible[b, :past]
-        exact_q = past_q = q[b].astype(np.float64)
+        number = np.arange(q.shape[2])[:, None]
+        sees = [np.ones((q.shape[2], past), bool) if visible is None else number < visible[b, :past]]
+        old_q = q[b].astype(np.float64)
         if cache.formats[0].is_quantised:
             turned = hadamard(q[b]) if cache.rotated else q[b]
             most = np.abs(turned).max(-1, keepdims=True)
             codes = np.rint(turned * (np.float32(127) / most))
-            past_q = codes.astype(np.float64) * (most / np.float32(127))
-        keys, values, sees_new = [k[b]], [v[b]], [np.arange(len(token)) <= token]
+            old_q = codes.astype(np.float64) * (most / np.float32(127))
+        # Old and other keys meet different forms of q: stack both, zeros where the other form is due.
+        both = np.concatenate([old_q, q[b].astype(np.float64)], -1)
+        old_k = cache.contents(0)[b][:, :past]
+        keys = [np.concatenate([old_k, np.zeros_like(old_k)], -1)]
+        values = [cache.contents(1)[b][:, :past]]
+        others = [(k[b], v[b], number >= number.T)]
         if recent:
-            count = recent[1][b]
-            keys.insert(0, recent[0].contents(0)[b][:, :count])
-            values.insert(0, recent[0].contents(1)[b][:, :count])
-            sees_new.insert(0, np.ones((len(token), count), bool))
-        # The past's keys and the others meet different forms of q: stack both, zeros where the other form is due.
-        past_k, new_k = cache.contents(0)[b][:, :past], np.concatenate(keys, 1)
-        both_k = np.concatenate(
-            [np.pad(past_k, ((0, 0), (0, 0), (0, k.shape[-1]))), np.pad(new_k, ((0, 0), (0, 0), (k.shape[-1], 0)))], 1
-        )
-        both_v = np.concatenate([cache.contents(1)[b][:, :past], *values], 1)
-        visible = np.concatenate([sees_past, *sees_new], 1)
-        outs.append(attention(np.concatenate([past_q, exact_q], -1), both_k, both_v, visible, softmax_scale))
+            length = recent[1][b]
+            others.append((*(recent[0].contents(i)[b][:, :length] for i in range(2)), np.ones((1, length), bool)))
+        for other_k, other_v, seen in others:
+            keys.append(np.concatenate([np.zeros_like(other_k), other_k], -1))
+            values.append(other_v)
+            sees.append(seen)
+        keys, values, sees = np.concatenate(keys, 1), np.concatenate(values, 1), np.concatenate(sees, 1)
+        outs.append(attention(both, keys, values, sees, softmax_scale))
     return np.stack(outs)

@@ -3,9 +3,6 @@
 In a process of its own, because a process can have one host.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import json
 import sys
 
@@ -14,37 +11,12 @@ import numpy as np
 from pascalvl.engines.device import open_device
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
-from pascalvl.plugins.kv_format import KVFormat, LayerLayout, RowFormat
-from pascalvl.plugins.kv_rows import compress, expand
+from pascalvl.plugins.kv_format import KVFormat, LayerLayout
+from pascalvl.plugins.kv_rows import compress, expand, hadamard
 from pascalvl.plugins.tensorrt.host import PluginHost
-from tests.plugins.kernels.reference import attention, expected_attention, relative_error
+from tests.plugins.kernels.reference import attention, relative_error
 
 F32, F16, I32 = np.float32, np.float16, np.int32
-
-
-@dataclasses.dataclass
-class Stored:
-    """A cache as NumPy compresses it."""
-
-    formats: tuple[RowFormat, RowFormat]
-    rotated: bool
-    dims: tuple[int, int]
-    rows: list[np.ndarray]
-    scales: list[np.ndarray | None]
-
-    @classmethod
-    def of(cls, kv_format: KVFormat, key: np.ndarray, value: np.ndarray) -> Stored:
-        """Of float32 keys and values ``[batch, num_kv_heads, capacity, dim]``."""
-        dims = key.shape[-1], value.shape[-1]
-        rotated = LayerLayout(kv_format, key.shape[1], *dims).is_rotated
-        stored = [
-            compress(x, form, turned)
-            for x, form, turned in zip((key, value), kv_format.rows, (rotated, False), strict=True)
-        ]
-        return cls(kv_format.rows, rotated, dims, *(list(x) for x in zip(*stored, strict=True)))
-
-    def contents(self, which: int) -> np.ndarray:
-        return expand(self.rows[which], self.scales[which], self.formats[which], self.dims[which]).astype(np.float64)
 
 
 def main() -> None:
@@ -80,31 +52,82 @@ def main() -> None:
         device.synchronize()
         return output
 
-    def causal(
-        kv_format: KVFormat,
-        seq: int,
-        masked: bool = False,
-        recent: tuple[int, int] | None = None,
-        dims: tuple[int, int] = (128, 128),
-        past: tuple[int, int] = (40, 61),
-        capacity: int = 64,
-    ) -> float:
-        q, k, v = normal(2, 4, seq, dims[0]), normal(2, 2, seq, dims[0]), normal(2, 2, seq, dims[1])
-        cache = Stored.of(kv_format, *(normal(2, 2, capacity, dim) for dim in dims))
-        past_length = np.array(past, I32)
-        visible = rng.integers(0, seq + 1, (2, capacity)).astype(I32) if masked else None
-        alike = np.full((2, 1), seq, I32)
-        inputs = [q, k, v, past_length, alike if visible is None else visible, *cache.rows]
-        if kv_format.is_quantised:
-            inputs.append(np.stack(cache.scales))
-        more = None
+    def causal(layout: LayerLayout, seq: int, masked: bool = False, recent: int = 0) -> float:
+        """Over two sequences; with a mask, or recent tokens."""
+        past, capacity = np.array([40, 23], I32), 64
+        heads, (key_dim, value_dim) = layout.num_kv_heads, layout.dims
+        q, k, v = normal(2, 4, seq, key_dim), normal(2, heads, seq, key_dim), normal(2, heads, seq, value_dim)
+        rotated = layout.is_rotated, False
+        rows, scales = zip(
+            *(
+                compress(normal(2, heads, capacity, dim), row, turned)
+                for dim, row, turned in zip(layout.dims, layout.kv_format.rows, rotated, strict=True)
+            ),
+            strict=True,
+        )
+        visible = np.full((2, 1), seq, I32)
+        if masked:
+            visible = rng.integers(0, seq + 1, (2, capacity)).astype(I32)
+        inputs = [q, k, v, past, visible, *rows]
+        if layout.kv_format.is_quantised:
+            inputs.append(np.stack(scales))
+        attributes = {"causal": 1, "softmax_scale": 0.1, "kv_format": layout.kv_format.value}
+        lengths = np.array([3, 5], I32)
         if recent:
-            more = Stored.of(KVFormat.F16, *(normal(2, 2, 48, dim) for dim in dims)), np.array(recent, I32)
-            inputs += [more[1], *more[0].rows]
-        attributes = {"causal": 1, "softmax_scale": 0.1, "kv_format": kv_format.value}
+            attributes["recent"] = recent
+            inputs += [lengths, *(normal(2, heads, recent, dim, dtype=F16) for dim in layout.dims)]
         found = run(attributes, *inputs)
-        expected = expected_attention(cache, q, k, v, past_length, 0.1, visible, more)
-        return float(relative_error(found, expected))
+        keys, values = (
+            expand(*arguments) for arguments in zip(rows, scales, layout.kv_format.rows, layout.dims, strict=True)
+        )
+        errors = []
+        for b in range(2):
+            met = q[b]
+            if layout.kv_format.is_quantised:
+                met = hadamard(met) if layout.is_rotated else met
+                step = np.abs(met).max(-1, keepdims=True) / 127
+                met = np.rint(met / step) * step
+            # Cached keys and others meet different forms of q: both stacked, zeros where the other form is due.
+            both = np.concatenate([met, q[b]], -1)
+            old, new = keys[b, :, : past[b]], k[b]
+            seen = [np.arange(seq)[:, None] < np.broadcast_to(visible[b], capacity)[: past[b]]]
+            stacked = [np.concatenate([old, 0 * old], -1), np.concatenate([0 * new, new], -1)]
+            others = [values[b, :, : past[b]], v[b]]
+            seen.append(np.arange(seq)[None] <= np.arange(seq)[:, None])
+            if recent:
+                recent_k, recent_v = (x[b, :, : lengths[b]].astype(F32) for x in inputs[-2:])
+                stacked.append(np.concatenate([0 * recent_k, recent_k], -1))
+                others.append(recent_v)
+                seen.append(np.ones((seq, lengths[b]), bool))
+            expected = attention(
+                both, np.concatenate(stacked, 1), np.concatenate(others, 1), np.concatenate(seen, 1), 0.1
+            )
+            errors.append(relative_error(found[b], expected))
+        return float(max(errors))
+
+    def workspace(seq: int, batch: int, slots: int, name: str = "f16", recent: int = 0) -> int:
+        """Bytes for inputs of these sizes, a value for each of ``slots`` in past_visible."""
+        layout = LayerLayout(KVFormat(name), 1, 128, 128)
+        shapes = [(F32, (batch, heads, seq, 128)) for heads in (4, 1, 1)]
+        shapes += [(I32, (batch,)), (I32, (batch, slots))]
+        for row, elements in zip(layout.kv_format.rows, layout.row_elements, strict=True):
+            shapes.append((row.dtype, (batch, 1, 256, elements)))
+        if layout.kv_format.is_quantised:
+            shapes.append((F16, (2, batch, 1, 256)))
+        attributes = {"causal": 1, "softmax_scale": 0.1, "kv_format": name}
+        if recent:
+            attributes["recent"] = recent
+            shapes += [(I32, (batch,)), (F16, (batch, 1, recent, 128)), (F16, (batch, 1, recent, 128))]
+        return host.create(attributes).prepare(shapes)[1]
+
+    def causal_refused(kv_format: str, change: dict[int, np.ndarray], count: int = 11) -> str:
+        """Of a call over a cache of 16 slots with 8 recent tokens, some of the inputs of which are others."""
+        q, new = normal(1, 4, 1, 128), normal(1, 2, 1, 128)
+        scale, recent = np.ones((2, 1, 2, 16), F16), normal(1, 2, 8, 128, dtype=F16)
+        inputs = [q, new, new, lengths, visible, words, words, scale, lengths, recent, recent]
+        for position, array in change.items():
+            inputs[position] = array
+        return refused({**text, "kv_format": kv_format, "recent": 8}, *inputs[:count])
 
     def packed() -> float:
         q, k, v = (normal(1, 3, 50, 64) for _ in range(3))
@@ -121,50 +144,48 @@ def main() -> None:
             return str(error)
         return ""
 
-    def causal_refused(kv_format: str, change: dict[int, np.ndarray], count: int = 11) -> str:
-        """Of a call over a cache of 16 slots with recent tokens, some of the inputs of which are others."""
-        q, new = normal(1, 4, 1, 128), normal(1, 2, 1, 128)
-        words, scale = np.zeros((1, 2, 16, 32), I32), np.ones((2, 1, 2, 16), F16)
-        recent = normal(1, 2, 8, 128, dtype=F16)
-        inputs = [q, new, new, lengths, np.ones((1, 1), I32), words, words, scale, lengths, recent, recent]
-        for position, array in change.items():
-            inputs[position] = array
-        return refused(text | {"kv_format": kv_format}, *inputs[:count])
-
     vision, text = {"causal": 0, "softmax_scale": 0.1}, {"causal": 1, "softmax_scale": 0.1, "kv_format": "f16"}
-    lengths, cache, alike = np.array([4], I32), normal(1, 2, 16, 128), np.ones((1, 1), I32)
-    formats = {
-        f"{kv.value} {phase}": causal(kv, seq) for kv in KVFormat for phase, seq in (("prefill", 9), ("decode", 1))
-    }
-    K8V4, K4V4 = KVFormat.K8V4, KVFormat.K4V4
+    lengths, visible, cache = np.array([4], I32), np.array([[4]], I32), normal(1, 2, 16, 128)
+    words = np.zeros((1, 2, 16, 32), I32)
     print(
         json.dumps(
             {
-                "errors": formats
-                | {
-                    "mask": causal(KVFormat.F32, 9, masked=True),
-                    "mask over codes": causal(K8V4, 9, masked=True),
-                    "mask for one token": causal(K4V4, 1, masked=True),
-                    "mask of one slot": causal(KVFormat.F16, 3, masked=True, past=(1, 1), capacity=1),
-                    "recent": causal(K8V4, 1, recent=(7, 0)),
-                    "recent alone": causal(KVFormat.K8V8, 1, recent=(48, 1), past=(0, 0)),
-                    "recent beside one slot": causal(K4V4, 1, recent=(3, 9), past=(1, 0), capacity=1),
-                    "several without recent": causal(K8V4, 9, recent=(0, 0)),
-                    "ranks": causal(K4V4, 9, dims=(112, 96)),
-                    "ranks, recent": causal(K4V4, 1, dims=(96, 112), recent=(20, 30)),
+                "errors": {
+                    **{f"{f.value} decode": causal(LayerLayout(f, 2, 128, 128), 1) for f in KVFormat},
+                    **{f"{f.value} prefill": causal(LayerLayout(f, 2, 128, 128), 9) for f in KVFormat},
+                    "ranks": causal(LayerLayout(KVFormat.K4V4, 2, 112, 96), 9),
+                    "mask": causal(LayerLayout(KVFormat.K8V4, 2, 128, 128), 9, masked=True),
+                    "mask for one token": causal(LayerLayout(KVFormat.F16, 2, 128, 128), 1, masked=True),
+                    "recent": causal(LayerLayout(KVFormat.K8V4, 2, 128, 96), 1, recent=7),
                     "packed": packed(),
                 },
+                "workspaces": {
+                    name: [workspace(*most, *more), max(workspace(*sizes, *more) for sizes in within)]
+                    for name, most, within, more in (
+                        ("a token without a mask", (2, 1, 256), [(1, 1, 1)], ()),
+                        ("of codes", (2, 1, 256), [(1, 1, 1), (1, 1, 256)], ("k8v4",)),
+                        ("with recent", (2, 1, 256), [(1, 1, 1)], ("k4v4", 100)),
+                        ("fewer sequences", (1, 3, 1), [(1, 2, 1), (1, 1, 1)], ()),
+                    )
+                },
                 "refused": {
+                    "k": causal_refused("k8v8", {1: normal(1, 2, 2, 128)}),
+                    "mask": causal_refused("k8v8", {4: np.ones((1, 5), I32)}),
+                    "mask and recent": causal_refused("k8v8", {4: np.ones((1, 16), I32)}),
+                    "lengths": causal_refused("k8v8", {3: np.ones(2, I32)}),
+                    "scale": causal_refused("k8v8", {7: np.ones((1, 2, 16, 2), F16)}),
+                    "recent rows": causal_refused("k8v8", {10: normal(1, 2, 9, 128, dtype=F16)}),
+                    "recent count": causal_refused("k8v8", {}, 8),
                     "attributes": refused({"causal": 3, "softmax_scale": 0.1}, lengths),
                     "no format": refused({"causal": 1, "softmax_scale": 0.1}, lengths),
                     "inputs": refused(vision, normal(1, 2, 8, 64), normal(1, 2, 8, 64), normal(1, 2, 8, 64)),
-                    "type": refused(text, *(normal(1, 2, 4, 128) for _ in range(3)), lengths, alike, cache, cache),
-                    "inputs of codes": causal_refused("k8v8", {}, 10),
-                    "mask": causal_refused("k8v8", {4: np.ones((1, 5), I32)}),
-                    "mask and recent": causal_refused("k8v8", {4: np.ones((1, 16), I32)}),
-                    "row": causal_refused("k8v4", {}),
-                    "scale": causal_refused("k8v8", {7: np.ones((1, 2, 16, 2), F16)}),
-                    "recent": causal_refused("k8v8", {10: normal(1, 2, 9, 128, dtype=F16)}),
+                    "type": refused(text, *(normal(1, 2, 4, 128) for _ in range(3)), lengths, visible, cache, cache),
+                    "words": refused(
+                        {**text, "kv_format": "k8v4"},
+                        *(normal(1, 2, 4, 128) for _ in range(3)),
+                        *(lengths, visible, words, words, np.zeros((2, 1, 2, 16), F16)),
+                    ),
+                    "recent": refused({**text, "recent": 4}, lengths),
                     "head size": refused(vision, *(normal(1, 2, 8, 80) for _ in range(3)), np.array([0, 8], I32)),
                 },
             }

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 OP = "FlashAttention2", "1", ""
-FORMATS = "f32", "f16", "k8v8", "k8v4", "k4v4"
 
 
 def attempt(action) -> str | None:
@@ -60,12 +59,9 @@ def main() -> None:
                 "clone": attempt(plugin.clone),
                 "copy": attempt(lambda: creator.deserialize_plugin("node", data)),
                 "vision": attempt(lambda: create(causal=0, softmax_scale=0.125)),
-                "formats": [attempt(lambda f=f: create(causal=1, softmax_scale=0.125, kv_format=f)) for f in FORMATS],
                 "refused": {
                     "truncated": attempt(lambda: creator.deserialize_plugin("node", data[:-1])),
                     "foreign": attempt(lambda: creator.deserialize_plugin("node", b"x" * len(data))),
-                    "older": attempt(lambda: creator.deserialize_plugin("node", data[:4] + b"\x01" + data[5:])),
-                    "format": attempt(lambda: creator.deserialize_plugin("node", data[:16] + b"\x05" + data[17:])),
                     "newer": attempt(lambda: creator.deserialize_plugin("node", data[:4] + b"\x09" + data[5:])),
                     "no scale": attempt(lambda: create(causal=1, kv_format="f16")),
                     "causal": attempt(lambda: create(causal=2, softmax_scale=0.125)),

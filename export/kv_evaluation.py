@@ -1,0 +1,431 @@
+"""What a compressed KV cache does to a model's answers, format by format, against the float32 cache of the same model.
+
+Conversations are run through Hugging Face's model in one pass each, every token's true continuation given (teacher
+forcing), with an attention that reads what a cache would hold instead of the exact keys and values. Two ways:
+
+- *strict*: a token sees every earlier one as the cache gives it back, as if all had been decoded one by one. Every
+  position of text counts.
+- *as run*: the tokens of the prompt see each other exactly, as those of one prefill chunk do, and only the answer's
+  read the cache. The answer's positions count, and an answer is right where each of its tokens is the likeliest one,
+  which is where greedy decoding would give exactly that answer.
+
+A token sees itself exactly in both. Queries meet quantised keys as in the kernels, quantised to int8 after the same
+rotation; llama.cpp's formats are met by exact queries, which is kinder than its kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AttentionInterface, Qwen3VLForConditionalGeneration
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+
+from pascalvl.export.calibration import CalibrationPrompt, model_inputs, quiet
+from pascalvl.export.checkpoint import Checkpoint
+from pascalvl.export.transforms import LayerStatistics, LayerTransform, plan_transforms
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kv_format import CacheConfig, RowFormat
+from pascalvl.plugins.kv_rows import compress, expand, hadamard
+from pascalvl.plugins.model_config import TextConfig
+
+_ATTN_IMPLEMENTATION = "pascalvl_kv_evaluation"
+_QUERY_TILE = 512
+_LOGITS_AT_ONCE = 256
+_BLOCK = 32
+"""Elements that share a scale in llama.cpp's formats."""
+DEFAULT_FORMATS = ("f16", "k8v8", "k8v4", "k4v4", "k4v4,rv=96")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EvaluationPrompt:
+    """A conversation: its prompt, and the answer's tokens, int64 ``[n]``, the one that ends it included.
+
+    Attributes:
+        is_right: whether the answer is known to be right; otherwise it is what the model itself said.
+    """
+
+    prompt: CalibrationPrompt
+    answer: np.ndarray
+    is_right: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Seen:
+    """What queries meet, float32 ``[heads, n, dim]``: scores are ``q @ k``, outputs weighted sums of ``v``."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+Compression = Callable[[int, Seen], tuple[Seen, Seen]]
+"""Of a layer's number and its exact states: what comes back from the cache, and what a token sees of itself."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """A way to keep keys and values."""
+
+    name: str
+    row_bytes: float
+    """Of a token's key and value of one head."""
+    compression: Compression | None
+    """None: float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One scheme's figures. KL divergences are in nats, of the next token's distribution from float32's."""
+
+    name: str
+    bytes_per_token: float
+    """Of a KV head."""
+    kl: float
+    """Strict, mean over all positions of text."""
+    kl_999: float
+    """Strict, the 99.9th percentile."""
+    top_1: float
+    """Strict, share of positions whose likeliest token is float32's."""
+    perplexity: float
+    """Strict, of the text itself."""
+    answer_kl: float
+    """As run, mean over answers' positions."""
+    answer_top_1: float
+    right: float | None
+    """As run, share of answers that come out exactly; None where none is known."""
+    positions: int
+    answer_positions: int
+
+
+def evaluate(
+    checkpoint: Path,
+    prompts: Sequence[EvaluationPrompt],
+    formats: Sequence[CacheConfig],
+    statistics: Sequence[LayerStatistics] | None = None,
+    baselines: bool = True,
+    progress: Callable[[], None] = lambda: None,
+) -> list[Result]:
+    """Measure cache formats on conversations; returns float32's figures first.
+
+    Args:
+        checkpoint: folder of the Hugging Face model; it is run in float32 on the CPU.
+        prompts: the conversations.
+        formats: what to measure; windows do not count.
+        statistics: of a calibration, for the formats' transforms; None: what the weights tell.
+        baselines: measure llama.cpp's formats too, and ours without balance or rotation.
+        progress: called after each pass, of which there are `passes` for each conversation.
+
+    Raises:
+        UserError: no conversations, or formats that the model cannot have.
+    """
+    if not prompts:
+        raise UserError("there is nothing to evaluate: give a folder of prompts.")
+    with Checkpoint(checkpoint) as opened:
+        text = opened.model_config().text
+        schemes = [Scheme("exact", 8 * text.head_dim, None)]
+        for cache in dict.fromkeys(formats):
+            schemes.append(_scheme(str(cache), cache, text, plan_transforms(opened, text, cache, statistics)))
+        if baselines:
+            plain = plan_transforms(opened, text, CacheConfig(), statistics)
+            schemes += _baselines(text, plain)
+    model = load(checkpoint)
+    sums = {scheme.name: _Sums() for scheme in schemes}
+    for prompt in prompts:
+        exact = _run(model, prompt, None, strict=True)
+        for scheme in schemes:
+            for strict in (True, False):
+                hidden = _run(model, prompt, scheme.compression, strict) if scheme.compression else exact
+                _compare(model, prompt, exact, hidden, strict, sums[scheme.name])
+                progress()
+    return [sums[scheme.name].result(scheme) for scheme in schemes]
+
+
+def passes(formats: Sequence[CacheConfig], baselines: bool) -> int:
+    """Passes for each conversation."""
+    return 2 * (1 + len(set(formats)) + (len(_ABLATION) + len(_LLAMA_CPP) if baselines else 0))
+
+
+def load(checkpoint: Path) -> Qwen3VLForConditionalGeneration:
+    """Hugging Face's model with this module's attention in its text layers."""
+    with quiet():
+        model = Qwen3VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model.model.language_model.config._attn_implementation = _ATTN_IMPLEMENTATION
+    _set(model, None, None)
+    return model
+
+
+def greedy_answer(
+    model: Qwen3VLForConditionalGeneration, prompt: CalibrationPrompt, eos_token_ids: frozenset[int], longest: int
+) -> np.ndarray:
+    """What the model itself answers, with a float32 cache: int64 ``[n]``, up to ``longest`` tokens."""
+    _set(model, None, None)
+    tokens = list(prompt.token_ids)
+    inputs = model_inputs(model, prompt)
+    answer: list[int] = []
+    with torch.no_grad():
+        while len(answer) < longest and (not answer or answer[-1] not in eos_token_ids):
+            hidden = model.model(**inputs, use_cache=False).last_hidden_state
+            answer.append(int(model.lm_head(hidden[0, -1]).argmax()))
+            extended = dataclasses.replace(prompt, token_ids=np.array([*tokens, *answer]))
+            inputs = model_inputs(model, extended)
+    return np.array(answer)
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Draw mean KL divergence against bytes a token, ``path`` a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 6))
+    for prefix, marker in (("llama.cpp", "s"), ("int", "x"), ("", "o")):
+        of_kind = [r for r in results[1:] if r.name.startswith(prefix) and (prefix or r.name[:3] not in ("lla", "int"))]
+        axes.plot([r.bytes_per_token for r in of_kind], [r.kl for r in of_kind], marker, label=prefix or "PascalVL")
+        for result in of_kind:
+            axes.annotate(result.name, (result.bytes_per_token, result.kl), (4, 4), textcoords="offset points")
+    axes.set(xlabel="bytes a token and KV head", ylabel="mean KL divergence from float32, nats", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=120, format="png")
+
+
+# Passes ---------------------------------------------------------------------------------------------------------------
+
+
+def _run(
+    model: Qwen3VLForConditionalGeneration, prompt: EvaluationPrompt, compression: Compression | None, strict: bool
+) -> torch.Tensor:
+    """The last hidden states of a conversation, ``[n, hidden_size]``."""
+    _set(model, compression, 0 if strict else len(prompt.prompt.token_ids))
+    whole = dataclasses.replace(prompt.prompt, token_ids=np.concatenate([prompt.prompt.token_ids, prompt.answer]))
+    with torch.no_grad():
+        return model.model(**model_inputs(model, whole), use_cache=False).last_hidden_state[0]
+
+
+def _set(model: Qwen3VLForConditionalGeneration, compression: Compression | None, exact: int | None) -> None:
+    for layer in model.model.language_model.layers:
+        layer.self_attn.kv_evaluation = compression, exact or 0
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of one conversation: over the cache, over itself, and exactly within the first tokens."""
+    compression, exact_tokens = module.kv_evaluation
+    exact = Seen(query[0] * scaling, key[0], value[0])
+    past, own = compression(module.layer_idx, exact) if compression else (exact, exact)
+    tokens = query.shape[2]
+    exact_tokens = min(exact_tokens, tokens)
+    tiles = [
+        slice(start, min(start + _QUERY_TILE, stop))
+        for first, stop in ((0, exact_tokens), (exact_tokens, tokens))
+        for start in range(first, stop, _QUERY_TILE)
+    ]
+    # What a token of the prompt sees of the others is as exact as itself.
+    out = [_attend(own if rows.stop <= exact_tokens else past, own, rows) for rows in tiles]
+    return torch.cat(out, 1).transpose(0, 1)[None], None
+
+
+def _attend(seen: Seen, own: Seen, rows: slice) -> torch.Tensor:
+    """``[heads, rows, dim]``: some tokens over all before them, ``seen``, and over themselves, ``own``."""
+    group = len(seen.q) // len(seen.k)
+    k, v = (x[:, : rows.stop] for x in (seen.k, seen.v))
+    queries, own_queries = (x.q[:, rows].unflatten(0, (-1, group)) for x in (seen, own))
+    scores = queries.flatten(1, 2) @ k.mT
+    scores = scores.unflatten(1, (group, -1))
+    numbers = torch.arange(rows.start, rows.stop)
+    scores.masked_fill_(torch.arange(rows.stop) > numbers[:, None], -torch.inf)
+    row = torch.arange(len(numbers))
+    scores[:, :, row, numbers] = (own_queries * own.k[:, None, rows]).sum(-1)
+    weights = scores.softmax(-1)
+    of_own = weights[:, :, row, numbers].clone()
+    weights[:, :, row, numbers] = 0
+    out = (weights.flatten(1, 2) @ v).unflatten(1, (group, -1))
+    return (out + of_own[..., None] * own.v[:, None, rows]).flatten(0, 1)
+
+
+AttentionInterface.register(_ATTN_IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(_ATTN_IMPLEMENTATION, flash_attention_mask)
+
+
+# Figures --------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Sums:
+    """What is collected over conversations, position by position."""
+
+    kl: list[np.ndarray] = dataclasses.field(default_factory=list)
+    same: list[np.ndarray] = dataclasses.field(default_factory=list)
+    loss: list[np.ndarray] = dataclasses.field(default_factory=list)
+    answer_kl: list[np.ndarray] = dataclasses.field(default_factory=list)
+    answer_same: list[np.ndarray] = dataclasses.field(default_factory=list)
+    right: list[bool] = dataclasses.field(default_factory=list)
+
+    def result(self, scheme: Scheme) -> Result:
+        kl, same, loss = (np.concatenate(values) for values in (self.kl, self.same, self.loss))
+        answer_kl, answer_same = np.concatenate(self.answer_kl), np.concatenate(self.answer_same)
+        return Result(
+            scheme.name,
+            scheme.row_bytes,
+            float(kl.mean()),
+            float(np.quantile(kl, 0.999)),
+            float(same.mean()),
+            float(np.exp(loss.mean())),
+            float(answer_kl.mean()),
+            float(answer_same.mean()),
+            float(np.mean(self.right)) if self.right else None,
+            len(kl),
+            len(answer_kl),
+        )
+
+
+def _compare(
+    model: Qwen3VLForConditionalGeneration,
+    prompt: EvaluationPrompt,
+    exact: torch.Tensor,
+    found: torch.Tensor,
+    strict: bool,
+    sums: _Sums,
+) -> None:
+    tokens = np.concatenate([prompt.prompt.token_ids, prompt.answer])
+    visual = np.isin(tokens, (model.config.image_token_id, model.config.video_token_id))
+    positions = np.flatnonzero(~visual[1:])  # that predict a token of text
+    if not strict:
+        positions = positions[positions >= len(prompt.prompt.token_ids) - 1]
+    hits = []
+    for start in range(0, len(positions), _LOGITS_AT_ONCE):
+        at = torch.from_numpy(positions[start : start + _LOGITS_AT_ONCE])
+        target = torch.from_numpy(tokens)[at + 1]
+        with torch.no_grad():
+            p, q = (model.lm_head(hidden[at]).double().log_softmax(-1) for hidden in (exact, found))
+        kl = (p.exp() * (p - q)).sum(-1).clamp(min=0).numpy()
+        likeliest = q.argmax(-1)
+        same = (likeliest == p.argmax(-1)).numpy()
+        if strict:
+            sums.kl.append(kl)
+            sums.same.append(same)
+            sums.loss.append(-q.gather(1, target[:, None])[:, 0].numpy())
+        else:
+            sums.answer_kl.append(kl)
+            sums.answer_same.append(same)
+            hits.append((likeliest == target).numpy())
+    if not strict and prompt.is_right:
+        sums.right.append(bool(np.concatenate(hits).all()))
+
+
+# Schemes --------------------------------------------------------------------------------------------------------------
+
+
+def _scheme(name: str, cache: CacheConfig, text: TextConfig, transforms: Sequence[LayerTransform]) -> Scheme:
+    """Ours, as `LayerTransform` and the kernels do it."""
+    dims = {"key_dims": [t.key_dim for t in transforms], "value_dims": [t.value_dim for t in transforms]}
+    text = dataclasses.replace(text, **{field: tuple(values) for field, values in dims.items()})
+    layouts = cache.layers(text)
+
+    def compression(layer: int, exact: Seen) -> tuple[Seen, Seen]:
+        layout, transform = layouts[layer], transforms[layer]
+        key_row, value_row = layout.kv_format.rows
+        balance = torch.from_numpy(transform.balance).float()
+        q, k = exact.q * balance, exact.k / balance
+        if transform.key_basis is not None:
+            group = len(q) // len(k)
+            query_basis, key_basis = (torch.from_numpy(x).float() for x in (transform.query_basis, transform.key_basis))
+            q, k = q @ query_basis.repeat_interleave(group, 0), k @ key_basis
+        down, up = (torch.from_numpy(x).float() for x in (transform.value_down, transform.value_up))
+        v = exact.v @ down.mT
+        past_q = _int8_queries(q, layout.is_rotated) if key_row.is_quantised else q
+        past = Seen(past_q, _stored(k, key_row, layout.is_rotated), _stored(v, value_row) @ up.mT)
+        return past, Seen(q, k, v @ up.mT)
+
+    return Scheme(
+        name, sum(layout.bytes_per_token for layout in layouts) / len(layouts) / text.num_key_value_heads, compression
+    )
+
+
+def _stored(x: torch.Tensor, row_format: RowFormat, is_rotated: bool = False) -> torch.Tensor:
+    """Rows there and back; rotated ones stay so."""
+    rows, scale = compress(x.numpy(), row_format, is_rotated)
+    return torch.from_numpy(expand(rows, scale, row_format, x.shape[-1]))
+
+
+def _int8_queries(q: torch.Tensor, is_rotated: bool) -> torch.Tensor:
+    """As the kernels quantise them: one scale a row."""
+    turned = torch.from_numpy(hadamard(q.numpy())) if is_rotated else q
+    step = turned.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return (turned / step).round() * step
+
+
+_ABLATION = [(bits, balanced, rotated) for bits in (8, 4) for balanced in (False, True) for rotated in (False, True)]
+_LLAMA_CPP = [(bits, rotated) for bits in (8, 4) for rotated in (False, True)]
+
+
+def _baselines(text: TextConfig, transforms: Sequence[LayerTransform]) -> Iterator[Scheme]:
+    """Keys and values of as many bits: one scale a row, with and without balance and rotation; llama.cpp's formats."""
+    for bits, balanced, rotated in _ABLATION:
+        row = RowFormat.INT8 if bits == 8 else RowFormat.INT4
+        means = " + ".join(["balance"] * balanced + ["Hadamard"] * rotated) or "plain"
+        size = 2 * (row.row_bytes(text.head_dim) + 2)
+        yield Scheme(f"int{bits} {means}", size, _ablation(row, transforms if balanced else None, rotated))
+    for bits, rotated in _LLAMA_CPP:
+        size = 2 * text.head_dim // _BLOCK * (_BLOCK * bits // 8 + 2)
+        name = f"llama.cpp q{bits}_0{', rotated' if rotated else ''}"
+        yield Scheme(name, size, _llama_cpp(q8_0 if bits == 8 else q4_0, rotated))
+
+
+def _ablation(row: RowFormat, transforms: Sequence[LayerTransform] | None, rotated: bool) -> Compression:
+    def compression(layer: int, exact: Seen) -> tuple[Seen, Seen]:
+        balance = torch.from_numpy(transforms[layer].balance).float() if transforms else 1.0
+        q, k = exact.q * balance, exact.k / balance
+        v = _stored(exact.v, row, rotated)
+        past = Seen(_int8_queries(q, rotated), _stored(k, row, rotated), _turned(v) if rotated else v)
+        return past, exact
+
+    return compression
+
+
+def _llama_cpp(there_and_back: Callable[[np.ndarray], np.ndarray], rotated: bool) -> Compression:
+    def compression(_: int, exact: Seen) -> tuple[Seen, Seen]:
+        q, k, v = (_turned(x) if rotated else x for x in (exact.q, exact.k, exact.v))
+        k, v = (torch.from_numpy(there_and_back(x.numpy())) for x in (k, v))
+        return Seen(q, k, _turned(v) if rotated else v), exact
+
+    return compression
+
+
+def _turned(x: torch.Tensor) -> torch.Tensor:
+    """Rotated, or rotated back: Hadamard's matrix is its own inverse."""
+    return torch.from_numpy(hadamard(x.numpy()))
+
+
+def q8_0(x: np.ndarray) -> np.ndarray:
+    """llama.cpp's q8_0 there and back: blocks of 32, scale amax / 127 in float16, rounded half away from zero."""
+    blocks = x.reshape(*x.shape[:-1], -1, _BLOCK).astype(np.float32)
+    scale = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
+    scaled = blocks * _inverse(scale)
+    codes = np.trunc(scaled + np.copysign(np.float32(0.5), scaled))
+    return (codes * scale.astype(np.float16).astype(np.float32)).reshape(x.shape)
+
+
+def q4_0(x: np.ndarray) -> np.ndarray:
+    """llama.cpp's q4_0 there and back: blocks of 32, the element of largest magnitude is -8 times the float16 scale."""
+    blocks = x.reshape(*x.shape[:-1], -1, _BLOCK).astype(np.float32)
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
+    scale = largest / np.float32(-8)
+    codes = np.minimum(np.trunc(blocks * _inverse(scale) + np.float32(8.5)), 15)
+    return ((codes - 8) * scale.astype(np.float16).astype(np.float32)).reshape(x.shape)
+
+
+def _inverse(scale: np.ndarray) -> np.ndarray:
+    return np.where(scale != 0, np.float32(1) / np.where(scale != 0, scale, 1), 0).astype(np.float32)

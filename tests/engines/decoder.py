@@ -1,0 +1,62 @@
+"""Inputs for decoders, and sessions at work with the runtime's own cache."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pascalvl.engines import Session
+from pascalvl.plugins import bindings
+from pascalvl.plugins.bundle import Manifest
+from pascalvl.plugins.kv_rows import compress
+from pascalvl.runtime.kv_cache import KVCache
+
+CACHES = ["f32", "f16", "k8v8", "k8v4", "k4v4", "k8v4,recent=3", "k4v4,layer.0-1=f16,layer.3=k8v8"]
+"""Of every kind."""
+STEP = (bindings.INPUTS_EMBEDS, bindings.ROPE_COS, bindings.ROPE_SIN)
+
+
+def decoder_feeds(manifest: Manifest, seq: int, capacity: int, past: int) -> dict[str, np.ndarray]:
+    """Random inputs, the cache's among them, in its format."""
+    rng = np.random.default_rng(0)
+    cache = manifest.kv_cache
+    sizes = {"batch": 1, "seq": seq, "capacity": capacity, "visible_slots": 1, "recent": cache.recent}
+    feeds = {}
+    for binding in bindings.decoder_inputs(manifest.model, cache):
+        if binding.dtype.kind == "f":
+            shape = [sizes.get(size, size) for size in binding.shape]
+            feeds[binding.name] = (rng.standard_normal(shape) / 2).astype(binding.dtype)
+    for layer, layout in enumerate(cache.layers(manifest.model.text)):
+        scales = []
+        for name, row, dim in zip(
+            (bindings.past_key, bindings.past_value), layout.kv_format.rows, layout.dims, strict=True
+        ):
+            new = rng.standard_normal((1, layout.num_kv_heads, capacity, dim)).astype(np.float32) / 2
+            feeds[name(layer)], scale = compress(new, row)
+            scales.append(scale)
+        if layout.kv_format.is_quantised:
+            feeds[bindings.past_scale(layer)] = np.stack(scales)
+    feeds |= {bindings.PAST_LENGTH: np.array([past], np.int32), bindings.PAST_VISIBLE: np.array([[seq]], np.int32)}
+    if cache.recent:
+        feeds[bindings.RECENT_LENGTH] = np.array([cache.recent if seq == 1 else 0], np.int32)
+    return feeds
+
+
+class Sequence:
+    """A session with the cache that places its tokens."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.cache = KVCache(session, session.cache, 64)
+
+    def prefill(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tokens = feeds[bindings.INPUTS_EMBEDS].shape[1]
+        with self.cache.appending(np.zeros(tokens, np.int64)) as placement:
+            return self.session.prefill(feeds, placement)
+
+    def decode(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
+        with self.cache.appending(np.zeros(1, np.int64)) as placement:
+            return self.session.decode({name: feeds[name] for name in STEP}, placement)
+
+    def decode_greedy(self, feeds: dict[str, np.ndarray]) -> tuple[int, float]:
+        with self.cache.appending(np.zeros(1, np.int64)) as placement:
+            return self.session.decode_greedy({name: feeds[name] for name in STEP}, placement)

@@ -1,0 +1,166 @@
+"""The simulated caches, against attention computed token by token, and llama.cpp's formats against blocks by hand."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from pascalvl.export import kv_evaluation
+from pascalvl.export.calibration import CalibrationPrompt
+from pascalvl.export.checkpoint import Checkpoint
+from pascalvl.export.kv_evaluation import EvaluationPrompt, Seen
+from pascalvl.export.transforms import plan_transforms
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.kv_rows import compress, expand, hadamard
+from pascalvl.runtime.cli import main
+from tests.nano import questions
+
+HEADS, KV_HEADS, TOKENS, DIM = 8, 2, 9, 128
+PROMPT = EvaluationPrompt(CalibrationPrompt(np.arange(40, 70)), np.array([90, 91, 2002]), True)
+
+
+def states(seed):
+    rng = np.random.default_rng(seed)
+    spread = np.exp(rng.standard_normal(DIM))  # as k_norm leaves keys
+    q, k, v = (rng.standard_normal((heads, TOKENS, DIM)) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    return (q / spread / 10).astype(np.float32), (k * spread).astype(np.float32), v.astype(np.float32)
+
+
+def decoded(q, k, v, layout, transform, exact_tokens):
+    """What a decoder with the cache gives, token by token in float64."""
+    key_row, value_row = layout.kv_format.rows
+    q, k = q * transform.balance, k / transform.balance
+    group = HEADS // KV_HEADS
+    out = np.zeros((TOKENS, HEADS, DIM))
+    for h in range(HEADS):
+        kv = h // group
+        up, values = transform.value_up[kv], v[kv] @ transform.value_down[kv].T
+        keys = k[kv]
+        for i in range(TOKENS):
+            scores, rows = [], []
+            for j in range(i + 1):
+                if j == i or max(i, j) < exact_tokens:
+                    scores.append(q[h, i] @ keys[j])
+                    rows.append(up @ values[j])
+                    continue
+                met = q[h, i]
+                if key_row.is_quantised:
+                    met = hadamard(met.astype(np.float32))
+                    step = np.abs(met).max() / 127
+                    met = np.rint(met / step) * step
+                key = expand(*compress(keys[j].astype(np.float32), key_row, key_row.is_quantised), key_row, DIM)
+                value = compress(values[j].astype(np.float32), value_row)
+                scores.append(met @ key)
+                rows.append(up @ expand(*value, value_row, layout.value_dim))
+            weights = np.exp(np.array(scores) - max(scores))
+            out[i, h] = weights / weights.sum() @ np.array(rows)
+    return out
+
+
+@pytest.mark.parametrize("kv", ["f32", "f16", "k8v8", "k8v4", "k4v4", "k4v4,rv=96"])
+@pytest.mark.parametrize("exact_tokens", [0, 5])
+def test_the_simulation_equals_decoding_token_by_token(kv, exact_tokens, nano_checkpoint):
+    cache = CacheConfig.parse(kv)
+    with Checkpoint(nano_checkpoint) as checkpoint:
+        text = checkpoint.model_config().text
+        transforms = plan_transforms(checkpoint, text, cache)
+    scheme = kv_evaluation._scheme(kv, cache, text, transforms)
+    layout = cache.layers(dataclasses.replace(text, value_dims=(transforms[1].value_dim,) * 6))[1]
+    q, k, v = states(3)
+    module = torch.nn.Module()
+    module.layer_idx, module.kv_evaluation = 1, (scheme.compression, exact_tokens)
+    arguments = (torch.from_numpy(x)[None] for x in (q, k, v))
+    found, _ = kv_evaluation._attention(module, *arguments, None, 1.0)
+    # Scores are sums of 128 terms of up to some tens, in float32 on one side.
+    np.testing.assert_allclose(found[0], decoded(q, k, v, layout, transforms[1], exact_tokens), atol=1e-4)
+
+
+def test_tiles_of_queries_change_nothing(monkeypatch):
+    module = torch.nn.Module()
+    module.layer_idx, module.kv_evaluation = 0, (None, 4)
+    arguments = [torch.from_numpy(x)[None] for x in states(5)]
+    whole, _ = kv_evaluation._attention(module, *arguments, None, 1.0)
+    monkeypatch.setattr(kv_evaluation, "_QUERY_TILE", 2)
+    tiled, _ = kv_evaluation._attention(module, *arguments, None, 1.0)
+    np.testing.assert_allclose(tiled, whole, atol=1e-6)
+
+
+def test_llama_cpps_formats():
+    """Two blocks by hand: scales in float16, 8 bits away from zero at halves, 4 bits from the signed largest."""
+    x = np.zeros((1, 64), np.float32)
+    x[0, :4] = [127, -0.5, 0.5, 2.5]
+    x[0, 32:36] = [-8, 1, 0.49, 7.6]
+    eight = kv_evaluation.q8_0(x)
+    np.testing.assert_array_equal(eight[0, :4], [127, -1, 1, 3])
+    four = kv_evaluation.q4_0(x)
+    np.testing.assert_array_equal(four[0, 32:36], [-8, 1, 0, 7])
+    scale = np.float32(np.float16(127 / -8))
+    np.testing.assert_array_equal(four[0, :4], [-8 * scale, 0, 0, 0])
+    np.testing.assert_array_equal(kv_evaluation.q4_0(np.zeros((1, 32))), np.zeros((1, 32)))
+
+
+def test_rotation_is_undone():
+    q, k, v = (torch.from_numpy(x) for x in states(7))
+    past, own = kv_evaluation._llama_cpp(lambda x: x, rotated=True)(0, Seen(q, k, v))
+    np.testing.assert_allclose(past.v, v, atol=1e-5)
+    np.testing.assert_allclose(past.q[0] @ past.k[0].T, q[0] @ k[0].T, atol=1e-3)
+    assert own.k is k
+
+
+@pytest.fixture(scope="module")
+def results(nano_checkpoint):
+    formats = [CacheConfig.parse(kv) for kv in ("k8v8", "k8v4", "k4v4")]
+    return {row.name: row for row in kv_evaluation.evaluate(nano_checkpoint, [PROMPT], formats)}
+
+
+def test_figures_of_the_model_itself(results, nano_reference):
+    assert results["exact"].kl == results["exact"].answer_kl == 0
+    assert results["exact"].top_1 == results["exact"].answer_top_1 == 1
+    assert (results["exact"].positions, results["exact"].answer_positions) == (32, 3)
+    tokens = torch.from_numpy(np.concatenate([PROMPT.prompt.token_ids, PROMPT.answer]))[None]
+    with torch.no_grad():
+        loss = nano_reference(input_ids=tokens, labels=tokens).loss
+    np.testing.assert_allclose(results["exact"].perplexity, float(loss.exp()), rtol=1e-4)
+
+
+def test_order_of_formats(results):
+    """Fewer bits diverge more; balance and rotation save 8 bits of outlier-heavy keys, and 4 bits more so."""
+    assert results["k8v8"].kl < results["k8v4"].kl < results["k4v4"].kl
+    for bits in (8, 4):
+        both, plain = (results[f"int{bits} {means}"].kl for means in ("balance + Hadamard", "plain"))
+        assert both < 0.1 * plain
+    assert results["k4v4"].kl < results["llama.cpp q4_0, rotated"].kl / 3
+    sizes = {name: row.bytes_per_token for name, row in results.items()}
+    assert (sizes["k8v8"], sizes["k8v4"], sizes["k4v4"]) == (260, 196, 132)
+    assert (sizes["llama.cpp q8_0"], sizes["llama.cpp q4_0"]) == (272, 144)
+
+
+def test_nothing_to_evaluate(nano_checkpoint):
+    with pytest.raises(UserError, match="nothing to evaluate"):
+        kv_evaluation.evaluate(nano_checkpoint, [], [])
+
+
+def test_command_line(nano_checkpoint, tmp_path, capsys):
+    """With the nano's own questions, and one without an answer."""
+    data = tmp_path / "data"
+    questions.write(data, calibration=True, share=0.02)
+    (data / "own.txt").write_text("Hello!", encoding="utf-8")
+    figures = tmp_path / "figures.json"
+    command = ["eval", "kv", str(nano_checkpoint), "--data", str(data), "--kv", "k8v4", "--no-baselines"]
+    assert main([*command, "--json", str(figures)]) == 0
+    assert "k8v4" in capsys.readouterr().out
+    exact, k8v4 = json.loads(figures.read_text())
+    assert (exact["name"], k8v4["name"]) == ("exact", "k8v4")
+    assert exact["right"] == 1
+    assert 0 < k8v4["kl"] < 0.1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "figures.json"]
+
+
+def test_command_line_errors(nano_checkpoint, tmp_path, capsys):
+    assert main(["eval", "kv", str(nano_checkpoint), "--data", str(tmp_path)]) == 2
+    assert "holds no prompts" in capsys.readouterr().err
+    assert main(["eval", "speed", str(nano_checkpoint), "--data", str(tmp_path)]) == 2
+    assert "invalid choice: 'speed'" in capsys.readouterr().err

@@ -1,0 +1,93 @@
+"""A windowed cache in the whole model, against Hugging Face's attention under a dense mask."""
+
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from pascalvl.engines import validation
+from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.runtime import SamplingParams, VisionLanguageModel
+from pascalvl.runtime.model import PINNED_SLOTS
+from tests.engines.torch_reference import answer, assistant, scene, user
+
+FILLER = " ".join(f"The code of lamp {i} is {7 * i % 100}." for i in range(40))
+MESSAGES = [user(scene(1, 96, 64), f"Here is a picture. {FILLER}"), assistant("A grid."), user("Which shapes are red?")]
+FORCED = list(range(40, 60))
+
+
+def dense_logits(reference, prompt, forced, config):
+    """Logits of the prompt's last token and after each forced one, under the mask that the window means."""
+    tokens = np.concatenate([prompt.token_ids, forced])
+    n = len(tokens)
+    i, j = np.arange(n)[:, None], np.arange(n)[None]
+    pinned = np.zeros(n, bool)
+    if config.pin_images:
+        for visual in prompt.visuals:
+            pinned[visual.token_indices] = True
+    visible = (j <= i) & ((i - j < config.window.length) | (j < config.window.sinks) | pinned)
+    positions = np.concatenate(
+        [prompt.position_ids, np.broadcast_to(prompt.next_position + np.arange(len(forced)), (3, len(forced)))], 1
+    )
+    ids = torch.from_numpy(tokens)[None]
+    with torch.no_grad():
+        result = reference(
+            input_ids=ids,
+            attention_mask=torch.from_numpy(visible)[None, None],
+            position_ids=torch.from_numpy(positions)[:, None],
+            mm_token_type_ids=(ids == reference.config.image_token_id).int(),
+            pixel_values=torch.from_numpy(np.concatenate([v.patches.pixel_values for v in prompt.visuals])),
+            image_grid_thw=torch.tensor([v.patches.grid for v in prompt.visuals]),
+        )
+    return result.logits[0, len(prompt.token_ids) - 1 :].numpy()
+
+
+@pytest.mark.parametrize("kv", ["f32,window=8+64,pin=image", "f32,window=0+16", "f32,window=5+200"])
+@pytest.mark.parametrize("prefill_chunk", [50, 512])
+def test_logits_equal_those_under_a_dense_mask(kv, prefill_chunk, nano_engine_bundle, nano_reference):
+    config = CacheConfig.parse(kv)
+    model = VisionLanguageModel.open(nano_engine_bundle, prefill_chunk=prefill_chunk, cache=config)
+    prompt = model.prompt(MESSAGES)
+    assert len(prompt.token_ids) > 2 * config.window.length
+    traced = model.trace(MESSAGES, FORCED)
+    found = [traced[validation.PREFILL_LOGITS], *(traced[validation.decode_logits(i)] for i in range(len(FORCED)))]
+    expected = dense_logits(nano_reference, prompt, FORCED, config)
+    # As for any float32 engine.
+    np.testing.assert_allclose(np.concatenate(found), expected, rtol=0, atol=5e-4 * np.sqrt((expected**2).mean()))
+
+
+def test_what_a_window_drops_is_seen_no_more(nano_engine_bundle):
+    """Or the tests above would pass without one."""
+    logits = [
+        VisionLanguageModel.open(nano_engine_bundle, cache=CacheConfig.parse(kv)).trace(MESSAGES, [])
+        for kv in ("f32", "f32,window=8+64", "f32,window=8+64,pin=image")
+    ]
+    whole, window, pinned = (outputs[validation.PREFILL_LOGITS] for outputs in logits)
+    for one, other in ((whole, window), (whole, pinned), (window, pinned)):
+        assert np.abs(one - other).max() > 1e-2
+
+
+def test_ten_thousand_tokens_in_constant_memory_and_time(nano_engine_bundle):
+    """After them the picture that they began with is still described as at first."""
+    picture = user(scene(1, 96, 64), "Describe the picture.")
+    model = VisionLanguageModel.open(
+        nano_engine_bundle, context_length=11_000, cache=CacheConfig.parse("f32,window=64+512,pin=image")
+    )
+    described = answer(model, [picture], 60).text
+    nbytes, finite = model._session.nbytes, model.generation_config
+    model.generation_config = dataclasses.replace(finite, eos_token_ids=frozenset())
+    times = [time.perf_counter()]
+    generation = model.generate([picture], SamplingParams(temperature=0.7, seed=1), 10_000)
+    for _ in generation:
+        times.append(time.perf_counter())
+    model.generation_config = finite
+    assert len(generation.token_ids) == 10_000
+    assert model._session.nbytes == nbytes == model.cache_config.nbytes(model.config.text, 11_000, PINNED_SLOTS)
+    pieces = np.diff(times)
+    first, last = pieces[len(pieces) // 5 : len(pieces) * 2 // 5], pieces[-len(pieces) // 5 :]
+    assert np.median(last) < 1.5 * np.median(first)  # a full cache would take several times as long
+    again = answer(model, [picture, assistant(generation.text), user("Describe the picture.")], 60)
+    assert again.prompt_tokens > 9_000
+    assert again.text == described
