@@ -206,7 +206,7 @@ class CacheConfig:
         parts = [self.kv_format.value]
         for name, rank in (("rk", self.key_rank), ("rv", self.value_rank)):
             if rank is not None:
-                parts.append(f"{name}={rank if isinstance(rank, int) else f'auto:{rank:g}'}")
+                parts.append(f"{name}={rank if isinstance(rank, int) else f'auto:{np.format_float_positional(rank)}'}")
         if self.window:
             parts.append(f"window={self.window}")
         if self.pin_images:

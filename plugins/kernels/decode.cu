@@ -12,8 +12,8 @@
 // are used. Two blocks an SM: tiles of 16 keys with three blocks were 5 to 10% slower on an H100.
 //
 // The past is cut into splits on the device, by past_length: no length passes through the host. The first split takes
-// the new token too. Recent tokens, in half, are a second past: a second launch, with splits of its own. Softmax
-// statistics in FP32, merged at the end.
+// the new token too. Recent tokens, which a quantised cache may have besides in half, are a launch of the kernel for
+// half over further splits. Softmax statistics in FP32, merged at the end.
 #include "plugins/kernels/device.cuh"
 
 namespace pascalvl {
@@ -92,8 +92,8 @@ __device__ __forceinline__ void unpack(const unsigned* words, float* elements) {
   }
 }
 
-// Loads a lane's part of rows t, t + kAtOnce and on of a tile whose first key is `first`; the last one for those beyond
-// the end.
+// Loads a lane's part of rows t, t + kAtOnce and on of a tile whose first key is `first`; the last one before `end` for
+// those beyond it.
 template <int kTile, int kAtOnce, int kWords>
 __device__ __forceinline__ void load_rows(const unsigned char* rows, int pitch, int end, int first, int t,
                                           unsigned (*words)[kWords]) {
@@ -223,14 +223,15 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int past = a.past_length[sequence];
   float* partial =
-      p.partial + (((long long)sequence * a.num_heads + head * kGroup) * p.splits + p.first_split + blockIdx.x) *
+      p.partial + (((long long)sequence * a.num_heads + head * kGroup) * p.all_splits + p.first_split + blockIdx.x) *
                       partial_pitch(a.value_dim);
-  const long long partial_stride = (long long)p.splits * partial_pitch(a.value_dim);  // between heads
+  const long long partial_stride = (long long)p.all_splits * partial_pitch(a.value_dim);  // between heads
 
-  const int share = max2(ceil_div(ceil_div(past, p.own_splits), kLeastKeys), 1) * kLeastKeys;
-  const int begin = blockIdx.x * share, end = min2(begin + share, past);
-  const bool is_first = p.has_new && blockIdx.x == 0;
-  if (begin >= end && !is_first) {
+  // This block's keys lie in slots begin to last.
+  const int share = max2(ceil_div(ceil_div(past, p.splits), kLeastKeys), 1) * kLeastKeys;
+  const int begin = blockIdx.x * share, end = min2(begin + share, past), last = end - 1;
+  const bool has_new = (p.first_split | blockIdx.x) == 0;
+  if (begin >= end && !has_new) {
     if (threadIdx.x < kGroup) {
       partial[threadIdx.x * partial_stride + a.value_dim] = kLowest;
       partial[threadIdx.x * partial_stride + a.value_dim + 1] = 0;
@@ -256,7 +257,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
   auto own_key = [&](int first, int i) { return first + (own_load + i) * Keys::kAtOnce + lane / Keys::kLanes; };
   auto load_scales = [&](const unsigned short* scales, int first, unsigned short* loaded) {
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) loaded[i] = scales[first_slot + min2(own_key(first, i), end - 1)];
+    for (int i = 0; i < kOwn; ++i) loaded[i] = scales[first_slot + min2(own_key(first, i), last)];
   };
   auto load_keys = [&](int first) {
     load_rows<kTile, Keys::kAtOnce>(keys, key_row, end, first, first + lane / Keys::kLanes, key_words);
@@ -407,16 +408,16 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
   }
   __syncthreads();
 
-  // The block's state: the warps', and the new token in the first split.
+  // The block's state: the warps', and the new token's.
   const int d = threadIdx.x;
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
-    float most = is_first ? shared.new_score[g] : kLowest;
+    float most = has_new ? shared.new_score[g] : kLowest;
 #pragma unroll
     for (int w = 0; w < kDecodeWarps; ++w) most = max2(most, shared.maximum[w][g]);
-    const float weight = is_first ? power_of_2(shared.new_score[g] - most) : 0;
+    const float weight = has_new ? power_of_2(shared.new_score[g] - most) : 0;
     float total = weight, value = 0;
-    if (d < a.value_dim && is_first) {
+    if (d < a.value_dim && has_new) {
       value = weight * a.v[((long long)sequence * a.num_kv_heads + head) * a.value_dim + d];
     }
 #pragma unroll
@@ -443,7 +444,7 @@ extern "C" __global__ void __launch_bounds__(kMergeThreads) decode_merge(const D
   const long long row = (long long)blockIdx.y * a.num_heads + blockIdx.x;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, d = min2(4 * lane, a.value_dim - 4);
   const int pitch = partial_pitch(a.value_dim);
-  const float* partial = p.partial + row * p.splits * pitch;
+  const float* partial = p.partial + row * p.all_splits * pitch;
   float most = kLowest, total = 0;
   float4 value = make_float4(0, 0, 0, 0);
   auto add = [&](float more_most, float more_total, float4 more) {
@@ -452,16 +453,16 @@ extern "C" __global__ void __launch_bounds__(kMergeThreads) decode_merge(const D
     total += factor * more_total;
     value.x += factor * more.x, value.y += factor * more.y, value.z += factor * more.z, value.w += factor * more.w;
   };
-  for (int first = warp; first < p.splits; first += kWarps * kAtOnce) {
+  for (int first = warp; first < p.all_splits; first += kWarps * kAtOnce) {
     float2 more_state[kAtOnce];  // maximum, sum
     float4 more[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int split = first + i * kWarps;
-      const float* at = partial + min2(split, p.splits - 1) * pitch;
+      const float* at = partial + min2(split, p.all_splits - 1) * pitch;
       more_state[i] = *reinterpret_cast<const float2*>(at + a.value_dim);
       more[i] = *reinterpret_cast<const float4*>(at + d);
-      if (split >= p.splits) more_state[i].x = kLowest;
+      if (split >= p.all_splits) more_state[i].x = kLowest;
     }
     const float before = most;
 #pragma unroll

@@ -105,7 +105,7 @@ Cache to_cache(const pascalvl_cache& c) {
 
 bool is_decode(const pascalvl_attention_args& a) { return a.causal && a.seq == 1 && a.past_length && !a.past_visible; }
 
-bool has_recent(const pascalvl_attention_args& a) { return is_decode(a) && a.recent_length; }
+bool has_recent(const pascalvl_attention_args& a) { return a.causal && a.seq == 1 && a.recent_length; }
 
 bool quantises_queries(const pascalvl_attention_args& a) {  // in a launch of its own
   return a.causal && a.past_length && is_quantised(a.cache.key_format) && !is_decode(a);
@@ -113,6 +113,19 @@ bool quantises_queries(const pascalvl_attention_args& a) {  // in a launch of it
 
 // Query rows of a prefill block.
 int tile_rows(const pascalvl_attention_args& a) { return a.value_dim > 72 ? 64 : 128; }
+
+void check_recent(const pascalvl_attention_args& a) {
+  require(a.past_length && is_quantised(a.cache.key_format), "Recent tokens lie beside a quantised cache; found %s.",
+          a.past_length ? format_name(a.cache.key_format) : "none");
+  require(!a.past_visible, "Recent tokens cannot be had together with past_visible; expected one of them to be null.");
+  const pascalvl_cache& recent = a.recent;
+  require(recent.key_format == kFloat16 && recent.value_format == kFloat16 && !recent.rotated,
+          "Recent keys and values are %s%s and %s; expected float16.", recent.rotated ? "rotated " : "",
+          format_name(recent.key_format), format_name(recent.value_format));
+  require_positive(recent.capacity, "The recent rows' capacity");
+  require_pointer(recent.key, "The cache of recent keys");
+  require_pointer(recent.value, "The cache of recent values");
+}
 
 void check(const pascalvl_attention_args& a) {
   require_pointer(a.q, "q");
@@ -140,13 +153,7 @@ void check(const pascalvl_attention_args& a) {
   require_dim(a.key_dim, "key_dim");
   require_dim(a.value_dim, "value_dim");
   if (a.past_length) check_cache(a.cache, a.key_dim);
-  if (has_recent(a)) {
-    require(is_quantised(a.cache.key_format), "Recent tokens are kept beside a quantised cache; found %s.",
-            format_name(a.cache.key_format));
-    check_cache(a.recent, a.key_dim);
-    require(a.recent.key_format == kFloat16, "Recent tokens are kept in float16; found %s.",
-            format_name(a.recent.key_format));
-  }
+  if (has_recent(a)) check_recent(a);
   if (is_decode(a)) {
     const int group = a.num_heads / a.num_kv_heads;
     require(group == 1 || group == 2 || group == 4 || group == 8,
@@ -154,20 +161,21 @@ void check(const pascalvl_attention_args& a) {
   }
 }
 
-// As many splits as the card runs at once, none shorter than it pays.
-int splits_of(const pascalvl_attention_args& a, const pascalvl_cache& cache) {
+// Of a cache's rows: as many splits as the card runs at once, none shorter than it pays.
+int decode_splits(const pascalvl_attention_args& a, int capacity) {
   const int blocks = a.batch * a.num_kv_heads, wanted = multiprocessors() * kBlocksPerMultiprocessor;
-  const int most = (cache.capacity + kLeastKeys - 1) / kLeastKeys;
+  const int most = (capacity - 1) / kLeastKeys + 1;
   return std::max(1, std::min({most, wanted / blocks, kMaxSplits}));
 }
 
-int decode_splits(const pascalvl_attention_args& a) {
-  return splits_of(a, a.cache) + (has_recent(a) ? splits_of(a, a.recent) : 0);
-}
+int recent_splits(const pascalvl_attention_args& a) { return has_recent(a) ? decode_splits(a, a.recent.capacity) : 0; }
 
 size_t workspace_bytes(const pascalvl_attention_args& a) {
   const size_t rows = size_t(a.batch) * a.num_heads;
-  if (is_decode(a)) return rows * decode_splits(a) * partial_pitch(a.value_dim) * sizeof(float);
+  if (is_decode(a)) {
+    const size_t splits = decode_splits(a, a.cache.capacity) + recent_splits(a);
+    return rows * splits * partial_pitch(a.value_dim) * sizeof(float);
+  }
   return quantises_queries(a) ? rows * a.seq * (kCodeRow + sizeof(float)) : 0;
 }
 
@@ -179,7 +187,7 @@ AttentionParams to_params(const pascalvl_attention_args& a) {
   p.out = a.out;
   if (a.causal && a.past_length) p.cache = to_cache(a.cache);
   p.past_length = a.causal ? a.past_length : nullptr;
-  p.past_visible = a.causal ? a.past_visible : nullptr;
+  p.past_visible = a.past_visible;
   p.cu_seqlens = a.cu_seqlens;
   p.num_sequences = a.num_sequences;
   p.num_heads = a.num_heads;
@@ -203,21 +211,25 @@ const char* kernel_format(int format) {
 }
 
 void decode(const pascalvl_attention_args& a, void* workspace, void* stream) {
-  DecodeParams p{to_params(a), static_cast<float*>(workspace), decode_splits(a), 0, splits_of(a, a.cache),
-                 true,         bool(a.cache.rotated)};
+  DecodeParams p{};
+  p.attention = to_params(a);
+  p.partial = static_cast<float*>(workspace);
+  p.splits = decode_splits(a, a.cache.capacity);
+  p.all_splits = p.splits + recent_splits(a);
+  p.rotated = a.cache.rotated;
   const auto launch_splits = [&] {
+    const Cache& cache = p.attention.cache;
     const std::string kernel =
-        text("decode_%d_%s_%s", a.num_heads / a.num_kv_heads, kernel_format(p.attention.cache.key_format),
-             kernel_format(p.attention.cache.value_format));
-    launch(kernel, {unsigned(p.own_splits), unsigned(a.num_kv_heads), unsigned(a.batch)}, kDecodeThreads, p, stream);
+        text("decode_%d_%s_%s", p.attention.group, kernel_format(cache.key_format), kernel_format(cache.value_format));
+    launch(kernel, {unsigned(p.splits), unsigned(a.num_kv_heads), unsigned(a.batch)}, kDecodeThreads, p, stream);
   };
   launch_splits();
   if (has_recent(a)) {
     p.attention.cache = to_cache(a.recent);
     p.attention.past_length = a.recent_length;
-    p.first_split = p.own_splits;
-    p.own_splits = p.splits - p.first_split;
-    p.has_new = p.rotated = false;
+    p.first_split = p.splits;
+    p.splits = recent_splits(a);
+    p.rotated = false;
     launch_splits();
   }
   launch("decode_merge", {unsigned(a.num_heads), unsigned(a.batch), 1}, kMergeThreads, p, stream);

@@ -38,11 +38,9 @@ class AttentionArgs(_Struct):
         *_fields(ctypes.c_int32, "batch num_heads num_kv_heads seq key_dim value_dim"),
         ("softmax_scale", ctypes.c_float),
         ("causal", ctypes.c_int32),
-        *_fields(ctypes.c_void_p, "past_length cu_seqlens"),
+        *_fields(ctypes.c_void_p, "past_length past_visible recent_length cu_seqlens"),
         ("num_sequences", ctypes.c_int32),
-        ("past_visible", ctypes.c_void_p),
         ("cache", Cache),
-        ("recent_length", ctypes.c_void_p),
         ("recent", Cache),
     )
 

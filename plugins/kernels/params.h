@@ -50,7 +50,7 @@ struct AttentionParams {
   const float* q_scale;          // one a row
   Cache cache;
   const int* past_length;   // [batch]; null: no past
-  const int* past_visible;  // [batch, capacity]: how many of the first queries see a slot; null: all
+  const int* past_visible;  // [batch, capacity]; null: all of the past is seen; only prefill reads it
   const int* cu_seqlens;    // [num_sequences + 1]; only where packed
   int num_sequences;
   int num_heads;
@@ -67,14 +67,14 @@ constexpr int kMaxSplits = 512;
 // Floats of what a split leaves: rows start on 16-byte boundaries.
 PASCALVL_BOTH_SIDES constexpr int partial_pitch(int value_dim) { return value_dim + 4; }
 
-// Decode: AttentionParams with seq 1, cut into splits of the past. Where there are two pasts, each has a launch.
+// Decode: AttentionParams with seq 1, the past of which is cut into splits. A launch over one cache takes `splits` of
+// all, number first_split and on; the first of all takes the new token too.
 struct DecodeParams {
   AttentionParams attention;
-  float* partial;   // [batch, num_heads, splits, partial_pitch]: unnormalised output, maximum, sum
-  int splits;       // of all pasts
-  int first_split;  // of this one
-  int own_splits;
-  bool has_new;  // this launch takes the new token
+  float* partial;  // [batch, num_heads, all_splits, partial_pitch]: unnormalised output, maximum, sum
+  int all_splits;
+  int first_split;
+  int splits;
   bool rotated;  // the cache's keys
 };
 

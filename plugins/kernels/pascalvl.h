@@ -46,18 +46,20 @@ typedef struct {
   float* out;      // [batch, seq, num_heads, value_dim]
   int32_t batch, num_heads, num_kv_heads, seq, key_dim, value_dim;
   float softmax_scale;
-  // Causal: new token i of sequence b sees the first past_length[b] slots of the cache and the new tokens up to itself.
+  // Causal: new token i of sequence b sees the new tokens up to itself and, of the first past_length[b] slots of the
+  // cache, those of which past_visible is more than i.
   // Not causal: `seq` tokens of batch 1, cut into num_sequences by cu_seqlens [num_sequences + 1]; each sees its own.
   int32_t causal;
-  const int32_t* past_length;  // [batch], at most capacity each; null: no past
+  const int32_t* past_length;   // [batch], at most capacity each; null: no past
+  const int32_t* past_visible;  // [batch, capacity]; null: every slot is seen. A single token takes longer with than
+                                // without: better keep only what it sees.
+  // The first recent_length[b] rows of `recent`, which one new token (seq 1) sees besides; null: none. Only where the
+  // cache is quantised and past_visible is null; several new tokens take no notice: they come with lengths of 0.
+  const int32_t* recent_length;  // [batch], at most the recent rows' capacity each
   const int32_t* cu_seqlens;
   int32_t num_sequences;
-  const int32_t* past_visible;  // [batch, capacity]: new token i sees a slot if i < past_visible; null: all see all
   pascalvl_cache cache;
-  // Of a quantised cache, with seq 1 and no past_visible: the token also sees the first recent_length[b] slots of this
-  // one, in half and not rotated. Null: none. Several tokens do not see it.
-  const int32_t* recent_length;
-  pascalvl_cache recent;
+  pascalvl_cache recent;  // float16, not rotated, with a capacity of its own
 } pascalvl_attention_args;
 
 // Bytes of workspace that a call with these arguments needs; it does not depend on what the device arrays hold.

@@ -28,7 +28,7 @@ __device__ __forceinline__ void prefill_causal(const AttentionParams& p, Prefill
   const auto* q = reinterpret_cast<const unsigned char*>(p.q + first_q * p.key_dim);
   const unsigned char* q_past = is_quantised(kKeyFormat) ? p.q_codes + first_q * kCodeRow : q;
 
-  // Numbers of the block's first and last query among the new tokens.
+  // The block's first and last token.
   const int low = prefill.first_row / p.group;
   const int high = (min2(prefill.first_row + kRows, prefill.rows) - 1) / p.group;
 
@@ -37,7 +37,7 @@ __device__ __forceinline__ void prefill_causal(const AttentionParams& p, Prefill
   const int k_row = row_bytes(kKeyFormat, p.key_dim), v_row = row_bytes(kValueFormat, p.value_dim);
   if (threadIdx.x < kRows) {
     const int r = min2(prefill.first_row + int(threadIdx.x), prefill.rows - 1);
-    shared.number[threadIdx.x] = r / p.group;
+    shared.token[threadIdx.x] = r / p.group;
     if (is_quantised(kKeyFormat)) {
       shared.q_scale[threadIdx.x] = p.scale_log2 * p.q_scale[first_q + r % p.group * p.seq + r / p.group];
     }
@@ -53,18 +53,28 @@ __device__ __forceinline__ void prefill_causal(const AttentionParams& p, Prefill
     shared.sources[1] = new_rows(p, kv * p.seq, p.seq);
   }
   __syncthreads();
+
+  // Of the cache's slots, how many of the first tokens see each.
   const int* visible = p.past_visible ? p.past_visible + (long long)sequence * cache.capacity : nullptr;
-  auto past_seen_by = [&](int slot) { return SeenBy{0, visible ? __ldg(visible + slot) : kAll}; };
+  auto is_hidden = [&](int first) {  // from the whole block: every warp looks at the whole tile, so that all agree
+    bool seen = false;
+    for (int i = threadIdx.x % kWarp; i < kKeys; i += kWarp) seen |= __ldg(visible + min2(first + i, past - 1)) > low;
+    return !__any_sync(kAllLanes, seen);
+  };
   for (int first = 0; first < past; first += kKeys) {
-    const bool masked = first + kKeys > past || visible;
+    if (visible && is_hidden(first)) continue;
     prefill.template tile<kKeyFormat, kValueFormat>(p, q_past, shared.sources[0], first, min2(past - first, kKeys),
-                                                    masked, shared, past_seen_by);
+                                                    visible || first + kKeys > past, shared, [&](int key) {
+                                                      const int tokens = visible ? __ldg(visible + key) : p.seq;
+                                                      return [&shared, tokens](int row) {
+                                                        return shared.token[row] < tokens;
+                                                      };
+                                                    });
   }
-  auto new_seen_by = [&](int token) { return SeenBy{token, kAll}; };
   for (int first = 0; first <= high; first += kKeys) {
-    const bool masked = first + kKeys > p.seq || first + kKeys - 1 > low;
-    prefill.template tile<kFloat32, kFloat32>(p, q, shared.sources[1], first, min2(high - first + 1, kKeys), masked,
-                                              shared, new_seen_by);
+    prefill.template tile<kFloat32, kFloat32>(
+        p, q, shared.sources[1], first, min2(high - first + 1, kKeys), first + kKeys > low + 1, shared,
+        [&](int key) { return [&shared, key](int row) { return key <= shared.token[row]; }; });
   }
   prefill.store(p, p.out + ((long long)sequence * p.seq * p.num_heads + head * p.group) * p.value_dim);
 }
@@ -89,12 +99,12 @@ __device__ __forceinline__ void prefill_packed(const AttentionParams& p, Prefill
   prefill.begin(p, tile * kRows, length, 0);
   const long long first_token = (long long)head * p.seq + begin;
   const auto* q = reinterpret_cast<const unsigned char*>(p.q + first_token * p.key_dim);
-  if (threadIdx.x < kRows) shared.number[threadIdx.x] = 0;
   if (threadIdx.x == 0) shared.sources[0] = new_rows(p, first_token, length);
   __syncthreads();
   for (int first = 0; first < length; first += kKeys) {
     prefill.template tile<kFloat32, kFloat32>(p, q, shared.sources[0], first, min2(length - first, kKeys),
-                                              first + kKeys > length, shared, [](int) { return SeenBy{0, kAll}; });
+                                              first + kKeys > length, shared,
+                                              [](int) { return [](int) { return true; }; });
   }
   prefill.store(p, p.out + ((long long)begin * p.num_heads + head) * p.value_dim);
 }

@@ -37,12 +37,6 @@ struct Source {
   int count;  // rows there are
 };
 
-// The queries that see a key: those with these numbers.
-struct SeenBy {
-  int from, to;
-};
-constexpr int kAll = 0x7fffffff;
-
 // What lies in global memory and does not change: the compiler cannot tell of pointers that come from shared memory.
 template <typename T>
 __device__ __forceinline__ T load_global(const unsigned char* from) {
@@ -189,7 +183,7 @@ struct PrefillShared {
   float slices[2][T::kSliceWords];
   float probability[T::kKeys * T::kRows];  // [key][row], see probability_at
   Source sources[2];                       // the cache and the new keys
-  int number[T::kRows];                    // of each query, among the new tokens
+  int token[T::kRows];                     // of each query, its number among the new ones
   float q_scale[T::kRows];                 // of quantised queries, times scale_log2
   float k_scale[T::kKeys];                 // of a tile's codes
   float v_scale[T::kKeys];
@@ -377,11 +371,11 @@ struct Prefill : Tile<kValueDim> {
     }
   }
 
-  // One tile: `count` keys, number `first` and on, of a source. Where `masked`, `seen_by(key)` tells who sees a key;
-  // rows of the source from `count` on are read as its last one, and must be masked.
-  template <int kKeyFormat, int kValueFormat, typename Seen>
+  // One tile: `count` keys, number `first` and on, of a source. Where `masked`, `sees(key)(row)` tells whether a row
+  // sees one of its keys; rows of the source from `count` on are read as its last one, and must be masked.
+  template <int kKeyFormat, int kValueFormat, typename Sees>
   __device__ __forceinline__ void tile(const AttentionParams& p, const unsigned char* q, const Source& source,
-                                       int first, int count, bool masked, Shared& shared, Seen seen_by) {
+                                       int first, int count, bool masked, Shared& shared, Sees sees) {
     float score[kRowsPerThread][kKeysPerThread];
     scores<kKeyFormat>(p, q, source, first, shared, score);
 
@@ -438,11 +432,11 @@ struct Prefill : Tile<kValueDim> {
 #pragma unroll
       for (int j = 0; j < kKeysPerThread; ++j) {
         const int key = first + key_of(j);
-        const SeenBy seen = key < source.count ? seen_by(key) : SeenBy{0, 0};
+        const bool there = key < source.count;
+        const auto row_sees = sees(min2(key, source.count - 1));
 #pragma unroll
         for (int i = 0; i < kRowsPerThread; ++i) {
-          const int number = shared.number[row0 + i];
-          if (number < seen.from || number >= seen.to) score[i][j] = kLowest;
+          if (!there || !row_sees(row0 + i)) score[i][j] = kLowest;
         }
       }
     }

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from pascalvl.plugins import flash_attention
+from pascalvl.plugins import flash_attention, kv_format
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels import build as kernels_build
 from pascalvl.plugins.kernels.build import Target
@@ -24,6 +24,7 @@ from pascalvl.plugins.kv_format import ROTATED_DIM, KVFormat
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "plugin.cpp"
 MAJORS = (8, 10)
+_FACTS = [Path(module.__file__) for module in (flash_attention, kv_format)]
 _NAMES = ("OP_NAME", "OP_VERSION", "ATTR_CAUSAL", "ATTR_SOFTMAX_SCALE", "ATTR_KV_FORMAT", "ATTR_RECENT")
 _CLASSES = ("FlashAttention2", "Creator")
 _STRUCTS = ("PluginTensorDesc", "DynamicPluginTensorDesc", "DimsExprs", "PluginField", "PluginFieldCollection")
@@ -47,7 +48,7 @@ def build(output: Path, major: int, headers: Sequence[Path] = (), target: Target
 def cached(major: int, target: Target) -> Path:
     """The library for the project's own declarations, in the user's cache folder, built there on first use."""
     name = f"libpascalvl_plugin{major}{'_emulated' if target is Target.EMULATOR else ''}.so"
-    sources = (*kernels_build.source_files(), *FOLDER.glob("*.cpp"), *FOLDER.glob("*.h"), Path(__file__))
+    sources = (*kernels_build.source_files(), *FOLDER.glob("*.cpp"), *FOLDER.glob("*.h"), *_FACTS, Path(__file__))
     return kernels_build.cached_library(name, sources, lambda library: build(library, major, target=target))
 
 

@@ -46,6 +46,11 @@ void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
+// Of a call of the kernels' library: its own sentence, where it failed.
+void check(int status) {
+  if (status != PASCALVL_OK) throw std::runtime_error(pascalvl_last_error());
+}
+
 std::string text(const Dims& dims) {
   std::string result = "[";
   for (int i = 0; i < dims.nbDims; ++i) result += (i ? ", " : "") + std::to_string(dims.d[i]);
@@ -174,7 +179,7 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
   int32_t getNbOutputs() const noexcept override { return 1; }
   // Loads the kernels: that cannot be done while a CUDA graph is captured.
   int32_t initialize() noexcept override {
-    return guarded<int32_t>(1, [] { return require(pascalvl_load() == PASCALVL_OK, pascalvl_last_error()), 0; });
+    return guarded<int32_t>(1, [] { return check(pascalvl_load()), 0; });
   }
   void terminate() noexcept override {}
   size_t getSerializationSize() const noexcept override { return sizeof attributes_; }
@@ -218,18 +223,25 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
   void configurePlugin(const DynamicPluginTensorDesc*, int32_t, const DynamicPluginTensorDesc*,
                        int32_t) noexcept override {}
 
-  // For these sizes, and for one new token: a profile for prompts takes those too, and decode needs other memory.
+  // For these sizes and for all that a profile of them takes: one new token too, with which decode needs other memory
+  // where there is no mask, and fewer sequences, which it cuts into more splits.
   size_t getWorkspaceSize(const PluginTensorDesc* inputs, int32_t, const PluginTensorDesc*,
                           int32_t) const noexcept override {
     return guarded<size_t>(0, [&] {
       pascalvl_attention_args args = sizes(inputs);
       size_t most = 0;
-      for (const int32_t seq : {args.seq, 1}) {
-        args.seq = seq;
+      const auto count = [&] {
         size_t bytes = 0;
-        require(pascalvl_attention_workspace(&args, &bytes) == PASCALVL_OK, pascalvl_last_error());
-        most = bytes > most ? bytes : most;
-      }
+        check(pascalvl_attention_workspace(&args, &bytes));
+        most = std::max(most, bytes);
+      };
+      const int32_t* const recent = std::exchange(args.recent_length, nullptr);
+      count();
+      if (!args.causal) return most;
+      args.seq = 1;
+      args.past_visible = nullptr;
+      args.recent_length = recent;
+      for (; args.batch > 0; --args.batch) count();
       return most;
     });
   }
@@ -262,8 +274,8 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
         args.cu_seqlens = lengths;
       }
       size_t bytes = 0;
-      require(pascalvl_attention_workspace(&args, &bytes) == PASCALVL_OK, pascalvl_last_error());
-      require(pascalvl_attention(&args, workspace, bytes, stream) == PASCALVL_OK, pascalvl_last_error());
+      check(pascalvl_attention_workspace(&args, &bytes));
+      check(pascalvl_attention(&args, workspace, bytes, stream));
       return 0;
     });
   }
@@ -295,9 +307,9 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
     }
   }
 
-  static void expect(const Dims& dims, const Dims& expected, const char* name) {
+  static void expect(const Dims& dims, const Dims& expected, const char* name, const char* or_else = "") {
     const bool same = dims.nbDims == expected.nbDims && std::equal(dims.d, dims.d + dims.nbDims, expected.d);
-    require(same, std::string(name) + " has shape " + text(dims) + "; expected " + text(expected));
+    require(same, std::string(name) + " has shape " + text(dims) + "; expected " + text(expected) + or_else);
   }
 
   // Elements of a row in its tensor's type.
@@ -311,6 +323,10 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
     const Dims &q = inputs[kQuery].dims, &k = inputs[kKey].dims, &v = inputs[kValue].dims;
     for (const Dims* dims : {&q, &k, &v})
       require(dims->nbDims == 4, "q, k and v have 4 dimensions; found " + text(*dims));
+    expect(k, {4, {q.d[0], k.d[1], q.d[2], q.d[3]}}, "k");
+    expect(v, {4, {q.d[0], k.d[1], q.d[2], v.d[3]}}, "v");
+    require(inputs[kLengths].dims.nbDims == 1,
+            "past_length and cu_seqlens have 1 dimension; found " + text(inputs[kLengths].dims));
     alignas(16) static char somewhere[16];
     const auto* values = reinterpret_cast<const float*>(somewhere);
     const auto* lengths = reinterpret_cast<const int32_t*>(somewhere);
@@ -332,11 +348,15 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
       expect(past, {4, {k.d[0], k.d[1], capacity, row_elements(format().key, args.key_dim)}}, "the past of keys");
       expect(inputs[kPastValue].dims, {4, {k.d[0], k.d[1], capacity, row_elements(format().value, args.value_dim)}},
              "the past of values");
+      expect(inputs[kLengths].dims, {1, {k.d[0]}}, "past_length");
       args.past_length = lengths;
-      // One number for all slots says that all new tokens see them.
-      if (visible.d[1] != 1 || capacity == 1) {
-        expect(visible, {2, {k.d[0], capacity}}, "past_visible");
+      // One number for all slots is not looked at: it comes where all new tokens see them. (There is never a mask where
+      // a single slot has recent tokens beside it.)
+      if (visible.nbDims != 2 || visible.d[1] != 1 || (capacity == 1 && !attributes_.recent)) {
+        expect(visible, {2, {k.d[0], capacity}}, "past_visible", ", or 1 last for all slots alike");
         args.past_visible = lengths;
+      } else {
+        expect(visible, {2, {k.d[0], 1}}, "past_visible");
       }
       args.cache.key = args.cache.value = somewhere;
       args.cache.key_format = format().key;
@@ -348,6 +368,7 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
         args.cache.rotated = args.key_dim == PASCALVL_ROTATED_DIM;
       }
       if (attributes_.recent) {
+        expect(inputs[kRecentLength].dims, {1, {k.d[0]}}, "recent_length");
         for (const auto& [input, dim] : {std::pair(kRecentKey, args.key_dim), std::pair(kRecentValue, args.value_dim)})
           expect(inputs[input].dims, {4, {k.d[0], k.d[1], attributes_.recent, dim}}, "the cache of recent tokens");
         args.recent_length = lengths;

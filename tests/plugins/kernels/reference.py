@@ -168,6 +168,10 @@ def append(
     memory.wait()
 
 
+Recent = tuple[HostCache, np.ndarray]
+"""A cache of recent tokens, and how many of them each sequence has."""
+
+
 def causal_attention(
     library: KernelLibrary,
     cache: HostCache,
@@ -177,7 +181,7 @@ def causal_attention(
     past_length: np.ndarray,
     softmax_scale: float,
     visible: np.ndarray | None = None,
-    recent: tuple[HostCache, np.ndarray] | None = None,
+    recent: Recent | None = None,
 ) -> np.ndarray:
     """The library's attention of q [batch, num_heads, seq, dim] and new k, v over a cache.
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from pascalvl.plugins.kernels.library import AttentionArgs, KernelLibrary
-from pascalvl.plugins.kv_format import RowFormat
 from tests.plugins.kernels.reference import (
     PAIRS,
     HostCache,
@@ -35,19 +34,30 @@ def main() -> None:
     rng = np.random.default_rng(0)
     for formats in PAIRS[:: int(sys.argv[2])]:
         rotated = formats[0].is_quantised
-        for group, seq, past, masked in ((1, 1, 5, 0), (2, 1, 5, 0), (4, 1, 70, 1), (8, 1, 5, 0), (2, 3, 70, 2)):
+        for group, seq, past, more in (
+            (1, 1, 5, None),
+            (2, 1, 5, "recent"),
+            (4, 1, 70, "recent"),
+            (8, 1, 5, None),
+            (2, 3, 70, None),
+            (2, 3, 270, "mask"),
+            (4, 1, 70, "mask"),
+        ):
             shape = Shape(num_heads=group, num_kv_heads=1, value_dim=96 if seq > 1 else 128, capacity=past)
             cache = HostCache(library, shape, formats, rotated)
             old_k, old_v = normal(rng, 1, 1, 1, past, 128), normal(rng, 1, 1, 1, past, shape.value_dim)
             append(library, cache, old_k, old_v, np.zeros(1, np.int32))
             q, k = normal(rng, 1, group, seq, 128), normal(rng, 1, 1, seq, 128)
             v = normal(rng, 1, 1, seq, shape.value_dim)
-            visible = np.resize(np.arange(seq + 1, dtype=np.int32), (1, past)) if masked else None
-            recent = None
-            if rotated and seq == 1 and not masked:
-                small = dataclasses.replace(shape, capacity=7)
-                recent = HostCache(library, small, (RowFormat.FLOAT16,) * 2, False), np.array([3], np.int32)
-                append(library, recent[0], old_k[..., :5, :].copy(), old_v[..., :5, :].copy(), np.zeros(1, np.int32))
+            visible = recent = None
+            if more == "mask":
+                visible = rng.integers(0, seq + 2, (1, past)).astype(np.int32)
+                visible[:, 128:] = 0
+            elif more and rotated:
+                rows = HostCache(library, dataclasses.replace(shape, capacity=9), PAIRS[1], False)
+                new_k, new_v = normal(rng, 1, 1, 1, 9, 128), normal(rng, 1, 1, 1, 9, shape.value_dim)
+                append(library, rows, new_k, new_v, np.zeros(1, np.int32))
+                recent = rows, np.array([7], np.int32)
             case = (cache, q, k, v, np.array([past], np.int32), 0.1, visible, recent)
             assert relative_error(causal_attention(library, *case), expected_attention(*case)) < 1e-3
     for dim in (64, 72):

@@ -1,6 +1,7 @@
 """The kernels against NumPy: on the emulator, and on a GPU where there is one."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tests.plugins.kernels import reference
 from tests.plugins.kernels.reference import (
     PAIRS,
     HostCache,
+    Recent,
     Shape,
     aligned,
     append,
@@ -69,33 +71,56 @@ def make_case(library, shape: Shape, formats, rotated: bool, seq: int, past, see
     return cache, q, k, v, np.array(past, np.int32)
 
 
+def run_on(library: KernelLibrary):
+    """The library's attention, as `expected_attention` is called."""
+    return functools.partial(causal_attention, library)
+
+
 # kv_append ------------------------------------------------------------------------------------------------------------
 
 
+def extremes(rows: np.ndarray) -> None:
+    """Make the first of seven tokens or more [..., token, dim] hard to store, the others stay."""
+    rows[..., 0, :] = 0
+    rows[..., 1, :] *= 1e-9  # its scale rounds to zero
+    rows[..., 2, :] *= 1e-5  # below float16's normal numbers
+    rows[..., 3, :] *= 1e8
+    rows[..., 4, 5] = -np.inf
+
+
 @pytest.mark.parametrize("formats", PAIRS)
-@pytest.mark.parametrize(("key_dim", "value_dim", "rotated"), [(128, 128, True), (128, 96, False), (64, 112, False)])
-def test_append_writes_what_numpy_does(library, formats, key_dim, value_dim, rotated):
-    """Bit for bit, also rows of zeros and of numbers too large for the format; and nothing else."""
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim", "rotated"),
+    [(128, 128, True), (128, 96, False), (112, 64, False), (96, 112, False), (64, 128, False)],
+)
+@pytest.mark.parametrize(
+    "slots", [None, [[5, -1, 0, 11, 3, 10, 4, 8], [7, 6, 5, -9, 99, 3, 2, 1]]], ids=["past_length", "slots"]
+)
+def test_append_writes_what_compress_gives(library, formats, key_dim, value_dim, rotated, slots):
     rotated = rotated and formats[0].is_quantised
     rng = np.random.default_rng(0)
     shape = Shape(batch=2, num_kv_heads=3, key_dim=key_dim, value_dim=value_dim, capacity=11)
     cache = HostCache(library, shape, formats, rotated, layers=2)
-    key, value = normal(rng, 2, 2, 3, 4, key_dim), normal(rng, 2, 2, 3, 4, value_dim)
-    key[0, 0, 0, 0] = value[0, 0, 0, 1] = 0
-    key[1, 0, 0, 0] *= 1e-7
-    key[0, 1, 2, 3] *= 1e9
-    value[1, 1, 2, 3] *= 1e9
-    past = np.array([5, 2], np.int32)
-    append(library, cache, key, value, past)
+    key, value = normal(rng, 2, 2, 3, 8, key_dim), normal(rng, 2, 2, 3, 8, value_dim)
+    extremes(key)
+    extremes(value)
+    past = None if slots else np.array([2, 5], np.int32)
+    append(library, cache, key, value, past, np.array(slots, np.int32) if slots else None)
+    taken = np.array(slots) if slots else past[:, None] + np.arange(8)
     for which, (new, form) in enumerate(zip((key, value), formats, strict=True)):
-        rows, scales = compress(new, form, rotated and which == 0)
-        for b in range(2):
-            slots = slice(past[b], past[b] + 4)
-            found = cache.rows[which][:, b].view(form.dtype)
-            np.testing.assert_array_equal(found[:, :, slots], rows[:, b])
-            assert not np.delete(found, np.s_[slots], 2).any()
+        turned = which == 0 and rotated
+        with np.errstate(invalid="ignore"):
+            rows, scale = compress(new, form, turned)
+        expected = np.zeros_like(cache.rows[which]).view(form.dtype)
+        expected_scale = np.zeros_like(cache.scales[which])
+        for b, token in np.ndindex(taken.shape):
+            if not 0 <= (slot := taken[b, token]) < shape.capacity:
+                continue
+            expected[:, b, :, slot] = rows[:, b, :, token]
             if form.is_quantised:
-                np.testing.assert_array_equal(cache.scales[which][:, b, :, slots], scales[:, b])
+                expected_scale[:, b, :, slot] = scale[:, b, :, token]
+        np.testing.assert_array_equal(cache.rows[which], expected.view(np.uint8))
+        np.testing.assert_array_equal(cache.scales[which].view(np.uint16), expected_scale.view(np.uint16))
 
 
 @pytest.mark.parametrize("row_format", list(RowFormat))
@@ -171,38 +196,6 @@ def test_prefill_of_reduced_ranks(library, formats, key_dim, value_dim):
     assert relative_error(causal_attention(library, *case, 0.1), expected_attention(*case, 0.1)) < TOLERANCE
 
 
-def masks(rng: np.random.Generator, batch: int, capacity: int, seq: int) -> np.ndarray:
-    """How many of the new tokens see each slot: some all, some none."""
-    visible = rng.integers(0, seq + 1, (batch, capacity))
-    visible[rng.random((batch, capacity)) < 0.3] = np.iinfo(np.int32).max
-    return visible.astype(np.int32)
-
-
-@pytest.mark.parametrize("formats", [F32, *PAIRS[2:4]])
-@pytest.mark.parametrize("seq", [1, 3, 90])
-def test_slots_that_some_tokens_do_not_see(library, formats, seq):
-    case = make_case(library, Shape(batch=2), formats, False, seq, [200, 130], 5)
-    visible = masks(np.random.default_rng(seq), 2, 256, seq)
-    visible[0, :140] = 0  # a whole tile that none sees
-    found = causal_attention(library, *case, 0.1, visible)
-    assert relative_error(found, expected_attention(*case, 0.1, visible)) < TOLERANCE
-
-
-@pytest.mark.parametrize("formats", PAIRS[2:])
-@pytest.mark.parametrize(("past", "lengths"), [([200, 0], [0, 5]), ([77, 130], [128, 100])])
-def test_recent_tokens(library, formats, past, lengths):
-    shape = Shape(batch=2, num_heads=8, num_kv_heads=2, value_dim=96)
-    case = make_case(library, shape, formats, True, 1, past, 10)
-    recent, *_ = make_case(
-        library, dataclasses.replace(shape, capacity=128), (RowFormat.FLOAT16,) * 2, False, 1, lengths, 11
-    )
-    recent = recent, np.array(lengths, np.int32)
-    found = causal_attention(library, *case, 0.1, recent=recent)
-    assert relative_error(found, expected_attention(*case, 0.1, recent=recent)) < TOLERANCE
-    without = expected_attention(*case, 0.1)
-    assert relative_error(found, without) > 0.1
-
-
 def test_prefill_without_a_past(library):
     cache, q, k, v, _ = make_case(library, Shape(), F32, False, 30, [0], 6)
     found = causal_attention(library, cache, q, k, v, None, 0.1)
@@ -229,12 +222,148 @@ def test_decode_of_reduced_ranks(library, formats, key_dim, value_dim):
     assert relative_error(causal_attention(library, *case, 0.1), expected_attention(*case, 0.1)) < TOLERANCE
 
 
+# Masks of the past ----------------------------------------------------------------------------------------------------
+
+
+def masks(rng: np.random.Generator, batch: int, capacity: int, seq: int) -> np.ndarray:
+    """How many of the new tokens see each slot: some all, some none."""
+    visible = rng.integers(0, seq + 1, (batch, capacity))
+    visible[rng.random((batch, capacity)) < 0.3] = np.iinfo(np.int32).max
+    return visible.astype(np.int32)
+
+
+@pytest.mark.parametrize("formats", PAIRS)
+@pytest.mark.parametrize("seq", [1, 3, 90])
+def test_slots_that_some_tokens_do_not_see(library, formats, seq):
+    case = make_case(library, Shape(batch=2), formats, False, seq, [200, 130], 5)
+    visible = masks(np.random.default_rng(seq), 2, 256, seq)
+    visible[0, :140] = 0  # a whole tile that none sees
+    found = causal_attention(library, *case, 0.1, visible)
+    assert relative_error(found, expected_attention(*case, 0.1, visible)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (96, 112), (112, 96), (128, 64)])
+def test_masks_and_reduced_ranks(library, key_dim, value_dim):
+    rng = np.random.default_rng(key_dim)
+    shape = Shape(num_heads=2, num_kv_heads=1, key_dim=key_dim, value_dim=value_dim)
+    case = make_case(library, shape, PAIRS[3], key_dim == 128, 75, [200], 21)
+    visible = rng.integers(0, 80, (1, shape.capacity)).astype(np.int32)
+    found, expected = (f(*case, 0.1, visible) for f in (run_on(library), expected_attention))
+    assert relative_error(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(("start", "seq"), [(3, 9), (30, 20), (150, 33), (301, 64), (301, 1)])
+@pytest.mark.parametrize("sinks", [0, 5])
+def test_a_ring_gives_a_sliding_window(library, start, seq, sinks):
+    """A cache of the first tokens and a ring of the last 64, against attention over all there were."""
+    window = 64
+    rng = np.random.default_rng(start)
+    k, v, q = normal(rng, 1, 1, start + seq, 128), normal(rng, 1, 1, start + seq, 128), normal(rng, 1, 4, seq, 128)
+    cache = HostCache(library, Shape(capacity=sinks + window), F32, False)
+    position = np.arange(start)
+    slots = np.where(position < sinks, position, sinks + (position - sinks) % window).astype(np.int32)
+    for token in range(start):  # as time goes: later ones overwrite
+        one = np.s_[:, :, token : token + 1]
+        append(library, cache, copy(k[one])[None], copy(v[one])[None], None, slots[None, token : token + 1])
+    held = np.zeros(sinks + window, np.int64)
+    held[slots] = position
+    # Token start + i sees position p where start + i - p < window.
+    visible = np.where(held < sinks, seq, held + window - start).astype(np.int32)[None]
+    past = np.array([min(start, sinks + window)], np.int32)
+    new = np.s_[:, :, start:]
+    found = causal_attention(library, cache, q, copy(k[new]), copy(v[new]), past, 0.1, visible)
+    distance = start + np.arange(seq)[:, None] - np.arange(start + seq)
+    sees = (distance >= 0) & ((distance < window) | (np.arange(start + seq) < sinks))
+    assert relative_error(found[0], attention(q[0], k[0], v[0], sees, 0.1)) < TOLERANCE
+
+
+def test_keys_that_no_query_of_a_block_sees_are_not_read(library):
+    """Of a window's past: a block that saw them would find no numbers."""
+    cache, q, k, v, past = make_case(library, Shape(capacity=512), F32, False, 40, [512], 22)
+    visible = np.full((1, 512), 40, np.int32)
+    visible[:, 128:384] = 0
+    expected = expected_attention(cache, q, k, v, past, 0.1, visible)
+    for rows in cache.rows:
+        rows[..., 128:384, :].view(np.float32)[:] = np.nan
+    assert relative_error(causal_attention(library, cache, q, k, v, past, 0.1, visible), expected) < TOLERANCE
+
+
+# Recent tokens --------------------------------------------------------------------------------------------------------
+
+
+def make_recent(library, shape: Shape, capacity: int, lengths, seed: int) -> Recent:
+    """Recent tokens beside a cache of such a shape."""
+    recent = dataclasses.replace(shape, capacity=capacity)
+    cache, *_, length = make_case(library, recent, PAIRS[1], False, 1, lengths, seed)
+    return cache, length
+
+
+@pytest.mark.parametrize("formats", PAIRS[2:])
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize(("past", "recent"), [([0, 70], [1, 0]), ([200, 63], [31, 150]), ([256, 0], [150, 0])])
+def test_decode_over_recent_tokens_too(library, formats, group, past, recent):
+    shape = Shape(batch=2, num_heads=group, num_kv_heads=1)
+    case = make_case(library, shape, formats, True, 1, past, 30, outliers=True)
+    more = make_recent(library, shape, 150, recent, 31)
+    found, expected = (f(*case, 0.1, recent=more) for f in (run_on(library), expected_attention))
+    assert relative_error(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (96, 112), (112, 96), (128, 64)])
+@pytest.mark.parametrize("formats", PAIRS[2:])
+def test_recent_tokens_of_reduced_ranks(library, formats, key_dim, value_dim):
+    shape = Shape(num_heads=2, num_kv_heads=1, key_dim=key_dim, value_dim=value_dim)
+    case = make_case(library, shape, formats, key_dim == 128, 1, [100], 32)
+    more = make_recent(library, shape, 200, [180], 33)
+    found, expected = (f(*case, 0.1, recent=more) for f in (run_on(library), expected_attention))
+    assert relative_error(found, expected) < TOLERANCE
+
+
+def test_several_tokens_come_without_recent_ones(library):
+    case = make_case(library, Shape(), PAIRS[2], True, 7, [100], 34)
+    none = make_recent(library, Shape(), 32, [0], 35)
+    np.testing.assert_array_equal(
+        causal_attention(library, *case, 0.1, recent=none), causal_attention(library, *case, 0.1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"past_length": None}, "Recent tokens lie beside a quantised cache; found none."),
+        ({"key_format": 1, "value_format": 1}, "Recent tokens lie beside a quantised cache; found float16."),
+        ({"past_visible": 16}, "Recent tokens cannot be had together with past_visible"),
+        ({"recent.key_format": 2}, "Recent keys and values are int8 and float16; expected float16."),
+        ({"recent.rotated": 1}, "Recent keys and values are rotated float16 and float16; expected float16."),
+        ({"recent.capacity": 0}, "The recent rows' capacity is 0; it must be at least 1."),
+        ({"recent.value": None}, "The cache of recent values is a null pointer."),
+    ],
+)
+def test_bad_recent_tokens_are_refused_in_words(library, change, told):
+    shape = Shape()
+    cache, q, k, v, past = make_case(library, shape, PAIRS[2], False, 1, [5], 36)
+    recent, length = make_recent(library, shape, 16, [3], 37)
+    out = aligned((1, 1, 4, 128))
+    sizes = {"batch": 1, "num_heads": 4, "num_kv_heads": 1, "seq": 1, "key_dim": 128, "value_dim": 128}
+    pointers = dict(zip(("q", "k", "v", "out", "past_length"), map(pointer, (q, k, v, out, past)), strict=True))
+    views = {"cache": cache.view(), "recent": recent.view()}
+    args = AttentionArgs(**pointers, **sizes, **views, softmax_scale=0.1, causal=1, recent_length=pointer(length))
+    workspace = aligned((library.attention_workspace(args),), np.uint8)
+    for name, value in change.items():
+        owner = args.recent if name.startswith("recent.") else args.cache if name.endswith("format") else args
+        setattr(owner, name.removeprefix("recent."), value)
+    with pytest.raises(UserError) as error:
+        library.attention(args, pointer(workspace), workspace.nbytes)
+    assert told in str(error.value)
+    assert not out.any()
+
+
 # Combinations ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_any_combination(library, seed):
-    """Formats, ranks, groups, lengths, masks and outliers as they come."""
+    """Formats, ranks, groups, lengths, masks, recent tokens and outliers as they come."""
     rng = np.random.default_rng([14, seed])
     formats = PAIRS[seed % len(PAIRS)]
     group, num_kv_heads = int(rng.choice([1, 2, 4, 8])), int(rng.integers(1, 4))
@@ -252,9 +381,13 @@ def test_any_combination(library, seed):
     with_masks = rng.random() < 0.5
     rotated = formats[0].is_quantised and shape.key_dim == 128 and rng.random() < 0.5
     case = make_case(library, shape, formats, rotated, seq, past, seed, outliers=rng.random() < 0.5)
-    visible = masks(rng, shape.batch, shape.capacity, case[1].shape[2]) if with_masks else None
-    found = causal_attention(library, *case, 0.1, visible)
-    assert relative_error(found, expected_attention(*case, 0.1, visible)) < TOLERANCE
+    visible = masks(rng, shape.batch, shape.capacity, seq) if with_masks else None
+    recent = None
+    if formats[0].is_quantised and seq == 1 and not with_masks:
+        capacity = int(rng.integers(1, 200))
+        recent = make_recent(library, shape, capacity, list(rng.integers(0, capacity + 1, shape.batch)), seed)
+    found, expected = (f(*case, 0.1, visible, recent) for f in (run_on(library), expected_attention))
+    assert relative_error(found, expected) < TOLERANCE
 
 
 # Extremes -------------------------------------------------------------------------------------------------------------

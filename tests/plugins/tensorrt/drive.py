@@ -105,6 +105,30 @@ def main() -> None:
             errors.append(relative_error(found[b], expected))
         return float(max(errors))
 
+    def workspace(seq: int, batch: int, slots: int, name: str = "f16", recent: int = 0) -> int:
+        """Bytes for inputs of these sizes, a value for each of ``slots`` in past_visible."""
+        layout = LayerLayout(KVFormat(name), 1, 128, 128)
+        shapes = [(F32, (batch, heads, seq, 128)) for heads in (4, 1, 1)]
+        shapes += [(I32, (batch,)), (I32, (batch, slots))]
+        for row, elements in zip(layout.kv_format.rows, layout.row_elements, strict=True):
+            shapes.append((row.dtype, (batch, 1, 256, elements)))
+        if layout.kv_format.is_quantised:
+            shapes.append((F16, (2, batch, 1, 256)))
+        attributes = {"causal": 1, "softmax_scale": 0.1, "kv_format": name}
+        if recent:
+            attributes["recent"] = recent
+            shapes += [(I32, (batch,)), (F16, (batch, 1, recent, 128)), (F16, (batch, 1, recent, 128))]
+        return host.create(attributes).prepare(shapes)[1]
+
+    def causal_refused(kv_format: str, change: dict[int, np.ndarray], count: int = 11) -> str:
+        """Of a call over a cache of 16 slots with 8 recent tokens, some of the inputs of which are others."""
+        q, new = normal(1, 4, 1, 128), normal(1, 2, 1, 128)
+        scale, recent = np.ones((2, 1, 2, 16), F16), normal(1, 2, 8, 128, dtype=F16)
+        inputs = [q, new, new, lengths, visible, words, words, scale, lengths, recent, recent]
+        for position, array in change.items():
+            inputs[position] = array
+        return refused({**text, "kv_format": kv_format, "recent": 8}, *inputs[:count])
+
     def packed() -> float:
         q, k, v = (normal(1, 3, 50, 64) for _ in range(3))
         bounds = np.array([0, 20, 50], I32)
@@ -131,10 +155,27 @@ def main() -> None:
                     **{f"{f.value} prefill": causal(LayerLayout(f, 2, 128, 128), 9) for f in KVFormat},
                     "ranks": causal(LayerLayout(KVFormat.K4V4, 2, 112, 96), 9),
                     "mask": causal(LayerLayout(KVFormat.K8V4, 2, 128, 128), 9, masked=True),
+                    "mask for one token": causal(LayerLayout(KVFormat.F16, 2, 128, 128), 1, masked=True),
                     "recent": causal(LayerLayout(KVFormat.K8V4, 2, 128, 96), 1, recent=7),
                     "packed": packed(),
                 },
+                "workspaces": {
+                    name: [workspace(*most, *more), max(workspace(*sizes, *more) for sizes in within)]
+                    for name, most, within, more in (
+                        ("a token without a mask", (2, 1, 256), [(1, 1, 1)], ()),
+                        ("of codes", (2, 1, 256), [(1, 1, 1), (1, 1, 256)], ("k8v4",)),
+                        ("with recent", (2, 1, 256), [(1, 1, 1)], ("k4v4", 100)),
+                        ("fewer sequences", (1, 3, 1), [(1, 2, 1), (1, 1, 1)], ()),
+                    )
+                },
                 "refused": {
+                    "k": causal_refused("k8v8", {1: normal(1, 2, 2, 128)}),
+                    "mask": causal_refused("k8v8", {4: np.ones((1, 5), I32)}),
+                    "mask and recent": causal_refused("k8v8", {4: np.ones((1, 16), I32)}),
+                    "lengths": causal_refused("k8v8", {3: np.ones(2, I32)}),
+                    "scale": causal_refused("k8v8", {7: np.ones((1, 2, 16, 2), F16)}),
+                    "recent rows": causal_refused("k8v8", {10: normal(1, 2, 9, 128, dtype=F16)}),
+                    "recent count": causal_refused("k8v8", {}, 8),
                     "attributes": refused({"causal": 3, "softmax_scale": 0.1}, lengths),
                     "no format": refused({"causal": 1, "softmax_scale": 0.1}, lengths),
                     "inputs": refused(vision, normal(1, 2, 8, 64), normal(1, 2, 8, 64), normal(1, 2, 8, 64)),

@@ -22,8 +22,14 @@ def driven(request) -> dict:
 
 def test_results_against_float64(driven):
     """FP32 sums of some tens of terms, of the very bytes of the cache; on a GPU recorded in a CUDA graph."""
-    assert len(driven["errors"]) == 14
+    assert len(driven["errors"]) == 15
     assert max(driven["errors"].values()) < 3e-6
+
+
+def test_workspace_is_enough_for_all_that_a_profile_takes(driven):
+    """That of its largest sizes, for which alone TensorRT asks."""
+    for name, (most, within) in driven["workspaces"].items():
+        assert most >= within > 0, name
 
 
 @pytest.mark.parametrize(
@@ -35,6 +41,13 @@ def test_results_against_float64(driven):
         ("type", "the plugin does not take tensor number 5 of its 7 inputs and 1 output"),
         ("words", "the past of values has shape [1, 2, 16, 32]; expected [1, 2, 16, 16]"),
         ("recent", "attribute recent is 4 with a cache in f16; expected 0"),
+        ("k", "k has shape [1, 2, 2, 128]; expected [1, 2, 1, 128]"),
+        ("mask", "past_visible has shape [1, 5]; expected [1, 16], or 1 last for all slots alike"),
+        ("mask and recent", "Recent tokens cannot be had together with past_visible"),
+        ("lengths", "past_length has shape [2]; expected [1]"),
+        ("scale", "past_scale has shape [1, 2, 16, 2]; expected [2, 1, 2, 16]"),
+        ("recent rows", "the cache of recent tokens has shape [1, 2, 9, 128]; expected [1, 2, 8, 128]"),
+        ("recent count", "found 8 inputs and 1 outputs; expected 11 and 1"),
         ("head size", "Packed attention has head sizes 64, 72 and 128; found key_dim 80"),
     ],
 )
