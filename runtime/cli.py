@@ -37,6 +37,8 @@ _CALIBRATION_PIXELS = 1 << 20
 """Area that larger pictures are resized to: more says nothing new about keys and values."""
 _OWN_ANSWER_TOKENS = 64
 """Tokens of an answer that the model gives itself where an evaluation has none."""
+_TABLE_WIDTH = 96
+"""Of figures that are of no use where they are cut off."""
 _CHAT_COMMANDS = "/image PATH, /video PATH, /reset, /exit"
 
 
@@ -605,7 +607,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         figures = (f"{row.kl:.2e}", f"{row.kl_999:.2e}", f"{row.top_1:.2%}", f"{row.perplexity:.5g}")
         strict.add_row(row.name, size, *figures, strict_right)
         as_run.add_row(row.name, size, f"{row.answer_kl:.2e}", f"{row.answer_top_1:.2%}", right)
-    _console().print(strict, as_run)
+    console = _console()
+    console.width = max(console.width, _TABLE_WIDTH)
+    console.print(strict, as_run)
     if args.json:
         figures = json.dumps([dataclasses.asdict(row) for row in results], indent=1)
         _write_whole(args.json, lambda path: path.write_text(figures + "\n", encoding="utf-8"))
