@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -150,8 +150,7 @@ class TensorRTSession(Session):
         outputs = [b for b in engine.outputs[bindings.DECODER] if b.name not in _new_names(text)]
         self._outputs = Tensors(self._device, outputs, sizes)
         self._runs = [
-            _Run(self._device, layout, list(layers), chunk)
-            for layout, layers in itertools.groupby(range(len(self.layouts)), lambda layer: self.layouts[layer])
+            _Run(self._device, self.layouts[layers[0]], layers, chunk) for layers in _neighbours(self.layouts)
         ]
 
         places = [SLOTS, RECENT_SLOTS] if self.cache.recent else [SLOTS]
@@ -315,6 +314,17 @@ class TensorRTSession(Session):
         self._device.kernels.kv_append(args, self._device.stream)
 
 
+def _neighbours(layouts: Sequence[LayerLayout]) -> list[list[int]]:
+    """Layers by runs of the same layout; alone where their new tokens, side by side, would not lie aligned."""
+
+    def key(layer: int) -> tuple[LayerLayout, int]:
+        layout = layouts[layer]
+        lie_aligned = all(4 * layout.num_kv_heads * dim % ALIGNMENT == 0 for dim in layout.dims)
+        return layout, -1 if lie_aligned else layer
+
+    return [list(layers) for _, layers in itertools.groupby(range(len(layouts)), key)]
+
+
 class _Run:
     """Neighbouring layers with the same layout, and the staging area of their new keys and values.
 
@@ -325,7 +335,7 @@ class _Run:
         self.layout, self.layers = layout, layers
         key, value = (4 * layout.num_kv_heads * dim for dim in layout.dims)
         self._token_bytes = key, value
-        self._value_start = len(layers) * key * chunk
+        self._value_start = _aligned(len(layers) * key * chunk)
         self._buffer = device.allocate(self._value_start + len(layers) * value * chunk)
 
     def new(self, number: int, seq: int) -> tuple[int, int]:

@@ -29,15 +29,15 @@ def quantise(x: np.ndarray, row_format: RowFormat) -> tuple[np.ndarray, np.ndarr
     are rounded to the nearest, and to even, with the scale as stored. That of a row too large for float16 is infinity,
     and the row reads as no number.
     """
-    most, least = x.max(-1), x.min(-1)
     with np.errstate(over="ignore"):  # a row too large for the format is stored as infinity
         if row_format is RowFormat.INT8:
             lowest, highest = -127, 127
-            scale = np.maximum(most, -least) / np.float32(127)
+            scale = np.abs(x).max(-1) / np.float32(127)
         else:
             lowest, highest = -8, 7
+            most, least = x.max(-1), x.min(-1)
             scale = np.where(most >= -least, most, least) / np.float32(-8)
-        scale = scale.astype(np.float16)
+        scale = scale.astype(np.float16) + np.float16(0)  # a scale of zero has no sign
     stored = scale.astype(np.float32)
     inverse = np.where(stored != 0, np.float32(1) / np.where(stored != 0, stored, 1), 0).astype(np.float32)
     with np.errstate(invalid="ignore"):  # infinity times zero is no number, and its code 0

@@ -27,10 +27,10 @@ __device__ __forceinline__ void store_row(float4 x, int dim, int format, unsigne
   const float largest = most >= -least ? most : least;
   const bool is_int8 = format == kInt8;
   const unsigned short bits = float_to_half(is_int8 ? fabsf(largest) / 127 : largest / -8);
-  // The codes are those of the scale as stored. A row whose scale is zero in half is all zeros.
+  // The codes are those of the scale as stored. A row whose scale is zero in half is all zeros, the scale without sign.
   const float stored = half_to_float(bits);
   const unsigned codes = quantise(x, stored != 0 ? 1 / stored : 0, is_int8 ? -127 : -8, is_int8 ? 127 : 7);
-  if (lane == 0) *scale = bits;
+  if (lane == 0) *scale = stored != 0 ? bits : 0;
   if (format == kInt8) {
     if (inside) *reinterpret_cast<unsigned*>(row + d) = codes;
     return;

@@ -17,11 +17,13 @@ from pascalvl.engines import build, open_engine, plugin_host
 from pascalvl.engines.device import EmulatedDevice, available_target
 from pascalvl.engines.profiles import Limits
 from pascalvl.engines.tensorrt_engine import TensorRTEngine
+from pascalvl.export import export_checkpoint
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
 from pascalvl.plugins.kernels.library import KernelLibrary
+from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.tensorrt.host import HostedPlugin
 from pascalvl.runtime import VisionLanguageModel
 from pascalvl.runtime.cli import main
@@ -80,6 +82,19 @@ def test_tokens_equal_the_reference_and_attention_is_the_plugins(kv, nano_engine
         "kv_append": steps * APPENDS.get(kv, 1),  # one of the tokens comes with the prompt
         "greedy": steps - 1,
     }
+
+
+def test_ranks(nano_checkpoint, tmp_path):
+    """Values of 112, whose rows for two heads are no multiple of the alignment that TensorRT wants."""
+    cache = CacheConfig.parse("k8v4,rv=112")
+    export_checkpoint(nano_checkpoint, tmp_path / "model", cache=cache)
+    for backend in ("onnxruntime", "torch"):
+        build(tmp_path / "model", tmp_path / backend, backend, cache)
+    model = VisionLanguageModel.open(tmp_path / "onnxruntime", context_length=CONTEXT)
+    expected = answer(model, PICTURE, NEW_TOKENS).token_ids
+    assert answer(fresh(tmp_path / "onnxruntime"), PICTURE, NEW_TOKENS).token_ids == expected
+    emulated = VisionLanguageModel.open(tmp_path / "torch", context_length=CONTEXT)
+    assert answer(emulated, PICTURE, NEW_TOKENS).token_ids == expected
 
 
 def test_a_conversation_in_chunks(limited, nano_reference):
