@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pascalvl import plugins
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels import build as kernels_build
 from pascalvl.plugins.kernels import report
@@ -50,6 +51,12 @@ def test_images_for_sm61_and_for_newer_gpus_are_inside(cuda_library):
     content = cuda_library.read_bytes()
     assert b".target sm_61" in content
     assert content.count(b"\x7fELF") == 1 + len(kernels_build.SOURCES)
+
+
+def test_the_yardstick_is_built_of_the_kernels_parts():
+    source = Path(plugins.__file__).parent / "bench" / "yardstick.cu"
+    code, _ = kernels_build.compile_cuda(source, cubin=False)
+    assert b".entry sgemm" in code
 
 
 def test_the_library_loads_and_explains_itself_without_a_driver(cuda_library):
