@@ -21,6 +21,7 @@ from pascalvl.plugins.errors import UserError
 from pascalvl.runtime import SamplingParams, VisionLanguageModel
 from pascalvl.runtime.sampling import Sampler
 from pascalvl.runtime.video import Video
+from tests.engines.decoder import CACHES, Sequence
 from tests.engines.torch_reference import answer, assistant, reference_answer, scene, user
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -100,6 +101,13 @@ def test_chunked_prefill_equals_one_shot(model, bundle):
         assert answer(chunked, CONVERSATIONS[name], 12).token_ids == answer(model, CONVERSATIONS[name], 12).token_ids
 
 
+@pytest.mark.parametrize("kv", CACHES)
+def test_caches(kv, nano_engine):
+    """The reference is ONNX Runtime with the same cache."""
+    found, expected = (VisionLanguageModel.open(nano_engine(kv, backend)) for backend in ("torch", "onnxruntime"))
+    assert answer(found, FIRST, NEW_TOKENS).token_ids == answer(expected, FIRST, NEW_TOKENS).token_ids
+
+
 def test_repetition_penalty(model, reference):
     """It needs the logits on the host."""
     found = answer(model, FIRST, NEW_TOKENS, SamplingParams(repetition_penalty=10.0)).token_ids
@@ -135,10 +143,11 @@ def test_graph_and_plain_steps_agree(bundle, endless):
     for messages in CONVERSATIONS.values():
         generation = answer(endless, messages, 40)
         assert answer(plain, messages, 40).token_ids == generation.token_ids
-        length = endless._session.length
-        assert plain._session.length == length == generation.prompt_tokens + 39
-        found, expected = (model._session._rows[..., :length, :] for model in (endless, plain))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+        length = endless._cache.length
+        assert plain._cache.length == length == generation.prompt_tokens + 39
+        found, expected = (model._session.read(np.arange(length)) for model in (endless, plain))
+        for name, rows in expected.items():
+            np.testing.assert_allclose(found[name], rows, rtol=0, atol=1e-4 * np.abs(rows).max(), err_msg=name)
 
 
 CAPTURE_FAILS = """
@@ -187,7 +196,7 @@ def test_an_interrupted_step_appends_nothing(bundle, model):
     fresh._session.graph = Interrupted()
     with pytest.raises(KeyboardInterrupt):
         answer(fresh, FIRST, 12)
-    assert fresh._session.length == len(fresh.prompt(FIRST).token_ids) + 2
+    assert fresh._cache.length == len(fresh.prompt(FIRST).token_ids) + 2
     fresh._session.graph = graph
     assert answer(fresh, FIRST, 12).token_ids == expected
 
@@ -202,7 +211,7 @@ def test_sessions_do_not_disturb_each_other(bundle):
         bindings.ROPE_SIN: text.head_dim,
     }
     steps = [{name: rng.standard_normal((1, 1, size), np.float32) for name, size in shapes.items()} for _ in range(4)]
-    alone, first, second = (engine.open_session(16) for _ in range(3))
+    alone, first, second = (Sequence(engine.open_session(16)) for _ in range(3))
     expected = [alone.decode(step) for step in steps]
     for step, logits in zip(steps, expected, strict=True):
         second.decode_greedy(steps[0])
