@@ -51,7 +51,8 @@ LLAMA_CPP = {  # microseconds of llama.cpp's Pascal kernels (commit 0c1e5709) on
         )
     },
 }
-DECODES = (1024, 4096, 16384, 32768, 131072)
+DECODES = ((1, 1024), (1, 4096), (1, 16384), (1, 32768), (4, 32768), (1, 131072))
+"""Sequences, and keys of each."""
 PREFILLS = ((512, 1024), (512, 4096), (512, 16384), (2048, 2048), (2048, 4096), (2048, 16384))
 PREFILL_FORMATS = ("f32", "f16", "k8v8", "k8v4", "k4v4")
 PACKED = 16, 4096  # heads and patches
@@ -79,10 +80,12 @@ class Row:
     gb_per_s: float | None = None
     times_f16: float | None = None
     """How many times as fast as over a cache in f16."""
+    batch: int | None = None
+    """Sequences, each of so many queries and keys; None: one."""
 
     @property
     def llama_cpp_us(self) -> float | None:
-        return LLAMA_CPP.get((self.kernel, self.queries, self.kv))
+        return LLAMA_CPP.get((self.kernel, self.queries, self.kv)) if self.batch in (None, 1) else None
 
 
 class Bench:
@@ -104,16 +107,20 @@ class Bench:
             )
 
     def attend(self, q, k, v, layer: Layer | None = None, past_length=None, cu_seqlens=None) -> torch.Tensor:
-        """Attention of q, k, v ``[heads, seq, dim]`` on the current stream: ``[seq, heads, dim]``."""
+        """Attention of q, k, v ``[heads, seq, dim]`` on the current stream: ``[seq, heads, dim]``.
+
+        Of several sequences, one for each of ``past_length``, the heads follow one another; they have one query each.
+        """
+        batch = 1 if past_length is None else len(past_length)
         out = torch.empty(q.shape[1], q.shape[0], v.shape[-1], device="cuda")
         args = AttentionArgs(
             q=q.data_ptr(),
             k=k.data_ptr(),
             v=v.data_ptr(),
             out=out.data_ptr(),
-            batch=1,
-            num_heads=q.shape[0],
-            num_kv_heads=k.shape[0],
+            batch=batch,
+            num_heads=q.shape[0] // batch,
+            num_kv_heads=k.shape[0] // batch,
             seq=q.shape[1],
             key_dim=q.shape[2],
             value_dim=v.shape[2],
@@ -143,12 +150,12 @@ class Bench:
 
 
 class Layer:
-    """One layer's cache on the GPU."""
+    """One layer's cache on the GPU; the heads of several sequences follow one another."""
 
-    def __init__(self, library: KernelLibrary, name: str, capacity: int) -> None:
-        self.library, self.formats, self.capacity = library, FORMATS[name], capacity
+    def __init__(self, library: KernelLibrary, name: str, capacity: int, batch: int = 1) -> None:
+        self.library, self.formats, self.capacity, self.batch = library, FORMATS[name], capacity, batch
         self.rotated = self.formats[0].is_quantised
-        lead = (KV_HEADS, capacity)
+        lead = (batch * KV_HEADS, capacity)
         self.rows = [
             torch.randint(0, 60, (*lead, library.row_bytes(f, DIM)), dtype=torch.uint8, device="cuda")
             for f in self.formats
@@ -157,7 +164,7 @@ class Layer:
 
     def bytes_read(self, length: int) -> int:
         per_token = sum(rows.shape[-1] + 2 * f.is_quantised for rows, f in zip(self.rows, self.formats, strict=True))
-        return KV_HEADS * length * per_token
+        return self.batch * KV_HEADS * length * per_token
 
     def view(self) -> Cache:
         return Cache(
@@ -172,13 +179,13 @@ class Layer:
         )
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Write keys and values ``[KV_HEADS, seq, DIM]`` from slot 0 on."""
-        past_length = torch.zeros(1, dtype=torch.int32, device="cuda")
+        """Write keys and values ``[batch * KV_HEADS, seq, DIM]`` from slot 0 on."""
+        past_length = torch.zeros(self.batch, dtype=torch.int32, device="cuda")
         args = AppendArgs(
             key=key.data_ptr(),
             value=value.data_ptr(),
             layers=1,
-            batch=1,
+            batch=self.batch,
             num_kv_heads=KV_HEADS,
             seq=key.shape[-2],
             key_dim=DIM,
@@ -189,7 +196,7 @@ class Layer:
         self.library.kv_append(args, torch.cuda.current_stream().cuda_stream)
 
     def contents(self, which: int, length: int) -> torch.Tensor:
-        """Keys (0) or values (1) as the kernels understand them, float64 ``[KV_HEADS, length, DIM]``."""
+        """Keys (0) or values (1) as the kernels understand them, float64 ``[batch * KV_HEADS, length, DIM]``."""
         rows, form = self.rows[which][:, :length], self.formats[which]
         if form is F32:
             return rows.view(torch.float32).double()
@@ -247,32 +254,32 @@ def checked(what: str, found: torch.Tensor, expected: torch.Tensor, length: int)
     return error
 
 
-def past_and_new(bench: Bench, name: str, queries: int, total: int):
+def past_and_new(bench: Bench, name: str, queries: int, total: int, batch: int = 1):
     """A layer that holds all tokens but the last ``queries``, their q, k, v, and what attention must give."""
     past = total - queries
-    q = torch.randn(HEADS, queries, DIM, device="cuda")
-    k, v = (torch.randn(KV_HEADS, total, DIM, device="cuda") for _ in range(2))
-    layer = Layer(bench.library, name, total)
+    q = torch.randn(batch * HEADS, queries, DIM, device="cuda")
+    k, v = (torch.randn(batch * KV_HEADS, total, DIM, device="cuda") for _ in range(2))
+    layer = Layer(bench.library, name, total, batch)
     layer.append(k, v)
     new_k, new_v = k[:, past:].contiguous(), v[:, past:].contiguous()
     values = torch.cat([layer.contents(1, past), new_v.double()], 1)
     expected = reference(q, new_k, values, past, layer.queries(q), layer.contents(0, past))
-    length = torch.tensor([past], dtype=torch.int32, device="cuda")
+    length = torch.full((batch,), past, dtype=torch.int32, device="cuda")
     return layer, q, new_k, new_v, length, expected
 
 
 def decode(bench: Bench) -> Iterator[Row]:
-    for total in (300,) if bench.quick else DECODES:
+    for batch, total in ((2, 300),) if bench.quick else DECODES:
         f16_us = None
         for name in FORMATS:
-            first, q, k, v, length, expected = past_and_new(bench, name, 1, total)
+            first, q, k, v, length, expected = past_and_new(bench, name, 1, total, batch)
             kernel = f"decode {name}"
             error = checked(kernel, bench.attend(q, k, v, first, length), expected, total)
             size = first.bytes_read(total - 1)
             more = 0 if bench.quick else min(63, COLD_BYTES // size)
-            layers = [first, *(Layer(bench.library, name, total) for _ in range(more))]
+            layers = [first, *(Layer(bench.library, name, total, batch) for _ in range(more))]
             us = bench.time([lambda y=y: bench.attend(q, k, v, y, length) for y in layers])  # noqa: B023
-            row = Row(kernel, 1, total, error, us)
+            row = Row(kernel, 1, total, error, us, batch=batch)
             if not bench.quick:
                 row.read_us, row.gb_per_s = 1e6 * size / read_bandwidth(size), size / us / 1e3
                 f16_us = us if name == "f16" else f16_us
