@@ -25,11 +25,12 @@ from torch import nn
 from transformers import AttentionInterface, Qwen3VLForConditionalGeneration
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
+from pascalvl.export import kv_times
 from pascalvl.export.calibration import CalibrationPrompt, model_inputs, quiet
 from pascalvl.export.checkpoint import Checkpoint
 from pascalvl.export.transforms import LayerStatistics, LayerTransform, plan_transforms
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kv_format import CacheConfig, RowFormat
+from pascalvl.plugins.kv_format import CacheConfig, KVFormat, LayerLayout, RowFormat
 from pascalvl.plugins.kv_rows import compress, expand, hadamard
 from pascalvl.plugins.model_config import TextConfig
 
@@ -38,6 +39,8 @@ _QUERY_TILE = 512
 _LOGITS_AT_ONCE = 256
 _BLOCK = 32
 """Elements that share a scale in llama.cpp's formats."""
+_NAME_BYTES, _NAME_HEIGHT = 100, 1.7
+"""What a name takes of the plot: bytes a token, and a factor of KL divergence."""
 DEFAULT_FORMATS = ("f16", "k8v8", "k8v4", "k4v4", "k4v4,rv=96")
 
 
@@ -78,6 +81,8 @@ class Scheme:
     """Of a token's key and value of one head."""
     compression: Compression | None
     """None: float32."""
+    layouts: Sequence[LayerLayout] = ()
+    """Of the layers, where the kernels have it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +115,10 @@ class Result:
     """As run, names of the prompts whose answers do not come out."""
     strict_wrong: tuple[str, ...]
     """Strict, the same."""
+    append_us: float | None = None
+    """To store a token in all layers; None: no kernel, or no GPU."""
+    decode_us: float | None = None
+    """Of a decode step's attention in all layers over `kv_times.LENGTH` tokens; None as above."""
 
 
 def evaluate(
@@ -143,12 +152,18 @@ def evaluate(
             )
     with Checkpoint(checkpoint) as opened:
         text = opened.model_config().text
-        schemes = [Scheme("exact", 8 * text.head_dim, None)]
+        schemes = [Scheme("exact", 8 * text.head_dim, None, CacheConfig(KVFormat.F32).layers(text))]
         for cache in dict.fromkeys(formats):
             schemes.append(_scheme(str(cache), cache, text, plan_transforms(opened, text, cache, statistics)))
         if baselines:
             plain = plan_transforms(opened, text, CacheConfig(), statistics)
             schemes += _baselines(text, plain)
+    times = [
+        kv_times.measure(scheme.layouts, text.num_attention_heads)
+        if scheme.layouts and torch.cuda.is_available()
+        else (None, None)
+        for scheme in schemes
+    ]
     model = load(checkpoint)
     sums = {scheme.name: _Sums() for scheme in schemes}
     for prompt in prompts:
@@ -159,7 +174,10 @@ def evaluate(
                 _compare(model, prompt, exact, hidden, strict, sums[scheme.name])
                 progress()
     heads = text.num_hidden_layers * text.num_key_value_heads
-    return [sums[scheme.name].result(scheme, heads) for scheme in schemes]
+    return [
+        dataclasses.replace(sums[scheme.name].result(scheme, heads), append_us=append_us, decode_us=decode_us)
+        for scheme, (append_us, decode_us) in zip(schemes, times, strict=True)
+    ]
 
 
 def passes(formats: Sequence[CacheConfig], baselines: bool) -> int:
@@ -201,11 +219,16 @@ def plot(results: Sequence[Result], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 6))
-    for prefix, marker in (("llama.cpp", "s"), ("int", "x"), ("", "o")):
-        of_kind = [r for r in results[1:] if r.name.startswith(prefix) and (prefix or r.name[:3] not in ("lla", "int"))]
-        axes.plot([r.bytes_per_token for r in of_kind], [r.kl for r in of_kind], marker, label=prefix or "PascalVL")
-        for result in of_kind:
-            axes.annotate(result.name, (result.bytes_per_token, result.kl), (4, 4), textcoords="offset points")
+    kinds = {"llama.cpp": "s", "int": "x", "PascalVL": "o"}
+    points = [(next((kind for kind in kinds if r.name.startswith(kind)), "PascalVL"), r) for r in results[1:]]
+    for kind, marker in kinds.items():
+        of_kind = [r for k, r in points if k == kind]
+        axes.plot([r.bytes_per_token for r in of_kind], [r.kl for r in of_kind], marker, label=kind)
+    lowest: dict[float, float] = {}  # by neighbours in bytes: where a name is clear of the one below
+    for _, r in sorted(points, key=lambda point: point[1].kl):
+        near = r.bytes_per_token // _NAME_BYTES
+        height = lowest[near] = max(r.kl, _NAME_HEIGHT * lowest.get(near, 0))
+        axes.annotate(f"  {r.name}", (r.bytes_per_token, height), va="center")
     axes.set(xlabel="bytes a token and KV head", ylabel="mean KL divergence from float32, nats", yscale="log")
     axes.legend()
     figure.savefig(path, dpi=120, format="png")
@@ -374,9 +397,8 @@ def _scheme(name: str, cache: CacheConfig, text: TextConfig, transforms: Sequenc
         past = Seen(past_q, _stored(k, key_row, layout.is_rotated), _stored(v, value_row) @ up.mT)
         return past, Seen(q, k, v @ up.mT)
 
-    return Scheme(
-        name, sum(layout.bytes_per_token for layout in layouts) / len(layouts) / text.num_key_value_heads, compression
-    )
+    row_bytes = sum(layout.bytes_per_token for layout in layouts) / len(layouts) / text.num_key_value_heads
+    return Scheme(name, row_bytes, compression, layouts)
 
 
 def _stored(x: torch.Tensor, row_format: RowFormat, is_rotated: bool = False) -> torch.Tensor:

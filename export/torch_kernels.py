@@ -162,28 +162,41 @@ def kv_append(
     for layout, run in itertools.groupby(range(len(layouts)), lambda layer: layouts[layer]):
         layers = list(run)
         key, value = (torch.stack([new[layer][which] for layer in layers]) for which in range(2))
-        count, batch, _, seq, _ = key.shape
-        slots = _checked("slots", slots, [torch.int32], (batch, seq), key.device)
-        first, second = caches[layers[0]], caches[layers[min(1, count - 1)]]
-        strides = [0 if a is None else b.data_ptr() - a.data_ptr() for a, b in zip(first, second, strict=True)]
-        args = AppendArgs(
-            key=key.data_ptr(),
-            value=value.data_ptr(),
-            layers=count,
-            batch=batch,
-            num_kv_heads=layout.num_kv_heads,
-            seq=seq,
-            key_dim=layout.key_dim,
-            value_dim=layout.value_dim,
-            slots=slots.data_ptr(),
-            cache=cache_view(layout, *first),
-            key_stride=strides[0],
-            value_stride=strides[1],
-            key_scale_stride=strides[2],
-            value_scale_stride=strides[2],
-        )
-        with _current(key.device) as stream:
-            kernels.kv_append(args, stream)
+        append_run(kernels, layout, key, value, [caches[layer] for layer in layers[:2]], slots)
+
+
+def append_run(
+    kernels: KernelLibrary,
+    layout: LayerLayout,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    caches: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]],
+    slots: torch.Tensor,
+) -> None:
+    """`kv_append` of layers with the same layout: keys and values of all, ``[layers, batch, num_kv_heads, seq, dim]``,
+    and the caches of at least the first two."""
+    count, batch, _, seq, _ = key.shape
+    slots = _checked("slots", slots, [torch.int32], (batch, seq), key.device)
+    first, second = caches[0], caches[min(1, count - 1)]
+    strides = [0 if a is None else b.data_ptr() - a.data_ptr() for a, b in zip(first, second, strict=True)]
+    args = AppendArgs(
+        key=key.data_ptr(),
+        value=value.data_ptr(),
+        layers=count,
+        batch=batch,
+        num_kv_heads=layout.num_kv_heads,
+        seq=seq,
+        key_dim=layout.key_dim,
+        value_dim=layout.value_dim,
+        slots=slots.data_ptr(),
+        cache=cache_view(layout, *first),
+        key_stride=strides[0],
+        value_stride=strides[1],
+        key_scale_stride=strides[2],
+        value_scale_stride=strides[2],
+    )
+    with _current(key.device) as stream:
+        kernels.kv_append(args, stream)
 
 
 def cache_view(layout: LayerLayout, key: torch.Tensor, value: torch.Tensor, scale: torch.Tensor | None = None) -> Cache:

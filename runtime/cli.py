@@ -563,6 +563,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from pascalvl.export import kv_evaluation
     from pascalvl.export.calibration import calibrate
     from pascalvl.export.checkpoint import Checkpoint
+    from pascalvl.export.kv_times import LENGTH
     from pascalvl.plugins.kv_format import CacheConfig
     from pascalvl.runtime.prompt_folder import read_prompts
 
@@ -594,9 +595,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     first = results[0]
     strict = Table(title=f"strict: {first.positions} positions of text")
     as_run = Table(title=f"as run: {first.answer_positions} positions of answers")
+    timed = first.decode_us is not None
     for table, headings in (
         (strict, ("bytes", "KL", "KL 99.9%", "top-1", "perplexity", "right")),
-        (as_run, ("bytes", "KL", "top-1", "right")),
+        (as_run, ("bytes", "KL", "top-1", "right", *(["append us", f"decode {LENGTH:,} us"] if timed else []))),
     ):
         table.add_column("KV cache", no_wrap=True)
         for heading in headings:
@@ -606,7 +608,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         right, strict_right = ("" if x is None else f"{x:.2%}" for x in (row.right, row.strict_right))
         figures = (f"{row.kl:.2e}", f"{row.kl_999:.2e}", f"{row.top_1:.2%}", f"{row.perplexity:.5g}")
         strict.add_row(row.name, size, *figures, strict_right)
-        as_run.add_row(row.name, size, f"{row.answer_kl:.2e}", f"{row.answer_top_1:.2%}", right)
+        times = ["" if us is None else f"{us:.1f}" for us in (row.append_us, row.decode_us)] if timed else []
+        as_run.add_row(row.name, size, f"{row.answer_kl:.2e}", f"{row.answer_top_1:.2%}", right, *times)
     console = _console()
     console.width = max(console.width, _TABLE_WIDTH)
     console.print(strict, as_run)

@@ -11,6 +11,7 @@ from pascalvl.export import kv_evaluation
 from pascalvl.export.calibration import CalibrationPrompt
 from pascalvl.export.checkpoint import Checkpoint
 from pascalvl.export.kv_evaluation import EvaluationPrompt, Seen
+from pascalvl.export.kv_times import measure
 from pascalvl.export.transforms import plan_transforms
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
@@ -188,3 +189,13 @@ def test_command_line_errors(nano_checkpoint, tmp_path, capsys):
     assert "holds no prompts" in capsys.readouterr().err
     assert main(["eval", "speed", str(nano_checkpoint), "--data", str(tmp_path)]) == 2
     assert "invalid choice: 'speed'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_times_on_a_gpu(nano_checkpoint):
+    """A smaller cache is read faster; storing a token takes a launch or three, not more."""
+    with Checkpoint(nano_checkpoint) as checkpoint:
+        text = checkpoint.model_config().text
+    times = {kv: measure(CacheConfig.parse(kv).layers(text), 8, 1 << 18) for kv in ("f32", "f16", "k8v4,layer.0=f16")}
+    assert times["f32"][1] > times["f16"][1] > times["k8v4,layer.0=f16"][1]
+    assert all(0 < append < 100 for append, _ in times.values())
