@@ -532,7 +532,7 @@ def test_command_line(tensorrt, nano_model_bundle, tmp_path, monkeypatch, capsys
     found = []
 
     def stop(*args):
-        found.append(args[-1])
+        found.append(args[3:])
         raise UserError("enough.")
 
     monkeypatch.setattr(tensorrt, "build", stop)
@@ -541,6 +541,6 @@ def test_command_line(tensorrt, nano_model_bundle, tmp_path, monkeypatch, capsys
     names = ["--max-context", "900", "--tactic-sources", "CUBLAS,CUDNN", "--preview-features", ""]
     assert main([*command, *options, *names]) == 2
     assert capsys.readouterr().err == "pascalvl: error: enough.\n"
-    assert found.pop() == BuildOptions(64, 5000, 900, tmp_path / "t", ("CUBLAS", "CUDNN"), ())
+    assert found.pop() == (CacheConfig(), BuildOptions(64, 5000, 900, tmp_path / "t", ("CUBLAS", "CUDNN"), ()))
     assert main(command) == 2
-    assert found.pop() is None  # neither options nor a cache
+    assert found.pop() == (CacheConfig(),)
