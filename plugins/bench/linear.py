@@ -1,8 +1,8 @@
 """Checks and times the kernels of linear layers on a GPU: ``python -m pascalvl.plugins.bench.linear``.
 
 Each is compared with a float64 product of the same codes before it is timed; the inputs' quantisation is within the
-time. Weights are cold where few rows meet them. Beside each time stand its floors: its multiply-adds at the rate of DP4A
-in registers, and a plain read of its bytes; and llama.cpp's time. Needs torch with CUDA.
+time. Weights are cold where few rows meet them. Beside each time stand its floors, which are its multiply-adds at the
+rate of DP4A in registers and a plain read of its bytes, and llama.cpp's time. Needs torch with CUDA.
 """
 
 from __future__ import annotations

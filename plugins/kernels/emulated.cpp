@@ -30,9 +30,9 @@ Starter starter(void (*kernel)(Params)) {
   KERNEL(NAME##_kFloat32_kFloat32), KERNEL(NAME##_kFloat16_kFloat16), KERNEL(NAME##_kInt8_kInt8), \
       KERNEL(NAME##_kInt8_kInt4), KERNEL(NAME##_kInt4_kInt8), KERNEL(NAME##_kInt4_kInt4)
 #define DECODERS(GROUP) FORMATS(decode_##GROUP)
-#define LINEAR_LAYERS(FORMAT)                                                                                    \
-  KERNEL(linear_tile_##FORMAT), KERNEL(linear_1_##FORMAT), KERNEL(linear_2_##FORMAT), KERNEL(linear_4_##FORMAT), \
-      KERNEL(linear_8_##FORMAT)
+#define LINEAR_LAYERS(FORMAT)                                                                        \
+  KERNEL(linear_tile_64_##FORMAT), KERNEL(linear_tile_32_##FORMAT), KERNEL(linear_tile_16_##FORMAT), \
+      KERNEL(linear_1_##FORMAT), KERNEL(linear_2_##FORMAT), KERNEL(linear_4_##FORMAT), KERNEL(linear_8_##FORMAT)
 #define PREFILLS(DIM) FORMATS(prefill_causal_##DIM)
 
 const std::map<std::string, Starter>& kernels() {

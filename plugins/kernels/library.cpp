@@ -19,9 +19,9 @@ constexpr int kAppendRows = 4;  // of a block, a warp each
 constexpr int kAppendThreads = 128;
 constexpr int kGreedyThreads = 512;
 constexpr int kLinearThreads = 128;
-constexpr int kFewRows = 8;                        // up to which a linear layer is bound by reading its weights
-constexpr int kTileRows = 64, kTileColumns = 128;  // that a block computes of more
-constexpr int kWarpColumns = 4;                    // that a warp computes of few
+constexpr int kFewRows = 8;  // up to which a linear layer is bound by reading its weights
+constexpr int kTileColumns = 128;
+constexpr int kWarpColumns = 4;  // that a warp computes of few
 constexpr int kMaxDim = 128;
 constexpr int kLeastKeys = 64;               // of a decode split
 constexpr int kBlocksPerMultiprocessor = 2;  // of decode blocks, by their registers
@@ -278,6 +278,9 @@ void check(const pascalvl_linear_args& a) {
   require(a.rows <= 65535, "%d rows are too many; expected at most 65535.", a.rows);
 }
 
+// Rows that a block computes, of many.
+int tile_rows(const pascalvl_linear_args& a) { return a.rows <= 16 ? 16 : a.rows <= 32 ? 32 : 64; }
+
 // How a linear layer is cut: blocks (or warps, of few rows) that share the inputs of the same outputs. As many as fill
 // the card, by what it runs at once, but none with less than two groups (or a line of bytes).
 int linear_splits(const pascalvl_linear_args& a) {
@@ -287,7 +290,7 @@ int linear_splits(const pascalvl_linear_args& a) {
     const int lines = groups * a.group * a.bits / 8 / 512;
     return warps * 2 <= wanted && lines >= 4 ? 4 : warps <= wanted && lines >= 2 ? 2 : 1;
   }
-  const int tiles = up_to(a.rows, kTileRows) / kTileRows * (up_to(a.out_features, kTileColumns) / kTileColumns);
+  const int tiles = up_to(a.rows, tile_rows(a)) / tile_rows(a) * (up_to(a.out_features, kTileColumns) / kTileColumns);
   int best = 1;
   double least = 1e300;
   for (int splits = 1; splits <= 8 && (splits == 1 || groups / splits >= 2); ++splits) {
@@ -314,7 +317,7 @@ LinearParams to_params(const pascalvl_linear_args& a, LinearSizes& sizes) {
   p.padded = up_to(a.in_features, a.group);
   p.out_features = a.out_features;
   p.group = a.group;
-  p.row_pitch = up_to(a.rows, kTileRows);
+  p.row_pitch = up_to(a.rows, tile_rows(a));
   p.scale_pitch = up_to(a.out_features, 8);
   p.splits = linear_splits(a);
   sizes.codes = (size_t(a.rows) * p.padded + 15) / 16 * 16;
@@ -339,11 +342,12 @@ void linear(const pascalvl_linear_args& a, unsigned char* workspace, void* strea
     return launch(text("linear_%d_w%d", of, a.bits), {blocks, 1, 1}, kLinearThreads, p, stream);
   }
   const unsigned columns = up_to(a.out_features, kTileColumns) / kTileColumns;
-  launch(text("linear_tile_w%d", a.bits), {columns, unsigned(p.row_pitch / kTileRows), unsigned(p.splits)},
-         kLinearThreads, p, stream);
+  launch(text("linear_tile_%d_w%d", tile_rows(a), a.bits),
+         {columns, unsigned(p.row_pitch / tile_rows(a)), unsigned(p.splits)}, kLinearThreads, p, stream);
   if (p.splits > 1) {
-    launch("linear_sum", {unsigned(up_to(a.out_features, kLinearThreads) / kLinearThreads), rows, 1}, kLinearThreads, p,
-           stream);
+    const int columns_of_block = 4 * kLinearThreads;
+    launch("linear_sum", {unsigned(up_to(a.out_features, columns_of_block) / columns_of_block), rows, 1},
+           kLinearThreads, p, stream);
   }
 }
 

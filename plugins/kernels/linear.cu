@@ -44,10 +44,16 @@ extern "C" __global__ void __launch_bounds__(kLinearThreads) linear_quantise(con
   const int lane = threadIdx.x % kWarp, row = blockIdx.y;
   const int d = (blockIdx.x * (kLinearThreads / kWarp) + threadIdx.x / kWarp) * 4 * kWarp + 4 * lane;
   if (d - 4 * lane >= p.padded) return;
-  float x[4];
+  const float* from = p.x + (long long)row * p.in_features + d;
+  float4 quad = make_float4(0, 0, 0, 0);
+  if (p.in_features % 4 == 0) {
+    if (d < p.in_features) quad = *reinterpret_cast<const float4*>(from);
+  } else {
+    float x[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) x[i] = d + i < p.in_features ? p.x[(long long)row * p.in_features + d + i] : 0;
-  const float4 quad = make_float4(x[0], x[1], x[2], x[3]);
+    for (int i = 0; i < 4; ++i) x[i] = d + i < p.in_features ? from[i] : 0;
+    quad = make_float4(x[0], x[1], x[2], x[3]);
+  }
   float most = max_abs(quad);
   for (int mask = 1; mask < p.group / 4; mask *= 2) most = max2(most, __shfl_xor_sync(kAllLanes, most, mask));
   const unsigned codes = quantise(quad, most > 0 ? 127 / most : 0, -127, 127);
@@ -56,47 +62,90 @@ extern "C" __global__ void __launch_bounds__(kLinearThreads) linear_quantise(con
   if (d % p.group == 0) p.x_scale[(long long)(d / p.group) * p.row_pitch + row] = most / 127;
 }
 
+// Four columns of a row of outputs, from `column` on, as far as there are so many: their bytes lie together where rows
+// have whole quads.
+__device__ __forceinline__ float4 load_columns(const LinearParams& p, const float* row, int column) {
+  if (p.out_features % 4 == 0 && column < p.out_features) return *reinterpret_cast<const float4*>(row + column);
+  float x[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = column + i < p.out_features ? row[column + i] : 0;
+  return make_float4(x[0], x[1], x[2], x[3]);
+}
+
+__device__ __forceinline__ float4 load_bias(const LinearParams& p, int column) {
+  return p.bias ? load_columns(p, p.bias, column) : make_float4(0, 0, 0, 0);
+}
+
+__device__ __forceinline__ void store_quad(const LinearParams& p, float* rows, int row, int column, float4 quad) {
+  float* to = rows + (long long)row * p.out_features + column;
+  if (p.out_features % 4 == 0) {
+    if (column < p.out_features) *reinterpret_cast<float4*>(to) = quad;
+    return;
+  }
+  const float x[4] = {quad.x, quad.y, quad.z, quad.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (column + i < p.out_features) to[i] = x[i];
+  }
+}
+
 // Many rows ----------------------------------------------------------------------------------------------------------
 
-constexpr int kTileRows = 64;
 constexpr int kTileColumns = 128;
 constexpr int kTileWords = 16;  // words of codes in shared memory at a time, 64 codes
 constexpr int kGroupWords = 8;  // words after which a group may end
-constexpr int kRowPitch = kTileRows + 4, kColumnPitch = kTileColumns + 4;
+constexpr int kColumnPitch = kTileColumns + 4;
 
+template <int kTileRows>
 struct LinearShared {
-  int x[2][kTileWords][kRowPitch];
+  int x[2][kTileWords][kTileRows + 4];
   int weight[2][kTileWords][kColumnPitch];
 };
 
+// Reads 2, or whole quads.
+template <int kCount>
 __device__ __forceinline__ void load_ints(const int* from, int* x) {
-  const int4 low = *reinterpret_cast<const int4*>(from);
-  x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+  if (kCount == 2) {
+    const int2 two = *reinterpret_cast<const int2*>(from);
+    x[0] = two.x, x[1] = two.y;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    const int4 quad = *reinterpret_cast<const int4*>(from + i);
+    x[i] = quad.x, x[(i + 1) % kCount] = quad.y, x[(i + 2) % kCount] = quad.z, x[(i + 3) % kCount] = quad.w;
+  }
 }
 
-// A block computes 64 rows by 128 columns, a thread 8 by 8 (columns 4 c and on, and 64 further on). Slices of 64 codes
-// of both lie in shared memory, transposed, two in turn; the next one is on its way in registers. For each word a
-// thread does 64 DP4A for 4 shared loads of 16 bytes, as in prefill. Bound by DP4A issue.
-template <int kBits>
-__device__ __forceinline__ void linear_tile(const LinearParams& p, LinearShared& shared) {
+// A block computes 64 rows (16 or 32, of few) by 128 columns, a thread 8 (2, 4) by 8: columns 4 c and on, and 64
+// further on. Slices of 64 codes of both lie in shared memory, transposed, two in turn; the next one is on its way in
+// registers. For each word a thread does 64 DP4A for 4 shared loads of 16 bytes, as in prefill. Bound by DP4A issue.
+template <int kBits, int kTileRows>
+__device__ __forceinline__ void linear_tile(const LinearParams& p, LinearShared<kTileRows>& shared) {
   using Quad = WeightQuad<kBits>;
   constexpr int kWeightQuads = 4 * kTileWords * kBits / 8 / 16;  // of a column's slice
+  constexpr int kQuads = kTileWords / 4;                         // of a row's
+  constexpr int kXQuads = kQuads * kTileRows > kLinearThreads ? kQuads * kTileRows / kLinearThreads : 1;  // of a thread
+  constexpr int kRows = kTileRows / 8;
   const int first_column = blockIdx.x * kTileColumns, first_row = blockIdx.y * kTileRows;
   const int groups = p.padded / p.group, share = ceil_div(groups, p.splits);
   const int first_group = blockIdx.z * share, last_group = min2(first_group + share, groups);
   const int begin = first_group * p.group, end = last_group * p.group;
 
-  // This thread brings half a slice of a row, and the slice of a column.
-  const int load_row = threadIdx.x % kTileRows, load_half = threadIdx.x / kTileRows;
-  const unsigned char* x_at = p.codes + (long long)min2(first_row + load_row, p.rows - 1) * p.padded + 32 * load_half;
+  // This thread brings some quads of rows' slices, and the slice of a column.
+  const int load_row = threadIdx.x % kTileRows, first_quad = threadIdx.x / kTileRows;
+  const bool brings = first_quad < kQuads;
+  constexpr int kQuadsApart = kLinearThreads / kTileRows;  // of one row, between a thread's
+  const unsigned char* x_at = p.codes + (long long)min2(first_row + load_row, p.rows - 1) * p.padded;
   const unsigned char* weight_at =
       p.weight + (long long)min2(first_column + int(threadIdx.x), p.out_features - 1) * (p.padded * kBits / 8);
-  uint4 next_x[2], next_weight[kWeightQuads];
+  uint4 next_x[kXQuads], next_weight[kWeightQuads];
   const uint4 nothing = make_uint4(0, 0, 0, 0);
   auto fetch = [&](int at) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      next_x[i] = at + 32 * load_half + 16 * i < end ? load_quad(x_at + at + 16 * i) : nothing;
+    for (int i = 0; i < kXQuads; ++i) {
+      const int code = at + 16 * (first_quad + i * kQuadsApart);
+      next_x[i] = brings && code < end ? load_quad(x_at + code) : nothing;
     }
 #pragma unroll
     for (int i = 0; i < kWeightQuads; ++i) {
@@ -106,10 +155,11 @@ __device__ __forceinline__ void linear_tile(const LinearParams& p, LinearShared&
   };
   auto put = [&](int buffer) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kXQuads; ++i) {
       const unsigned words[4] = {next_x[i].x, next_x[i].y, next_x[i].z, next_x[i].w};
+      if (!brings) continue;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) shared.x[buffer][kGroupWords * load_half + 4 * i + j][load_row] = int(words[j]);
+      for (int j = 0; j < 4; ++j) shared.x[buffer][4 * (first_quad + i * kQuadsApart) + j][load_row] = int(words[j]);
     }
 #pragma unroll
     for (int i = 0; i < kWeightQuads; ++i) {
@@ -120,11 +170,11 @@ __device__ __forceinline__ void linear_tile(const LinearParams& p, LinearShared&
     }
   };
 
-  const int column = threadIdx.x % 16, row = threadIdx.x / 16 * 8;
-  float total[8][8];
-  int sum[8][8];
+  const int column = threadIdx.x % 16, row = threadIdx.x / 16 * kRows;
+  float total[kRows][8];
+  int sum[kRows][8];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < kRows; ++i) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) total[i][j] = 0, sum[i][j] = kIntegersStart;
   }
@@ -138,13 +188,12 @@ __device__ __forceinline__ void linear_tile(const LinearParams& p, LinearShared&
     for (int step = 0; step < kTileWords; step += kGroupWords) {
 #pragma unroll
       for (int word = step; word < step + kGroupWords; ++word) {
-        int x[8], weight[8];
-        load_ints(&shared.x[buffer][word][row], x);
-        load_ints(&shared.x[buffer][word][row + 4], x + 4);
-        load_ints(&shared.weight[buffer][word][4 * column], weight);
-        load_ints(&shared.weight[buffer][word][kTileColumns / 2 + 4 * column], weight + 4);
+        int x[kRows], weight[8];
+        load_ints<kRows>(&shared.x[buffer][word][row], x);
+        load_ints<4>(&shared.weight[buffer][word][4 * column], weight);
+        load_ints<4>(&shared.weight[buffer][word][kTileColumns / 2 + 4 * column], weight + 4);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < kRows; ++i) {
 #pragma unroll
           for (int j = 0; j < 8; ++j) sum[i][j] = __dp4a(x[i], weight[j], sum[i][j]);
         }
@@ -155,12 +204,11 @@ __device__ __forceinline__ void linear_tile(const LinearParams& p, LinearShared&
         const float* x_scales = p.x_scale + (long long)group * p.row_pitch + first_row + row;
         const unsigned char* scales =
             reinterpret_cast<const unsigned char*>(p.scale + (long long)group * p.scale_pitch + first_column);
-        float x_scale[8], scale[8];
+        float x_scale[kRows], scale[8];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) x_scale[i] = x_scales[i];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float4 four = *reinterpret_cast<const float4*>(x_scales + 4 * half);
-          x_scale[4 * half] = four.x, x_scale[4 * half + 1] = four.y;
-          x_scale[4 * half + 2] = four.z, x_scale[4 * half + 3] = four.w;
           const int at_column = min2(kTileColumns / 2 * half + 4 * column, p.scale_pitch - 4 - first_column);
           const uint2 halves = __ldg(reinterpret_cast<const uint2*>(scales + 2 * at_column));
           const float2 low = halves_to_floats(halves.x), high = halves_to_floats(halves.y);
@@ -168,7 +216,7 @@ __device__ __forceinline__ void linear_tile(const LinearParams& p, LinearShared&
           scale[4 * half + 2] = Quad::kScale * high.x, scale[4 * half + 3] = Quad::kScale * high.y;
         }
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < kRows; ++i) {
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
             total[i][j] += exact_float(sum[i][j]) * (x_scale[i] * scale[j]);
@@ -184,26 +232,28 @@ __device__ __forceinline__ void linear_tile(const LinearParams& p, LinearShared&
 
   float* out = p.splits > 1 ? p.partial + (long long)blockIdx.z * p.rows * p.out_features : p.out;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int to_row = first_row + row + i;
+  for (int half = 0; half < 2; ++half) {
+    const int to_column = first_column + kTileColumns / 2 * half + 4 * column;
+    const float4 bias = p.splits == 1 ? load_bias(p, to_column) : make_float4(0, 0, 0, 0);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int to_column = first_column + j / 4 * (kTileColumns / 2) + 4 * column + j % 4;
-      if (to_row >= p.rows || to_column >= p.out_features) continue;
-      const float bias = p.bias && p.splits == 1 ? p.bias[to_column] : 0;
-      out[(long long)to_row * p.out_features + to_column] = total[i][j] + bias;
+    for (int i = 0; i < kRows; ++i) {
+      const float* x = total[i] + 4 * half;
+      const float4 quad = make_float4(x[0] + bias.x, x[1] + bias.y, x[2] + bias.z, x[3] + bias.w);
+      if (first_row + row + i < p.rows) store_quad(p, out, first_row + row + i, to_column, quad);
     }
   }
 }
 
-// Sums the splits of the inputs. Grid: (out_features / threads, rounded up; rows).
+// Sums the splits of the inputs, a thread four columns. Grid: (out_features / 4 / threads, rounded up; rows).
 extern "C" __global__ void __launch_bounds__(kLinearThreads) linear_sum(const LinearParams p) {
-  const int column = blockIdx.x * kLinearThreads + threadIdx.x;
+  const int column = 4 * (blockIdx.x * kLinearThreads + threadIdx.x), row = blockIdx.y;
   if (column >= p.out_features) return;
-  const long long at = (long long)blockIdx.y * p.out_features + column, stride = (long long)p.rows * p.out_features;
-  float sum = p.bias ? p.bias[column] : 0;
-  for (int split = 0; split < p.splits; ++split) sum += p.partial[split * stride + at];
-  p.out[at] = sum;
+  float4 sum = load_bias(p, column);
+  for (int split = 0; split < p.splits; ++split) {
+    const float4 x = load_columns(p, p.partial + ((long long)split * p.rows + row) * p.out_features, column);
+    sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
+  }
+  store_quad(p, p.out, row, column, sum);
 }
 
 // Few rows -----------------------------------------------------------------------------------------------------------
@@ -232,10 +282,19 @@ __device__ __forceinline__ void linear_rows(const LinearParams& p) {
 #pragma unroll
   for (int n = 0; n < kWarpColumns; ++n) columns[n] = p.weight + (long long)min2(first + n, p.out_features - 1) * bytes;
   const unsigned short* scales = p.scale + min2(first, p.scale_pitch - kWarpColumns);
-  for (int unit = warp % p.splits * kWarp + lane; unit < bytes / 16; unit += p.splits * kWarp) {
+  const int step = p.splits * kWarp;
+  int unit = warp % p.splits * kWarp + lane;
+  uint4 next[kWarpColumns];
+  auto fetch = [&](int at) {
+#pragma unroll
+    for (int n = 0; n < kWarpColumns; ++n) next[n] = load_quad(columns[n] + 16 * at);
+  };
+  if (unit < bytes / 16) fetch(unit);
+  for (; unit < bytes / 16; unit += step) {
     uint4 raw[kWarpColumns];
 #pragma unroll
-    for (int n = 0; n < kWarpColumns; ++n) raw[n] = load_quad(columns[n] + 16 * unit);
+    for (int n = 0; n < kWarpColumns; ++n) raw[n] = next[n];
+    if (unit + step < bytes / 16) fetch(unit + step);
     const int code = unit * kCodes, group = code / p.group;
     const uint2 halves = __ldg(reinterpret_cast<const uint2*>(scales + (long long)group * p.scale_pitch));
     const float2 low = halves_to_floats(halves.x), high = halves_to_floats(halves.y);
@@ -247,10 +306,7 @@ __device__ __forceinline__ void linear_rows(const LinearParams& p) {
     for (int m = 0; m < kRows; ++m) {
       const int row = min2(m, p.rows - 1);
       int x[Quad::kWords];
-#pragma unroll
-      for (int i = 0; i < Quad::kWords; i += 4) {
-        load_ints(reinterpret_cast<const int*>(p.codes + (long long)row * p.padded + code + 4 * i), x + i);
-      }
+      load_ints<Quad::kWords>(reinterpret_cast<const int*>(p.codes + (long long)row * p.padded + code), x);
       const float x_scale = Quad::kScale * p.x_scale[(long long)group * p.row_pitch + row];
 #pragma unroll
       for (int n = 0; n < kWarpColumns; ++n) {
@@ -278,23 +334,23 @@ __device__ __forceinline__ void linear_rows(const LinearParams& p) {
   p.out[(long long)m * p.out_features + first + n] = sum;
 }
 
-#define LINEAR(BITS)                                                                                          \
-  extern "C" __global__ void __launch_bounds__(kLinearThreads, 2) linear_tile_w##BITS(const LinearParams p) { \
-    __shared__ __align__(16) LinearShared shared;                                                             \
-    linear_tile<BITS>(p, shared);                                                                             \
-  }                                                                                                           \
-  extern "C" __global__ void __launch_bounds__(kLinearThreads) linear_1_w##BITS(const LinearParams p) {       \
-    linear_rows<BITS, 1>(p);                                                                                  \
-  }                                                                                                           \
-  extern "C" __global__ void __launch_bounds__(kLinearThreads) linear_2_w##BITS(const LinearParams p) {       \
-    linear_rows<BITS, 2>(p);                                                                                  \
-  }                                                                                                           \
-  extern "C" __global__ void __launch_bounds__(kLinearThreads) linear_4_w##BITS(const LinearParams p) {       \
-    linear_rows<BITS, 4>(p);                                                                                  \
-  }                                                                                                           \
-  extern "C" __global__ void __launch_bounds__(kLinearThreads) linear_8_w##BITS(const LinearParams p) {       \
-    linear_rows<BITS, 8>(p);                                                                                  \
+#define LINEAR_TILE(ROWS, BITS)                                                                                        \
+  extern "C" __global__ void __launch_bounds__(kLinearThreads, 2) linear_tile_##ROWS##_w##BITS(const LinearParams p) { \
+    __shared__ __align__(16) LinearShared<ROWS> shared;                                                                \
+    linear_tile<BITS, ROWS>(p, shared);                                                                                \
   }
+#define LINEAR_ROWS(ROWS, BITS)                                                                                \
+  extern "C" __global__ void __launch_bounds__(kLinearThreads) linear_##ROWS##_w##BITS(const LinearParams p) { \
+    linear_rows<BITS, ROWS>(p);                                                                                \
+  }
+#define LINEAR(BITS)    \
+  LINEAR_TILE(64, BITS) \
+  LINEAR_TILE(32, BITS) \
+  LINEAR_TILE(16, BITS) \
+  LINEAR_ROWS(1, BITS)  \
+  LINEAR_ROWS(2, BITS)  \
+  LINEAR_ROWS(4, BITS)  \
+  LINEAR_ROWS(8, BITS)
 LINEAR(8)
 LINEAR(4)
 

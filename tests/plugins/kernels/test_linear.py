@@ -14,8 +14,19 @@ from tests.plugins.kernels.reference import aligned, copy, pointer, relative_err
 FORMATS = [WeightFormat(bits, group) for bits in (8, 4) for group in GROUPS]
 TOLERANCE = 1e-6
 """FP32 sums over groups, whose own sums are exact: measured up to 2e-7."""
-ODD_SHAPES = [(1, 32, 4), (1, 130, 5), (2, 96, 33), (3, 640, 130), (7, 1000, 70), (8, 256, 128), (9, 320, 140)]
-ODD_SHAPES += [(64, 128, 128), (65, 200, 257), (130, 1152, 36)]
+ODD_SHAPES = [
+    (1, 32, 4),
+    (1, 130, 5),
+    (2, 96, 33),
+    (3, 640, 130),
+    (7, 1000, 70),
+    (8, 256, 128),
+    (9, 320, 140),
+    (16, 128, 64),
+    (17, 96, 132),
+    (33, 256, 20),
+]
+ODD_SHAPES += [(9, 320, 140), (16, 128, 64), (17, 96, 132), (33, 256, 20), (64, 128, 128), (65, 200, 257), (130, 1152, 36)]
 WIDTHS = {
     "2B": [(2048, 4096), (2048, 6144), (6144, 2048), (2048, 151936)],
     "4B": [(2560, 6144), (2560, 9728), (9728, 2560), (4096, 2560)],
