@@ -267,7 +267,8 @@ constexpr int kLinearWarps = kLinearThreads / kWarp;
 template <int kBits, int kRows>
 __device__ __forceinline__ void linear_rows(const LinearParams& p) {
   using Quad = WeightQuad<kBits>;
-  constexpr int kCodes = 4 * Quad::kWords;  // of a lane's 16 bytes
+  constexpr int kCodes = 4 * Quad::kWords;                 // of a lane's 16 bytes
+  constexpr int kAhead = kBits == 4 && kRows < 8 ? 2 : 1;  // steps whose weights are on their way
   __shared__ float shared[kLinearWarps][kRows][kWarpColumns];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int first = (blockIdx.x * (kLinearWarps / p.splits) + warp / p.splits) * kWarpColumns;
@@ -284,17 +285,23 @@ __device__ __forceinline__ void linear_rows(const LinearParams& p) {
   const unsigned short* scales = p.scale + min2(first, p.scale_pitch - kWarpColumns);
   const int step = p.splits * kWarp;
   int unit = warp % p.splits * kWarp + lane;
-  uint4 next[kWarpColumns];
-  auto fetch = [&](int at) {
+  uint4 ahead[kAhead][kWarpColumns];
+  auto fetch = [&](uint4* quads, int at) {
+    if (at >= bytes / 16) return;
 #pragma unroll
-    for (int n = 0; n < kWarpColumns; ++n) next[n] = load_quad(columns[n] + 16 * at);
+    for (int n = 0; n < kWarpColumns; ++n) quads[n] = load_quad(columns[n] + 16 * at);
   };
-  if (unit < bytes / 16) fetch(unit);
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) fetch(ahead[i], unit + i * step);
   for (; unit < bytes / 16; unit += step) {
     uint4 raw[kWarpColumns];
 #pragma unroll
-    for (int n = 0; n < kWarpColumns; ++n) raw[n] = next[n];
-    if (unit + step < bytes / 16) fetch(unit + step);
+    for (int n = 0; n < kWarpColumns; ++n) {
+      raw[n] = ahead[0][n];
+#pragma unroll
+      for (int i = 1; i < kAhead; ++i) ahead[i - 1][n] = ahead[i][n];
+    }
+    fetch(ahead[kAhead - 1], unit + kAhead * step);
     const int code = unit * kCodes, group = code / p.group;
     const uint2 halves = __ldg(reinterpret_cast<const uint2*>(scales + (long long)group * p.scale_pitch));
     const float2 low = halves_to_floats(halves.x), high = halves_to_floats(halves.y);

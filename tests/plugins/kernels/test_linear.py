@@ -9,26 +9,17 @@ from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import KernelLibrary, LinearArgs
 from pascalvl.plugins.weight_rows import GROUPS, WeightFormat, linear, quantise_inputs, quantise_weight
 from tests.plugins.kernels import reference
-from tests.plugins.kernels.reference import aligned, copy, pointer, relative_error
+from tests.plugins.kernels.reference import copy, pointer, quantised_linear, relative_error
 
 FORMATS = [WeightFormat(bits, group) for bits in (8, 4) for group in GROUPS]
 TOLERANCE = 1e-6
 """FP32 sums over groups, whose own sums are exact: measured up to 2e-7."""
-ODD_SHAPES = [
-    (1, 32, 4),
-    (1, 130, 5),
-    (2, 96, 33),
-    (3, 640, 130),
-    (7, 1000, 70),
-    (8, 256, 128),
-    (9, 320, 140),
-    (16, 128, 64),
-    (17, 96, 132),
-    (33, 256, 20),
-]
-ODD_SHAPES += [(9, 320, 140), (16, 128, 64), (17, 96, 132), (33, 256, 20), (64, 128, 128), (65, 200, 257), (130, 1152, 36)]
+ODD_SHAPES = [(1, 32, 4), (1, 130, 5), (2, 96, 33), (3, 640, 130), (7, 1000, 70), (8, 256, 128), (9, 320, 140)]
+ODD_SHAPES += [(16, 128, 64), (17, 96, 132), (33, 256, 20), (64, 128, 128), (65, 200, 257), (130, 1152, 36)]
+"""Rows, inputs, outputs."""
+LM_HEAD = 2048, 151936
 WIDTHS = {
-    "2B": [(2048, 4096), (2048, 6144), (6144, 2048), (2048, 151936)],
+    "2B": [(2048, 4096), (2048, 6144), (6144, 2048), LM_HEAD],
     "4B": [(2560, 6144), (2560, 9728), (9728, 2560), (4096, 2560)],
     "8B": [(4096, 6144), (4096, 12288), (12288, 4096)],
     "vision": [(1024, 3072), (1152, 4304), (4304, 1152), (4608, 2560), (1536, 1152)],
@@ -44,39 +35,13 @@ def library(request) -> KernelLibrary:
     return KernelLibrary(cached(request.param))
 
 
-def run(library, x, weight, bias=None):
-    rows, in_features = x.shape
-    x, codes, scale = (copy(array) for array in (x, *weight.packed()))
-    bias = None if bias is None else copy(bias)
-    out = aligned((rows, len(weight.codes)))
-    out[:] = np.nan
-    args = LinearArgs(
-        x=pointer(x),
-        weight=pointer(codes),
-        scale=pointer(scale),
-        bias=None if bias is None else pointer(bias),
-        out=pointer(out),
-        rows=rows,
-        in_features=in_features,
-        out_features=out.shape[1],
-        bits=weight.form.bits,
-        group=weight.form.group,
-    )
-    size = library.linear_workspace(args)
-    workspace = aligned((size,), np.uint8)
-    workspace[:] = 0xFF  # NaN wherever it is read before it is written
-    library.linear(args, pointer(workspace), size)
-    reference.memory.wait()
-    return out
-
-
 def check(library, rows, in_features, out_features, form, with_bias=True):
     rng = np.random.default_rng(rows + in_features + out_features)
     spread = np.exp(rng.standard_normal(in_features)).astype(np.float32)  # outliers
     x = rng.standard_normal((rows, in_features)).astype(np.float32) * spread
     weight = quantise_weight(rng.standard_normal((out_features, in_features)).astype(np.float32), form)
     bias = rng.standard_normal(out_features).astype(np.float32) if with_bias else None
-    assert relative_error(run(library, x, weight, bias), linear(x, weight, bias)) < TOLERANCE
+    assert relative_error(quantised_linear(library, x, weight, bias), linear(x, weight, bias)) < TOLERANCE
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
@@ -92,6 +57,8 @@ def test_widths_of_the_real_models(library, model, rows, form, request):
     if "EMULATOR" in request.node.name:
         pytest.skip("takes too long on the emulator")
     for in_features, out_features in WIDTHS[model]:
+        if (in_features, out_features) == LM_HEAD and rows > 1:
+            continue  # it meets the last token alone
         check(library, rows, in_features, out_features, form, with_bias=model == "vision")
 
 
@@ -102,7 +69,7 @@ def test_extreme_inputs(library):
         ends = np.where(np.arange(256) % 3, 1, -1).astype(np.float32)
         x = np.stack([0 * ends, ends, -ends, 1e30 * ends, 1e-30 * ends, *(np.eye(256, dtype=np.float32)[:8])])
         weight = quantise_weight(np.stack([ends, -ends, np.ones(256, np.float32), 0 * ends]), form)
-        found, expected = run(library, x, weight), linear(x, weight)
+        found, expected = quantised_linear(library, x, weight), linear(x, weight)
         for row, wanted in zip(found, expected, strict=True):
             np.testing.assert_allclose(row, wanted, rtol=1e-5, atol=1e-6 * np.abs(wanted).max())
 
