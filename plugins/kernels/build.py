@@ -30,7 +30,7 @@ from pascalvl.plugins.errors import UserError
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = ("append", "decode", "greedy", "prefill")
+SOURCES = ("append", "decode", "greedy", "linear", "prefill")
 """Files of kernels; each becomes one CUDA module."""
 NVRTC_PACKAGE = "nvidia-cuda-nvrtc-cu12>=12.4,<13"
 CXX_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread")

@@ -15,6 +15,7 @@
 IMAGE(append)
 IMAGE(decode)
 IMAGE(greedy)
+IMAGE(linear)
 IMAGE(prefill)
 
 namespace pascalvl {
@@ -80,8 +81,8 @@ const Driver& driver() {
 }
 
 // The modules, in this order, and how the names of their kernels begin; those of the last one as they like.
-constexpr int kModules = 4;
-const char* const kPrefixes[kModules] = {"decode", "prefill", "greedy", ""};
+constexpr int kModules = 5;
+const char* const kPrefixes[kModules] = {"decode", "prefill", "greedy", "linear", ""};
 
 // The kernels in one context.
 struct Kernels {
@@ -102,7 +103,8 @@ Kernels load() {
   const bool sm61 = capability == 61;
   const char* images[kModules] = {
       sm61 ? pascalvl_decode_cubin : pascalvl_decode_ptx, sm61 ? pascalvl_prefill_cubin : pascalvl_prefill_ptx,
-      sm61 ? pascalvl_greedy_cubin : pascalvl_greedy_ptx, sm61 ? pascalvl_append_cubin : pascalvl_append_ptx};
+      sm61 ? pascalvl_greedy_cubin : pascalvl_greedy_ptx, sm61 ? pascalvl_linear_cubin : pascalvl_linear_ptx,
+      sm61 ? pascalvl_append_cubin : pascalvl_append_ptx};
   for (int i = 0; i < kModules; ++i)
     cuda.check(cuda.load_module(&kernels.modules[i], images[i]), "to load the kernels");
   kernels.multiprocessors = cuda.attribute(kMultiprocessorCount);

@@ -8,6 +8,7 @@
 #include "plugins/kernels/decode.cu"
 #include "plugins/kernels/greedy.cu"
 #include "plugins/kernels/launch.h"
+#include "plugins/kernels/linear.cu"
 #include "plugins/kernels/prefill.cu"
 
 namespace pascalvl {
@@ -29,12 +30,19 @@ Starter starter(void (*kernel)(Params)) {
   KERNEL(NAME##_kFloat32_kFloat32), KERNEL(NAME##_kFloat16_kFloat16), KERNEL(NAME##_kInt8_kInt8), \
       KERNEL(NAME##_kInt8_kInt4), KERNEL(NAME##_kInt4_kInt8), KERNEL(NAME##_kInt4_kInt4)
 #define DECODERS(GROUP) FORMATS(decode_##GROUP)
+#define LINEAR_LAYERS(FORMAT)                                                                        \
+  KERNEL(linear_tile_64_##FORMAT), KERNEL(linear_tile_32_##FORMAT), KERNEL(linear_tile_16_##FORMAT), \
+      KERNEL(linear_1_##FORMAT), KERNEL(linear_2_##FORMAT), KERNEL(linear_4_##FORMAT), KERNEL(linear_8_##FORMAT)
 #define PREFILLS(DIM) FORMATS(prefill_causal_##DIM)
 
 const std::map<std::string, Starter>& kernels() {
   static const std::map<std::string, Starter> all{KERNEL(kv_append),
                                                   KERNEL(greedy_choice),
                                                   KERNEL(quantise_queries),
+                                                  KERNEL(linear_quantise),
+                                                  KERNEL(linear_sum),
+                                                  LINEAR_LAYERS(w8),
+                                                  LINEAR_LAYERS(w4),
                                                   PREFILLS(64),
                                                   PREFILLS(128),
                                                   KERNEL(prefill_packed_64),

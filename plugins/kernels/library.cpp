@@ -18,6 +18,10 @@ constexpr int kMergeThreads = 256;
 constexpr int kAppendRows = 4;  // of a block, a warp each
 constexpr int kAppendThreads = 128;
 constexpr int kGreedyThreads = 512;
+constexpr int kLinearThreads = 128;
+constexpr int kFewRows = 8;  // up to which a linear layer is bound by reading its weights
+constexpr int kTileColumns = 128;
+constexpr int kWarpColumns = 4;  // that a warp computes of few
 constexpr int kMaxDim = 128;
 constexpr int kLeastKeys = 64;               // of a decode split
 constexpr int kBlocksPerMultiprocessor = 2;  // of decode blocks, by their registers
@@ -258,10 +262,120 @@ void prefill(const pascalvl_attention_args& a, void* workspace, void* stream) {
   launch(kernel, {unsigned(a.num_kv_heads), unsigned(tiles), unsigned(a.batch)}, kPrefillThreads, p, stream);
 }
 
+int up_to(int count, int multiple) { return (count + multiple - 1) / multiple * multiple; }
+
+void check(const pascalvl_linear_args& a) {
+  require_pointer(a.x, "x");
+  require_pointer(a.weight, "weight");
+  require_pointer(a.scale, "scale");
+  require_pointer(a.out, "out");
+  if (a.bias) require_pointer(a.bias, "bias");
+  require_positive(a.rows, "rows");
+  require_positive(a.in_features, "in_features");
+  require_positive(a.out_features, "out_features");
+  require(a.bits == 8 || a.bits == 4, "The weights have %d bits; expected 8 or 4.", a.bits);
+  require(a.group == 32 || a.group == 64 || a.group == 128, "Groups have %d inputs; expected 32, 64 or 128.", a.group);
+  require(a.rows <= 65535, "%d rows are too many; expected at most 65535.", a.rows);
+}
+
+// Rows that a block computes, of many.
+int tile_rows(const pascalvl_linear_args& a) { return a.rows <= 16 ? 16 : a.rows <= 32 ? 32 : 64; }
+
+// How a linear layer is cut: blocks (or warps, of few rows) that share the inputs of the same outputs. As many as fill
+// the card, by what it runs at once, but none with less than two groups (or a line of bytes).
+int linear_splits(const pascalvl_linear_args& a) {
+  const int groups = up_to(a.in_features, a.group) / a.group;
+  if (a.rows <= kFewRows) {
+    const int warps = (a.out_features + kWarpColumns - 1) / kWarpColumns, wanted = 16 * multiprocessors();
+    const int lines = groups * a.group * a.bits / 8 / 512;
+    return warps * 2 <= wanted && lines >= 4 ? 4 : warps <= wanted && lines >= 2 ? 2 : 1;
+  }
+  const int tiles = up_to(a.rows, tile_rows(a)) / tile_rows(a) * (up_to(a.out_features, kTileColumns) / kTileColumns);
+  int best = 1;
+  double least = 1e300;
+  for (int splits = 1; splits <= 8 && (splits == 1 || groups / splits >= 2); ++splits) {
+    const int rounds = (tiles * splits + multiprocessors() - 1) / multiprocessors();
+    const double time = double(rounds) * ((groups + splits - 1) / splits) + 0.5 * (splits > 1) * splits;
+    if (time < 0.97 * least) least = time, best = splits;
+  }
+  return best;
+}
+
+struct LinearSizes {
+  size_t codes, x_scale, partial;  // bytes
+};
+
+LinearParams to_params(const pascalvl_linear_args& a, LinearSizes& sizes) {
+  LinearParams p{};
+  p.x = a.x;
+  p.weight = static_cast<const unsigned char*>(a.weight);
+  p.scale = a.scale;
+  p.bias = a.bias;
+  p.out = a.out;
+  p.rows = a.rows;
+  p.in_features = a.in_features;
+  p.padded = up_to(a.in_features, a.group);
+  p.out_features = a.out_features;
+  p.group = a.group;
+  p.row_pitch = up_to(a.rows, tile_rows(a));
+  p.scale_pitch = up_to(a.out_features, 8);
+  p.splits = linear_splits(a);
+  sizes.codes = (size_t(a.rows) * p.padded + 15) / 16 * 16;
+  sizes.x_scale = size_t(p.padded / a.group) * p.row_pitch * sizeof(float);
+  sizes.partial = a.rows > kFewRows && p.splits > 1 ? size_t(p.splits) * a.rows * a.out_features * sizeof(float) : 0;
+  return p;
+}
+
+void linear(const pascalvl_linear_args& a, unsigned char* workspace, void* stream) {
+  LinearSizes sizes{};
+  LinearParams p = to_params(a, sizes);
+  p.codes = workspace;
+  p.x_scale = reinterpret_cast<float*>(workspace + sizes.codes);
+  p.partial = reinterpret_cast<float*>(workspace + sizes.codes + sizes.x_scale);
+  const unsigned rows = a.rows, units = up_to(p.padded, 512) / 512;
+  launch("linear_quantise", {units, rows, 1}, kLinearThreads, p, stream);
+  if (a.rows <= kFewRows) {
+    const int columns = kWarpColumns * (kLinearThreads / 32 / p.splits), of = a.rows <= 2   ? a.rows
+                                                                              : a.rows <= 4 ? 4
+                                                                                            : 8;
+    const unsigned blocks = up_to(a.out_features, columns) / columns;
+    return launch(text("linear_%d_w%d", of, a.bits), {blocks, 1, 1}, kLinearThreads, p, stream);
+  }
+  const unsigned columns = up_to(a.out_features, kTileColumns) / kTileColumns;
+  launch(text("linear_tile_%d_w%d", tile_rows(a), a.bits),
+         {columns, unsigned(p.row_pitch / tile_rows(a)), unsigned(p.splits)}, kLinearThreads, p, stream);
+  if (p.splits > 1) {
+    const int columns_of_block = 4 * kLinearThreads;
+    launch("linear_sum", {unsigned(up_to(a.out_features, columns_of_block) / columns_of_block), rows, 1},
+           kLinearThreads, p, stream);
+  }
+}
+
 }  // namespace
 }  // namespace pascalvl
 
 using namespace pascalvl;
+
+extern "C" int pascalvl_linear_workspace(const pascalvl_linear_args* args, size_t* bytes) {
+  return guarded([&] {
+    require(args && bytes, "The arguments are a null pointer.");
+    check(*args);
+    LinearSizes sizes{};
+    to_params(*args, sizes);
+    *bytes = sizes.codes + sizes.x_scale + sizes.partial;
+  });
+}
+
+extern "C" int pascalvl_linear(const pascalvl_linear_args* args, void* workspace, size_t bytes, void* stream) {
+  size_t needed = 0;
+  const int status = pascalvl_linear_workspace(args, &needed);
+  if (status != PASCALVL_OK) return status;
+  return guarded([&] {
+    require(bytes >= needed, "The workspace has %zu bytes; expected at least %zu.", bytes, needed);
+    require_pointer(workspace, "The workspace");
+    linear(*args, static_cast<unsigned char*>(workspace), stream);
+  });
+}
 
 extern "C" int pascalvl_attention_workspace(const pascalvl_attention_args* args, size_t* bytes) {
   return guarded([&] {

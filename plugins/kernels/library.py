@@ -57,6 +57,15 @@ class AppendArgs(_Struct):
     )
 
 
+class LinearArgs(_Struct):
+    """``pascalvl_linear_args``."""
+
+    _fields_ = (
+        *_fields(ctypes.c_void_p, "x weight scale bias out"),
+        *_fields(ctypes.c_int32, "rows in_features out_features bits group"),
+    )
+
+
 class KernelLibrary:
     """The library at a path: for CUDA or for the emulator, see `pascalvl.plugins.kernels.build`.
 
@@ -93,6 +102,22 @@ class KernelLibrary:
         """Launch attention on a stream."""
         self._call(
             "pascalvl_attention",
+            ctypes.byref(args),
+            ctypes.c_void_p(workspace),
+            ctypes.c_size_t(workspace_bytes),
+            ctypes.c_void_p(stream),
+        )
+
+    def linear_workspace(self, args: LinearArgs) -> int:
+        """Bytes of workspace that `linear` needs."""
+        size = ctypes.c_size_t()
+        self._call("pascalvl_linear_workspace", ctypes.byref(args), ctypes.byref(size))
+        return size.value
+
+    def linear(self, args: LinearArgs, workspace: int, workspace_bytes: int, stream: int = 0) -> None:
+        """Launch a linear layer with quantised weights on a stream."""
+        self._call(
+            "pascalvl_linear",
             ctypes.byref(args),
             ctypes.c_void_p(workspace),
             ctypes.c_size_t(workspace_bytes),

@@ -107,6 +107,26 @@ struct QuantiseParams {
   bool rotated;
 };
 
+// A linear layer, see pascalvl_linear_args; rows are tokens, columns outputs.
+struct LinearParams {
+  const float* x;               // [rows, in_features]
+  const unsigned char* weight;  // [out_features, padded * bits / 8]
+  const unsigned short* scale;  // [padded / group, scale_pitch]
+  const float* bias;
+  float* out;            // [rows, out_features]
+  unsigned char* codes;  // of x: [rows, padded]
+  float* x_scale;        // [padded / group, row_pitch]
+  float* partial;        // [splits, rows, out_features]
+  int rows;
+  int in_features;
+  int padded;  // in_features, up to whole groups
+  int out_features;
+  int group;
+  int row_pitch;
+  int scale_pitch;
+  int splits;  // of the inputs
+};
+
 // The likeliest token of each row of logits.
 struct GreedyParams {
   const float* logits;  // [rows, vocab_size]

@@ -82,6 +82,22 @@ int pascalvl_kv_append(const pascalvl_append_args* args, void* stream);
 // The likeliest token of each row of logits [rows, vocab_size], the first of equal ones, and its logit: NaN if any is.
 int pascalvl_greedy(const float* logits, int32_t rows, int32_t vocab_size, int32_t* token, float* logit, void* stream);
 
+// out = x W^T + bias, with x quantised to int8 before: by row and group of inputs, scale the largest magnitude / 127.
+// W is codes of `bits` 8 or 4, times a scale in half for each output and group of 32, 64 or 128 inputs. A row of codes
+// is padded with zeros to whole groups. Codes of 4 bits, -8 to 7, are eight to a word: input 8 w + j in the low half of
+// byte j of word w, input 8 w + 4 + j in its high half.
+typedef struct {
+  const float* x;         // [rows, in_features]
+  const void* weight;     // [out_features, padded * bits / 8]
+  const uint16_t* scale;  // [padded / group, out_features up to a multiple of 8]
+  const float* bias;      // [out_features], or null
+  float* out;             // [rows, out_features]
+  int32_t rows, in_features, out_features, bits, group;
+} pascalvl_linear_args;
+
+int pascalvl_linear_workspace(const pascalvl_linear_args* args, size_t* bytes);
+int pascalvl_linear(const pascalvl_linear_args* args, void* workspace, size_t workspace_bytes, void* stream);
+
 // Bytes of a cache row of `dim` elements in a format, or 0 where there is no such format or dimension.
 size_t pascalvl_row_bytes(int32_t format, int32_t dim);
 

@@ -1,4 +1,4 @@
-"""What the kernels must compute: attention in float64 over a cache's rows. And calls of the library."""
+"""What attention must compute, in float64 over a cache's rows; and calls of the kernels' library."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import dataclasses
 
 import numpy as np
 
-from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary
+from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary, LinearArgs
 from pascalvl.plugins.kv_format import RowFormat
 from pascalvl.plugins.kv_rows import expand, hadamard
+from pascalvl.plugins.weight_rows import QuantisedWeight
 
 PAIRS = [
     (RowFormat.FLOAT32, RowFormat.FLOAT32),
@@ -247,3 +248,30 @@ def expected_attention(cache: HostCache, q, k, v, past_length, softmax_scale, vi
         keys, values, sees = np.concatenate(keys, 1), np.concatenate(values, 1), np.concatenate(sees, 1)
         outs.append(attention(both, keys, values, sees, softmax_scale))
     return np.stack(outs)
+
+
+def quantised_linear(library: KernelLibrary, x, weight: QuantisedWeight, bias=None) -> np.ndarray:
+    """`KernelLibrary.linear` of x [rows, in_features]."""
+    rows, in_features = x.shape
+    x, codes, scale = (copy(array) for array in (x, *weight.packed()))
+    bias = None if bias is None else copy(bias)
+    out = aligned((rows, len(weight.codes)))
+    out[:] = np.nan
+    args = LinearArgs(
+        x=pointer(x),
+        weight=pointer(codes),
+        scale=pointer(scale),
+        bias=None if bias is None else pointer(bias),
+        out=pointer(out),
+        rows=rows,
+        in_features=in_features,
+        out_features=out.shape[1],
+        bits=weight.form.bits,
+        group=weight.form.group,
+    )
+    size = library.linear_workspace(args)
+    workspace = aligned((size,), np.uint8)
+    workspace[:] = 0xFF  # NaN wherever it is read before it is written
+    library.linear(args, pointer(workspace), size)
+    memory.wait()
+    return out

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from pascalvl.plugins.kernels.library import AttentionArgs, KernelLibrary
+from pascalvl.plugins.kv_rows import compress
+from pascalvl.plugins.weight_rows import WeightFormat, linear, quantise_weight
 from tests.plugins.kernels.reference import (
     PAIRS,
     HostCache,
@@ -19,14 +21,28 @@ from tests.plugins.kernels.reference import (
     causal_attention,
     expected_attention,
     pointer,
+    quantised_linear,
     relative_error,
 )
+
+FEW_TOKENS = 9
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
     array = aligned(shape)
     array[:] = rng.standard_normal(shape)
     return array
+
+
+def fill(library: KernelLibrary, cache: HostCache, key: np.ndarray, value: np.ndarray) -> None:
+    """Put tokens into a cache: a few by the kernel, more, which would take it long here, by NumPy."""
+    if key.shape[-2] <= FEW_TOKENS:
+        return append(library, cache, key, value, np.zeros(1, np.int32))
+    for which, (x, form) in enumerate(zip((key, value), cache.formats, strict=True)):
+        rows, scale = compress(x, form, cache.rotated and which == 0)
+        cache.rows[which][:] = rows.view(np.uint8)
+        if form.is_quantised:
+            cache.scales[which][:] = scale
 
 
 def main() -> None:
@@ -46,7 +62,7 @@ def main() -> None:
             shape = Shape(num_heads=group, num_kv_heads=1, value_dim=96 if seq > 1 else 128, capacity=past)
             cache = HostCache(library, shape, formats, rotated)
             old_k, old_v = normal(rng, 1, 1, 1, past, 128), normal(rng, 1, 1, 1, past, shape.value_dim)
-            append(library, cache, old_k, old_v, np.zeros(1, np.int32))
+            fill(library, cache, old_k, old_v)
             q, k = normal(rng, 1, group, seq, 128), normal(rng, 1, 1, seq, 128)
             v = normal(rng, 1, 1, seq, shape.value_dim)
             visible = recent = None
@@ -72,6 +88,12 @@ def main() -> None:
             num_sequences=2,
         )
         library.attention(args)
+    for bits in (8, 4):
+        for rows, inputs, outputs in ((1, 260, 5), (3, 1030, 4), (9, 260, 5), (33, 70, 9)):
+            weight = quantise_weight(normal(rng, outputs, inputs), WeightFormat(bits, 32))
+            x, bias = normal(rng, rows, inputs), normal(rng, outputs)
+            found, expected = quantised_linear(library, x, weight, bias), linear(x, weight, bias)
+            assert relative_error(found, expected) < 1e-6
     logits, token, logit = normal(rng, 2, 700), aligned((2,), np.int32), aligned((2,))
     library.greedy(pointer(logits), 2, 700, pointer(token), pointer(logit))
     assert token.tolist() == logits.argmax(1).tolist()

@@ -1,0 +1,183 @@
+"""Checks and times the kernels of linear layers on a GPU: ``python -m pascalvl.plugins.bench.linear``.
+
+Each is compared with a float64 product of the same codes before it is timed; the inputs' quantisation is within the
+time. Weights are cold where few rows meet them. Beside each time stand its floors, which are its multiply-adds at the
+rate of DP4A in registers and a plain read of its bytes, and llama.cpp's time. Needs torch with CUDA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from pascalvl.plugins.bench.attention import markdown
+from pascalvl.plugins.bench.timing import COLD_BYTES, Yardstick, read_bandwidth, seconds
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kernels.build import Target, cached
+from pascalvl.plugins.kernels.library import KernelLibrary, LinearArgs
+
+GROUP = 128
+WIDTHS = (2560, 2560), (2560, 9728), (9728, 2560), (9728, 9728)
+ROWS = 1, 8, 16, 512, 4096
+LLAMA_CPP = {  # microseconds of llama.cpp's Pascal kernels (commit 0c1e5709) on one H100 80GB HBM3: its q8_0, q4_0
+    (512, 2560, 2560): (111, 112),
+    (512, 2560, 9728): (355, 353),
+    (512, 9728, 2560): (430, 429),
+    (512, 9728, 9728): (1332, 1347),
+    (1, 2560, 2560): (10.1, 7.1),
+    (1, 2560, 9728): (20.4, 12.5),
+    (1, 9728, 2560): (15.7, 10.2),
+    (1, 9728, 9728): (40.5, 25.0),
+}
+TOLERANCE = 1e-6
+"""FP32 sums over groups, whose own are exact."""
+
+
+@dataclasses.dataclass
+class Row:
+    """One measurement."""
+
+    weights: str
+    rows: int
+    in_features: int
+    out_features: int
+    error: float
+    """Relative, against float64."""
+    us: float
+    dp4a_us: float
+    """Its multiply-adds at the rate of a loop of DP4A in registers."""
+    read_us: float
+    """A plain read of the weights."""
+    of_floor: float
+    """The larger of the two, of the time."""
+    tops: float
+    gb_per_s: float
+    llama_cpp_us: float | None
+
+
+class Layer:
+    """A linear layer with random codes."""
+
+    def __init__(self, bits: int, in_features: int, out_features: int) -> None:
+        self.bits, self.in_features, self.out_features = bits, in_features, out_features
+        self.weight = torch.randint(
+            0, 256, (out_features, in_features * bits // 8), dtype=torch.uint8, device="cuda"
+        ).clamp_(1 if bits == 8 else 0)
+        self.scale = torch.rand(in_features // GROUP, -(-out_features // 8) * 8, device="cuda").half()
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.numel() + 2 * self.scale.numel()
+
+    def dense(self) -> torch.Tensor:
+        """Float64 ``[out_features, in_features]``."""
+        if self.bits == 8:
+            codes = self.weight.view(torch.int8).double()
+        else:
+            words = self.weight.unflatten(-1, (-1, 4))
+            nibbles = torch.cat([words & 15, words >> 4], -1).flatten(-2).double()
+            codes = nibbles - 16 * (nibbles > 7)
+        return codes * self.scale[:, : self.out_features].double().T.repeat_interleave(GROUP, 1)
+
+    def __call__(self, library: KernelLibrary, x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(len(x), self.out_features, device="cuda")
+        args = LinearArgs(
+            x=x.data_ptr(),
+            weight=self.weight.data_ptr(),
+            scale=self.scale.data_ptr(),
+            out=out.data_ptr(),
+            rows=len(x),
+            in_features=self.in_features,
+            out_features=self.out_features,
+            bits=self.bits,
+            group=GROUP,
+        )
+        size = library.linear_workspace(args)
+        workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+        library.linear(args, workspace.data_ptr(), size, torch.cuda.current_stream().cuda_stream)
+        return out
+
+
+def as_met(x: torch.Tensor) -> torch.Tensor:
+    """What inputs are after their quantisation, float64."""
+    groups = x.unflatten(-1, (-1, GROUP))
+    most = groups.abs().amax(-1, keepdim=True)
+    codes = torch.full_like(most, 127)
+    return ((groups * (codes / most)).round().double() * (most / codes).double()).flatten(-2)
+
+
+def measure(rows_at_once: tuple[int, ...], quick: bool) -> Iterator[Row]:
+    torch.zeros(1, device="cuda")
+    library = KernelLibrary(cached(Target.CUDA))
+    library.load()
+    rate = None if quick else Yardstick().dp4a_rate()
+    for in_features, out_features in ((256, 132),) if quick else WIDTHS:
+        for bits in (8, 4):
+            first = Layer(bits, in_features, out_features)
+            dense = first.dense()
+            layers = [first]
+            if not quick:
+                layers += [
+                    Layer(bits, in_features, out_features) for _ in range(min(255, COLD_BYTES // first.nbytes + 1))
+                ]
+            for rows in rows_at_once:
+                x = torch.randn(rows, in_features, device="cuda")
+                expected = as_met(x) @ dense.T
+                error = ((first(library, x).double() - expected).norm() / expected.norm()).item()
+                name = f"w{bits} {rows}x{in_features}->{out_features}"
+                if not error <= TOLERANCE:
+                    raise UserError(f"{name} is off by {error:.1e} of its norm; expected at most {TOLERANCE:.1e}.")
+                if quick:
+                    continue
+                del expected
+                calls = [lambda y=y, x=x: y(library, x) for y in (layers if rows < 64 else layers[:3])]
+                us = 1e6 * seconds(calls)
+                multiply_adds = rows * in_features * out_features
+                dp4a_us = 1e6 * multiply_adds / 4 / rate
+                read_us = 1e6 * first.nbytes / read_bandwidth(first.nbytes)
+                llama_cpp = LLAMA_CPP.get((rows, in_features, out_features), (None, None))[bits == 4]
+                yield Row(
+                    f"w{bits}",
+                    rows,
+                    in_features,
+                    out_features,
+                    error,
+                    us,
+                    dp4a_us,
+                    read_us,
+                    max(dp4a_us, read_us) / us,
+                    2 * multiply_adds / us / 1e6,
+                    first.nbytes / us / 1e3,
+                    llama_cpp,
+                )
+                print(f"{name}: error {error:.1e}, {us:.1f} us", file=sys.stderr)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--quick", action="store_true", help="only check small shapes, for compute-sanitizer")
+    parser.add_argument("--json", type=Path, help="write the measurements to this file")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA GPU that torch can use here")
+    try:
+        rows = [dataclasses.asdict(row) for row in measure(tuple(options.rows), options.quick)]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if rows:
+        print(f"{torch.cuda.get_device_name()}\n\n{markdown(rows)}")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
