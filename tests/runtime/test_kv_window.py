@@ -87,7 +87,8 @@ def test_ten_thousand_tokens_in_constant_memory_and_time(nano_engine_bundle):
     assert model._session.nbytes == nbytes == model.cache_config.nbytes(model.config.text, 11_000, PINNED_SLOTS)
     pieces = np.diff(times)
     first, last = pieces[len(pieces) // 5 : len(pieces) * 2 // 5], pieces[-len(pieces) // 5 :]
-    assert np.median(last) < 1.5 * np.median(first)  # a full cache would take several times as long
+    # A full cache would take several times as long, also in the quickest steps, which no other work delays.
+    assert np.quantile(last, 0.1) < 1.5 * np.quantile(first, 0.1)
     again = answer(model, [picture, assistant(generation.text), user("Describe the picture.")], 60)
     assert again.prompt_tokens > 9_000
     assert again.text == described
