@@ -285,8 +285,9 @@ int tile_rows(const pascalvl_linear_args& a) { return a.rows <= 16 ? 16 : a.rows
 // the card, by what it runs at once, but none with less than two groups (or a line of bytes).
 int linear_splits(const pascalvl_linear_args& a) {
   const int groups = up_to(a.in_features, a.group) / a.group;
+  const int at_once = multiprocessors();
   if (a.rows <= kFewRows) {
-    const int warps = (a.out_features + kWarpColumns - 1) / kWarpColumns, wanted = 16 * multiprocessors();
+    const int warps = (a.out_features + kWarpColumns - 1) / kWarpColumns, wanted = 16 * at_once;
     const int lines = groups * a.group * a.bits / 8 / 512;
     return warps * 2 <= wanted && lines >= 4 ? 4 : warps <= wanted && lines >= 2 ? 2 : 1;
   }
@@ -294,15 +295,17 @@ int linear_splits(const pascalvl_linear_args& a) {
   int best = 1;
   double least = 1e300;
   for (int splits = 1; splits <= 8 && (splits == 1 || groups / splits >= 2); ++splits) {
-    const int rounds = (tiles * splits + multiprocessors() - 1) / multiprocessors();
+    const int rounds = (tiles * splits + at_once - 1) / at_once;
     const double time = double(rounds) * ((groups + splits - 1) / splits) + 0.5 * (splits > 1) * splits;
     if (time < 0.97 * least) least = time, best = splits;
   }
   return best;
 }
 
+// Parts of the workspace, in bytes.
 struct LinearSizes {
-  size_t codes, x_scale, partial;  // bytes
+  size_t codes, x_scale, partial;
+  size_t all() const { return codes + x_scale + partial; }
 };
 
 LinearParams to_params(const pascalvl_linear_args& a, LinearSizes& sizes) {
@@ -326,18 +329,16 @@ LinearParams to_params(const pascalvl_linear_args& a, LinearSizes& sizes) {
   return p;
 }
 
-void linear(const pascalvl_linear_args& a, unsigned char* workspace, void* stream) {
-  LinearSizes sizes{};
-  LinearParams p = to_params(a, sizes);
+void linear(const pascalvl_linear_args& a, LinearParams p, const LinearSizes& sizes, unsigned char* workspace,
+            void* stream) {
   p.codes = workspace;
   p.x_scale = reinterpret_cast<float*>(workspace + sizes.codes);
   p.partial = reinterpret_cast<float*>(workspace + sizes.codes + sizes.x_scale);
   const unsigned rows = a.rows, units = up_to(p.padded, 512) / 512;
   launch("linear_quantise", {units, rows, 1}, kLinearThreads, p, stream);
   if (a.rows <= kFewRows) {
-    const int columns = kWarpColumns * (kLinearThreads / 32 / p.splits), of = a.rows <= 2   ? a.rows
-                                                                              : a.rows <= 4 ? 4
-                                                                                            : 8;
+    const int columns = kWarpColumns * (kLinearThreads / 32 / p.splits);
+    const int of = a.rows > 4 ? 8 : a.rows == 3 ? 4 : a.rows;  // rows of the kernel
     const unsigned blocks = up_to(a.out_features, columns) / columns;
     return launch(text("linear_%d_w%d", of, a.bits), {blocks, 1, 1}, kLinearThreads, p, stream);
   }
@@ -362,18 +363,19 @@ extern "C" int pascalvl_linear_workspace(const pascalvl_linear_args* args, size_
     check(*args);
     LinearSizes sizes{};
     to_params(*args, sizes);
-    *bytes = sizes.codes + sizes.x_scale + sizes.partial;
+    *bytes = sizes.all();
   });
 }
 
 extern "C" int pascalvl_linear(const pascalvl_linear_args* args, void* workspace, size_t bytes, void* stream) {
-  size_t needed = 0;
-  const int status = pascalvl_linear_workspace(args, &needed);
-  if (status != PASCALVL_OK) return status;
   return guarded([&] {
-    require(bytes >= needed, "The workspace has %zu bytes; expected at least %zu.", bytes, needed);
+    require(args, "The arguments are a null pointer.");
+    check(*args);
+    LinearSizes sizes{};
+    const LinearParams p = to_params(*args, sizes);
+    require(bytes >= sizes.all(), "The workspace has %zu bytes; expected at least %zu.", bytes, sizes.all());
     require_pointer(workspace, "The workspace");
-    linear(*args, static_cast<unsigned char*>(workspace), stream);
+    linear(*args, p, sizes, static_cast<unsigned char*>(workspace), stream);
   });
 }
 
