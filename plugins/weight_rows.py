@@ -6,6 +6,9 @@ import dataclasses
 
 import numpy as np
 
+from pascalvl.plugins.kv_format import RowFormat
+from pascalvl.plugins.kv_rows import quantise
+
 GROUPS = 32, 64, 128
 """Inputs that share a scale."""
 _SCALES = 8
@@ -20,11 +23,6 @@ class WeightFormat:
 
     bits: int
     group: int = 128
-
-    @property
-    def code_range(self) -> tuple[int, int]:
-        """The least and the largest code."""
-        return -(2 ** (self.bits - 1)) + (self.bits == 8), 2 ** (self.bits - 1) - 1
 
     def padded(self, in_features: int) -> int:
         """Codes of a row: inputs up to whole groups."""
@@ -68,37 +66,29 @@ def quantise_weight(weight: np.ndarray, form: WeightFormat) -> QuantisedWeight:
     A group's scale is set by its element of largest magnitude: in 8 bits that has code 127 or -127, in 4 bits -8. Codes
     are those of the scale as stored.
     """
-    out_features, in_features = weight.shape
-    groups = np.zeros((out_features, form.padded(in_features)), np.float32)
-    groups[:, :in_features] = weight
-    groups = groups.reshape(out_features, -1, form.group)
-    least, most = groups.min(-1), groups.max(-1)
-    low, high = form.code_range
-    largest = np.where(most >= -least, most, least)
-    scale = (np.abs(largest) / high if form.bits == 8 else largest / low).astype(np.float16)
-    stored = scale.astype(np.float32)[..., None]
-    codes = np.divide(groups, stored, out=np.zeros_like(groups), where=stored != 0)
-    codes = np.clip(np.rint(codes), low, high).astype(np.int8)
-    return QuantisedWeight(codes.reshape(out_features, -1), scale, in_features, form)
+    codes, scale = quantise(_groups(weight, form), RowFormat.INT8 if form.bits == 8 else RowFormat.INT4)
+    return QuantisedWeight(codes.reshape(len(weight), -1), scale, weight.shape[1], form)
 
 
 def quantise_inputs(x: np.ndarray, form: WeightFormat) -> tuple[np.ndarray, np.ndarray]:
     """Float32 ``[rows, in_features]`` as the kernels meet a weight with it: int8 ``[rows, padded]``, and float32 scales
     ``[rows, padded / group]``."""
-    rows, in_features = x.shape
-    groups = np.zeros((rows, form.padded(in_features)), np.float32)
-    groups[:, :in_features] = x
-    groups = groups.reshape(rows, -1, form.group)
+    groups = _groups(x, form)
     most = np.abs(groups).max(-1, keepdims=True)
     inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
     codes = np.clip(np.rint(groups * inverse), -127, 127).astype(np.int8)
-    return codes.reshape(rows, -1), most[..., 0] / np.float32(127)
+    return codes.reshape(len(x), -1), most[..., 0] / np.float32(127)
 
 
 def linear(x: np.ndarray, weight: QuantisedWeight, bias: np.ndarray | None = None) -> np.ndarray:
     """What the kernels compute of float32 ``x [rows, in_features]``, in float64: ``[rows, out_features]``."""
     codes, scale = quantise_inputs(x, weight.form)
-    group = weight.form.group
-    inputs = codes * np.repeat(scale.astype(np.float64), group, 1)
-    weights = weight.codes * np.repeat(weight.scale.astype(np.float64), group, 1)
-    return inputs @ weights.T + (0 if bias is None else bias)
+    inputs = codes * np.repeat(scale.astype(np.float64), weight.form.group, 1)
+    return inputs[:, : weight.in_features] @ weight.dense(np.float64).T + (0 if bias is None else bias)
+
+
+def _groups(x: np.ndarray, form: WeightFormat) -> np.ndarray:
+    """Rows ``[n, in_features]`` as float32 ``[n, groups, group]``, with zeros beyond the inputs."""
+    padded = np.zeros((len(x), form.padded(x.shape[1])), np.float32)
+    padded[:, : x.shape[1]] = x
+    return padded.reshape(len(x), -1, form.group)

@@ -211,12 +211,14 @@ class Layer:
 
     def queries(self, q: torch.Tensor) -> torch.Tensor:
         """What meets the keys, in float64: where those are rotated and quantised, so are queries."""
-        if not self.rotated:
-            return q.double()
-        rotated = hadamard(q)
-        most = rotated.abs().amax(-1, keepdim=True)
-        codes = torch.full_like(most, 127)  # dividing by or of a number, torch multiplies by a reciprocal
-        return (rotated * (codes / most)).round().double() * (most / codes).double()
+        return rounded_to_int8(hadamard(q)) if self.rotated else q.double()
+
+
+def rounded_to_int8(x: torch.Tensor) -> torch.Tensor:
+    """What the kernels' int8 codes of x stand for, one scale for the last dimension: float64."""
+    most = x.abs().amax(-1, keepdim=True)
+    codes = torch.full_like(most, 127)  # dividing by or of a number, torch multiplies by a reciprocal
+    return (x * (codes / most)).round().double() * (most / codes).double()
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from pascalvl.plugins.bench.attention import markdown
+from pascalvl.plugins.bench.attention import markdown, rounded_to_int8
 from pascalvl.plugins.bench.timing import COLD_BYTES, Yardstick, read_bandwidth, seconds
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target, cached
@@ -104,14 +104,6 @@ class Layer:
         return out
 
 
-def as_met(x: torch.Tensor) -> torch.Tensor:
-    """What inputs are after their quantisation, float64."""
-    groups = x.unflatten(-1, (-1, GROUP))
-    most = groups.abs().amax(-1, keepdim=True)
-    codes = torch.full_like(most, 127)
-    return ((groups * (codes / most)).round().double() * (most / codes).double()).flatten(-2)
-
-
 def measure(rows_at_once: tuple[int, ...], quick: bool) -> Iterator[Row]:
     torch.zeros(1, device="cuda")
     library = KernelLibrary(cached(Target.CUDA))
@@ -128,7 +120,7 @@ def measure(rows_at_once: tuple[int, ...], quick: bool) -> Iterator[Row]:
                 ]
             for rows in rows_at_once:
                 x = torch.randn(rows, in_features, device="cuda")
-                expected = as_met(x) @ dense.T
+                expected = rounded_to_int8(x.unflatten(-1, (-1, GROUP))).flatten(-2) @ dense.T
                 error = ((first(library, x).double() - expected).norm() / expected.norm()).item()
                 name = f"w{bits} {rows}x{in_features}->{out_features}"
                 if not error <= TOLERANCE:

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary, LinearArgs
 from pascalvl.plugins.kv_format import RowFormat
 from pascalvl.plugins.kv_rows import expand, hadamard
@@ -86,6 +87,25 @@ def copy(array: np.ndarray | None) -> np.ndarray | None:
 
 def pointer(array: np.ndarray | None) -> int | None:
     return None if array is None else array.ctypes.data
+
+
+def targets() -> list[Target]:
+    """What can run the kernels here."""
+    import torch
+
+    return list(Target) if torch.cuda.is_available() else [Target.EMULATOR]
+
+
+def open_library(target: Target) -> KernelLibrary:
+    """The kernels, which from now on find their arrays in memory of that kind."""
+    global memory
+    memory = Memory()
+    if target is Target.CUDA:
+        import torch
+
+        torch.zeros(1, device="cuda")
+        memory = PinnedMemory()
+    return KernelLibrary(cached(target))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,10 +5,8 @@ import functools
 
 import numpy as np
 import pytest
-import torch
 
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import AttentionArgs, KernelLibrary
 from pascalvl.plugins.kv_format import RowFormat
 from pascalvl.plugins.kv_rows import compress, expand, hadamard
@@ -33,13 +31,9 @@ TOLERANCE = 3e-6
 """FP32 sums of some hundred terms against float64: measured up to 6e-7. A cache's rounding is in the reference too."""
 
 
-@pytest.fixture(scope="module", params=list(Target) if torch.cuda.is_available() else [Target.EMULATOR])
+@pytest.fixture(scope="module", params=reference.targets())
 def library(request) -> KernelLibrary:
-    on_gpu = request.param is Target.CUDA
-    reference.memory = reference.PinnedMemory() if on_gpu else reference.Memory()
-    if on_gpu:
-        torch.zeros(1, device="cuda")
-    return KernelLibrary(cached(request.param))
+    return reference.open_library(request.param)
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:

@@ -2,10 +2,8 @@
 
 import numpy as np
 import pytest
-import torch
 
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import KernelLibrary, LinearArgs
 from pascalvl.plugins.weight_rows import GROUPS, WeightFormat, linear, quantise_inputs, quantise_weight
 from tests.plugins.kernels import reference
@@ -26,13 +24,9 @@ WIDTHS = {
 }
 
 
-@pytest.fixture(scope="module", params=list(Target) if torch.cuda.is_available() else [Target.EMULATOR])
+@pytest.fixture(scope="module", params=reference.targets())
 def library(request) -> KernelLibrary:
-    on_gpu = request.param is Target.CUDA
-    reference.memory = reference.PinnedMemory() if on_gpu else reference.Memory()
-    if on_gpu:
-        torch.zeros(1, device="cuda")
-    return KernelLibrary(cached(request.param))
+    return reference.open_library(request.param)
 
 
 def check(library, rows, in_features, out_features, form, with_bias=True):
