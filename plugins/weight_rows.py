@@ -8,56 +8,68 @@ import numpy as np
 
 from pascalvl.plugins.kv_format import RowFormat
 from pascalvl.plugins.kv_rows import quantise
+from pascalvl.plugins.quant_linear import GATED_BLOCK, Activation
+from pascalvl.plugins.weight_format import WeightFormat, scale_pitch
 
-GROUPS = 32, 64, 128
-"""Inputs that share a scale."""
-_SCALES = 8
-"""Scales of a group are padded to a multiple of this many."""
 _NIBBLES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 """Which of a word's eight codes is in its nibble number i, from the lowest on."""
 
 
-@dataclasses.dataclass(frozen=True)
-class WeightFormat:
-    """Symmetric codes of ``bits`` 8 or 4, with a scale in half for each output and ``group`` of inputs."""
-
-    bits: int
-    group: int = 128
-
-    def padded(self, in_features: int) -> int:
-        """Codes of a row: inputs up to whole groups."""
-        return -(-in_features // self.group) * self.group
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantisedWeight:
-    """A weight of a linear layer, ``[out_features, in_features]``.
+    """A weight of a linear layer, ``[out_features, in_features]``: element = (code - zero) * scale.
 
     Attributes:
         codes: int8 ``[out_features, padded]``, zeros beyond the inputs.
         scale: float16 ``[out_features, padded / group]``.
+        zero: whole numbers in float16, of the same shape; None: zeros.
     """
 
     codes: np.ndarray
     scale: np.ndarray
     in_features: int
     form: WeightFormat
+    zero: np.ndarray | None = None
 
     def dense(self, dtype: type = np.float32) -> np.ndarray:
         """What it stands for, ``[out_features, in_features]``."""
-        scales = np.repeat(self.scale.astype(dtype), self.form.group, 1)
-        return (self.codes * scales)[:, : self.in_features]
+        scale, zero = (
+            0 if x is None else np.repeat(x.astype(dtype), self.form.group, 1) for x in (self.scale, self.zero)
+        )
+        return ((self.codes - zero) * scale)[:, : self.in_features]
 
-    def packed(self) -> tuple[np.ndarray, np.ndarray]:
-        """As ``pascalvl_linear_args`` has it: uint8 ``[out_features, padded * bits / 8]``, and float16
-        ``[padded / group, out_features up to a multiple of 8]``."""
-        out_features = len(self.codes)
-        scale = np.zeros((self.scale.shape[1], -(-out_features // _SCALES) * _SCALES), np.float16)
-        scale[:, :out_features] = self.scale.T
-        if self.form.bits == 8:
-            return self.codes.view(np.uint8), scale
-        words = self.codes.reshape(out_features, -1, 8)[..., _NIBBLES].view(np.uint8) & 15
-        return (words[..., 0::2] | words[..., 1::2] << 4).reshape(out_features, -1), scale
+    def packed(self) -> dict[str, np.ndarray]:
+        """As the op takes it: ``weight``, int32 ``[out_features, padded * bits / 32]``, ``scale`` and, where there is
+        one, ``zero``, float16 ``[padded / group, out_features up to a multiple of 8]``.
+
+        Of a word, byte i holds code i; codes of 4 bits are eight to a word, number i in the low half of byte i, and
+        number i + 4 in its high half.
+        """
+        packed = {"weight": self.codes.view(np.int32)} if self.form.bits == 8 else {"weight": _packed4(self.codes)}
+        for name in ("scale", "zero"):
+            if (rows := getattr(self, name)) is not None:
+                packed[name] = np.zeros((rows.shape[1], scale_pitch(len(rows))), np.float16)
+                packed[name][:, : len(rows)] = rows.T
+        return packed
+
+    @classmethod
+    def unpacked(cls, packed: dict[str, np.ndarray], in_features: int, form: WeightFormat) -> QuantisedWeight:
+        """Inverse of `packed`."""
+        words = np.ascontiguousarray(packed["weight"])
+        codes = words.view(np.int8)
+        if form.bits == 4:
+            codes = np.empty((*words.shape, 8), np.int8)
+            nibbles = words.view(np.uint8).reshape(*words.shape, 4)
+            codes[..., :4] = (nibbles << 4).view(np.int8) >> 4
+            codes[..., 4:] = nibbles.view(np.int8) >> 4
+            codes = codes.reshape(len(words), -1)
+        scale, zero = (None if (x := packed.get(name)) is None else x.T[: len(words)] for name in ("scale", "zero"))
+        return cls(codes, scale, in_features, form, zero)
+
+
+def _packed4(codes: np.ndarray) -> np.ndarray:
+    nibbles = codes.reshape(len(codes), -1, 8)[..., _NIBBLES].view(np.uint8) & 15
+    return np.ascontiguousarray(nibbles[..., 0::2] | nibbles[..., 1::2] << 4).reshape(len(codes), -1).view(np.int32)
 
 
 def quantise_weight(weight: np.ndarray, form: WeightFormat) -> QuantisedWeight:
@@ -80,11 +92,28 @@ def quantise_inputs(x: np.ndarray, form: WeightFormat) -> tuple[np.ndarray, np.n
     return codes.reshape(len(x), -1), most[..., 0] / np.float32(127)
 
 
-def linear(x: np.ndarray, weight: QuantisedWeight, bias: np.ndarray | None = None) -> np.ndarray:
-    """What the kernels compute of float32 ``x [rows, in_features]``, in float64: ``[rows, out_features]``."""
-    codes, scale = quantise_inputs(x, weight.form)
-    inputs = codes * np.repeat(scale.astype(np.float64), weight.form.group, 1)
-    return inputs[:, : weight.in_features] @ weight.dense(np.float64).T + (0 if bias is None else bias)
+def linear(
+    x: np.ndarray,
+    weight: QuantisedWeight | np.ndarray,
+    bias: np.ndarray | None = None,
+    residual: np.ndarray | None = None,
+    activation: Activation = Activation.NONE,
+) -> np.ndarray:
+    """The op in float64, of float32 ``x [rows, in_features]`` and codes or a float16 weight ``[out_features, padded]``:
+    ``[rows, out_features]``, half as many where gated."""
+    if isinstance(weight, QuantisedWeight):
+        codes, scale = quantise_inputs(x, weight.form)
+        inputs = codes * np.repeat(scale.astype(np.float64), weight.form.group, 1)
+        sums = inputs[:, : weight.in_features] @ weight.dense(np.float64).T
+    else:
+        sums = x.astype(np.float64) @ weight[:, : x.shape[1]].T.astype(np.float64)
+    sums += 0 if bias is None else bias
+    if activation is Activation.GELU_TANH:
+        sums = sums * (1 + np.tanh((2 / np.pi) ** 0.5 * (sums + 0.044715 * sums**3))) / 2
+    elif activation is Activation.SILU_GATED:
+        gate, value = np.moveaxis(sums.reshape(len(x), -1, 2, GATED_BLOCK), 2, 0)
+        sums = (gate / (1 + np.exp(-gate)) * value).reshape(len(x), -1)
+    return sums + (0 if residual is None else residual)
 
 
 def _groups(x: np.ndarray, form: WeightFormat) -> np.ndarray:

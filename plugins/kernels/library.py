@@ -61,8 +61,8 @@ class LinearArgs(_Struct):
     """``pascalvl_linear_args``."""
 
     _fields_ = (
-        *_fields(ctypes.c_void_p, "x weight scale bias out"),
-        *_fields(ctypes.c_int32, "rows in_features out_features bits group"),
+        *_fields(ctypes.c_void_p, "x weight scale zero bias residual out"),
+        *_fields(ctypes.c_int32, "rows in_features out_features bits group activation"),
     )
 
 

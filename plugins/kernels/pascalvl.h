@@ -82,17 +82,26 @@ int pascalvl_kv_append(const pascalvl_append_args* args, void* stream);
 // The likeliest token of each row of logits [rows, vocab_size], the first of equal ones, and its logit: NaN if any is.
 int pascalvl_greedy(const float* logits, int32_t rows, int32_t vocab_size, int32_t* token, float* logit, void* stream);
 
-// out = x W^T + bias, with x quantised to int8 before: by row and group of inputs, scale the largest magnitude / 127.
-// W is codes of `bits` 8 or 4, times a scale in half for each output and group of 32, 64 or 128 inputs. A row of codes
-// is padded with zeros to whole groups. Codes of 4 bits, -8 to 7, are eight to a word: input 8 w + j in the low half of
-// byte j of word w, input 8 w + 4 + j in its high half.
+enum pascalvl_activation { PASCALVL_NO_ACTIVATION = 0, PASCALVL_GELU_TANH = 1, PASCALVL_SILU_GATED = 2 };
+
+// out = activation(x W^T + bias) + residual.
+// Of bits 8 or 4: x is quantised to int8 before, by row and group of inputs, scale the largest magnitude / 127; an
+// element of W is (code - zero) * scale, with one scale and zero in half (a whole number, as large as a code at most)
+// for each output and group of 32, 64 or 128 inputs. A row of codes is padded with zeros to whole groups. Codes of 4
+// bits, -8 to 7, are eight to a word: input 8 w + j in the low half of byte j of word w, input 8 w + 4 + j in its high
+// half.
+// Of bits 16: W is halves, a row of which is padded with zeros to a multiple of 8, and x is as it is.
+// Gated: out_features is a multiple of 128; of each 128, the first 64 are gates and the others the values that they are
+// for: out has silu(gate) * value, 64 for each 128.
 typedef struct {
   const float* x;         // [rows, in_features]
   const void* weight;     // [out_features, padded * bits / 8]
-  const uint16_t* scale;  // [padded / group, out_features up to a multiple of 8]
+  const uint16_t* scale;  // [padded / group, out_features up to a multiple of 8]; of bits 16 null
+  const uint16_t* zero;   // as scale; null: zeros
   const float* bias;      // [out_features], or null
-  float* out;             // [rows, out_features]
-  int32_t rows, in_features, out_features, bits, group;
+  const float* residual;  // of out's shape, or null
+  float* out;             // [rows, out_features], or half of that where gated
+  int32_t rows, in_features, out_features, bits, group, activation;
 } pascalvl_linear_args;
 
 int pascalvl_linear_workspace(const pascalvl_linear_args* args, size_t* bytes);

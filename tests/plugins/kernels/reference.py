@@ -273,7 +273,7 @@ def expected_attention(cache: HostCache, q, k, v, past_length, softmax_scale, vi
 def quantised_linear(library: KernelLibrary, x, weight: QuantisedWeight, bias=None) -> np.ndarray:
     """`KernelLibrary.linear` of x [rows, in_features]."""
     rows, in_features = x.shape
-    x, codes, scale = (copy(array) for array in (x, *weight.packed()))
+    x, codes, scale = (copy(array) for array in (x, *weight.packed().values()))
     bias = None if bias is None else copy(bias)
     out = aligned((rows, len(weight.codes)))
     out[:] = np.nan

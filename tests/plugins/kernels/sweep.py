@@ -11,7 +11,8 @@ import numpy as np
 
 from pascalvl.plugins.kernels.library import AttentionArgs, KernelLibrary
 from pascalvl.plugins.kv_rows import compress
-from pascalvl.plugins.weight_rows import WeightFormat, linear, quantise_weight
+from pascalvl.plugins.weight_format import WeightFormat
+from pascalvl.plugins.weight_rows import linear, quantise_weight
 from tests.plugins.kernels.reference import (
     PAIRS,
     HostCache,

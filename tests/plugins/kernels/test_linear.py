@@ -5,7 +5,8 @@ import pytest
 
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.library import KernelLibrary, LinearArgs
-from pascalvl.plugins.weight_rows import GROUPS, WeightFormat, linear, quantise_inputs, quantise_weight
+from pascalvl.plugins.weight_format import GROUPS, WeightFormat
+from pascalvl.plugins.weight_rows import linear, quantise_inputs, quantise_weight
 from tests.plugins.kernels import reference
 from tests.plugins.kernels.reference import copy, pointer, quantised_linear, relative_error
 
@@ -76,7 +77,7 @@ def test_bad_arguments(library):
         ({"group": 48}, "Groups have 48 inputs; expected 32, 64 or 128"),
         ({"x": None}, "x is a null pointer"),
     ):
-        arrays = [copy(array) for array in (x, *weight.packed(), x)]
+        arrays = [copy(array) for array in (x, *weight.packed().values(), x)]
         fields = dict(zip(("x", "weight", "scale", "out"), map(pointer, arrays), strict=True))
         args = {**fields, "rows": 1, "in_features": 64, "out_features": 4, "bits": 8, "group": 32, **change}
         with pytest.raises(UserError, match=message):
@@ -90,13 +91,13 @@ def test_rounding_of_weights(form):
     found = quantise_weight(weight, form)
     step = np.repeat(np.abs(found.scale.astype(np.float32)), form.group, 1)[:, :200]
     assert (np.abs(found.dense() - weight) <= step * (1.001 if form.bits == 4 else 0.501)).all()
-    codes, scale = found.packed()
+    codes, scale = (found.packed()[name] for name in ("weight", "scale"))
     np.testing.assert_array_equal(scale[:, :20].T, found.scale)
     for k in (0, 1, 5, 42, 199):
         if form.bits == 8:
             code = codes.view(np.int8)[:, k]
         else:
-            byte = codes[:, 4 * (k // 8) + k % 4]
+            byte = codes.view(np.uint8)[:, 4 * (k // 8) + k % 4]
             code = ((byte >> 4 * (k % 8 // 4) & 15).astype(np.int8) ^ 8) - 8
         np.testing.assert_array_equal(code, found.codes[:, k])
 

@@ -1,0 +1,40 @@
+"""The QuantLinear op: the identity that its torch op, its ONNX node, its TensorRT plugin and its kernels share.
+
+out = activation(x W^T + bias) + residual, with W in codes, and x rounded to int8 by row and group of inputs (its scale
+there is the largest magnitude / 127); or with W in float16, and x as it is. Inputs, in order: ``x`` float32 ``[...,
+in_features]``; ``weight``, int32 words of codes ``[out_features, padded * bits / 32]`` or float16 ``[out_features,
+padded]`` (`pascalvl.plugins.weight_rows` tells how they lie); of codes ``scale``, float16 ``[padded / group,
+out_features up to a multiple of 8]``, and where `ATTR_HAS_ZERO` is 1 ``zero``, of the same shape: element = (code -
+zero) * scale; ``bias`` float32 ``[out_features]`` and ``residual`` float32, of the result's shape, where the attributes
+say so. Result: float32 ``[..., out_features]``, or half as many where the activation is gated.
+"""
+
+from __future__ import annotations
+
+import enum
+
+OP_NAME = "QuantLinear"
+OP_VERSION = "1"
+
+ATTR_BITS = "bits"
+"""8 or 4, of codes; 16, of floats."""
+ATTR_GROUP = "group"
+"""Inputs that share a scale; of codes."""
+ATTR_ACTIVATION = "activation"
+"""Number of an `Activation`."""
+ATTR_HAS_ZERO = "has_zero"
+ATTR_HAS_BIAS = "has_bias"
+ATTR_HAS_RESIDUAL = "has_residual"
+
+GATED_BLOCK = 64
+"""Outputs of a gated layer lie in blocks: so many gates, and then as many values that they are for."""
+
+
+class Activation(enum.IntEnum):
+    """What becomes of the sums; numbered as in the kernels' C ABI."""
+
+    NONE = 0
+    GELU_TANH = 1
+    """GELU, approximated by tanh (Hendrycks and Gimpel, arXiv:1606.08415)."""
+    SILU_GATED = 2
+    """SiLU of a gate times its value (SwiGLU, Shazeer, arXiv:2002.05202)."""
