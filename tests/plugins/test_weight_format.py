@@ -5,7 +5,7 @@ from pascalvl.plugins.weight_format import WeightConfig, WeightFormat
 
 
 @pytest.mark.parametrize(
-    "text", ["f32", "f16", "w8", "w4", "w4,group=64", "w4,lm_head=f16,vision=w4", "w8,group=32,layer.0-1=f32,layer.3=w4"]
+    "text", ["f32", "w8", "w4", "w4,group=64", "w4,lm_head=f16,vision=w4", "w8,group=32,layer.0-1=f32,layer.3=w4"]
 )
 def test_text_comes_back(text):
     assert str(WeightConfig.parse(text)) == text
@@ -16,7 +16,8 @@ def test_defaults():
     assert config.layers(3) == (WeightFormat(4, 64), WeightFormat(8, 64), WeightFormat(4, 64))
     assert config.lm_head == config.vision == WeightFormat(8, 64)
     assert WeightConfig.parse("f16").lm_head == WeightFormat(16)
-    assert not WeightConfig().is_quantised and WeightConfig.parse("f32,vision=w8").is_quantised
+    assert not WeightConfig().is_quantised
+    assert WeightConfig.parse("f32,vision=w8").is_quantised
 
 
 @pytest.mark.parametrize(
