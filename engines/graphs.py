@@ -7,7 +7,7 @@ import onnx.parser
 from onnx import helper
 
 from pascalvl.plugins import bindings
-from pascalvl.plugins.flash_attention import ATTR_KV_FORMAT, ATTR_RECENT, OP_NAME, OP_VERSION
+from pascalvl.plugins.flash_attention import ATTR_KV_FORMAT, ATTR_RECENT, OP_DOMAIN, OP_NAME, OP_VERSION
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.onnx_body import CausalBody
@@ -37,8 +37,10 @@ def set_cache(decoder: onnx.ModelProto, model: ModelConfig, cache: CacheConfig) 
         attribute.s = body.kv_format.value.encode()
         if cache.recent:
             node.attribute.append(helper.make_attribute(ATTR_RECENT, cache.recent))
-    del decoder.functions[:]
-    del decoder.opset_import[1:]
+    for rest in (decoder.functions, decoder.opset_import):
+        kept = [x for x in rest if x.domain not in (OP_DOMAIN, *(body.domain for body in bodies))]
+        del rest[:]
+        rest.extend(kept)
     for body in sorted(bodies, key=lambda body: body.domain):
         decoder.functions.append(onnx.parser.parse_function(body.text))
         decoder.opset_import.append(helper.make_opsetid(body.domain, int(OP_VERSION)))
@@ -53,5 +55,5 @@ def mark_layers(decoder: onnx.ModelProto, model: ModelConfig) -> None:
 
 
 def strip_functions(graph: onnx.ModelProto) -> None:
-    """Leave FlashAttention2 to a plugin: TensorRT 10's parser would take the op's body in its place."""
+    """Leave the ops to plugins: TensorRT 10's parser would take their bodies in their place."""
     del graph.functions[:]

@@ -36,7 +36,7 @@ NAME = REFERENCE
 _GRAPHS = (bindings.VISION, bindings.DECODER)
 _DATA = {graph: f"{graph}.onnx.data" for graph in _GRAPHS}
 _WEIGHTS = "weights.json"
-"""By graph and name (as `TRANSPOSED` says): where in the graph's data a weight starts, and its shape there."""
+"""By graph and name (as `TRANSPOSED` says): where in the graph's data a weight starts, its type and shape there."""
 FILES = (CHECKPOINT_CONFIG, _WEIGHTS, *_DATA.values())
 _REMEDY = "build the bundle again"
 _ALIGNMENT = 256
@@ -242,6 +242,7 @@ def build(model_bundle: Path, directory: Path, manifest: Manifest, cache: CacheC
         weights[graph] = {
             tensor.doc_string: {
                 "offset": next(int(entry.value) for entry in tensor.external_data if entry.key == "offset"),
+                "dtype": onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name,
                 "shape": list(tensor.dims),
             }
             for tensor in proto.graph.initializer
@@ -294,14 +295,19 @@ def _load(directory: Path, manifest: Manifest, device: torch.device) -> dict[str
     config = Qwen3VLConfig.from_dict(read_json(directory / CHECKPOINT_CONFIG, _REMEDY))
     _check(directory, manifest, config)
     model = meta_model(config)
-    modules = {bindings.VISION: VisionEncoder(model), bindings.DECODER: Decoder(model, manifest.model.text)}
+    modules = {
+        bindings.VISION: VisionEncoder(model, manifest.weights.vision),
+        bindings.DECODER: Decoder(model, manifest.model.text, manifest.weights),
+    }
     weights = {}
     for graph, places in read_json(directory / _WEIGHTS, _REMEDY).items():
         for note, place in places.items():
             # Copy on write: PyTorch knows no tensors that cannot be written. None is.
-            array = np.memmap(directory / _DATA[graph], np.float32, "c", place["offset"], tuple(place["shape"]))
+            array = np.memmap(directory / _DATA[graph], place["dtype"], "c", place["offset"], tuple(place["shape"]))
             tensor = torch.from_numpy(array)
             name = note.removesuffix(TRANSPOSED)
+            if (layer := name.removesuffix(".zero")) != name:
+                model.get_submodule(layer).add_zero()
             tensor = (tensor.T if note != name else tensor).reshape(model.get_parameter(name).shape)
             weights[name] = tensor.to(device)
     model.load_state_dict(weights, strict=False, assign=True)

@@ -16,6 +16,7 @@ from pascalvl.export.onnx_op import IR_VERSION
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.flash_attention import OP_DOMAIN, OP_NAME
 from pascalvl.plugins.onnx_body import OPSET
+from pascalvl.plugins.quant_linear import OP_NAME as LINEAR
 
 _SUPPORTED = {
     "FP32 FP16 INT32": (
@@ -39,7 +40,7 @@ _SUPPORTED = {
         "Concat Constant Gather GatherElements GatherND Identity Reshape Shape Size Slice Squeeze Transpose Trilu "
         "Unsqueeze"
     ),
-    "FP32": f"ConstantOfShape {OP_NAME}",
+    "FP32": f"ConstantOfShape {OP_NAME} {LINEAR}",
     "INT8": "DequantizeLinear",
     "FP32 FP16 INT32 BOOL": "Expand EyeLike Flatten OneHot Split Tile Where",
 }
@@ -102,7 +103,7 @@ def violations(proto: onnx.ModelProto) -> Iterator[str]:
 
 
 def _node_violations(node: onnx.NodeProto, types: dict[str, int], constants: dict[str, TensorProto]) -> Iterator[str]:
-    is_plugin = (node.domain, node.op_type) == (OP_DOMAIN, OP_NAME)
+    is_plugin = node.op_type in (OP_NAME, LINEAR) and node.domain.split(".")[0] == OP_DOMAIN
     if not is_plugin and (node.domain not in ("", "ai.onnx") or node.op_type not in _TYPES_OF):
         yield f"operator {node.domain + '.' if node.domain else ''}{node.op_type} is not supported"
         return

@@ -19,6 +19,7 @@ from pascalvl.export import conformance
 from pascalvl.export.calibration import CalibrationPrompt, calibrate, check_prompts
 from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint
 from pascalvl.export.modules import Decoder, VisionEncoder
+from pascalvl.export.quantised_weights import QuantisedWeights
 from pascalvl.export.trace import TracedGraph, Weight, example_inputs, trace
 from pascalvl.export.transforms import TransformedWeights, WeightSource, check_ranks, plan_transforms
 from pascalvl.plugins import bindings, onnx_body
@@ -26,6 +27,8 @@ from pascalvl.plugins.bundle import EMBEDDINGS, TRANSPOSED, Manifest, atomic_dir
 from pascalvl.plugins.flash_attention import OP_NAME, OP_VERSION
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 from pascalvl.plugins.model_config import ModelConfig
+from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig
+from pascalvl.plugins.weight_rows import quantise_weight
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +44,14 @@ def export_checkpoint(
     check_host_files: Callable[[Path, ModelConfig], None] = lambda *_: None,
     cache: CacheConfig = _CACHE,
     calibration: Callable[[Path, ModelConfig], Sequence[CalibrationPrompt]] | None = None,
+    weights: WeightConfig = FLOAT_WEIGHTS,
 ) -> Manifest:
     """Export a Qwen3-VL checkpoint to the model bundle ``output``; returns its manifest.
 
     The weights come out as `pascalvl.export.transforms` leaves them: the same function, keys and values that quantise
-    better, shorter ones if ``cache`` says so. They are widened to float32 and written one at a time: beside the graphs
-    and the transforms, memory holds one tensor, or, while it calibrates, the model in float32.
+    better, shorter ones if ``cache`` says so; quantised if ``weights`` says so, else widened to float32. They are
+    written one at a time: beside the graphs and the transforms, memory holds one tensor, or, while it calibrates, the
+    model in float32.
 
     Args:
         checkpoint_directory: folder of the Hugging Face model.
@@ -55,6 +60,7 @@ def export_checkpoint(
         cache: its `key_rank` and `value_rank` are what the weights get; the rest is for builds and runs.
         calibration: called like ``check_host_files``, and after it: the prompts to take statistics from. None: the
             weights' own.
+        weights: formats of linear layers' weights.
 
     Raises:
         UserError: a checkpoint that cannot be used, ranks that it cannot have or that need a calibration, prompts that
@@ -65,6 +71,7 @@ def export_checkpoint(
     with Checkpoint(checkpoint_directory) as checkpoint, bars as progress:
         config = checkpoint.model_config()
         check_ranks(cache, config.text, calibration is not None)
+        weights.layers(config.text.num_hidden_layers)
         model = checkpoint.meta_model()
         with atomic_directory(output, "model") as directory:
             checkpoint.copy_host_files(directory)
@@ -77,7 +84,7 @@ def export_checkpoint(
                 statistics = calibrate(checkpoint_directory, prompts, lambda: progress.advance(task))
                 progress.update(task, visible=False)
             transforms = plan_transforms(checkpoint, config.text, cache, statistics)
-            weights = TransformedWeights(checkpoint, transforms)
+            source = TransformedWeights(checkpoint, transforms)
             key_dims, value_dims = zip(*((t.key_dim, t.value_dim) for t in transforms), strict=True)
             text = dataclasses.replace(config.text, key_dims=key_dims, value_dims=value_dims)
             config = dataclasses.replace(config, text=text)
@@ -85,10 +92,11 @@ def export_checkpoint(
             graphs = {}
             for name, trace_graph in ((bindings.VISION, trace_vision), (bindings.DECODER, trace_decoder)):
                 task = progress.add_task(f"tracing {name}", total=None)
-                graph = trace_graph(model, config)
+                graph = trace_graph(model, config, weights)
                 conformance.check(graph.proto, name)
                 progress.update(task, total=len(graph.weights), description=f"writing {name}")
-                for _ in write_graph(graph, weights, directory / f"{name}.onnx"):
+                quantised = QuantisedWeights(source, model, lambda _, w, layer: quantise_weight(w.numpy(), layer.form))
+                for _ in write_graph(graph, quantised, directory / f"{name}.onnx"):
                     progress.advance(task)
                 graphs[name] = describe(graph.proto)
                 log.info("%s: %d nodes", name, len(graph.proto.graph.node))
@@ -101,11 +109,17 @@ def export_checkpoint(
                 embeddings=embeddings,
                 graphs=graphs,
                 kv_cache=dataclasses.replace(_CACHE, key_rank=cache.key_rank, value_rank=cache.value_rank),
+                weights=weights,
             ).write(directory)
 
 
-def trace_vision(model: Qwen3VLForConditionalGeneration, config: ModelConfig) -> TracedGraph:
-    """Trace the vision encoder of a model on the meta device."""
+def trace_vision(
+    model: Qwen3VLForConditionalGeneration, config: ModelConfig, weights: WeightConfig = FLOAT_WEIGHTS
+) -> TracedGraph:
+    """Trace the vision encoder of a model on the meta device, with weights in the formats asked for.
+
+    Where they are quantised, the model's linear layers are replaced, see `VisionEncoder`.
+    """
     inputs = bindings.vision_inputs(config)
     per_token = config.vision.spatial_merge_size**2
     dims = {
@@ -113,7 +127,7 @@ def trace_vision(model: Qwen3VLForConditionalGeneration, config: ModelConfig) ->
         "segments_plus_1": torch.export.Dim("segments_plus_1"),
     }
     return trace(
-        VisionEncoder(model),
+        VisionEncoder(model, weights.vision),
         dict(
             zip(_names(inputs), example_inputs(inputs, {"patches": 6 * per_token, "segments_plus_1": 3}), strict=True)
         ),
@@ -125,10 +139,13 @@ def trace_vision(model: Qwen3VLForConditionalGeneration, config: ModelConfig) ->
     )
 
 
-def trace_decoder(model: Qwen3VLForConditionalGeneration, config: ModelConfig) -> TracedGraph:
-    """Trace the decoder of a model on the meta device, with the lengths of keys and values that ``config`` says.
+def trace_decoder(
+    model: Qwen3VLForConditionalGeneration, config: ModelConfig, weights: WeightConfig = FLOAT_WEIGHTS
+) -> TracedGraph:
+    """Trace the decoder of a model on the meta device, with the lengths of keys and values that ``config`` says, and
+    weights in the formats asked for.
 
-    The model's attention is replaced, see `Decoder`.
+    The model's layers are replaced, see `Decoder`.
     """
     inputs = bindings.decoder_inputs(config, _CACHE)
     sizes = {"batch": 2, "seq": 3, "capacity": 5, "visible_slots": 7}
@@ -141,7 +158,7 @@ def trace_decoder(model: Qwen3VLForConditionalGeneration, config: ModelConfig) -
         return {**dict(zip(_names(inputs[:cache_start]), values, strict=False)), "caches": caches}
 
     return trace(
-        Decoder(model, config.text),
+        Decoder(model, config.text, weights),
         arguments(example_inputs(inputs, sizes)),
         arguments(_dynamic_shapes(inputs, dims)),
         inputs,
@@ -183,7 +200,7 @@ def write_graph(graph: TracedGraph, weights: WeightSource, path: Path) -> Iterat
             data.write(_weight_array(weights, weight))  # tofile would hide a full disk
             external = onnx.TensorProto(
                 name=name,
-                data_type=onnx.TensorProto.FLOAT,
+                data_type=onnx.helper.np_dtype_to_tensor_dtype(weight.dtype),
                 dims=weight.graph_shape,
                 data_location=onnx.TensorProto.EXTERNAL,
                 doc_string=weight.source + TRANSPOSED * weight.transposed,
@@ -198,9 +215,11 @@ def write_graph(graph: TracedGraph, weights: WeightSource, path: Path) -> Iterat
 
 def _weight_array(weights: WeightSource, weight: Weight) -> np.ndarray:
     tensor = weights.tensor(weight.source).reshape(weight.shape)
+    if weight.dtype == np.float32:
+        tensor = tensor.float()
     if weight.transposed:
         tensor = tensor.T
-    return tensor.to(torch.float32).contiguous().numpy()
+    return tensor.contiguous().numpy().astype(weight.dtype, copy=False)
 
 
 def _write_embeddings(checkpoint: Checkpoint, path: Path) -> dict[str, object]:

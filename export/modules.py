@@ -1,23 +1,50 @@
-"""The two PyTorch modules that are exported: Hugging Face's own layers behind the engine interface of `bindings`."""
+"""The two PyTorch modules that are exported: Hugging Face's own layers behind the engine interface of `bindings`.
+
+Where weights are quantised, `QuantLinear` takes the place of linear layers, one for those that read the same inputs;
+`MERGED` says of which they are made. `pascalvl.export.quantised_weights` tells its values.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 from transformers import Qwen3VLForConditionalGeneration
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextAttention, apply_rotary_pos_emb
+from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+    Qwen3VLTextAttention,
+    Qwen3VLTextDecoderLayer,
+    Qwen3VLTextMLP,
+    apply_rotary_pos_emb,
+)
 
 from pascalvl.export.attention import PACKED_ATTN_IMPLEMENTATION, attention_forward
+from pascalvl.export.quant_linear import QuantLinear
 from pascalvl.plugins.model_config import TextConfig
+from pascalvl.plugins.quant_linear import GATED_BLOCK, Activation
+from pascalvl.plugins.weight_format import F32, FLOAT_WEIGHTS, WeightConfig, WeightFormat
+
+QKV, GATE_UP = "qkv_proj", "gate_up_proj"
+MERGED = {QKV: ("q_proj", "k_proj", "v_proj"), GATE_UP: ("gate_proj", "up_proj")}
+"""Layers that read the same inputs and are one where they are quantised; gates and values lie as `Activation` says."""
 
 
 class VisionEncoder(nn.Module):
     """Patches to image embeddings and DeepStack features; inputs and outputs as `bindings.vision_inputs` lists them."""
 
-    def __init__(self, model: Qwen3VLForConditionalGeneration) -> None:
+    def __init__(self, model: Qwen3VLForConditionalGeneration, form: WeightFormat = F32) -> None:
         super().__init__()
         self.visual = model.model.visual
         self.visual.config._attn_implementation = PACKED_ATTN_IMPLEMENTATION
+        if form.bits == 32:
+            return
+        for block in self.visual.blocks:
+            _quantise(block.attn, ("qkv", "proj"), form)
+            has_kernel = self.visual.config.hidden_act == "gelu_pytorch_tanh"
+            _quantise(block.mlp, ("linear_fc1",), form, Activation.GELU_TANH if has_kernel else Activation.NONE)
+            _quantise(block.mlp, ("linear_fc2",), form)
+            if has_kernel:
+                block.mlp.act_fn = nn.Identity()
+        for merger in (self.visual.merger, *self.visual.deepstack_merger_list):
+            _quantise(merger, ("linear_fc1", "linear_fc2"), form)
 
     def forward(
         self,
@@ -53,19 +80,29 @@ class Attention(nn.Module):
 
     is_causal = True
 
-    def __init__(self, attention: Qwen3VLTextAttention, text: TextConfig, layer: int) -> None:
+    def __init__(self, attention: Qwen3VLTextAttention, text: TextConfig, layer: int, form: WeightFormat) -> None:
         super().__init__()
         self._num_heads, self._num_kv_heads = text.num_attention_heads, text.num_key_value_heads
         self._head_dim, self._key_dim, self._value_dim = text.head_dim, text.key_dims[layer], text.value_dims[layer]
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
-        )  # fmt: skip
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
-        like = {"device": self.v_proj.weight.device, "dtype": self.v_proj.weight.dtype}
-        if self._value_dim != self._head_dim:
-            hidden, has_bias = text.hidden_size, self.v_proj.bias is not None
-            self.v_proj = nn.Linear(hidden, self._num_kv_heads * self._value_dim, has_bias, **like)
-            self.o_proj = nn.Linear(self._num_heads * self._value_dim, hidden, self.o_proj.bias is not None, **like)
+        like = {"device": attention.v_proj.weight.device, "dtype": attention.v_proj.weight.dtype}
+        has_bias, has_output_bias = attention.v_proj.bias is not None, attention.o_proj.bias is not None
+        hidden, of_values = text.hidden_size, self._num_heads * self._value_dim
+        heads = self._num_heads, self._num_kv_heads, self._num_kv_heads
+        dims = self._head_dim, self._head_dim, self._value_dim
+        self._widths = [count * dim for count, dim in zip(heads, dims, strict=True)]
+        """Of queries, keys and values of a token."""
+        if form.bits != 32:
+            self.qkv_proj = QuantLinear(hidden, sum(self._widths), form, has_bias, device=like["device"])
+            self.o_proj = QuantLinear(of_values, hidden, form, has_output_bias, device=like["device"])
+        else:
+            self.qkv_proj = None
+            self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+                attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+            )  # fmt: skip
+            if self._value_dim != self._head_dim:
+                self.v_proj = nn.Linear(hidden, self._widths[2], has_bias, **like)
+                self.o_proj = nn.Linear(of_values, hidden, has_output_bias, **like)
         if self._key_dim != self._head_dim:
             shape = self._num_kv_heads, self._head_dim, self._key_dim
             self.query_basis = nn.Parameter(torch.empty(shape, **like))
@@ -74,21 +111,30 @@ class Attention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
+        residual: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         new: list[tuple[torch.Tensor, torch.Tensor]],
         cache: dict[str, torch.Tensor | str | None],
-        **_: object,
-    ) -> tuple[torch.Tensor, None]:
-        """As Hugging Face's layer calls it.
+    ) -> torch.Tensor:
+        """Returns ``residual`` plus what the layer's attention makes of ``hidden_states``.
 
         Args:
             new: to which this call's keys and values are added, ``[batch, num_kv_heads, seq, dim]``.
             cache: the external one, as `attention_forward` takes it.
         """
         batch, seq, _ = hidden_states.shape
-        query = self.q_norm(self.q_proj(hidden_states).view(batch, seq, -1, self._head_dim)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).view(batch, seq, -1, self._head_dim)).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(batch, seq, -1, self._value_dim).transpose(1, 2)
+        if self.qkv_proj is None:
+            query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        else:
+            whole, (queries, keys, _) = (
+                self.qkv_proj(hidden_states),
+                self._widths,
+            )  # ONNX's Split has no way to opset 17
+            query, key = whole[..., :queries], whole[..., queries : queries + keys]
+            value = whole[..., queries + keys :]
+        query = self.q_norm(query.view(batch, seq, -1, self._head_dim)).transpose(1, 2)
+        key = self.k_norm(key.view(batch, seq, -1, self._head_dim)).transpose(1, 2)
+        value = value.view(batch, seq, -1, self._value_dim).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if self._key_dim != self._head_dim:
             # The heads of a group lie one after the other, as if they were its tokens.
@@ -99,22 +145,71 @@ class Attention(nn.Module):
         new.append((key, value))
         # The scale is the whole head's: a rank approximates its scores.
         output, _ = attention_forward(self, query, key, value, None, self._head_dim**-0.5, **cache)
-        return self.o_proj(output.reshape(batch, seq, -1)), None
+        return _added(self.o_proj, output.reshape(batch, seq, -1), residual)
+
+
+class GatedMLP(nn.Module):
+    """A decoder layer's MLP in quantised weights, its hidden width padded to whole blocks of gates."""
+
+    def __init__(self, mlp: Qwen3VLTextMLP, form: WeightFormat) -> None:
+        super().__init__()
+        width = -(-mlp.intermediate_size // GATED_BLOCK) * GATED_BLOCK
+        device = mlp.down_proj.weight.device
+        self.gate_up_proj = QuantLinear(mlp.hidden_size, 2 * width, form, False, Activation.SILU_GATED, device)
+        self.down_proj = QuantLinear(width, mlp.hidden_size, form, device=device)
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.gate_up_proj(hidden_states), residual)
+
+
+class DecoderLayer(nn.Module):
+    """Hugging Face's decoder layer over the external cache; takes over its submodules, with their names."""
+
+    def __init__(self, layer: Qwen3VLTextDecoderLayer, text: TextConfig, index: int, form: WeightFormat) -> None:
+        super().__init__()
+        self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
+        self.self_attn = Attention(layer.self_attn, text, index, form)
+        self.mlp = layer.mlp if form.bits == 32 else GatedMLP(layer.mlp, form)
+
+    def forward(self, hidden: torch.Tensor, *attention: object) -> torch.Tensor:
+        """``attention`` are the further arguments of `Attention`."""
+        hidden = self.self_attn(self.input_layernorm(hidden), hidden, *attention)
+        return _added(self.mlp, self.post_attention_layernorm(hidden), hidden)
+
+
+def _added(layer: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """``residual + layer(x)``, in one where the layer's weights are quantised."""
+    return layer(x, residual) if isinstance(layer, QuantLinear | GatedMLP) else residual + layer(x)
+
+
+def _quantise(
+    module: nn.Module, names: tuple[str, ...], form: WeightFormat, activation: Activation = Activation.NONE
+) -> None:
+    """Put `QuantLinear` in the place of a module's linear layers."""
+    for name in names:
+        linear = getattr(module, name)
+        size, has_bias = (linear.in_features, linear.out_features), linear.bias is not None
+        setattr(module, name, QuantLinear(*size, form, has_bias, activation, linear.weight.device))
 
 
 class Decoder(nn.Module):
     """New tokens and the cache to logits and new keys and values; arguments as `bindings.decoder_inputs` lists them.
 
-    Returns what `bindings.decoder_outputs` lists, then the hidden states after each layer. Replaces the attention of
-    ``model``'s layers by `Attention`, so that the model's parameters, by their names, are those of the decoder.
+    Returns what `bindings.decoder_outputs` lists, then the hidden states after each layer. Replaces ``model``'s layers
+    by `DecoderLayer`, so that the model's parameters, by their names, are those of the decoder.
     """
 
-    def __init__(self, model: Qwen3VLForConditionalGeneration, text: TextConfig) -> None:
+    def __init__(
+        self, model: Qwen3VLForConditionalGeneration, text: TextConfig, weights: WeightConfig = FLOAT_WEIGHTS
+    ) -> None:
         super().__init__()
         self.language_model = model.model.language_model
+        if weights.lm_head.bits != 32:
+            _quantise(model, ("lm_head",), weights.lm_head)
         self.lm_head = model.lm_head
-        for index, layer in enumerate(self.language_model.layers):
-            layer.self_attn = Attention(layer.self_attn, text, index)
+        layers = self.language_model.layers
+        for index, form in enumerate(weights.layers(len(layers))):
+            layers[index] = DecoderLayer(layers[index], text, index, form)
 
     def forward(
         self,
@@ -132,9 +227,7 @@ class Decoder(nn.Module):
         after_layers = []
         lengths = {"past_length": past_length, "past_visible": past_visible, "recent_length": recent_length}
         for index, layer in enumerate(self.language_model.layers):
-            hidden = layer(
-                hidden, position_embeddings=(rope_cos, rope_sin), new=new, cache={**lengths, **caches[index]}
-            )
+            hidden = layer(hidden, (rope_cos, rope_sin), new, {**lengths, **caches[index]})
             if index < deepstack_embeds.shape[0]:
                 hidden = hidden + deepstack_embeds[index]
             after_layers.append(hidden)

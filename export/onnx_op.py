@@ -1,4 +1,4 @@
-"""The ONNX face of FlashAttention2: its schema, its node, and its body in standard operators."""
+"""The ONNX face of the two ops: schemas, nodes, and bodies in standard operators."""
 
 from __future__ import annotations
 
@@ -17,7 +17,18 @@ from pascalvl.plugins.flash_attention import (
     OP_VERSION,
 )
 from pascalvl.plugins.kv_format import KVFormat
-from pascalvl.plugins.onnx_body import CausalBody, packed_body
+from pascalvl.plugins.linear_body import LinearBody
+from pascalvl.plugins.onnx_body import OPSET, CausalBody, packed_body
+from pascalvl.plugins.quant_linear import (
+    ATTR_ACTIVATION,
+    ATTR_BITS,
+    ATTR_GROUP,
+    ATTR_HAS_BIAS,
+    ATTR_HAS_RESIDUAL,
+    ATTR_HAS_ZERO,
+)
+from pascalvl.plugins.quant_linear import OP_NAME as LINEAR
+from pascalvl.plugins.quant_linear import OP_VERSION as LINEAR_VERSION
 
 IR_VERSION = 8
 """The last that TensorRT 8.6's parser reads."""
@@ -50,8 +61,34 @@ _SCHEMA = OpSchema(
         OpSchema.Attribute(ATTR_KV_FORMAT, helper.make_attribute(ATTR_KV_FORMAT, ""), "cache format, where causal"),
     ],
 )
-if not onnx.defs.has(OP_NAME, OP_DOMAIN):
-    onnx.defs.register_schema(_SCHEMA)
+_LINEAR_SCHEMA = OpSchema(
+    LINEAR,
+    OP_DOMAIN,
+    int(LINEAR_VERSION),
+    doc="See pascalvl.plugins.quant_linear.",
+    inputs=[
+        OpSchema.FormalParameter(
+            "operands",
+            "T",
+            "x, weight, and what the attributes say",
+            param_option=OpSchema.FormalParameterOption.Variadic,
+            is_homogeneous=False,
+            min_arity=2,
+        )
+    ],
+    outputs=[OpSchema.FormalParameter("output", "F")],
+    type_constraints=[
+        ("T", ["tensor(float)", "tensor(float16)", "tensor(int32)"], ""),
+        ("F", ["tensor(float)"], ""),
+    ],
+    attributes=[
+        OpSchema.Attribute(name, OpSchema.AttrType.INT, "")
+        for name in (ATTR_BITS, ATTR_GROUP, ATTR_ACTIVATION, ATTR_HAS_ZERO, ATTR_HAS_BIAS, ATTR_HAS_RESIDUAL)
+    ],
+)
+for _schema in (_SCHEMA, _LINEAR_SCHEMA):
+    if not onnx.defs.has(_schema.name, OP_DOMAIN):
+        onnx.defs.register_schema(_schema)
 
 
 def translate(
@@ -79,6 +116,30 @@ def translate(
     return node(q, k, v, *cache, causal=1, softmax_scale=softmax_scale, kv_format=KVFormat.F32.value)
 
 
-def function_body(causal: bool) -> onnx.FunctionProto:
-    """The op's body for exported graphs of one mode, to be stored in a model as a local function."""
-    return onnx.parser.parse_function(CausalBody().text if causal else packed_body())
+def translate_linear(x, weight, scale, zero, bias, residual, bits: int, group: int, activation: int):
+    """Write a node for torch's `pascalvl::quant_linear`; an entry of the exporter's translation table."""
+    given = [operand for operand in (scale, zero, bias, residual) if operand is not None]
+    has = {
+        name: int(operand is not None)
+        for name, operand in ((ATTR_HAS_ZERO, zero), (ATTR_HAS_BIAS, bias), (ATTR_HAS_RESIDUAL, residual))
+    }
+    return getattr(_DOMAIN, LINEAR)(x, weight, *given, bits=bits, group=group, activation=activation, **has)
+
+
+def add_bodies(model: onnx.ModelProto) -> None:
+    """Give a traced graph's nodes their bodies, stored in the model as local functions, and the bodies' domains."""
+    bodies = {}
+    for node in model.graph.node:
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        if node.op_type == OP_NAME:
+            bodies[OP_DOMAIN] = CausalBody().text if attributes[ATTR_CAUSAL] else packed_body()
+        elif node.op_type == LINEAR:
+            body = LinearBody.of(attributes)
+            node.domain = body.domain
+            bodies[body.domain] = body.text
+    del model.functions[:]
+    del model.opset_import[:]
+    model.opset_import.append(helper.make_opsetid("", OPSET))
+    for domain, text in sorted(bodies.items()):
+        model.functions.append(onnx.parser.parse_function(text))
+        model.opset_import.append(helper.make_opsetid(domain, int(OP_VERSION)))

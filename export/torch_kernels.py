@@ -12,8 +12,10 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 
 from pascalvl.plugins.kernels.build import Target, cached
-from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary
+from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary, LinearArgs
 from pascalvl.plugins.kv_format import KVFormat, LayerLayout
+from pascalvl.plugins.quant_linear import Activation
+from pascalvl.plugins.weight_format import WeightFormat, scale_pitch
 
 _TARGETS = {"cuda": Target.CUDA, "cpu": Target.EMULATOR}
 _emulated = contextvars.ContextVar("emulated", default=False)
@@ -21,7 +23,7 @@ _emulated = contextvars.ContextVar("emulated", default=False)
 
 @contextlib.contextmanager
 def emulated() -> Iterator[None]:
-    """Inside, `pascalvl::flash_attention_2` sends tensors on the CPU to the emulator's kernels."""
+    """Inside, the ops send tensors on the CPU to the emulator's kernels."""
     token = _emulated.set(True)
     try:
         yield
@@ -30,7 +32,7 @@ def emulated() -> Iterator[None]:
 
 
 def serves(device: torch.device) -> bool:
-    """Whether `pascalvl::flash_attention_2` sends a device's tensors to the kernels."""
+    """Whether the ops send a device's tensors to the kernels."""
     return device.type == "cuda" or (device.type == "cpu" and _emulated.get())
 
 
@@ -135,6 +137,60 @@ def attention(
         workspace = torch.empty(kernels.attention_workspace(args), dtype=torch.uint8, device=q.device)
         kernels.attention(args, workspace.data_ptr(), workspace.numel(), stream)
     return tensors["out"]
+
+
+def linear(
+    kernels: KernelLibrary,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    bits: int,
+    group: int,
+    activation: int,
+) -> torch.Tensor:
+    """Launch a linear layer on torch's current stream; arguments as `pascalvl.export.quant_linear` has them.
+
+    Raises:
+        ValueError: a tensor's type, shape or device is not as there.
+        UserError: the kernels do not support the arguments; or CUDA fails.
+    """
+    form, device = WeightFormat(bits, group), x.device
+    in_features, outputs = x.shape[-1], weight.shape[0]
+    padded, is_gated = form.padded(in_features), activation == Activation.SILU_GATED
+    out = torch.empty(*x.shape[:-1], outputs // (1 + is_gated), device=device)
+    if not out.numel():
+        return out
+    of_weight = (torch.int32, padded * bits // 32) if form.is_quantised else (torch.float16, padded)
+    tensors = {
+        "x": _checked("x", x, [torch.float32], x.shape, device),
+        "weight": _checked("the weight", weight, [of_weight[0]], (outputs, of_weight[1]), device),
+        "out": out,
+    }
+    if form.is_quantised:
+        shape = padded // group, scale_pitch(outputs)
+        tensors["scale"] = _checked("scales", scale, [torch.float16], shape, device)
+        if zero is not None:
+            tensors["zero"] = _checked("zeros", zero, [torch.float16], shape, device)
+    if bias is not None:
+        tensors["bias"] = _checked("the bias", bias, [torch.float32], (outputs,), device)
+    if residual is not None:
+        tensors["residual"] = _checked("the residual", residual, [torch.float32], out.shape, device)
+    args = LinearArgs(
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        rows=x.numel() // in_features,
+        in_features=in_features,
+        out_features=outputs,
+        bits=bits,
+        group=group,
+        activation=activation,
+    )
+    with _current(device) as stream:
+        workspace = torch.empty(kernels.linear_workspace(args), dtype=torch.uint8, device=device)
+        kernels.linear(args, workspace.data_ptr(), workspace.numel(), stream)
+    return out
 
 
 def kv_append(

@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 
+import numpy as np
 import onnx
 import onnx.version_converter
 import onnx_ir as ir
@@ -20,7 +21,6 @@ from torch import nn
 
 from pascalvl.export import onnx_op
 from pascalvl.plugins.bindings import Binding
-from pascalvl.plugins.flash_attention import ATTR_CAUSAL, OP_DOMAIN, OP_NAME, OP_VERSION
 from pascalvl.plugins.onnx_body import OPSET
 
 _EXPORTER_OPSET = 18
@@ -29,10 +29,11 @@ _EXPORTER_OPSET = 18
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A float32 weight of a graph: checkpoint tensor ``source``, reshaped to ``shape``, then transposed if so told."""
+    """A weight of a graph: checkpoint tensor ``source``, reshaped to ``shape``, then transposed if so told."""
 
     source: str
     shape: tuple[int, ...]
+    dtype: np.dtype
     transposed: bool = False
 
     @property
@@ -77,7 +78,7 @@ def trace(
     weights = {}
     for value in list(graph.initializers.values()):
         if value.name in sources:
-            weights[value.name] = Weight(sources[value.name], tuple(value.shape.numpy()))
+            weights[value.name] = Weight(sources[value.name], tuple(value.shape.numpy()), value.dtype.numpy())
             del graph.initializers[value.name]
             value.const_value = None
             graph.inputs.append(value)
@@ -96,11 +97,10 @@ def trace(
     proto.producer_name, proto.producer_version = "pascalvl", ""
     _use_old_attribute_forms(proto.graph)
     _fold_weight_views(proto.graph, weights)
-    causal = next(a.i for n in proto.graph.node if n.op_type == OP_NAME for a in n.attribute if a.name == ATTR_CAUSAL)
-    proto.functions.append(onnx_op.function_body(bool(causal)))
-    del proto.opset_import[:]
-    proto.opset_import.extend(
-        [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(OP_DOMAIN, int(OP_VERSION))]
+    onnx_op.add_bodies(proto)
+    known = {value.name for value in proto.graph.value_info}
+    proto.graph.value_info.extend(
+        onnx.helper.make_tensor_value_info(mark, onnx.TensorProto.FLOAT, None) for mark in marks if mark not in known
     )
     return TracedGraph(proto, weights)
 
@@ -117,7 +117,10 @@ def _trace(module: nn.Module, arguments: Mapping[str, object], dynamic_shapes: M
                 (),
                 kwargs=dict(arguments),
                 dynamic_shapes=dict(dynamic_shapes),
-                custom_translation_table={torch.ops.pascalvl.flash_attention_2.default: onnx_op.translate},
+                custom_translation_table={
+                    torch.ops.pascalvl.flash_attention_2.default: onnx_op.translate,
+                    torch.ops.pascalvl.quant_linear.default: onnx_op.translate_linear,
+                },
                 dynamo=True,
                 opset_version=_EXPORTER_OPSET,
                 # Both would read the weights: optimisation is done once they are plain inputs.
@@ -159,7 +162,7 @@ def _fold_weight_views(graph: onnx.GraphProto, weights: dict[str, Weight]) -> No
     del graph.input[:]
     graph.input.extend(others)
     graph.input.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, weight.graph_shape)
+        onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(weight.dtype), weight.graph_shape)
         for name, weight in weights.items()
     )
     kept = [value for value in graph.value_info if value.name not in weights and value.name in used]

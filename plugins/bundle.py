@@ -12,6 +12,7 @@ model      `ModelConfig`
 embeddings element type and shape of `EMBEDDINGS`
 graphs     per graph: opset, IR version, plugin op version, and how many nodes of each operator it has
 kv_cache   `CacheConfig` that the graphs are for (of a model bundle's, a build can change all but the ranks)
+weights    `WeightConfig` of the graphs
 backend    engine bundles: backend name, its version, and what else its engines depend on
 files      per file: size in bytes and SHA-256
 ========== ===========================================================================================================
@@ -36,8 +37,9 @@ from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
+from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig
 
-BUNDLE_VERSION = 2
+BUNDLE_VERSION = 3
 MANIFEST = "manifest.json"
 EMBEDDINGS = "embeddings.bin"
 TOKENIZER = "tokenizer.json"
@@ -77,6 +79,7 @@ class Manifest:
     embeddings: dict[str, Any]
     graphs: dict[str, dict[str, Any]]
     kv_cache: CacheConfig
+    weights: WeightConfig = FLOAT_WEIGHTS
     backend: dict[str, Any] = dataclasses.field(default_factory=dict)
     files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     version: int = BUNDLE_VERSION
@@ -86,6 +89,7 @@ class Manifest:
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             "model": self.model.to_json(),
             "kv_cache": str(self.kv_cache),
+            "weights": str(self.weights),
         }
 
     @classmethod
@@ -112,6 +116,7 @@ class Manifest:
                     **data,
                     "model": ModelConfig.from_json(data["model"]),
                     "kv_cache": CacheConfig.parse(data["kv_cache"]),
+                    "weights": WeightConfig.parse(data["weights"]),
                 }
             )
             manifest._check_types()

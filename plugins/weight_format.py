@@ -49,6 +49,9 @@ class WeightFormat:
         return out_features * padded * self.bits // 8 + scales
 
 
+F32 = WeightFormat(32)
+
+
 def scale_pitch(out_features: int) -> int:
     """Scales of a group: outputs up to whole lines of 16 bytes."""
     return -(-out_features // 8) * 8
@@ -61,10 +64,10 @@ class WeightConfig:
     Norms, the convolution of patches and position embeddings stay float32; token embeddings are as in the checkpoint.
     """
 
-    form: WeightFormat = WeightFormat(32)
+    form: WeightFormat = F32
     """Of the decoder's layers."""
-    lm_head: WeightFormat = WeightFormat(32)
-    vision: WeightFormat = WeightFormat(32)
+    lm_head: WeightFormat = F32
+    vision: WeightFormat = F32
     overrides: tuple[tuple[int, int, WeightFormat], ...] = ()
     """Decoder layers, first and last, with another format; a later one counts more."""
 
@@ -130,3 +133,7 @@ class WeightConfig:
                 raise UserError(f"the weight option layer.{last} is out of range: this model has layers 0-{count - 1}.")
             forms[first : last + 1] = [form] * (last + 1 - first)
         return tuple(forms)
+
+
+FLOAT_WEIGHTS = WeightConfig()
+"""All in float32."""

@@ -168,6 +168,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="folder of a Hugging Face Qwen3-VL model")
     _add_output(sub)
     _add_kv(sub, "the KV cache it is for, of which ranks (rk, rv) are made now, and the rest by 'build'")
+    forms = "w4, w8, f16 or f32[,group=INPUTS][,lm_head=FORMAT][,vision=FORMAT][,layer.FIRST-LAST=FORMAT]"
+    sub.add_argument("--weights", type=_weights, metavar="CONFIG", help=f"how weights are stored (f32): {forms}")
     sub.add_argument(
         "--calibrate",
         type=_path,
@@ -321,6 +323,12 @@ def _cache(text: str) -> Any:
     return CacheConfig.parse(text)
 
 
+def _weights(text: str) -> Any:
+    from pascalvl.plugins.weight_format import WeightConfig
+
+    return WeightConfig.parse(text)
+
+
 def _given_sampling(args: argparse.Namespace) -> dict[str, Any]:
     """The sampling options on the command line; raises `UserError` for values out of range, before any work."""
     from pascalvl.runtime.sampling import SamplingParams
@@ -356,7 +364,7 @@ def _export(args: argparse.Namespace) -> int:
         except UserError as error:
             raise UserError(str(error).replace(str(directory), str(args.checkpoint))) from error
 
-    options = {"cache": args.kv} if args.kv else {}
+    options = {name: value for name, value in (("cache", args.kv), ("weights", args.weights)) if value}
     if args.calibrate:
         from pascalvl.runtime.prompt_folder import read_prompts
 

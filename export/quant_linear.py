@@ -1,0 +1,130 @@
+"""The torch face of QuantLinear: the op `pascalvl::quant_linear`, and the module that calls it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pascalvl.export import torch_kernels
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.quant_linear import GATED_BLOCK, Activation
+from pascalvl.plugins.weight_format import WeightFormat, scale_pitch
+from pascalvl.plugins.weight_rows import QuantisedWeight
+
+
+@torch.library.custom_op("pascalvl::quant_linear", mutates_args=())
+def quant_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    bits: int,
+    group: int,
+    activation: int,
+) -> torch.Tensor:
+    """A linear layer as `pascalvl.plugins.quant_linear` defines it.
+
+    Tensors on CUDA go to the kernels; others are computed by PyTorch, the weight unpacked for the time of the call.
+
+    Args:
+        x: float32 ``[..., in_features]``.
+        weight: int32 ``[out_features, padded * bits / 32]``, or float16 ``[out_features, padded]``.
+        scale, zero: float16 ``[padded / group, out_features up to a multiple of 8]``; zero None: zeros.
+        bias: float32 ``[out_features]``, or None.
+        residual: float32, of the result's shape, or None.
+        bits: 8, 4, or 16, of floats.
+        group: inputs that share a scale; of codes.
+        activation: number of an `Activation`.
+
+    Returns:
+        float32 ``[..., out_features]``, half as many where gated.
+
+    Raises:
+        ValueError: the kernels do not support the arguments; says which they do.
+    """
+    if torch_kernels.serves(x.device):
+        try:
+            kernels = torch_kernels.library(x.device)
+            return torch_kernels.linear(kernels, x, weight, scale, zero, bias, residual, bits, group, activation)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+    rows = x.reshape(-1, x.shape[-1])
+    if bits == 16:
+        sums = rows @ weight[:, : x.shape[-1]].float().T
+    else:
+        form = WeightFormat(bits, group)
+        arrays = {
+            name: tensor.numpy() for name, tensor in (("weight", weight), ("scale", scale), ("zero", zero))
+            if tensor is not None
+        }  # fmt: skip
+        dense = QuantisedWeight.unpacked(arrays, x.shape[-1], form).dense()
+        sums = rounded(rows, group) @ torch.from_numpy(dense).T
+    if bias is not None:
+        sums = sums + bias
+    if activation == Activation.GELU_TANH:
+        sums = nn.functional.gelu(sums, approximate="tanh")
+    elif activation == Activation.SILU_GATED:
+        gate, value = sums.unflatten(-1, (-1, 2, GATED_BLOCK)).unbind(-2)
+        sums = (nn.functional.silu(gate) * value).flatten(-2)
+    out = sums.reshape(*x.shape[:-1], -1)
+    return out if residual is None else out + residual
+
+
+@quant_linear.register_fake
+def _(x, weight, scale, zero, bias, residual, bits, group, activation):
+    outputs = weight.shape[0] // (2 if activation == Activation.SILU_GATED else 1)
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+def rounded(x: torch.Tensor, group: int) -> torch.Tensor:
+    """Inputs ``[..., in_features]`` as codes meet them: to int8 and back, by group."""
+    in_features = x.shape[-1]
+    padded = nn.functional.pad(x, (0, -in_features % group)).unflatten(-1, (-1, group))
+    most = padded.abs().amax(-1, keepdim=True)
+    codes = (padded * torch.where(most > 0, 127 / most, 0)).round()
+    return (codes * (most / 127)).flatten(-2)[..., :in_features]
+
+
+class QuantLinear(nn.Module):
+    """A linear layer whose weight is in codes or float16; its parameters are as the op takes them.
+
+    Args:
+        in_features, out_features: its size; where gated, ``out_features`` counts gates and values.
+        form: of the weight, not float32.
+        has_bias: whether there is one.
+        activation: what becomes of the sums.
+        device: of the parameters, which have no values yet.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        form: WeightFormat,
+        has_bias: bool = False,
+        activation: Activation = Activation.NONE,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.form, self.activation = in_features, out_features, form, activation
+        padded, self._device = form.padded(in_features), torch.device(device)
+        self.zero = None
+        if form.is_quantised:
+            self.weight = self._parameter((out_features, padded * form.bits // 32), torch.int32)
+            self.scale = self._parameter((padded // form.group, scale_pitch(out_features)), torch.float16)
+        else:
+            self.weight, self.scale = self._parameter((out_features, padded), torch.float16), None
+        self.bias = self._parameter((out_features,), torch.float32) if has_bias else None
+
+    def add_zero(self) -> None:
+        """Give the codes zeros of their own."""
+        self.zero = self._parameter(self.scale.shape, torch.float16)
+
+    def _parameter(self, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+        return nn.Parameter(torch.empty(shape, dtype=dtype, device=self._device), requires_grad=False)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        form = self.form.bits, self.form.group, int(self.activation)
+        return quant_linear(x, self.weight, self.scale, self.zero, self.bias, residual, *form)
