@@ -2,13 +2,13 @@
 
 The decoder's attention is the op's ONNX body. The vision encoder's body would materialise the scores, patches x patches
 for each head: gigabytes for a photograph. It becomes ONNX Runtime's own attention, which on the CPU is blocked as
-FlashAttention is where it has neither mask nor bias: hence one call for each of the packed sequences.
+FlashAttention is where it has neither mask nor bias: hence one call for each of the packed sequences. Linear layers in
+codes become ONNX Runtime's own MatMulNBits, which rounds inputs to int8 by group too.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -126,7 +126,7 @@ def build(model_bundle: Path, directory: Path, manifest: Manifest, cache: CacheC
     """Write the graphs for ``cache`` into ``directory``, load them once, and return the manifest's description."""
     import onnx
 
-    from pascalvl.engines import graphs
+    from pascalvl.engines import graphs, matmul_nbits
 
     for graph in (bindings.VISION, bindings.DECODER):
         proto = onnx.load(_path(model_bundle, graph), load_external_data=False)
@@ -134,9 +134,8 @@ def build(model_bundle: Path, directory: Path, manifest: Manifest, cache: CacheC
             graphs.set_cache(proto, manifest.model, cache)
         else:
             _use_blocked_attention(proto, manifest.model.vision.num_heads)
+        matmul_nbits.lower(proto, model_bundle / f"{graph}.onnx.data", directory / f"{graph}.onnx.data")
         onnx.save(proto, _path(directory, graph))
-        data = f"{graph}.onnx.data"
-        shutil.copyfile(model_bundle / data, directory / data)
         _session(directory, _path(directory, graph))
     return {"name": NAME, "version": ort.__version__}
 
@@ -171,7 +170,9 @@ def _use_blocked_attention(proto, num_heads: int) -> None:
     """Give a vision graph's attention a body whose memory grows with the patches and not with their square."""
     from onnx import helper, parser
 
+    others = [function for function in proto.functions if function.name != OP_NAME]
     del proto.functions[:]
+    proto.functions.extend(others)
     proto.functions.append(parser.parse_function(_PACKED_ATTENTION.replace("NUM_HEADS", str(num_heads))))
     proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
 

@@ -26,6 +26,7 @@ from pascalvl.plugins.quant_linear import (
     ATTR_HAS_BIAS,
     ATTR_HAS_RESIDUAL,
     ATTR_HAS_ZERO,
+    ATTR_IN_FEATURES,
 )
 from pascalvl.plugins.quant_linear import OP_NAME as LINEAR
 from pascalvl.plugins.quant_linear import OP_VERSION as LINEAR_VERSION
@@ -83,7 +84,10 @@ _LINEAR_SCHEMA = OpSchema(
     ],
     attributes=[
         OpSchema.Attribute(name, OpSchema.AttrType.INT, "")
-        for name in (ATTR_BITS, ATTR_GROUP, ATTR_ACTIVATION, ATTR_HAS_ZERO, ATTR_HAS_BIAS, ATTR_HAS_RESIDUAL)
+        for name in (
+            *(ATTR_IN_FEATURES, ATTR_BITS, ATTR_GROUP, ATTR_ACTIVATION),
+            *(ATTR_HAS_ZERO, ATTR_HAS_BIAS, ATTR_HAS_RESIDUAL),
+        )
     ],
 )
 for _schema in (_SCHEMA, _LINEAR_SCHEMA):
@@ -119,11 +123,10 @@ def translate(
 def translate_linear(x, weight, scale, zero, bias, residual, bits: int, group: int, activation: int):
     """Write a node for torch's `pascalvl::quant_linear`; an entry of the exporter's translation table."""
     given = [operand for operand in (scale, zero, bias, residual) if operand is not None]
-    has = {
-        name: int(operand is not None)
-        for name, operand in ((ATTR_HAS_ZERO, zero), (ATTR_HAS_BIAS, bias), (ATTR_HAS_RESIDUAL, residual))
-    }
-    return getattr(_DOMAIN, LINEAR)(x, weight, *given, bits=bits, group=group, activation=activation, **has)
+    attributes = {ATTR_IN_FEATURES: int(x.shape[-1]), ATTR_BITS: bits, ATTR_GROUP: group, ATTR_ACTIVATION: activation}
+    for name, operand in ((ATTR_HAS_ZERO, zero), (ATTR_HAS_BIAS, bias), (ATTR_HAS_RESIDUAL, residual)):
+        attributes[name] = int(operand is not None)
+    return getattr(_DOMAIN, LINEAR)(x, weight, *given, **attributes)
 
 
 def add_bodies(model: onnx.ModelProto) -> None:

@@ -18,6 +18,7 @@ from pascalvl.plugins.quant_linear import (
     ATTR_HAS_BIAS,
     ATTR_HAS_RESIDUAL,
     ATTR_HAS_ZERO,
+    ATTR_IN_FEATURES,
     GATED_BLOCK,
     OP_NAME,
     Activation,
@@ -59,11 +60,11 @@ class LinearBody:
 
     @property
     def text(self) -> str:
-        return self.function(_floats() if self.bits == 16 else _codes(self.bits, self.has_zero))
+        return self.function(_floats() if self.bits == 16 else _codes(self.bits, self.has_zero), self.domain)
 
-    def function(self, product: list[str], opsets: str = "", attributes: tuple[str, ...] = ()) -> str:
+    def function(self, product: list[str], domain: str, opset: str = "", attribute: str = "") -> str:
         """The body with other lines that compute ``product``, ``[rows, out_features]``, of ``x2``, which is x as
-        ``[rows, in_features]``; ``opsets`` and ``attributes`` are what they need besides."""
+        ``[rows, in_features]``; ``opset`` and ``attribute`` are what they need besides."""
         lines = [
             *(f"{name} = Constant <value_ints = [{value}]> ()" for name, value in (("zero_", 0), ("one", 1))),
             "minus_one = Constant <value_ints = [-1]> ()",
@@ -78,10 +79,11 @@ class LinearBody:
             "shaped = Reshape (active, out_shape)",
             "output = Add (shaped, residual)" if self.has_residual else "output = Identity (shaped)",
         ]
-        known = [ATTR_BITS, ATTR_GROUP, ATTR_ACTIVATION, ATTR_HAS_ZERO, ATTR_HAS_BIAS, ATTR_HAS_RESIDUAL, *attributes]
+        known = [ATTR_IN_FEATURES, ATTR_BITS, ATTR_GROUP, ATTR_ACTIVATION]
+        known += [ATTR_HAS_ZERO, ATTR_HAS_BIAS, ATTR_HAS_RESIDUAL, *[attribute] * bool(attribute)]
         return "\n".join(
             [
-                f'<opset_import: ["" : {OPSET}{opsets}], domain: "{self.domain}">',
+                f'<opset_import: ["" : {OPSET}{opset}], domain: "{domain}">',
                 f"{OP_NAME} <{', '.join(known)}> ({', '.join(self.inputs)}) => (output) {{",
                 *lines,
                 "}",

@@ -16,6 +16,8 @@ import enum
 OP_NAME = "QuantLinear"
 OP_VERSION = "1"
 
+ATTR_IN_FEATURES = "in_features"
+"""Those of x, which a row of codes may exceed."""
 ATTR_BITS = "bits"
 """8 or 4, of codes; 16, of floats."""
 ATTR_GROUP = "group"
