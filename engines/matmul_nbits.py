@@ -6,20 +6,26 @@ Codes lie there as unsigned bytes, or two in a byte, those of a group together; 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import helper, parser
+from onnx import helper, numpy_helper, parser
 
 from pascalvl.plugins.linear_body import LinearBody
-from pascalvl.plugins.quant_linear import ATTR_BITS, ATTR_GROUP, ATTR_IN_FEATURES, OP_NAME, OP_VERSION
+from pascalvl.plugins.quant_linear import (
+    ATTR_BITS,
+    ATTR_GROUP,
+    ATTR_IN_FEATURES,
+    ATTR_OUT_FEATURES,
+    OP_NAME,
+    OP_VERSION,
+)
 from pascalvl.plugins.weight_format import WeightFormat
 from pascalvl.plugins.weight_rows import QuantisedWeight
 
 _DOMAIN = "com.microsoft"
-_OUT_FEATURES = "out_features"
 _INT8_INPUTS = 4
 """Of MatMulNBits' accuracy levels."""
 _ALIGNMENT = 4096
@@ -43,6 +49,23 @@ class _Layer:
             arrays["zero"] = self._unsigned(weight.zero.astype(np.int8))
         return {self.names[name]: array for name, array in arrays.items()}
 
+    def packed(self, read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
+        """Inverse of `arrays`."""
+        blocks, scale = read(self.names["weight"]), read(self.names["scale"])
+        codes = self._signed(blocks.reshape(len(blocks), -1), self.form.padded(self.in_features))
+        zero = None
+        if "zero" in self.names:
+            zero = self._signed(read(self.names["zero"]), scale.shape[1]).astype(np.float16)
+        weight = QuantisedWeight(codes, scale.astype(np.float16), self.in_features, self.form, zero)
+        return {self.names[name]: array for name, array in weight.packed().items()}
+
+    def _signed(self, rows: np.ndarray, count: int) -> np.ndarray:
+        """Inverse of `_unsigned` for rows of so many codes."""
+        if self.form.bits == 8:
+            return (rows ^ np.uint8(128)).view(np.int8)
+        codes = np.stack([rows & 15, rows >> 4], -1).reshape(len(rows), -1)[:, :count]
+        return np.ascontiguousarray(codes.view(np.int8) - np.int8(8))
+
     def _unsigned(self, codes: np.ndarray) -> np.ndarray:
         """Rows of codes in bytes."""
         if self.form.bits == 8:
@@ -56,19 +79,10 @@ class _Layer:
 def lower(proto: onnx.ModelProto, data: Path, to: Path) -> None:
     """Make a graph's linear layers in codes those of ONNX Runtime, and write its weights, from ``data``, to ``to``."""
     layers, bodies = [], {}
-    outputs_of = {tensor.name: tensor.dims[0] for tensor in proto.graph.initializer if tensor.dims}
-    for node in proto.graph.node:
-        if node.op_type != OP_NAME:
-            continue
-        attributes = {attribute.name: attribute.i for attribute in node.attribute}
-        body = LinearBody.of(attributes)
-        if body.bits == 16:  # its own body is as good: the weight is widened when it is loaded
-            continue
-        names = dict(zip(body.inputs, node.input, strict=True))
-        layers.append(_Layer(names, attributes[ATTR_IN_FEATURES], WeightFormat(body.bits, attributes[ATTR_GROUP])))
+    for node, body, layer in _layers(proto):
+        layers.append(layer)
         node.domain = f"{body.domain}.nbits"
         bodies[node.domain] = body
-        node.attribute.append(helper.make_attribute(_OUT_FEATURES, outputs_of[names["weight"]]))
     for domain, body in bodies.items():
         proto.functions.append(parser.parse_function(_function(domain, body)))
         proto.opset_import.append(helper.make_opsetid(domain, int(OP_VERSION)))
@@ -77,14 +91,40 @@ def lower(proto: onnx.ModelProto, data: Path, to: Path) -> None:
     _write(proto, layers, data, to)
 
 
+def restore(proto: onnx.ModelProto) -> None:
+    """Undo `lower` in a graph that was loaded with its weights; of the bodies, which it leaves, no node takes one."""
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for node, body, layer in _layers(proto):
+        node.domain = body.domain
+        for name, array in layer.packed(lambda name: numpy_helper.to_array(tensors[name])).items():
+            tensors[name].CopyFrom(numpy_helper.from_array(array, name))
+    proto.opset_import.extend(
+        helper.make_opsetid(domain, int(OP_VERSION))
+        for domain in sorted({node.domain for node in proto.graph.node} - {o.domain for o in proto.opset_import})
+    )
+
+
+def _layers(proto: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, LinearBody, _Layer]]:
+    """Nodes of layers in codes. Those of floats stay as they are: they are widened when they are loaded."""
+    for node in proto.graph.node:
+        if node.op_type != OP_NAME:
+            continue
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        if (body := LinearBody.of(attributes)).bits == 16:
+            continue
+        names = dict(zip(body.inputs, node.input, strict=True))
+        form = WeightFormat(body.bits, attributes[ATTR_GROUP])
+        yield node, body, _Layer(names, attributes[ATTR_IN_FEATURES], form)
+
+
 def _function(domain: str, body: LinearBody) -> str:
-    sizes = f"K : int = @{ATTR_IN_FEATURES}, N : int = @{_OUT_FEATURES}, bits : int = @{ATTR_BITS}"
+    sizes = f"K : int = @{ATTR_IN_FEATURES}, N : int = @{ATTR_OUT_FEATURES}, bits : int = @{ATTR_BITS}"
     operands = ", ".join(["x2", "weight", "scale", *["zero"] * body.has_zero])
     product = (
         f"product = {_DOMAIN}.MatMulNBits <{sizes}, block_size : int = @{ATTR_GROUP}, "
         f"accuracy_level : int = {_INT8_INPUTS}> ({operands})"
     )
-    return body.function([product], domain, f', "{_DOMAIN}" : 1', _OUT_FEATURES)
+    return body.function([product], domain, f', "{_DOMAIN}" : 1')
 
 
 def _write(proto: onnx.ModelProto, layers: list[_Layer], data: Path, to: Path) -> None:

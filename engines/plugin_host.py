@@ -1,14 +1,16 @@
-"""The reference host: an engine's graphs without TensorRT, every FlashAttention2 node run by the real plugin library.
+"""The reference host: an engine's graphs without TensorRT, the nodes of the two ops run by the real plugin library.
 
 `ReferencePlan` stands in for TensorRT's engine under the runtime that TensorRT has (`pascalvl.engines.tensorrt_engine`:
 profiles, addresses, external cache, decode loop). It evaluates the graph that a build would give TensorRT, node by node
-in NumPy (onnx's reference evaluator); FlashAttention2's nodes go through TensorRT's plugin interface to the plugin's
-library, which reads the cache where it lies: on a GPU where there is one, in the emulator otherwise. Right, and slow.
+in NumPy (onnx's reference evaluator); nodes of FlashAttention2 and QuantLinear go through TensorRT's plugin interface
+to the plugins' library, which reads cache and weights where they lie: on a GPU where there is one, in the emulator
+otherwise. Right, and slow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,13 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from pascalvl.engines import graphs
-from pascalvl.engines.device import ALIGNMENT, Device, available_target, open_device
+from pascalvl.engines import graphs, matmul_nbits
+from pascalvl.engines.device import ALIGNMENT, Buffer, Device, available_target, open_device
 from pascalvl.engines.profiles import Limits, Shapes, profiles
 from pascalvl.engines.tensorrt_engine import Buffers, TensorRTEngine
-from pascalvl.plugins import bindings
+from pascalvl.plugins import bindings, flash_attention, quant_linear
 from pascalvl.plugins.bundle import ONNX_FILES, Manifest
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.flash_attention import OP_DOMAIN, OP_NAME
 from pascalvl.plugins.tensorrt.host import HostedPlugin, PluginHost, plugin_host
 
 FILES = ()
@@ -32,6 +33,8 @@ FILES = ()
 MAJOR = 8
 """Whose plugin interface is spoken: that of TensorRT 8.6 and 9.x, which serve Pascal cards."""
 _LIMITS = Limits(prefill_chunk=512, max_patches=65536, max_context=262144)
+_VERSIONS = {op.OP_NAME: op.OP_VERSION for op in (flash_attention, quant_linear)}
+"""Of the ops that the plugins run."""
 _CACHES = ("past_key.", "past_value.", "past_scale.", "recent_key.", "recent_value.")
 
 
@@ -47,37 +50,56 @@ class OnDevice(np.ndarray):
         return array
 
 
-class _Attention:
-    """Runs FlashAttention2's nodes in the plugin."""
+class _Plugins:
+    """Runs the ops' nodes in the plugins."""
 
     def __init__(self, host: PluginHost, device: Device) -> None:
         self._host, self._device = host, device
         self._buffers = Buffers(device)
+        self._constants: dict[str, Buffer] = {}
         self._plugins: dict[int, HostedPlugin] = {}
 
-    def operator(self, domain: str) -> type[OpRun]:
-        """The op of a domain for onnx's evaluator."""
+    def operators(self, proto: onnx.ModelProto) -> list[type[OpRun]]:
+        """A graph's ops, each of its domains, for onnx's evaluator."""
+        ops = {(node.domain, node.op_type) for node in proto.graph.node if node.op_type in _VERSIONS}
+        return [self._operator(domain, name) for domain, name in sorted(ops)]
+
+    def _operator(self, domain: str, name: str) -> type[OpRun]:
         run = self._run
 
-        class FlashAttention(OpRun):
+        class Op(OpRun):
             op_domain = domain
 
             def _run(self, *inputs: np.ndarray, **_: Any) -> tuple[np.ndarray]:
-                return (run(id(self), inputs, _attributes(self.onnx_node)),)
+                return (run(id(self), self.onnx_node, inputs),)
 
-        FlashAttention.__name__ = OP_NAME
-        return FlashAttention
+        Op.__name__ = name
+        return Op
 
-    def _run(self, node: int, inputs: Sequence[np.ndarray], attributes: Mapping[str, Any]) -> np.ndarray:
-        if node not in self._plugins:
-            self._plugins[node] = self._host.create(attributes)
+    def upload_constants(self, proto: onnx.ModelProto) -> dict[str, OnDevice]:
+        """Put what only plugins read of a graph's weights on the device; returns that, by name."""
+        readers = Counter(name for node in proto.graph.node if node.op_type not in _VERSIONS for name in node.input)
+        names = {name for node in proto.graph.node if node.op_type in _VERSIONS for name in node.input}
+        constants = {}
+        for tensor in proto.graph.initializer:
+            if tensor.name in names and not readers[tensor.name]:
+                array = onnx.numpy_helper.to_array(tensor)
+                buffer = self._constants[tensor.name] = self._device.allocate(array.nbytes)
+                self._device.upload(buffer.pointer, np.ascontiguousarray(array))
+                self._device.synchronize()
+                constants[tensor.name] = OnDevice.at(buffer.pointer, array.dtype, array.shape)
+        return constants
+
+    def _run(self, key: int, node: onnx.NodeProto, inputs: Sequence[np.ndarray]) -> np.ndarray:
+        if key not in self._plugins:
+            self._plugins[key] = self._host.create(_attributes(node), node.op_type, _VERSIONS[node.op_type])
         shapes = [(array.dtype, array.shape) for array in inputs]
-        (dtype, shape), workspace = self._plugins[node].prepare(shapes)
+        (dtype, shape), workspace = self._plugins[key].prepare(shapes)
         pointers = [self._pointer(i, array) for i, array in enumerate(inputs)]
         output = np.empty(shape, dtype)
         to = self._buffers.get("output", output.nbytes)
         working = self._buffers.get("workspace", workspace)
-        self._plugins[node].enqueue(shapes, pointers, (dtype, shape), to, working, self._device.stream)
+        self._plugins[key].enqueue(shapes, pointers, (dtype, shape), to, working, self._device.stream)
         self._device.download(output, to)
         self._device.synchronize()
         return output
@@ -91,12 +113,12 @@ class _Attention:
 
 
 class ReferencePlan:
-    """In the place of TensorRT's ``ICudaEngine``: a graph, without the op's body, and its profiles."""
+    """In the place of TensorRT's ``ICudaEngine``: a graph, without the ops' bodies, and its profiles."""
 
-    def __init__(self, proto: onnx.ModelProto, ranges: list[Shapes], attention: _Attention, device: Device):
+    def __init__(self, proto: onnx.ModelProto, ranges: list[Shapes], plugins: _Plugins, device: Device):
         graphs.strip_functions(proto)
-        domains = [opset.domain for opset in proto.opset_import if opset.domain.startswith(OP_DOMAIN)]
-        self.evaluator = ReferenceEvaluator(proto, new_ops=[attention.operator(domain) for domain in domains])
+        self.evaluator = ReferenceEvaluator(proto, new_ops=plugins.operators(proto))
+        self.evaluator.rt_inits_.update(plugins.upload_constants(proto))
         self.ranges = ranges
         self.device = device
         self.inputs = {value.name: _dtype(value) for value in proto.graph.input}
@@ -180,12 +202,13 @@ def open_engine(directory: Path, manifest: Manifest, marked_layers: bool) -> Ten
     target = available_target()
     host = plugin_host(target)  # before anything else loads the plugin's library: it registers itself then
     device = open_device(target, host.plugin)
-    attention = _Attention(host, device)
+    plugins = _Plugins(host, device)
     plans = {}
     for graph in (bindings.VISION, bindings.DECODER):
         proto = onnx.load(directory / f"{graph}.onnx")
+        matmul_nbits.restore(proto)
         if marked_layers and graph == bindings.DECODER:
             graphs.mark_layers(proto, manifest.model)
         ranges = profiles(graph, manifest.model, manifest.kv_cache, _LIMITS)
-        plans[graph] = ReferencePlan(proto, ranges, attention, device)
+        plans[graph] = ReferencePlan(proto, ranges, plugins, device)
     return TensorRTEngine(directory, manifest, plans, device, marked_layers)

@@ -27,6 +27,7 @@ from pascalvl.plugins.quant_linear import (
     ATTR_HAS_RESIDUAL,
     ATTR_HAS_ZERO,
     ATTR_IN_FEATURES,
+    ATTR_OUT_FEATURES,
 )
 from pascalvl.plugins.quant_linear import OP_NAME as LINEAR
 from pascalvl.plugins.quant_linear import OP_VERSION as LINEAR_VERSION
@@ -85,7 +86,7 @@ _LINEAR_SCHEMA = OpSchema(
     attributes=[
         OpSchema.Attribute(name, OpSchema.AttrType.INT, "")
         for name in (
-            *(ATTR_IN_FEATURES, ATTR_BITS, ATTR_GROUP, ATTR_ACTIVATION),
+            *(ATTR_IN_FEATURES, ATTR_OUT_FEATURES, ATTR_BITS, ATTR_GROUP, ATTR_ACTIVATION),
             *(ATTR_HAS_ZERO, ATTR_HAS_BIAS, ATTR_HAS_RESIDUAL),
         )
     ],
@@ -123,7 +124,8 @@ def translate(
 def translate_linear(x, weight, scale, zero, bias, residual, bits: int, group: int, activation: int):
     """Write a node for torch's `pascalvl::quant_linear`; an entry of the exporter's translation table."""
     given = [operand for operand in (scale, zero, bias, residual) if operand is not None]
-    attributes = {ATTR_IN_FEATURES: int(x.shape[-1]), ATTR_BITS: bits, ATTR_GROUP: group, ATTR_ACTIVATION: activation}
+    attributes = {ATTR_IN_FEATURES: int(x.shape[-1]), ATTR_OUT_FEATURES: int(weight.shape[0])}
+    attributes |= {ATTR_BITS: bits, ATTR_GROUP: group, ATTR_ACTIVATION: activation}
     for name, operand in ((ATTR_HAS_ZERO, zero), (ATTR_HAS_BIAS, bias), (ATTR_HAS_RESIDUAL, residual)):
         attributes[name] = int(operand is not None)
     return getattr(_DOMAIN, LINEAR)(x, weight, *given, **attributes)

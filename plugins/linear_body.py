@@ -19,6 +19,7 @@ from pascalvl.plugins.quant_linear import (
     ATTR_HAS_RESIDUAL,
     ATTR_HAS_ZERO,
     ATTR_IN_FEATURES,
+    ATTR_OUT_FEATURES,
     GATED_BLOCK,
     OP_NAME,
     Activation,
@@ -62,9 +63,9 @@ class LinearBody:
     def text(self) -> str:
         return self.function(_floats() if self.bits == 16 else _codes(self.bits, self.has_zero), self.domain)
 
-    def function(self, product: list[str], domain: str, opset: str = "", attribute: str = "") -> str:
+    def function(self, product: list[str], domain: str, opset: str = "") -> str:
         """The body with other lines that compute ``product``, ``[rows, out_features]``, of ``x2``, which is x as
-        ``[rows, in_features]``; ``opset`` and ``attribute`` are what they need besides."""
+        ``[rows, in_features]``; ``opset`` is what they need besides."""
         lines = [
             *(f"{name} = Constant <value_ints = [{value}]> ()" for name, value in (("zero_", 0), ("one", 1))),
             "minus_one = Constant <value_ints = [-1]> ()",
@@ -79,8 +80,8 @@ class LinearBody:
             "shaped = Reshape (active, out_shape)",
             "output = Add (shaped, residual)" if self.has_residual else "output = Identity (shaped)",
         ]
-        known = [ATTR_IN_FEATURES, ATTR_BITS, ATTR_GROUP, ATTR_ACTIVATION]
-        known += [ATTR_HAS_ZERO, ATTR_HAS_BIAS, ATTR_HAS_RESIDUAL, *[attribute] * bool(attribute)]
+        known = [ATTR_IN_FEATURES, ATTR_OUT_FEATURES, ATTR_BITS, ATTR_GROUP, ATTR_ACTIVATION]
+        known += [ATTR_HAS_ZERO, ATTR_HAS_BIAS, ATTR_HAS_RESIDUAL]
         return "\n".join(
             [
                 f'<opset_import: ["" : {OPSET}{opset}], domain: "{domain}">',

@@ -18,6 +18,8 @@ OP_VERSION = "1"
 
 ATTR_IN_FEATURES = "in_features"
 """Those of x, which a row of codes may exceed."""
+ATTR_OUT_FEATURES = "out_features"
+"""Of the weight: where gated, twice as many as the result's."""
 ATTR_BITS = "bits"
 """8 or 4, of codes; 16, of floats."""
 ATTR_GROUP = "group"

@@ -15,19 +15,22 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from pascalvl.plugins import flash_attention, kv_format
+from pascalvl.plugins import flash_attention, kv_format, quant_linear
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels import build as kernels_build
 from pascalvl.plugins.kernels.build import Target
 from pascalvl.plugins.kv_format import ROTATED_DIM, KVFormat
 
 FOLDER = Path(__file__).parent
-SOURCE = FOLDER / "plugin.cpp"
+SOURCES = tuple(FOLDER / f"{name}.cpp" for name in ("flash_attention", "quant_linear"))
 MAJORS = (8, 10)
-_FACTS = [Path(module.__file__) for module in (flash_attention, kv_format)]
-_NAMES = ("OP_NAME", "OP_VERSION", "ATTR_CAUSAL", "ATTR_SOFTMAX_SCALE", "ATTR_KV_FORMAT", "ATTR_RECENT")
-_CLASSES = ("FlashAttention2", "Creator")
-_STRUCTS = ("PluginTensorDesc", "DynamicPluginTensorDesc", "DimsExprs", "PluginField", "PluginFieldCollection")
+_FACTS = [Path(module.__file__) for module in (flash_attention, kv_format, quant_linear)]
+_OPS = [f"pascalvl::{{anonymous}}::{name}" for name in ("FlashAttention2", "QuantLinear")]
+_CLASSES = (*_OPS, *(f"pascalvl::{{anonymous}}::Creator<{op}>" for op in _OPS))
+_STRUCTS = (
+    *("PluginTensorDesc", "DynamicPluginTensorDesc", "DimsExprs", "PluginField", "PluginFieldCollection"),
+    "IExprBuilder",
+)
 
 
 def build(output: Path, major: int, headers: Sequence[Path] = (), target: Target = Target.CUDA) -> None:
@@ -42,7 +45,7 @@ def build(output: Path, major: int, headers: Sequence[Path] = (), target: Target
     Raises:
         UserError: g++ or NVRTC is missing, or they refuse the sources.
     """
-    kernels_build.build(output, target, _flags(major, headers), [SOURCE])
+    kernels_build.build(output, target, _flags(major, headers), SOURCES)
 
 
 def cached(major: int, target: Target) -> Path:
@@ -53,7 +56,12 @@ def cached(major: int, target: Target) -> Path:
 
 
 def _flags(major: int, headers: Sequence[Path]) -> list[str]:
-    flags = [f'-DPASCALVL_{name}="{getattr(flash_attention, name)}"' for name in _NAMES]
+    flags = [
+        f'-DPASCALVL_{prefix}{name}="{value}"'
+        for prefix, op in (("", flash_attention), ("LINEAR_", quant_linear))
+        for name, value in vars(op).items()
+        if name.startswith(("OP_", "ATTR_"))
+    ]
     formats = ",".join(f'{{"{f.value}",{int(f.rows[0])},{int(f.rows[1])}}}' for f in KVFormat)
     flags += [f"-DPASCALVL_KV_FORMATS={formats}", f"-DPASCALVL_ROTATED_DIM={ROTATED_DIM}"]
     flags.append(f"-DPASCALVL_TENSORRT_MAJOR={major}")
@@ -66,18 +74,18 @@ def _flags(major: int, headers: Sequence[Path]) -> list[str]:
 def layout(major: int, headers: Sequence[Path] = ()) -> dict[str, list[str]]:
     """The virtual functions of the plugin's classes in order, and the sizes of the structs it is given."""
     with tempfile.TemporaryDirectory() as folder:
-        dump = Path(folder) / "classes"
-        root = f"-I{SOURCE.parents[2]}"
-        command = ["g++", "-std=c++17", "-c", *_flags(major, headers), root, str(SOURCE)]
-        command += [f"-fdump-lang-class={dump}", "-o", f"{folder}/plugin.o"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise UserError(f"g++ refused {SOURCE.name}:\n{result.stderr}")
-        text = dump.read_text(encoding="utf-8")
+        dump, text = Path(folder) / "classes", ""
+        for source in SOURCES:
+            command = ["g++", "-std=c++17", "-c", *_flags(major, headers), f"-I{FOLDER.parents[1]}", str(source)]
+            command += [f"-fdump-lang-class={dump}", "-o", f"{folder}/plugin.o"]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode:
+                raise UserError(f"g++ refused {source.name}:\n{result.stderr}")
+            text += dump.read_text(encoding="utf-8")
     found = {}
     for name in _CLASSES:
-        table = re.search(rf"Vtable for pascalvl::\{{anonymous\}}::{name}\n.*?\n\n", text, re.DOTALL)[0]
-        found[name] = re.findall(r"::(~?\w+)$", table.split("\n", 4)[4], re.MULTILINE)
+        table = re.search(rf"Vtable for {re.escape(name)}\n.*?\n\n", text, re.DOTALL)[0]
+        found[name] = re.findall(r"(~?\w+)$", table.split("\n", 4)[4], re.MULTILINE)
     for name in _STRUCTS:
         found[name] = re.findall(rf"^Class nvinfer1::{name}\n   size=(\d+)", text, re.MULTILINE)
     return found

@@ -2,6 +2,7 @@
 // is loaded afterwards finds, and a node's life (create, serialise, deserialise, initialise, clone, configure, enqueue)
 // behind C functions. It sees the plugin through TensorRT's interface alone.
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -92,6 +93,27 @@ std::vector<PluginTensorDesc> descriptions(const pascalvl_host_tensor* tensors, 
   return result;
 }
 
+// A size is an expression of the builder's: here a pointer to the number.
+class Numbers final : public apiv::VExprBuilder {
+ public:
+  const IDimensionExpr* constant(Extent value) override {
+    values_.push_back(value);
+    return reinterpret_cast<const IDimensionExpr*>(&values_.back());
+  }
+
+ private:
+  std::deque<int64_t> values_;  // which stay where they are
+};
+
+class Builder final : public IExprBuilder {
+ public:
+  Builder() { mImpl = &numbers_; }
+  ~Builder() noexcept override = default;
+
+ private:
+  Numbers numbers_;
+};
+
 DynamicPluginTensorDesc exactly(const PluginTensorDesc& tensor) {
   DynamicPluginTensorDesc result{};
   result.desc = tensor;
@@ -150,7 +172,6 @@ int pascalvl_host_prepare(void* node, const pascalvl_host_tensor* inputs, int32_
     IPluginV2DynamicExt& plugin = *static_cast<Node*>(node)->context;
     require(plugin.getNbOutputs() == 1, "the plugin has several outputs");
     std::vector<PluginTensorDesc> tensors = descriptions(inputs, count);
-    // A size is an expression of the builder's. This plugin only passes them on: any pointers will do.
     std::vector<DimsExprs> sizes(count);
     for (int32_t i = 0; i < count; ++i) {
       sizes[i].nbDims = inputs[i].num_dims;
@@ -160,9 +181,8 @@ int pascalvl_host_prepare(void* node, const pascalvl_host_tensor* inputs, int32_
     }
     std::vector<DataType> types;
     for (const PluginTensorDesc& tensor : tensors) types.push_back(tensor.type);
-    char no_builder = 0;
-    const DimsExprs found =
-        plugin.getOutputDimensions(0, sizes.data(), count, reinterpret_cast<IExprBuilder&>(no_builder));
+    Builder builder;
+    const DimsExprs found = plugin.getOutputDimensions(0, sizes.data(), count, builder);
     output->type = int32_t(plugin.getOutputDataType(0, types.data(), count));
     output->num_dims = found.nbDims;
     for (int d = 0; d < found.nbDims; ++d) output->dims[d] = *reinterpret_cast<const int64_t*>(found.d[d]);

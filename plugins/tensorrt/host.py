@@ -59,7 +59,9 @@ class PluginHost:
         if getattr(self._library, name)(*arguments):
             raise UserError(f"the plugin {self.plugin.name} failed: {self._library.pascalvl_host_messages().decode()}.")
 
-    def create(self, attributes: Mapping[str, int | float | str]) -> HostedPlugin:
+    def create(
+        self, attributes: Mapping[str, int | float | str], name: str = OP_NAME, version: str = OP_VERSION
+    ) -> HostedPlugin:
         """The plugin of a node with these attributes, ready to run."""
         fields = []
         for value in attributes.values():
@@ -72,8 +74,8 @@ class PluginHost:
         node = ctypes.c_void_p()
         self.call(
             "pascalvl_host_create",
-            OP_NAME.encode(),
-            OP_VERSION.encode(),
+            name.encode(),
+            version.encode(),
             (ctypes.c_char_p * count)(*(name.encode() for name in attributes)),
             (ctypes.c_void_p * count)(*(array.ctypes.data for _, array in fields)),
             (ctypes.c_int32 * count)(*(kind for kind, _ in fields)),

@@ -1,4 +1,4 @@
-// The part of TensorRT's plugin interface that plugin.cpp uses: TensorRT's own headers where there are some
+// The part of TensorRT's plugin interface that the plugins use: TensorRT's own headers where there are some
 // (PASCALVL_TENSORRT_HEADERS), else these declarations, whose layout in memory is the same. PASCALVL_TENSORRT_MAJOR is
 // 8 (for 8.6 and 9.x) or 10. Names, order and signatures of virtual functions are the interface; nothing here may move.
 #pragma once
@@ -40,8 +40,30 @@ struct Dims {
 };
 
 class IDimensionExpr;
-class IExprBuilder;
 class IGpuAllocator;
+
+namespace apiv {
+
+struct VRoot {
+  virtual ~VRoot() noexcept = default;
+};
+
+// Only its first function is used.
+class VExprBuilder : public VRoot {
+ public:
+  virtual const IDimensionExpr* constant(Extent value) = 0;
+};
+
+}  // namespace apiv
+
+class IExprBuilder {
+ public:
+  const IDimensionExpr* constant(Extent value) noexcept { return mImpl->constant(value); }
+
+ protected:
+  apiv::VExprBuilder* mImpl;
+  virtual ~IExprBuilder() noexcept = default;
+};
 
 struct DimsExprs {
   int32_t nbDims;

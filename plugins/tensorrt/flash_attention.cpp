@@ -1,61 +1,11 @@
-// FlashAttention2 as a TensorRT plugin: IPluginV2DynamicExt, which TensorRT 8.6, 9.x and 10.x share, over the kernels'
-// C ABI. The library registers itself when it is loaded. What the op is: plugins/flash_attention.py, from where its
-// names come as macros.
+// FlashAttention2 as a TensorRT plugin over the kernels' C ABI. What the op is: plugins/flash_attention.py.
 #include <algorithm>
-#include <cstdio>
-#include <cstring>
-#include <memory>
-#include <stdexcept>
-#include <string>
 #include <utility>
 
-#include "plugins/kernels/pascalvl.h"
-#include "plugins/tensorrt/interface.h"
-
-// Of TensorRT's library, which is loaded before this one.
-extern "C" __attribute__((weak)) nvinfer1::IPluginRegistry* getPluginRegistry() noexcept;
-extern "C" __attribute__((weak)) nvinfer1::ILogger* getLogger() noexcept;
+#include "plugins/tensorrt/plugin.h"
 
 namespace pascalvl {
 namespace {
-
-using namespace nvinfer1;
-
-void report(const std::string& message) noexcept {
-  const std::string text = PASCALVL_OP_NAME ": " + message;
-  ILogger* logger = getLogger ? getLogger() : nullptr;
-  if (logger) {
-    logger->log(ILogger::Severity::kERROR, text.c_str());
-  } else {
-    std::fprintf(stderr, "%s\n", text.c_str());
-  }
-}
-
-// Runs what may throw; reports that, and returns `otherwise`.
-template <typename Result, typename Work>
-Result guarded(Result otherwise, Work work) noexcept {
-  try {
-    return work();
-  } catch (const std::exception& error) {
-    report(error.what());
-  }
-  return otherwise;
-}
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
-// Of a call of the kernels' library: its own sentence, where it failed.
-void check(int status) {
-  if (status != PASCALVL_OK) throw std::runtime_error(pascalvl_last_error());
-}
-
-std::string text(const Dims& dims) {
-  std::string result = "[";
-  for (int i = 0; i < dims.nbDims; ++i) result += (i ? ", " : "") + std::to_string(dims.d[i]);
-  return result + "]";
-}
 
 // The cache's formats.
 struct KVFormat {
@@ -96,64 +46,6 @@ int32_t parse_kv_format(const std::string& name) {
   throw std::invalid_argument("attribute " PASCALVL_ATTR_KV_FORMAT " is '" + name + "'; expected one of " + known);
 }
 
-void check_recent(const Attributes& attributes) {
-  require(attributes.recent >= 0 && (!attributes.recent || is_quantised(kFormats[attributes.kv_format])),
-          "attribute " PASCALVL_ATTR_RECENT " is " + std::to_string(attributes.recent) + " with a cache in " +
-              kFormats[attributes.kv_format].name + "; expected 0, or a number of slots beside a quantised cache");
-}
-
-Attributes parse_fields(const PluginFieldCollection& collection) {
-  Attributes attributes;
-  bool has_scale = false;
-  std::string kv_format;
-  for (int32_t i = 0; i < collection.nbFields; ++i) {
-    const PluginField& field = collection.fields[i];
-    const std::string name = field.name ? field.name : "";
-    const auto expect = [&](PluginFieldType type, const char* words) {
-      require(field.data && field.type == type && field.length >= 1, "attribute " + name + " must be " + words);
-    };
-    if (name == PASCALVL_ATTR_CAUSAL) {
-      expect(PluginFieldType::kINT32, "one int32");
-      std::memcpy(&attributes.causal, field.data, sizeof attributes.causal);
-      require(attributes.causal == 0 || attributes.causal == 1,
-              "attribute " + name + " is " + std::to_string(attributes.causal) + "; expected 0 or 1");
-    } else if (name == PASCALVL_ATTR_SOFTMAX_SCALE) {
-      expect(PluginFieldType::kFLOAT32, "one float32");
-      std::memcpy(&attributes.softmax_scale, field.data, sizeof attributes.softmax_scale);
-      has_scale = true;
-    } else if (name == PASCALVL_ATTR_RECENT) {
-      expect(PluginFieldType::kINT32, "one int32");
-      std::memcpy(&attributes.recent, field.data, sizeof attributes.recent);
-    } else if (name == PASCALVL_ATTR_KV_FORMAT) {
-      // An empty text is what exported nodes have that read no cache; it may come without data.
-      require(field.type == PluginFieldType::kCHAR && field.length >= 0, "attribute " + name + " must be a text");
-      const auto* characters = static_cast<const char*>(field.data);
-      kv_format = field.data ? std::string(characters, strnlen(characters, field.length)) : "";
-    }
-  }
-  if (attributes.causal) attributes.kv_format = parse_kv_format(kv_format);
-  check_recent(attributes);
-  require(has_scale, "attribute " PASCALVL_ATTR_SOFTMAX_SCALE " is missing");
-  return attributes;
-}
-
-Attributes parse_bytes(const void* data, size_t length) {
-  Attributes attributes;
-  require(data && length == sizeof attributes, "a serialised plugin of " + std::to_string(length) +
-                                                   " bytes; expected " + std::to_string(sizeof attributes) +
-                                                   ": build the engine again");
-  std::memcpy(&attributes, data, length);
-  require(attributes.magic == Attributes::kMagic, "the serialised plugin is not this one's: build the engine again");
-  require(attributes.layout == Attributes::kLayout,
-          "the serialised plugin has layout " + std::to_string(attributes.layout) + "; expected " +
-              std::to_string(Attributes::kLayout) + ": build the engine with this version of the plugin");
-  require((attributes.causal == 0 || attributes.causal == 1) && attributes.kv_format >= 0 &&
-              attributes.kv_format < kNumFormats,
-          "the serialised plugin's attributes are out of range: build the engine again");
-  check_recent(attributes);
-  return attributes;
-}
-
 // Inputs, in the node's order: those from kVisible on where causal, from kPastScale on as the cache has them.
 enum Input {
   kQuery,
@@ -170,35 +62,39 @@ enum Input {
   kNumInputs
 };
 
-class FlashAttention2 final : public IPluginV2DynamicExt {
+class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
  public:
-  explicit FlashAttention2(const Attributes& attributes) : attributes_(attributes) {}
+  using Attributes = pascalvl::Attributes;
+  using Plugin::Plugin;
+  static constexpr const char* kName = PASCALVL_OP_NAME;
+  static constexpr const char* kVersion = PASCALVL_OP_VERSION;
+  static inline const PluginField kFields[] = {{PASCALVL_ATTR_CAUSAL, nullptr, PluginFieldType::kINT32, 1},
+                                               {PASCALVL_ATTR_SOFTMAX_SCALE, nullptr, PluginFieldType::kFLOAT32, 1},
+                                               {PASCALVL_ATTR_KV_FORMAT, nullptr, PluginFieldType::kCHAR, 1},
+                                               {PASCALVL_ATTR_RECENT, nullptr, PluginFieldType::kINT32, 1}};
 
-  const AsciiChar* getPluginType() const noexcept override { return PASCALVL_OP_NAME; }
-  const AsciiChar* getPluginVersion() const noexcept override { return PASCALVL_OP_VERSION; }
-  int32_t getNbOutputs() const noexcept override { return 1; }
-  // Loads the kernels: that cannot be done while a CUDA graph is captured.
-  int32_t initialize() noexcept override {
-    return guarded<int32_t>(1, [] { return check(pascalvl_load()), 0; });
-  }
-  void terminate() noexcept override {}
-  size_t getSerializationSize() const noexcept override { return sizeof attributes_; }
-  void serialize(void* buffer) const noexcept override { std::memcpy(buffer, &attributes_, sizeof attributes_); }
-  void destroy() noexcept override { delete this; }
-  void setPluginNamespace(const AsciiChar* name) noexcept override {
-    guarded(0, [&] { return namespace_ = name ? name : "", 0; });
-  }
-  const AsciiChar* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
-
-  IPluginV2DynamicExt* clone() const noexcept override {
-    return guarded<IPluginV2DynamicExt*>(nullptr, [&] {
-      auto copy = std::make_unique<FlashAttention2>(attributes_);
-      copy->namespace_ = namespace_;
-      return copy.release();
-    });
+  static Attributes parse(const Fields& fields) {
+    Attributes attributes;
+    std::string kv_format;  // an empty text is what exported nodes have that read no cache
+    fields.read(PASCALVL_ATTR_CAUSAL, attributes.causal);
+    fields.read(PASCALVL_ATTR_RECENT, attributes.recent);
+    fields.read(PASCALVL_ATTR_KV_FORMAT, kv_format);
+    require(attributes.causal == 0 || attributes.causal == 1,
+            "attribute " PASCALVL_ATTR_CAUSAL " is " + std::to_string(attributes.causal) + "; expected 0 or 1");
+    if (attributes.causal) attributes.kv_format = parse_kv_format(kv_format);
+    require(fields.read(PASCALVL_ATTR_SOFTMAX_SCALE, attributes.softmax_scale),
+            "attribute " PASCALVL_ATTR_SOFTMAX_SCALE " is missing");
+    validate(attributes);
+    return attributes;
   }
 
-  DataType getOutputDataType(int32_t, const DataType*, int32_t) const noexcept override { return DataType::kFLOAT; }
+  static void validate(const Attributes& a) {
+    require((a.causal == 0 || a.causal == 1) && a.kv_format >= 0 && a.kv_format < kNumFormats,
+            "the serialised plugin's attributes are out of range: build the engine again");
+    require(a.recent >= 0 && (!a.recent || is_quantised(kFormats[a.kv_format])),
+            "attribute " PASCALVL_ATTR_RECENT " is " + std::to_string(a.recent) + " with a cache in " +
+                kFormats[a.kv_format].name + "; expected 0, or a number of slots beside a quantised cache");
+  }
 
   // q [batch, num_heads, seq, head_dim] to [batch, seq, num_heads, value_dim].
   DimsExprs getOutputDimensions(int32_t, const DimsExprs* inputs, int32_t, IExprBuilder&) noexcept override {
@@ -211,23 +107,15 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
 
   bool supportsFormatCombination(int32_t position, const PluginTensorDesc* tensors, int32_t num_inputs,
                                  int32_t num_outputs) noexcept override {
-    if (num_inputs != num_inputs_expected() || num_outputs != 1) {
-      report("found " + std::to_string(num_inputs) + " inputs and " + std::to_string(num_outputs) +
-             " outputs; expected " + std::to_string(num_inputs_expected()) + " and 1");
-      return false;
-    }
     const DataType type = position < num_inputs ? input_type(position) : DataType::kFLOAT;
-    return tensors[position].type == type && tensors[position].format == TensorFormat::kLINEAR;
+    return supports(tensors[position], type, num_inputs, num_inputs_expected(), num_outputs);
   }
-
-  void configurePlugin(const DynamicPluginTensorDesc*, int32_t, const DynamicPluginTensorDesc*,
-                       int32_t) noexcept override {}
 
   // For these sizes and for all that a profile of them takes: one new token too, with which decode needs other memory
   // where there is no mask, and fewer sequences, which it cuts into more splits.
   size_t getWorkspaceSize(const PluginTensorDesc* inputs, int32_t, const PluginTensorDesc*,
                           int32_t) const noexcept override {
-    return guarded<size_t>(0, [&] {
+    return guarded<size_t>(kName, 0, [&] {
       pascalvl_attention_args args = sizes(inputs);
       size_t most = 0;
       const auto count = [&] {
@@ -248,7 +136,7 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
 
   int32_t enqueue(const PluginTensorDesc* descriptions, const PluginTensorDesc*, const void* const* inputs,
                   void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
-    return guarded<int32_t>(1, [&] {
+    return guarded<int32_t>(kName, 1, [&] {
       pascalvl_attention_args args = sizes(descriptions);
       args.q = static_cast<const float*>(inputs[kQuery]);
       args.k = static_cast<const float*>(inputs[kKey]);
@@ -382,58 +270,9 @@ class FlashAttention2 final : public IPluginV2DynamicExt {
     }
     return args;
   }
-
-  Attributes attributes_;
-  std::string namespace_;
 };
 
-class Creator final : public IPluginCreator {
- public:
-  const AsciiChar* getPluginName() const noexcept override { return PASCALVL_OP_NAME; }
-  const AsciiChar* getPluginVersion() const noexcept override { return PASCALVL_OP_VERSION; }
-  const PluginFieldCollection* getFieldNames() noexcept override {
-    static const PluginField fields[] = {{PASCALVL_ATTR_CAUSAL, nullptr, PluginFieldType::kINT32, 1},
-                                         {PASCALVL_ATTR_SOFTMAX_SCALE, nullptr, PluginFieldType::kFLOAT32, 1},
-                                         {PASCALVL_ATTR_KV_FORMAT, nullptr, PluginFieldType::kCHAR, 1},
-                                         {PASCALVL_ATTR_RECENT, nullptr, PluginFieldType::kINT32, 1}};
-    static const PluginFieldCollection collection{4, fields};
-    return &collection;
-  }
-  IPluginV2* createPlugin(const AsciiChar*, const PluginFieldCollection* fields) noexcept override {
-    return make([&] {
-      require(fields, "the attributes are a null pointer");
-      return parse_fields(*fields);
-    });
-  }
-  IPluginV2* deserializePlugin(const AsciiChar*, const void* data, size_t length) noexcept override {
-    return make([&] { return parse_bytes(data, length); });
-  }
-  void setPluginNamespace(const AsciiChar* name) noexcept override {
-    guarded(0, [&] { return namespace_ = name ? name : "", 0; });
-  }
-  const AsciiChar* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
-
- private:
-  template <typename Parse>
-  IPluginV2* make(Parse parse) noexcept {
-    return guarded<IPluginV2*>(nullptr, [&] {
-      auto plugin = std::make_unique<FlashAttention2>(parse());
-      plugin->setPluginNamespace(namespace_.c_str());
-      return plugin.release();
-    });
-  }
-
-  std::string namespace_;
-};
-
-// TensorRT's parsers look a node up without its domain: the namespace is empty.
-struct Registration {
-  Registration() {
-    if (!getPluginRegistry) return;  // without TensorRT: nothing to register with
-    if (!getPluginRegistry()->registerCreator(creator, "")) report("TensorRT did not take the plugin's creator");
-  }
-  Creator creator;
-} registration;
+Registration<FlashAttention2> registration;
 
 }  // namespace
 }  // namespace pascalvl

@@ -1,0 +1,183 @@
+// QuantLinear as a TensorRT plugin over the kernels' C ABI. What the op is: plugins/quant_linear.py.
+#include <algorithm>
+
+#include "plugins/tensorrt/plugin.h"
+
+namespace pascalvl {
+namespace {
+
+// What a node's attributes say; also the bytes of a serialised plugin.
+struct Attributes {
+  static constexpr uint32_t kMagic = 0x4c515650;  // "PVQL"
+  static constexpr uint32_t kLayout = 1;
+  uint32_t magic = kMagic;
+  uint32_t layout = kLayout;
+  int32_t in_features = 0, out_features = 0, bits = 0, group = 0, activation = 0;
+  int32_t has_zero = 0, has_bias = 0, has_residual = 0;
+};
+static_assert(sizeof(Attributes) == 40, "no padding is written");
+
+// A tensor of the node besides x and weight, and whether it is there.
+struct Operands {
+  int32_t scale = -1, zero = -1, bias = -1, residual = -1, count = 2;  // numbers of inputs; -1: none
+
+  explicit Operands(const Attributes& a) {
+    if (a.bits < 16) scale = count++;
+    if (a.has_zero) zero = count++;
+    if (a.has_bias) bias = count++;
+    if (a.has_residual) residual = count++;
+  }
+};
+
+class QuantLinear final : public Plugin<QuantLinear, Attributes> {
+ public:
+  using Attributes = pascalvl::Attributes;
+  explicit QuantLinear(const Attributes& attributes) : Plugin(attributes), operands_(attributes) {}
+  static constexpr const char* kName = PASCALVL_LINEAR_OP_NAME;
+  static constexpr const char* kVersion = PASCALVL_LINEAR_OP_VERSION;
+  static inline const PluginField kFields[] = {
+      {PASCALVL_LINEAR_ATTR_IN_FEATURES, nullptr, PluginFieldType::kINT32, 1},
+      {PASCALVL_LINEAR_ATTR_OUT_FEATURES, nullptr, PluginFieldType::kINT32, 1},
+      {PASCALVL_LINEAR_ATTR_BITS, nullptr, PluginFieldType::kINT32, 1},
+      {PASCALVL_LINEAR_ATTR_GROUP, nullptr, PluginFieldType::kINT32, 1},
+      {PASCALVL_LINEAR_ATTR_ACTIVATION, nullptr, PluginFieldType::kINT32, 1},
+      {PASCALVL_LINEAR_ATTR_HAS_ZERO, nullptr, PluginFieldType::kINT32, 1},
+      {PASCALVL_LINEAR_ATTR_HAS_BIAS, nullptr, PluginFieldType::kINT32, 1},
+      {PASCALVL_LINEAR_ATTR_HAS_RESIDUAL, nullptr, PluginFieldType::kINT32, 1}};
+
+  static Attributes parse(const Fields& fields) {
+    Attributes attributes;
+    int32_t* const values[] = {&attributes.in_features, &attributes.out_features, &attributes.bits,
+                               &attributes.group,       &attributes.activation,   &attributes.has_zero,
+                               &attributes.has_bias,    &attributes.has_residual};
+    static_assert(sizeof values / sizeof values[0] == sizeof kFields / sizeof kFields[0], "one for each");
+    for (size_t i = 0; i < sizeof values / sizeof values[0]; ++i) {
+      require(fields.read(kFields[i].name, *values[i]), std::string("attribute ") + kFields[i].name + " is missing");
+    }
+    validate(attributes);
+    return attributes;
+  }
+
+  // What the kernels do not check themselves.
+  static void validate(const Attributes& a) {
+    const auto expect = [](bool condition, const char* name, int32_t value, const char* expected) {
+      require(condition, std::string("attribute ") + name + " is " + std::to_string(value) + "; expected " + expected);
+    };
+    expect(a.in_features > 0, PASCALVL_LINEAR_ATTR_IN_FEATURES, a.in_features, "at least 1");
+    expect(a.out_features > 0, PASCALVL_LINEAR_ATTR_OUT_FEATURES, a.out_features, "at least 1");
+    expect(a.bits == 16 || a.bits == 8 || a.bits == 4, PASCALVL_LINEAR_ATTR_BITS, a.bits, "16, 8 or 4");
+    expect(a.bits == 16 || a.group == 32 || a.group == 64 || a.group == 128, PASCALVL_LINEAR_ATTR_GROUP, a.group,
+           "32, 64 or 128");
+    expect(a.activation >= PASCALVL_NO_ACTIVATION && a.activation <= PASCALVL_SILU_GATED,
+           PASCALVL_LINEAR_ATTR_ACTIVATION, a.activation, "0, 1 or 2");
+    expect(a.bits < 16 || !a.has_zero, PASCALVL_LINEAR_ATTR_HAS_ZERO, a.has_zero, "0 with 16 bits");
+  }
+
+  // x [..., in_features] to [..., results].
+  DimsExprs getOutputDimensions(int32_t, const DimsExprs* inputs, int32_t, IExprBuilder& builder) noexcept override {
+    DimsExprs out = inputs[0];
+    out.d[out.nbDims - 1] = builder.constant(results());
+    return out;
+  }
+
+  bool supportsFormatCombination(int32_t position, const PluginTensorDesc* tensors, int32_t num_inputs,
+                                 int32_t num_outputs) noexcept override {
+    return supports(tensors[position], type(position, num_inputs), num_inputs, operands_.count, num_outputs);
+  }
+
+  // For these sizes and for all that a profile of them takes: fewer rows, which are cut into more splits, may need
+  // more.
+  size_t getWorkspaceSize(const PluginTensorDesc* inputs, int32_t, const PluginTensorDesc*,
+                          int32_t) const noexcept override {
+    return guarded<size_t>(kName, 0, [&] {
+      pascalvl_linear_args args = sizes(inputs);
+      size_t most = 0;
+      for (; args.rows > 0; --args.rows) {
+        size_t bytes = 0;
+        check(pascalvl_linear_workspace(&args, &bytes));
+        most = std::max(most, bytes);
+      }
+      return most;
+    });
+  }
+
+  int32_t enqueue(const PluginTensorDesc* descriptions, const PluginTensorDesc*, const void* const* inputs,
+                  void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
+    return guarded<int32_t>(kName, 1, [&] {
+      pascalvl_linear_args args = sizes(descriptions);
+      const auto floats = [&](int32_t input) { return input < 0 ? nullptr : static_cast<const float*>(inputs[input]); };
+      const auto halves = [&](int32_t input) {
+        return input < 0 ? nullptr : static_cast<const uint16_t*>(inputs[input]);
+      };
+      args.x = floats(0);
+      args.weight = inputs[1];
+      args.scale = halves(operands_.scale);
+      args.zero = halves(operands_.zero);
+      args.bias = floats(operands_.bias);
+      args.residual = floats(operands_.residual);
+      args.out = static_cast<float*>(outputs[0]);
+      size_t bytes = 0;
+      check(pascalvl_linear_workspace(&args, &bytes));
+      check(pascalvl_linear(&args, workspace, bytes, stream));
+      return 0;
+    });
+  }
+
+ private:
+  int32_t results() const {
+    return attributes_.activation == PASCALVL_SILU_GATED ? attributes_.out_features / 2 : attributes_.out_features;
+  }
+
+  DataType type(int32_t position, int32_t num_inputs) const {
+    if (position == 1) return attributes_.bits == 16 ? DataType::kHALF : DataType::kINT32;
+    const bool is_half = position == operands_.scale || position == operands_.zero;
+    return position < num_inputs && is_half ? DataType::kHALF : DataType::kFLOAT;
+  }
+
+  // The arguments of a call; for pointers, what is never read but looks like one.
+  pascalvl_linear_args sizes(const PluginTensorDesc* inputs) const {
+    const Attributes& a = attributes_;
+    const Dims &x = inputs[0].dims, &weight = inputs[1].dims;
+    require(x.nbDims >= 1 && x.d[x.nbDims - 1] == a.in_features,
+            "x has shape " + text(x) + "; expected " + std::to_string(a.in_features) + " features");
+    const int32_t multiple = a.bits == 16 ? 8 : a.group;
+    const int32_t padded = (a.in_features + multiple - 1) / multiple * multiple;
+    const int32_t words = a.bits == 16 ? padded : padded * a.bits / 32;
+    require(weight.nbDims == 2 && weight.d[0] == a.out_features && weight.d[1] == words,
+            "the weight has shape " + text(weight) + "; expected [" + std::to_string(a.out_features) + ", " +
+                std::to_string(words) + "]");
+    int64_t rows = 1;
+    for (int i = 0; i + 1 < x.nbDims; ++i) rows *= x.d[i];
+    if (operands_.residual >= 0) {
+      const Dims& residual = inputs[operands_.residual].dims;
+      const bool fits = residual.nbDims == x.nbDims && std::equal(x.d, x.d + x.nbDims - 1, residual.d) &&
+                        residual.d[x.nbDims - 1] == results();
+      require(fits, "the residual has shape " + text(residual) + " beside x of shape " + text(x) + "; expected " +
+                        std::to_string(results()) + " features for each row");
+    }
+    alignas(16) static char somewhere[16];
+    auto* const values = reinterpret_cast<float*>(somewhere);
+    const auto* const halves = reinterpret_cast<const uint16_t*>(somewhere);
+    pascalvl_linear_args args{};
+    args.x = args.out = values;
+    args.weight = somewhere;
+    if (operands_.scale >= 0) args.scale = halves;
+    if (operands_.zero >= 0) args.zero = halves;
+    if (operands_.bias >= 0) args.bias = values;
+    if (operands_.residual >= 0) args.residual = values;
+    args.rows = int32_t(rows);
+    args.in_features = a.in_features;
+    args.out_features = a.out_features;
+    args.bits = a.bits;
+    args.group = a.group;
+    args.activation = a.activation;
+    return args;
+  }
+
+  Operands operands_;
+};
+
+Registration<QuantLinear> registration;
+
+}  // namespace
+}  // namespace pascalvl
