@@ -12,10 +12,12 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, Qwen3VLForConditionalGeneration
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding, Qwen3VLVisionRotaryEmbedding
 from transformers.utils import logging
 
 from pascalvl.export.attention import attention_forward
-from pascalvl.export.transforms import LayerStatistics
+from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint
+from pascalvl.export.transforms import LayerStatistics, WeightSource
 from pascalvl.plugins.errors import UserError
 
 LEAST_TOKENS = 128
@@ -53,31 +55,120 @@ def check_prompts(prompts: Sequence[CalibrationPrompt]) -> None:
 def calibrate(
     checkpoint: Path, prompts: Sequence[CalibrationPrompt], progress: Callable[[], None] = lambda: None
 ) -> list[LayerStatistics]:
-    """Run prompts through Hugging Face's model, in float32 on the CPU; returns each layer's statistics.
+    """Run prompts through Hugging Face's layers, in float32 on the CPU; returns each layer's statistics.
 
-    Every token counts alike. Memory holds the model, one prompt's activations and the moments. Equal prompts give equal
-    statistics.
+    Every token counts alike. Memory holds a layer and all prompts' hidden states. Equal prompts give equal statistics.
 
     Args:
         checkpoint: folder of the Hugging Face model.
         prompts: at least `LEAST_TOKENS` tokens together.
-        progress: called after each prompt.
+        progress: called after each layer.
 
     Raises:
         UserError: too few tokens, or the model's answer is not finite.
     """
-    check_prompts(prompts)
-    with quiet():
-        model = Qwen3VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    language_model = model.model.language_model
-    language_model.config._attn_implementation = _ATTN_IMPLEMENTATION  # of the text alone, not of the vision encoder
-    for layer in language_model.layers:
-        layer.self_attn.moments = _Moments()
-    with torch.no_grad():
-        for prompt in prompts:
-            model.model(**model_inputs(model, prompt), use_cache=False)
+    statistics = []
+    with Checkpoint(checkpoint) as opened:
+        hidden = HiddenStates(opened, prompts)
+        for _ in range(opened.hf_config.text_config.num_hidden_layers):
+            statistics.append(hidden.statistics(opened, keep=True))
             progress()
-    return [layer.self_attn.moments.statistics(index) for index, layer in enumerate(language_model.layers)]
+    return statistics
+
+
+class HiddenStates:
+    """What prompts are between two decoder layers of a checkpoint's model, float32.
+
+    Attributes:
+        layer: number of the layer that comes next.
+        states: of each prompt, ``[1, seq, hidden_size]``.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, prompts: Sequence[CalibrationPrompt]) -> None:
+        check_prompts(prompts)
+        self._model = checkpoint.meta_model()
+        visual, language_model = self._model.model.visual, self._model.model.language_model
+        text = language_model.config
+        text._attn_implementation = _ATTN_IMPLEMENTATION  # of the text alone, not of the vision encoder
+        language_model.rotary_emb = Qwen3VLTextRotaryEmbedding(text)
+        visual.rotary_pos_emb = Qwen3VLVisionRotaryEmbedding(visual.config)
+        language_model.embed_tokens = _Embedding(checkpoint.tensor(TOKEN_EMBEDDINGS))
+        assign(visual, {name: checkpoint.tensor(f"model.visual.{name}") for name, _ in visual.named_parameters()})
+        self.layer = 0
+        self.states: list[torch.Tensor] = []
+        self._positions: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._visual: list[tuple[torch.Tensor, list[torch.Tensor]] | None] = []
+        language_model.forward = self._record
+        with torch.no_grad():
+            for prompt in prompts:
+                with contextlib.suppress(_RecordedError):
+                    self._model.model(**model_inputs(self._model, prompt), use_cache=False)
+        visual.to("meta")
+
+    def _record(
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        visual_pos_masks: torch.Tensor | None = None,
+        deepstack_visual_embeds: list[torch.Tensor] | None = None,
+        **_: object,
+    ) -> None:
+        """Takes the place of the language model."""
+        self.states.append(inputs_embeds)
+        if position_ids is None:  # of text alone
+            position_ids = torch.arange(inputs_embeds.shape[1]).expand(3, 1, -1)
+        self._positions.append(self._model.model.language_model.rotary_emb(inputs_embeds, position_ids[-3:]))
+        has_visual = deepstack_visual_embeds is not None
+        self._visual.append((visual_pos_masks, list(deepstack_visual_embeds)) if has_visual else None)
+        raise _RecordedError
+
+    def run(self, layer: nn.Module, keep: bool) -> None:
+        """Run a layer on all prompts; where told to ``keep`` them, its outputs take the place of what it was given."""
+        with torch.no_grad():
+            for number, state in enumerate(self.states):
+                out = layer(state, position_embeddings=self._positions[number], attention_mask=None)
+                if not keep:
+                    continue
+                if (visual := self._visual[number]) and self.layer < len(visual[1]):
+                    out = out.clone()
+                    out[visual[0]] += visual[1][self.layer]
+                self.states[number] = out
+        self.layer += keep
+
+    def statistics(self, weights: WeightSource, keep: bool) -> LayerStatistics:
+        """Run the next layer as Hugging Face has it, with ``weights``, and see to its queries, keys and values."""
+        layer = self._model.model.language_model.layers[self.layer]
+        prefix = f"model.language_model.layers.{self.layer}."
+        assign(layer, {name: weights.tensor(prefix + name) for name, _ in layer.named_parameters()})
+        layer.self_attn.moments = _Moments()
+        index = self.layer
+        self.run(layer, keep)
+        layer.to("meta")
+        return layer.self_attn.moments.statistics(index)
+
+    def layer_module(self) -> nn.Module:
+        """The next layer, without weights."""
+        return self._model.model.language_model.layers[self.layer]
+
+
+class _RecordedError(Exception):
+    """The language model's inputs are known."""
+
+
+class _Embedding(nn.Module):
+    """Rows of a table, widened as they are read."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        super().__init__()
+        self._table = table
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding(token_ids, self._table).float()
+
+
+def assign(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Give a module on the meta device its parameters, in float32."""
+    module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
 
 
 def model_inputs(model: Qwen3VLForConditionalGeneration, prompt: CalibrationPrompt) -> dict[str, torch.Tensor]:

@@ -16,19 +16,19 @@ from rich.progress import Progress
 from transformers import Qwen3VLForConditionalGeneration
 
 from pascalvl.export import conformance
-from pascalvl.export.calibration import CalibrationPrompt, calibrate, check_prompts
+from pascalvl.export.calibration import CalibrationPrompt, calibrate
 from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint
+from pascalvl.export.fitting import Fit, fit
 from pascalvl.export.modules import Decoder, VisionEncoder
-from pascalvl.export.quantised_weights import QuantisedWeights
+from pascalvl.export.quantised_weights import QuantisedWeights, quant_layers
 from pascalvl.export.trace import TracedGraph, Weight, example_inputs, trace
-from pascalvl.export.transforms import TransformedWeights, WeightSource, check_ranks, plan_transforms
+from pascalvl.export.transforms import WeightSource, check_ranks, plan_transforms
 from pascalvl.plugins import bindings, onnx_body
 from pascalvl.plugins.bundle import EMBEDDINGS, TRANSPOSED, Manifest, atomic_directory
 from pascalvl.plugins.flash_attention import OP_NAME, OP_VERSION
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig
-from pascalvl.plugins.weight_rows import quantise_weight
 
 log = logging.getLogger(__name__)
 
@@ -76,15 +76,11 @@ def export_checkpoint(
         with atomic_directory(output, "model") as directory:
             checkpoint.copy_host_files(directory)
             check_host_files(directory, config)
-            statistics = None
-            if calibration:
-                prompts = calibration(directory, config)
-                check_prompts(prompts)
-                task = progress.add_task("calibrating", total=len(prompts))
-                statistics = calibrate(checkpoint_directory, prompts, lambda: progress.advance(task))
-                progress.update(task, visible=False)
-            transforms = plan_transforms(checkpoint, config.text, cache, statistics)
-            source = TransformedWeights(checkpoint, transforms)
+            prompts = calibration(directory, config) if calibration else None
+            done = progress.add_task("calibrating", total=config.text.num_hidden_layers, visible=prompts is not None)
+            fitted = _fit(checkpoint, config, prompts, cache, weights, lambda: progress.advance(done))
+            progress.update(done, visible=False)
+            source, transforms = fitted.weights(checkpoint), fitted.transforms
             key_dims, value_dims = zip(*((t.key_dim, t.value_dim) for t in transforms), strict=True)
             text = dataclasses.replace(config.text, key_dims=key_dims, value_dims=value_dims)
             config = dataclasses.replace(config, text=text)
@@ -95,14 +91,14 @@ def export_checkpoint(
                 graph = trace_graph(model, config, weights)
                 conformance.check(graph.proto, name)
                 progress.update(task, total=len(graph.weights), description=f"writing {name}")
-                quantised = QuantisedWeights(source, model, lambda _, w, layer: quantise_weight(w.numpy(), layer.form))
+                quantised = QuantisedWeights(source, quant_layers(model), fitted.codes)
                 for _ in write_graph(graph, quantised, directory / f"{name}.onnx"):
                     progress.advance(task)
                 graphs[name] = describe(graph.proto)
                 log.info("%s: %d nodes", name, len(graph.proto.graph.node))
             embeddings = _write_embeddings(checkpoint, directory / EMBEDDINGS)
             progress.add_task("hashing", total=None)
-            return Manifest(
+            manifest = Manifest(
                 kind="model",
                 source={"name": checkpoint_directory.resolve().name, "sha256": checkpoint.digest()},
                 model=config,
@@ -111,6 +107,23 @@ def export_checkpoint(
                 kv_cache=dataclasses.replace(_CACHE, key_rank=cache.key_rank, value_rank=cache.value_rank),
                 weights=weights,
             ).write(directory)
+        fitted.discard()
+        return manifest
+
+
+def _fit(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    prompts: Sequence[CalibrationPrompt] | None,
+    cache: CacheConfig,
+    weights: WeightConfig,
+    progress: Callable[[], None],
+) -> Fit:
+    """Transforms, and codes of weights in 4 bits, by what there is to go by."""
+    if prompts is not None and any(form.bits == 4 for form in weights.layers(config.text.num_hidden_layers)):
+        return fit(checkpoint, config, prompts, cache, weights, progress=progress)
+    statistics = None if prompts is None else calibrate(checkpoint.directory, prompts, progress)
+    return Fit(plan_transforms(checkpoint, config.text, cache, statistics))
 
 
 def trace_vision(

@@ -113,14 +113,14 @@ class Attention(nn.Module):
         hidden_states: torch.Tensor,
         residual: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        new: list[tuple[torch.Tensor, torch.Tensor]],
-        cache: dict[str, torch.Tensor | str | None],
+        new: list[tuple[torch.Tensor, torch.Tensor]] | None,
+        cache: dict[str, torch.Tensor | str | None] | None,
     ) -> torch.Tensor:
         """Returns ``residual`` plus what the layer's attention makes of ``hidden_states``.
 
         Args:
-            new: to which this call's keys and values are added, ``[batch, num_kv_heads, seq, dim]``.
-            cache: the external one, as `attention_forward` takes it.
+            new: to which this call's keys and values are added, ``[batch, num_kv_heads, seq, dim]``; None: nowhere.
+            cache: the external one, as `attention_forward` takes it; None: there is no past.
         """
         batch, seq, _ = hidden_states.shape
         if self.qkv_proj is None:
@@ -142,9 +142,10 @@ class Attention(nn.Module):
             query = query.reshape(batch, self._num_kv_heads, group * seq, self._head_dim) @ self.query_basis
             query = query.reshape(batch, self._num_heads, seq, self._key_dim)
             key = key @ self.key_basis
-        new.append((key, value))
+        if new is not None:
+            new.append((key, value))
         # The scale is the whole head's: a rank approximates its scores.
-        output, _ = attention_forward(self, query, key, value, None, self._head_dim**-0.5, **cache)
+        output, _ = attention_forward(self, query, key, value, None, self._head_dim**-0.5, **(cache or {}))
         return _added(self.o_proj, output.reshape(batch, seq, -1), residual)
 
 
@@ -171,9 +172,16 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(layer.self_attn, text, index, form)
         self.mlp = layer.mlp if form.bits == 32 else GatedMLP(layer.mlp, form)
 
-    def forward(self, hidden: torch.Tensor, *attention: object) -> torch.Tensor:
-        """``attention`` are the further arguments of `Attention`."""
-        hidden = self.self_attn(self.input_layernorm(hidden), hidden, *attention)
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        new: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        cache: dict[str, torch.Tensor | str | None] | None = None,
+        **_: object,
+    ) -> torch.Tensor:
+        """As Hugging Face's model calls it too, without its cache; arguments as those of `Attention`."""
+        hidden = self.self_attn(self.input_layernorm(hidden), hidden, position_embeddings, new, cache)
         return _added(self.mlp, self.post_attention_layernorm(hidden), hidden)
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
 from torch import nn
-from transformers import Qwen3VLForConditionalGeneration
 
 from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS
 from pascalvl.export.modules import GATE_UP, MERGED
 from pascalvl.export.quant_linear import QuantLinear
+from pascalvl.export.quantiser import round_to_nearest
 from pascalvl.export.transforms import WeightSource
 from pascalvl.plugins.quant_linear import GATED_BLOCK
 from pascalvl.plugins.weight_rows import QuantisedWeight
@@ -24,21 +23,20 @@ class QuantisedWeights:
 
     Args:
         weights: the model's, in float.
-        model: has the layers.
-        quantise: makes the codes of a layer, which is given by its name, of its weight ``[out_features, in_features]``,
-            float32.
+        layers: see `quant_layers`.
+        codes: given a layer's name, what it is packed to (`QuantisedWeight.packed`), or None: it is rounded to nearest.
     """
 
     def __init__(
         self,
         weights: WeightSource,
-        model: Qwen3VLForConditionalGeneration,
-        quantise: Callable[[str, torch.Tensor, QuantLinear], QuantisedWeight],
+        layers: Mapping[str, QuantLinear],
+        codes: Callable[[str], Mapping[str, torch.Tensor] | None] = lambda _: None,
     ) -> None:
         self._weights = weights
-        self._layers = quant_layers(model)
-        self._quantise = quantise
-        self._latest: tuple[str, Mapping[str, np.ndarray]] = "", {}
+        self._layers = layers
+        self._codes = codes
+        self._latest: tuple[str, Mapping[str, torch.Tensor]] = "", {}
 
     def tensor(self, name: str) -> torch.Tensor:
         layer, _, part = name.rpartition(".")
@@ -51,15 +49,24 @@ class QuantisedWeights:
             weight = float_tensor(self._weights, layer, module, "weight")
             return nn.functional.pad(weight, (0, module.weight.shape[1] - weight.shape[1])).half()
         if self._latest[0] != layer:
-            weight = float_tensor(self._weights, layer, module, "weight")
-            self._latest = layer, self._quantise(layer, weight, module).packed()
-        return torch.from_numpy(self._latest[1][part])
+            self._latest = layer, self._packed(layer, module)
+        return self._latest[1][part]
+
+    def _packed(self, layer: str, module: QuantLinear) -> Mapping[str, torch.Tensor]:
+        if (known := self._codes(layer)) is not None:
+            return known
+        return packed(round_to_nearest(float_tensor(self._weights, layer, module, "weight"), module.form))
 
     def __contains__(self, name: str) -> bool:
         layer, _, part = name.rpartition(".")
         if layer not in self._layers:
             return name in self._weights
         return getattr(self._layers[layer], part, None) is not None
+
+
+def packed(weight: QuantisedWeight) -> dict[str, torch.Tensor]:
+    """The parameters of a layer."""
+    return {name: torch.from_numpy(array) for name, array in weight.packed().items()}
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLinear]:

@@ -139,20 +139,17 @@ def plan_transforms(
         UserError: see `check_ranks`.
     """
     check_ranks(cache, text, statistics is not None)
-    return [
-        _plan_layer(
-            statistics[layer] if statistics else LayerStatistics.from_weights(weights, text, layer),
-            output_moment(weights, text, layer),
-            cache,
-            statistics is not None,
-        )
-        for layer in range(text.num_hidden_layers)
-    ]
+    layers = range(text.num_hidden_layers)
+    return [plan_layer(weights, text, cache, layer, statistics[layer] if statistics else None) for layer in layers]
 
 
-def _plan_layer(
-    statistics: LayerStatistics, output: np.ndarray, cache: CacheConfig, calibrated: bool
+def plan_layer(
+    weights: WeightSource, text: TextConfig, cache: CacheConfig, layer: int, statistics: LayerStatistics | None
 ) -> LayerTransform:
+    """The transform of one layer; arguments as those of `plan_transforms`."""
+    calibrated = statistics is not None
+    statistics = statistics or LayerStatistics.from_weights(weights, text, layer)
+    output = output_moment(weights, text, layer)
     heads, dim, _ = output.shape
     rank = _rank(cache.value_rank, statistics.value, output)
     if rank == dim and not calibrated:
