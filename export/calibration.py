@@ -87,12 +87,10 @@ class HiddenStates:
     def __init__(self, checkpoint: Checkpoint, prompts: Sequence[CalibrationPrompt]) -> None:
         check_prompts(prompts)
         self._model = checkpoint.meta_model()
+        make_runnable(self._model, checkpoint)
         visual, language_model = self._model.model.visual, self._model.model.language_model
-        text = language_model.config
-        text._attn_implementation = _ATTN_IMPLEMENTATION  # of the text alone, not of the vision encoder
-        language_model.rotary_emb = Qwen3VLTextRotaryEmbedding(text)
-        visual.rotary_pos_emb = Qwen3VLVisionRotaryEmbedding(visual.config)
-        language_model.embed_tokens = _Embedding(checkpoint.tensor(TOKEN_EMBEDDINGS))
+        # Of the text alone, not of the vision encoder.
+        language_model.config._attn_implementation = _ATTN_IMPLEMENTATION
         assign(visual, {name: checkpoint.tensor(f"model.visual.{name}") for name, _ in visual.named_parameters()})
         self.layer = 0
         self.states: list[torch.Tensor] = []
@@ -149,6 +147,14 @@ class HiddenStates:
     def layer_module(self) -> nn.Module:
         """The next layer, without weights."""
         return self._model.model.language_model.layers[self.layer]
+
+
+def make_runnable(model: Qwen3VLForConditionalGeneration, checkpoint: Checkpoint) -> None:
+    """Give a model on the meta device what is no parameter, and its token embeddings, mapped from the checkpoint."""
+    visual, language_model = model.model.visual, model.model.language_model
+    language_model.rotary_emb = Qwen3VLTextRotaryEmbedding(language_model.config)
+    visual.rotary_pos_emb = Qwen3VLVisionRotaryEmbedding(visual.config)
+    language_model.embed_tokens = _Embedding(checkpoint.tensor(TOKEN_EMBEDDINGS))
 
 
 class _RecordedError(Exception):

@@ -28,6 +28,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 from pascalvl.export import kv_times
 from pascalvl.export.calibration import CalibrationPrompt, model_inputs, quiet
 from pascalvl.export.checkpoint import Checkpoint
+from pascalvl.export.evaluation import EvaluationPrompt, compare
 from pascalvl.export.transforms import LayerStatistics, LayerTransform, plan_transforms
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat, LayerLayout, RowFormat
@@ -36,27 +37,11 @@ from pascalvl.plugins.model_config import TextConfig
 
 _ATTN_IMPLEMENTATION = "pascalvl_kv_evaluation"
 _QUERY_TILE = 512
-_LOGITS_AT_ONCE = 256
 _BLOCK = 32
 """Elements that share a scale in llama.cpp's formats."""
 _NAME_BYTES, _NAME_HEIGHT = 100, 1.7
 """What a name takes of the plot: bytes a token, and a factor of KL divergence."""
 DEFAULT_FORMATS = ("f16", "k8v8", "k8v4", "k4v4", "k4v4,rv=96")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class EvaluationPrompt:
-    """A conversation: its prompt, and the answer's tokens, int64 ``[n]``, the one that ends it included.
-
-    Attributes:
-        is_right: whether the answer is known to be right; otherwise it is what the model itself said.
-        name: what `Result.wrong` calls it.
-    """
-
-    prompt: CalibrationPrompt
-    answer: np.ndarray
-    is_right: bool
-    name: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -242,9 +227,8 @@ def _run(
 ) -> torch.Tensor:
     """The last hidden states of a conversation, ``[n, hidden_size]``."""
     _set(model, compression, 0 if strict else len(prompt.prompt.token_ids))
-    whole = dataclasses.replace(prompt.prompt, token_ids=np.concatenate([prompt.prompt.token_ids, prompt.answer]))
     with torch.no_grad():
-        return model.model(**model_inputs(model, whole), use_cache=False).last_hidden_state[0]
+        return model.model(**model_inputs(model, prompt.whole), use_cache=False).last_hidden_state[0]
 
 
 def _set(model: Qwen3VLForConditionalGeneration, compression: Compression | None, exact: int | None) -> None:
@@ -346,31 +330,19 @@ def _compare(
     strict: bool,
     sums: _Sums,
 ) -> None:
-    tokens = np.concatenate([prompt.prompt.token_ids, prompt.answer])
-    visual = np.isin(tokens, (model.config.image_token_id, model.config.video_token_id))
-    positions = np.flatnonzero(~visual[1:])  # that predict a token of text
-    first_answer = len(prompt.prompt.token_ids) - 1
+    positions = prompt.positions(model.config)
     if not strict:
-        positions = positions[positions >= first_answer]
-    hits = []
-    for start in range(0, len(positions), _LOGITS_AT_ONCE):
-        at = torch.from_numpy(positions[start : start + _LOGITS_AT_ONCE])
-        target = torch.from_numpy(tokens)[at + 1]
-        with torch.no_grad():
-            p, q = (model.lm_head(hidden[at]).double().log_softmax(-1) for hidden in (exact, found))
-        kl = (p.exp() * (p - q)).sum(-1).clamp(min=0).numpy()
-        likeliest = q.argmax(-1)
-        same = (likeliest == p.argmax(-1)).numpy()
-        if strict:
-            sums.kl.append(kl)
-            sums.same.append(same)
-            sums.loss.append(-q.gather(1, target[:, None])[:, 0].numpy())
-        else:
-            sums.answer_kl.append(kl)
-            sums.answer_same.append(same)
-        hits.append((likeliest == target).numpy()[at.numpy() >= first_answer])
+        positions = positions[positions >= prompt.first_answer]
+    figures = compare(prompt, positions, lambda at: model.lm_head(exact[at]), lambda at: model.lm_head(found[at]))
+    if strict:
+        sums.kl.append(figures.kl)
+        sums.same.append(figures.same)
+        sums.loss.append(figures.loss)
+    else:
+        sums.answer_kl.append(figures.kl)
+        sums.answer_same.append(figures.same)
     if prompt.is_right:
-        sums.right[strict].append((prompt.name, bool(np.concatenate(hits).all())))
+        sums.right[strict].append((prompt.name, bool(figures.hit[positions >= prompt.first_answer].all())))
 
 
 # Schemes --------------------------------------------------------------------------------------------------------------

@@ -50,32 +50,45 @@ def quant_linear(
             return torch_kernels.linear(kernels, x, weight, scale, zero, bias, residual, bits, group, activation)
         except UserError as error:
             raise ValueError(str(error)) from None
-    rows = x.reshape(-1, x.shape[-1])
-    if bits == 16:
-        sums = rows @ weight[:, : x.shape[-1]].float().T
-    else:
-        form = WeightFormat(bits, group)
-        arrays = {
-            name: tensor.numpy() for name, tensor in (("weight", weight), ("scale", scale), ("zero", zero))
-            if tensor is not None
-        }  # fmt: skip
-        dense = QuantisedWeight.unpacked(arrays, x.shape[-1], form).dense()
-        sums = rounded(rows, group) @ torch.from_numpy(dense).T
-    if bias is not None:
-        sums = sums + bias
-    if activation == Activation.GELU_TANH:
-        sums = nn.functional.gelu(sums, approximate="tanh")
-    elif activation == Activation.SILU_GATED:
-        gate, value = sums.unflatten(-1, (-1, 2, GATED_BLOCK)).unbind(-2)
-        sums = (nn.functional.silu(gate) * value).flatten(-2)
-    out = sums.reshape(*x.shape[:-1], -1)
-    return out if residual is None else out + residual
+    form = WeightFormat(bits, group)
+    return compute(x, dense(weight, scale, zero, x.shape[-1], form), bias, residual, form, Activation(activation))
 
 
 @quant_linear.register_fake
 def _(x, weight, scale, zero, bias, residual, bits, group, activation):
     outputs = weight.shape[0] // (2 if activation == Activation.SILU_GATED else 1)
     return x.new_empty(*x.shape[:-1], outputs)
+
+
+def dense(
+    weight: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, in_features: int, form: WeightFormat
+) -> torch.Tensor:
+    """A weight as the op has it in float32, ``[out_features, in_features]``."""
+    if not form.is_quantised:
+        return weight[:, :in_features].float()
+    named = (("weight", weight), ("scale", scale), ("zero", zero))
+    arrays = {name: tensor.numpy() for name, tensor in named if tensor is not None}
+    return torch.from_numpy(QuantisedWeight.unpacked(arrays, in_features, form).dense())
+
+
+def compute(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    form: WeightFormat,
+    activation: Activation,
+) -> torch.Tensor:
+    """The op by PyTorch, its weight in float32."""
+    sums = (rounded(x, form.group) if form.is_quantised else x) @ weight.T
+    if bias is not None:
+        sums = sums + bias
+    if activation is Activation.GELU_TANH:
+        sums = nn.functional.gelu(sums, approximate="tanh")
+    elif activation is Activation.SILU_GATED:
+        gate, value = sums.unflatten(-1, (-1, 2, GATED_BLOCK)).unbind(-2)
+        sums = (nn.functional.silu(gate) * value).flatten(-2)
+    return sums if residual is None else sums + residual
 
 
 def rounded(x: torch.Tensor, group: int) -> torch.Tensor:

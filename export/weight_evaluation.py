@@ -1,0 +1,223 @@
+"""What quantised weights do to a model's answers, format by format, against the same model in float32.
+
+Conversations are run in one pass each, every token's true continuation given (teacher forcing), through the very modules
+that are exported, with the inputs of linear layers rounded as the kernels do. Every position of text counts; an answer
+is right where each of its tokens is the likeliest one, which is where greedy decoding would give exactly that answer.
+The token embeddings are as in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from pascalvl.export.calibration import CalibrationPrompt, make_runnable, model_inputs
+from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint
+from pascalvl.export.evaluation import EvaluationPrompt, Figures, compare
+from pascalvl.export.fitting import Fit, fit
+from pascalvl.export.kv_evaluation import load, q4_0, q8_0
+from pascalvl.export.modules import Decoder, VisionEncoder
+from pascalvl.export.quant_linear import QuantLinear, compute, dense, rounded
+from pascalvl.export.quantised_weights import QuantisedWeights, quant_layers
+from pascalvl.export.quantiser import ALL, Method
+from pascalvl.export.transforms import plan_transforms
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.model_config import ModelConfig
+from pascalvl.plugins.weight_format import WeightConfig
+
+DEFAULT_FORMATS = ("f16", "w8", "w4", "w4,group=64", "w4,group=32")
+_LLAMA_CPP_BLOCK = 32
+_STEPS = {
+    "nearest": Method(clip=False, scale=False, compensate=False),
+    "searched scales": Method(clip=True, scale=False, compensate=False),
+    "searched, scaled inputs": Method(clip=True, scale=True, compensate=False),
+    "searched, compensated": Method(clip=True, scale=False, compensate=True),
+}
+"""What each part of the quantiser is worth, beside all of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One scheme's figures, over all positions of text. KL divergences are in nats, from float32's distribution."""
+
+    name: str
+    nbytes: int
+    """Of the weights of all layers."""
+    kl: float
+    kl_999: float
+    """The 99.9th percentile."""
+    top_1: float
+    """Share of positions whose likeliest token is float32's."""
+    perplexity: float
+    answer_kl: float
+    """Mean over answers' positions."""
+    answer_top_1: float
+    right: float | None
+    """Share of answers that come out exactly; None where none is known."""
+    positions: int
+    answer_positions: int
+    wrong: tuple[str, ...]
+    """Names of the prompts whose answers do not come out."""
+
+
+def evaluate(
+    checkpoint: Path,
+    prompts: Sequence[EvaluationPrompt],
+    formats: Sequence[WeightConfig],
+    calibration: Sequence[CalibrationPrompt] | None = None,
+    baselines: bool = True,
+    progress: Callable[[], None] = lambda: None,
+) -> list[Result]:
+    """Measure formats on conversations; returns float32's figures first.
+
+    Args:
+        checkpoint: folder of the Hugging Face model; it is run in float32 on the CPU.
+        prompts: the conversations.
+        formats: what to measure.
+        calibration: prompts to fit 4-bit weights by; None: they are rounded to nearest, with searched scales.
+        baselines: measure llama.cpp's formats too, and 4 bits without parts of the quantiser.
+        progress: called after each pass, of which there are `passes` for each conversation.
+
+    Raises:
+        UserError: no conversations, or formats that the model cannot have.
+    """
+    if not prompts:
+        raise UserError("there is nothing to evaluate: give a folder of prompts.")
+    with Checkpoint(checkpoint) as opened:
+        config = opened.model_config()
+        for weights in formats:
+            weights.layers(config.text.num_hidden_layers)
+        exact_model = load(checkpoint)
+        exact = [_run(exact_model, prompt) for prompt in prompts]
+        results = []
+
+        def measure(name: str, model: Qwen3VLForConditionalGeneration, nbytes: int) -> None:
+            found: list[Figures] = []
+            for prompt, hidden in zip(prompts, exact, strict=True):
+                states = hidden if model is exact_model else _run(model, prompt)
+                found.append(
+                    compare(
+                        prompt,
+                        prompt.positions(model.config),
+                        lambda at, hidden=hidden: exact_model.lm_head(hidden[at]),
+                        lambda at, states=states: model.lm_head(states[at]),
+                    )
+                )
+                progress()
+            results.append(_result(name, nbytes, prompts, found, model.config))
+
+        floats = sum(4 * p.numel() for n, p in exact_model.named_parameters() if "embed_tokens" not in n)
+        if exact_model.config.tie_word_embeddings:
+            floats += 4 * config.text.vocab_size * config.text.hidden_size
+        measure("float32", exact_model, floats)
+        for name, weights, method in _schemes(formats, calibration is not None and baselines):
+            model, nbytes = quantised_model(opened, config, weights, calibration, method)
+            measure(name, model, nbytes)
+        for bits in (8, 4) if baselines else ():
+            measure(f"llama.cpp q{bits}_0", *_llama_cpp(checkpoint, bits))
+    return results
+
+
+def passes(formats: Sequence[WeightConfig], calibrated: bool, baselines: bool) -> int:
+    """Passes for each conversation."""
+    return 1 + len(_schemes(formats, calibrated and baselines)) + 2 * baselines
+
+
+def _schemes(formats: Sequence[WeightConfig], with_steps: bool) -> list[tuple[str, WeightConfig, Method]]:
+    steps = [] if not with_steps else [(f"w4, {name}", WeightConfig.parse("w4"), m) for name, m in _STEPS.items()]
+    return [*steps, *((str(weights), weights, ALL) for weights in formats)]
+
+
+def quantised_model(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    weights: WeightConfig,
+    calibration: Sequence[CalibrationPrompt] | None,
+    method: Method = ALL,
+) -> tuple[Qwen3VLForConditionalGeneration, int]:
+    """Hugging Face's model with the modules that are exported in it; and the bytes of its weights."""
+    if calibration is None or all(form.bits != 4 for form in weights.layers(config.text.num_hidden_layers)):
+        found = Fit(plan_transforms(checkpoint, config.text, CacheConfig()))
+    else:
+        found = fit(checkpoint, config, calibration, CacheConfig(), weights, method)
+    model = checkpoint.meta_model()
+    VisionEncoder(model, weights.vision)
+    Decoder(model, config.text, weights)
+    make_runnable(model, checkpoint)
+    layers = quant_layers(model)
+    source = QuantisedWeights(found.weights(checkpoint), layers, found.codes)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        is_tied = name == "lm_head.weight" and name not in source
+        tensors[name] = source.tensor(TOKEN_EMBEDDINGS if is_tied else name).to(parameter.dtype)
+    model.load_state_dict(tensors, assign=True)
+    found.discard()
+    for layer in layers.values():
+        layer.forward = _unpacked(layer)
+    return model, sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _unpacked(layer: QuantLinear) -> Callable[..., torch.Tensor]:
+    """The layer's function, its weight unpacked once for all calls."""
+    weight = dense(layer.weight, layer.scale, layer.zero, layer.in_features, layer.form)
+
+    def forward(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return compute(x, weight, layer.bias, residual, layer.form, layer.activation)
+
+    return forward
+
+
+def _run(model: Qwen3VLForConditionalGeneration, prompt: EvaluationPrompt) -> torch.Tensor:
+    """The last hidden states of a conversation, ``[n, hidden_size]``."""
+    with torch.no_grad():
+        return model.model(**model_inputs(model, prompt.whole), use_cache=False).last_hidden_state[0]
+
+
+def _result(
+    name: str, nbytes: int, prompts: Sequence[EvaluationPrompt], found: Sequence[Figures], config: Qwen3VLConfig
+) -> Result:
+    answers = [prompt.positions(config) >= prompt.first_answer for prompt in prompts]
+    kl, same, loss = (np.concatenate([getattr(f, field) for f in found]) for field in ("kl", "same", "loss"))
+    is_answer = np.concatenate(answers)
+    known = [(p.name, f.hit[a].all()) for p, f, a in zip(prompts, found, answers, strict=True) if p.is_right]
+    return Result(
+        name,
+        nbytes,
+        float(kl.mean()),
+        float(np.quantile(kl, 0.999)),
+        float(same.mean()),
+        float(np.exp(loss.mean())),
+        float(kl[is_answer].mean()),
+        float(same[is_answer].mean()),
+        float(np.mean([hit for _, hit in known])) if known else None,
+        len(kl),
+        int(is_answer.sum()),
+        tuple(name for name, hit in known if not hit),
+    )
+
+
+def _llama_cpp(checkpoint: Path, bits: int) -> tuple[Qwen3VLForConditionalGeneration, int]:
+    """llama.cpp's q8_0 or q4_0 for the decoder's layers, q8_0 for the lm_head; the vision encoder in float16.
+
+    Its inputs are rounded to int8 in blocks of 32, as its kernels for these cards do. The weights' own blocks are met by
+    float32 products, which differ from theirs in summation alone.
+    """
+    model = load(checkpoint)
+    there_and_back = {8: q8_0, 4: q4_0}
+    nbytes = 2 * sum(p.numel() for p in model.model.visual.parameters())
+    model.lm_head.weight = nn.Parameter(
+        model.lm_head.weight.detach().clone(), requires_grad=False
+    )  # not the embeddings
+    linears = [(m, bits) for m in model.model.language_model.layers.modules() if isinstance(m, nn.Linear)]
+    for linear, own_bits in [*linears, (model.lm_head, 8)]:
+        linear.weight.data = torch.from_numpy(there_and_back[own_bits](linear.weight.detach().numpy()))
+        linear.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0], _LLAMA_CPP_BLOCK),))
+        nbytes += linear.weight.numel() * (_LLAMA_CPP_BLOCK * own_bits // 8 + 2) // _LLAMA_CPP_BLOCK
+    return model, nbytes
