@@ -1,9 +1,9 @@
 """What quantised weights do to a model's answers, format by format, against the same model in float32.
 
-Conversations are run in one pass each, every token's true continuation given (teacher forcing), through the very modules
-that are exported, with the inputs of linear layers rounded as the kernels do. Every position of text counts; an answer
-is right where each of its tokens is the likeliest one, which is where greedy decoding would give exactly that answer.
-The token embeddings are as in the checkpoint.
+Conversations are run in one pass each, every token's true continuation given (teacher forcing), through the very
+modules that are exported, with the inputs of linear layers rounded as the kernels do. Every position of text counts; an
+answer is right where each of its tokens is the likeliest one, which is where greedy decoding would give exactly that
+answer. The token embeddings are as in the checkpoint.
 """
 
 from __future__ import annotations
@@ -206,8 +206,7 @@ def _result(
 def _llama_cpp(checkpoint: Path, bits: int) -> tuple[Qwen3VLForConditionalGeneration, int]:
     """llama.cpp's q8_0 or q4_0 for the decoder's layers, q8_0 for the lm_head; the vision encoder in float16.
 
-    Its inputs are rounded to int8 in blocks of 32, as its kernels for these cards do. The weights' own blocks are met by
-    float32 products, which differ from theirs in summation alone.
+    Inputs are rounded to int8 in blocks of 32, as its kernels for these cards do.
     """
     model = load(checkpoint)
     there_and_back = {8: q8_0, 4: q4_0}
