@@ -236,7 +236,7 @@ __device__ __forceinline__ void linear_tile(const LinearParams& p, LinearShared<
   constexpr int kXQuads = kQuads * kTileRows > kLinearThreads ? kQuads * kTileRows / kLinearThreads : 1;  // of a thread
   constexpr int kRows = kTileRows / 8;
   const int first_column = blockIdx.x * kTileColumns, first_row = blockIdx.y * kTileRows;
-  const int groups = p.padded / p.group, share = ceil_div(groups, p.splits);
+  const int groups = ceil_div(p.padded, p.group), share = ceil_div(groups, p.splits);
   const int first_group = blockIdx.z * share, last_group = min2(first_group + share, groups);
   const int begin = first_group * p.group, end = min2(last_group * p.group, p.padded);
 

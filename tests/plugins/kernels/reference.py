@@ -272,7 +272,12 @@ def expected_attention(cache: HostCache, q, k, v, past_length, softmax_scale, vi
 
 
 def quantised_linear(
-    library: KernelLibrary, x, weight: QuantisedWeight | np.ndarray, bias=None, residual=None, activation=Activation.NONE
+    library: KernelLibrary,
+    x,
+    weight: QuantisedWeight | np.ndarray,
+    bias=None,
+    residual=None,
+    activation=Activation.NONE,
 ) -> np.ndarray:
     """`KernelLibrary.linear`: what `pascalvl.plugins.weight_rows.linear` is the reference of."""
     rows, in_features = x.shape
