@@ -170,6 +170,7 @@ def test_extreme_inputs(library):
         ({"x": None}, "x is a null pointer"),
         ({"scale": None}, "scale is a null pointer"),
         ({"bits": 16}, "Weights of 16 bits have no scale; expected a null pointer"),
+        ({"bits": 16, "scale": None, "zero": 16}, "Weights of 16 bits have no zero; expected a null pointer"),
         ({"activation": 3}, r"The activation is 3; expected 0 \(none\), 1 \(GELU by tanh\) or 2 \(SiLU, gated\)"),
         ({"activation": 2}, "A gated layer has 4 outputs; expected a multiple of 128"),
     ],
