@@ -1,8 +1,9 @@
 """Checks and times the kernels of linear layers on a GPU: ``python -m pascalvl.plugins.bench.linear``.
 
-Each is compared with a float64 product of the same codes before it is timed; the inputs' quantisation is within the
-time. Weights are cold where few rows meet them. Beside each time stand its floors, which are its multiply-adds at the
-rate of DP4A in registers and a plain read of its bytes, and llama.cpp's time. Needs torch with CUDA.
+Each is compared with a float64 product of the same codes or halves before it is timed; the inputs' quantisation is
+within the time. Weights are cold where few rows meet them. Beside each time stand its floors, which are its
+multiply-adds at the rate of DP4A (of halves: FFMA) in registers and a plain read of its bytes, and llama.cpp's time.
+The gated projection stands beside the same product without its activation. Needs torch with CUDA.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from pascalvl.plugins.bench.timing import COLD_BYTES, Yardstick, read_bandwidth,
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import KernelLibrary, LinearArgs
+from pascalvl.plugins.quant_linear import GATED_BLOCK, Activation
+from pascalvl.plugins.weight_format import WeightFormat
 
 GROUP = 128
 WIDTHS = (2560, 2560), (2560, 9728), (9728, 2560), (9728, 9728)
+GATED_WIDTHS = 2560, 2 * 9728
 ROWS = 1, 8, 16, 512, 4096
 LLAMA_CPP = {  # microseconds of llama.cpp's Pascal kernels (commit 0c1e5709) on one H100 80GB HBM3: its q8_0, q4_0
     (512, 2560, 2560): (111, 112),
@@ -35,8 +39,8 @@ LLAMA_CPP = {  # microseconds of llama.cpp's Pascal kernels (commit 0c1e5709) on
     (1, 9728, 2560): (15.7, 10.2),
     (1, 9728, 9728): (40.5, 25.0),
 }
-TOLERANCE = 1e-6
-"""FP32 sums over groups, whose own are exact."""
+TOLERANCE, F16_TOLERANCE = 1e-6, 2e-6
+"""FP32 sums over groups, whose own are exact; and of every product, up to 9,728 in turn."""
 
 
 @dataclasses.dataclass
@@ -50,8 +54,8 @@ class Row:
     error: float
     """Relative, against float64."""
     us: float
-    dp4a_us: float
-    """Its multiply-adds at the rate of a loop of DP4A in registers."""
+    arithmetic_us: float
+    """Its multiply-adds at the rate of a loop of DP4A or FFMA in registers."""
     read_us: float
     """A plain read of the weights."""
     of_floor: float
@@ -62,10 +66,14 @@ class Row:
 
 
 class Layer:
-    """A linear layer with random codes."""
+    """A linear layer with random codes or halves."""
 
-    def __init__(self, bits: int, in_features: int, out_features: int) -> None:
-        self.bits, self.in_features, self.out_features = bits, in_features, out_features
+    def __init__(self, bits: int, in_features: int, out_features: int, activation: Activation) -> None:
+        self.bits, self.in_features, self.out_features, self.activation = bits, in_features, out_features, activation
+        self.scale = None
+        if bits == 16:
+            self.weight = torch.randn(out_features, in_features, device="cuda").half()
+            return
         self.weight = torch.randint(
             0, 256, (out_features, in_features * bits // 8), dtype=torch.uint8, device="cuda"
         ).clamp_(1 if bits == 8 else 0)
@@ -73,10 +81,12 @@ class Layer:
 
     @property
     def nbytes(self) -> int:
-        return self.weight.numel() + 2 * self.scale.numel()
+        return self.weight.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def dense(self) -> torch.Tensor:
         """Float64 ``[out_features, in_features]``."""
+        if self.bits == 16:
+            return self.weight.double()
         if self.bits == 8:
             codes = self.weight.view(torch.int8).double()
         else:
@@ -85,18 +95,30 @@ class Layer:
             codes = nibbles - 16 * (nibbles > 7)
         return codes * self.scale[:, : self.out_features].double().T.repeat_interleave(GROUP, 1)
 
+    def expected(self, x: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+        """The result in float64, given `dense`."""
+        if self.bits != 16:
+            x = rounded_to_int8(x.unflatten(-1, (-1, GROUP))).flatten(-2)
+        sums = x.double() @ dense.T
+        if self.activation is not Activation.SILU_GATED:
+            return sums
+        gate, value = sums.unflatten(-1, (-1, 2, GATED_BLOCK)).unbind(-2)
+        return (torch.nn.functional.silu(gate) * value).flatten(-2)
+
     def __call__(self, library: KernelLibrary, x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(len(x), self.out_features, device="cuda")
+        gated = self.activation is Activation.SILU_GATED
+        out = torch.empty(len(x), self.out_features // 2 if gated else self.out_features, device="cuda")
         args = LinearArgs(
             x=x.data_ptr(),
             weight=self.weight.data_ptr(),
-            scale=self.scale.data_ptr(),
+            scale=None if self.scale is None else self.scale.data_ptr(),
             out=out.data_ptr(),
             rows=len(x),
             in_features=self.in_features,
             out_features=self.out_features,
             bits=self.bits,
             group=GROUP,
+            activation=self.activation,
         )
         size = library.linear_workspace(args)
         workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
@@ -108,47 +130,55 @@ def measure(rows_at_once: tuple[int, ...], quick: bool) -> Iterator[Row]:
     torch.zeros(1, device="cuda")
     library = KernelLibrary(cached(Target.CUDA))
     library.load()
-    rate = None if quick else Yardstick().dp4a_rate()
-    for in_features, out_features in ((256, 132),) if quick else WIDTHS:
-        for bits in (8, 4):
-            first = Layer(bits, in_features, out_features)
-            dense = first.dense()
-            layers = [first]
-            if not quick:
-                layers += [
-                    Layer(bits, in_features, out_features) for _ in range(min(255, COLD_BYTES // first.nbytes + 1))
-                ]
-            for rows in rows_at_once:
-                x = torch.randn(rows, in_features, device="cuda")
-                expected = rounded_to_int8(x.unflatten(-1, (-1, GROUP))).flatten(-2) @ dense.T
-                error = ((first(library, x).double() - expected).norm() / expected.norm()).item()
-                name = f"w{bits} {rows}x{in_features}->{out_features}"
-                if not error <= TOLERANCE:
-                    raise UserError(f"{name} is off by {error:.1e} of its norm; expected at most {TOLERANCE:.1e}.")
-                if quick:
-                    continue
-                del expected
-                calls = [lambda y=y, x=x: y(library, x) for y in (layers if rows < 64 else layers[:3])]
-                us = 1e6 * seconds(calls)
-                multiply_adds = rows * in_features * out_features
-                dp4a_us = 1e6 * multiply_adds / 4 / rate
-                read_us = 1e6 * first.nbytes / read_bandwidth(first.nbytes)
-                llama_cpp = LLAMA_CPP.get((rows, in_features, out_features), (None, None))[bits == 4]
-                yield Row(
-                    f"w{bits}",
-                    rows,
-                    in_features,
-                    out_features,
-                    error,
-                    us,
-                    dp4a_us,
-                    read_us,
-                    max(dp4a_us, read_us) / us,
-                    2 * multiply_adds / us / 1e6,
-                    first.nbytes / us / 1e3,
-                    llama_cpp,
-                )
-                print(f"{name}: error {error:.1e}, {us:.1f} us", file=sys.stderr)
+    rates = {}
+    if not quick:
+        yardstick = Yardstick()
+        rates = dict.fromkeys((8, 4), 4 * yardstick.dp4a_rate()) | {16: yardstick.ffma_rate()}
+    bits_of = {name: WeightFormat.parse(name).bits for name in ("f16", "w8", "w4")}
+    plain = ((256, 132),) if quick else WIDTHS
+    gated = (256, 256) if quick else GATED_WIDTHS
+    cases = [(weights, *widths, Activation.NONE) for widths in plain for weights in bits_of]
+    cases += [("w4", *gated, activation) for activation in (Activation.NONE, Activation.SILU_GATED)]
+    for weights, in_features, out_features, activation in cases:
+        layer = bits_of[weights], in_features, out_features, activation
+        first = Layer(*layer)
+        dense = first.dense()
+        layers = [first]
+        if not quick:
+            layers += [Layer(*layer) for _ in range(min(255, COLD_BYTES // first.nbytes + 1))]
+        for rows in rows_at_once:
+            x = torch.randn(rows, in_features, device="cuda")
+            expected = first.expected(x, dense)
+            error = ((first(library, x).double() - expected).norm() / expected.norm()).item()
+            kind = f"{weights} gated" if activation is Activation.SILU_GATED else weights
+            name = f"{kind} {rows}x{in_features}->{out_features}"
+            tolerance = F16_TOLERANCE if first.bits == 16 else TOLERANCE
+            if not error <= tolerance:
+                raise UserError(f"{name} is off by {error:.1e} of its norm; expected at most {tolerance:.1e}.")
+            if quick:
+                continue
+            del expected
+            calls = [lambda y=y, x=x: y(library, x) for y in (layers if rows < 64 else layers[:3])]
+            us = 1e6 * seconds(calls)
+            multiply_adds = rows * in_features * out_features
+            arithmetic_us = 1e6 * multiply_adds / rates[first.bits]
+            read_us = 1e6 * first.nbytes / read_bandwidth(first.nbytes)
+            q8_0, q4_0 = LLAMA_CPP.get((rows, in_features, out_features), (None, None))
+            yield Row(
+                kind,
+                rows,
+                in_features,
+                out_features,
+                error,
+                us,
+                arithmetic_us,
+                read_us,
+                max(arithmetic_us, read_us) / us,
+                2 * multiply_adds / us / 1e6,
+                first.nbytes / us / 1e3,
+                {8: q8_0, 4: q4_0}.get(first.bits),
+            )
+            print(f"{name}: error {error:.1e}, {us:.1f} us", file=sys.stderr)
 
 
 def main() -> int:

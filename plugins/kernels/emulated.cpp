@@ -30,9 +30,10 @@ Starter starter(void (*kernel)(Params)) {
   KERNEL(NAME##_kFloat32_kFloat32), KERNEL(NAME##_kFloat16_kFloat16), KERNEL(NAME##_kInt8_kInt8), \
       KERNEL(NAME##_kInt8_kInt4), KERNEL(NAME##_kInt4_kInt8), KERNEL(NAME##_kInt4_kInt4)
 #define DECODERS(GROUP) FORMATS(decode_##GROUP)
-#define LINEAR_LAYERS(FORMAT)                                                                        \
-  KERNEL(linear_tile_64_##FORMAT), KERNEL(linear_tile_32_##FORMAT), KERNEL(linear_tile_16_##FORMAT), \
-      KERNEL(linear_1_##FORMAT), KERNEL(linear_2_##FORMAT), KERNEL(linear_4_##FORMAT), KERNEL(linear_8_##FORMAT)
+#define LINEAR_TILES(FORMAT) \
+  KERNEL(linear_tile_64_##FORMAT), KERNEL(linear_tile_32_##FORMAT), KERNEL(linear_tile_16_##FORMAT)
+#define LINEAR_FEW(FORMAT) \
+  KERNEL(linear_1_##FORMAT), KERNEL(linear_2_##FORMAT), KERNEL(linear_4_##FORMAT), KERNEL(linear_8_##FORMAT)
 #define PREFILLS(DIM) FORMATS(prefill_causal_##DIM)
 
 const std::map<std::string, Starter>& kernels() {
@@ -41,8 +42,14 @@ const std::map<std::string, Starter>& kernels() {
                                                   KERNEL(quantise_queries),
                                                   KERNEL(linear_quantise),
                                                   KERNEL(linear_sum),
-                                                  LINEAR_LAYERS(w8),
-                                                  LINEAR_LAYERS(w4),
+                                                  LINEAR_TILES(w8),
+                                                  LINEAR_TILES(w4),
+                                                  LINEAR_TILES(f16),
+                                                  LINEAR_FEW(w8),
+                                                  LINEAR_FEW(w8z),
+                                                  LINEAR_FEW(w4),
+                                                  LINEAR_FEW(w4z),
+                                                  LINEAR_FEW(f16),
                                                   PREFILLS(64),
                                                   PREFILLS(128),
                                                   KERNEL(prefill_packed_64),

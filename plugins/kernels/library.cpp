@@ -21,7 +21,9 @@ constexpr int kGreedyThreads = 512;
 constexpr int kLinearThreads = 128;
 constexpr int kFewRows = 8;  // up to which a linear layer is bound by reading its weights
 constexpr int kTileColumns = 128;
-constexpr int kWarpColumns = 4;  // that a warp computes of few
+constexpr int kWarpColumns = 4;   // that a warp computes of few
+constexpr int kHalvesGroup = 32;  // inputs by which weights in halves are split: as long as a group of 128 codes
+static_assert(kGeluTanh == int(PASCALVL_GELU_TANH) && kSiluGated == int(PASCALVL_SILU_GATED), "numbered as in the ABI");
 constexpr int kMaxDim = 128;
 constexpr int kLeastKeys = 64;               // of a decode split
 constexpr int kBlocksPerMultiprocessor = 2;  // of decode blocks, by their registers
@@ -267,16 +269,32 @@ int up_to(int count, int multiple) { return (count + multiple - 1) / multiple * 
 void check(const pascalvl_linear_args& a) {
   require_pointer(a.x, "x");
   require_pointer(a.weight, "weight");
-  require_pointer(a.scale, "scale");
   require_pointer(a.out, "out");
   if (a.bias) require_pointer(a.bias, "bias");
+  if (a.residual) require_pointer(a.residual, "residual");
   require_positive(a.rows, "rows");
   require_positive(a.in_features, "in_features");
   require_positive(a.out_features, "out_features");
-  require(a.bits == 8 || a.bits == 4, "The weights have %d bits; expected 8 or 4.", a.bits);
-  require(a.group == 32 || a.group == 64 || a.group == 128, "Groups have %d inputs; expected 32, 64 or 128.", a.group);
   require(a.rows <= 65535, "%d rows are too many; expected at most 65535.", a.rows);
+  require(a.activation >= kNoActivation && a.activation <= kSiluGated,
+          "The activation is %d; expected 0 (none), 1 (GELU by tanh) or 2 (SiLU, gated).", a.activation);
+  require(a.activation != kSiluGated || a.out_features % (2 * kGatedBlock) == 0,
+          "A gated layer has %d outputs; expected a multiple of 128.", a.out_features);
+  require(a.bits == 16 || a.bits == 8 || a.bits == 4, "The weights have %d bits; expected 16, 8 or 4.", a.bits);
+  if (a.bits == 16) {
+    require(!a.scale && !a.zero, "Weights of 16 bits have no %s; expected a null pointer.", a.scale ? "scale" : "zero");
+    return;
+  }
+  require_pointer(a.scale, "scale");
+  if (a.zero) require_pointer(a.zero, "zero");
+  require(a.group == 32 || a.group == 64 || a.group == 128, "Groups have %d inputs; expected 32, 64 or 128.", a.group);
 }
+
+// Inputs that lie together in a split: those that share a scale.
+int group_of(const pascalvl_linear_args& a) { return a.bits == 16 ? kHalvesGroup : a.group; }
+
+// Elements of a weight's row.
+int padded_inputs(const pascalvl_linear_args& a) { return up_to(a.in_features, a.bits == 16 ? 8 : a.group); }
 
 // Rows that a block computes, of many.
 int tile_rows(const pascalvl_linear_args& a) { return a.rows <= 16 ? 16 : a.rows <= 32 ? 32 : 64; }
@@ -284,12 +302,13 @@ int tile_rows(const pascalvl_linear_args& a) { return a.rows <= 16 ? 16 : a.rows
 // How a linear layer is cut: blocks (or warps, of few rows) that share the inputs of the same outputs. As many as fill
 // the card, by what it runs at once, but none with less than two groups (or a line of bytes).
 int linear_splits(const pascalvl_linear_args& a) {
-  const int groups = up_to(a.in_features, a.group) / a.group;
+  const int groups = up_to(a.in_features, group_of(a)) / group_of(a);
   const int at_once = multiprocessors();
   if (a.rows <= kFewRows) {
     const int warps = (a.out_features + kWarpColumns - 1) / kWarpColumns, wanted = 16 * at_once;
-    const int lines = groups * a.group * a.bits / 8 / 512;
-    return warps * 2 <= wanted && lines >= 4 ? 4 : warps <= wanted && lines >= 2 ? 2 : 1;
+    const int lines = padded_inputs(a) * a.bits / 8 / 512;
+    const bool gated = a.activation == kSiluGated;  // then half of a block's warps compute values
+    return warps * 2 <= wanted && lines >= 4 && !gated ? 4 : warps <= wanted && lines >= 2 ? 2 : 1;
   }
   const int tiles = up_to(a.rows, tile_rows(a)) / tile_rows(a) * (up_to(a.out_features, kTileColumns) / kTileColumns);
   int best = 1;
@@ -304,8 +323,8 @@ int linear_splits(const pascalvl_linear_args& a) {
 
 // Parts of the workspace, in bytes.
 struct LinearSizes {
-  size_t codes, x_scale, partial;
-  size_t all() const { return codes + x_scale + partial; }
+  size_t codes, x_scale, x_sum, partial;
+  size_t all() const { return codes + x_scale + x_sum + partial; }
 };
 
 LinearParams to_params(const pascalvl_linear_args& a, LinearSizes& sizes) {
@@ -313,18 +332,24 @@ LinearParams to_params(const pascalvl_linear_args& a, LinearSizes& sizes) {
   p.x = a.x;
   p.weight = static_cast<const unsigned char*>(a.weight);
   p.scale = a.scale;
+  p.zero = a.zero;
   p.bias = a.bias;
+  p.residual = a.residual;
   p.out = a.out;
   p.rows = a.rows;
   p.in_features = a.in_features;
-  p.padded = up_to(a.in_features, a.group);
+  p.padded = padded_inputs(a);
   p.out_features = a.out_features;
-  p.group = a.group;
+  p.group = group_of(a);
   p.row_pitch = up_to(a.rows, tile_rows(a));
   p.scale_pitch = up_to(a.out_features, 8);
   p.splits = linear_splits(a);
-  sizes.codes = (size_t(a.rows) * p.padded + 15) / 16 * 16;
-  sizes.x_scale = size_t(p.padded / a.group) * p.row_pitch * sizeof(float);
+  p.activation = a.activation;
+  if (a.bits < 16) {
+    sizes.codes = size_t(std::max(a.rows, kFewRows)) * p.padded;  // kernels of few rows read some that there are not
+    sizes.x_scale = size_t(p.padded / p.group) * p.row_pitch * sizeof(float);
+    sizes.x_sum = a.zero ? sizes.x_scale : 0;
+  }
   sizes.partial = a.rows > kFewRows && p.splits > 1 ? size_t(p.splits) * a.rows * a.out_features * sizeof(float) : 0;
   return p;
 }
@@ -333,22 +358,24 @@ void linear(const pascalvl_linear_args& a, LinearParams p, const LinearSizes& si
             void* stream) {
   p.codes = workspace;
   p.x_scale = reinterpret_cast<float*>(workspace + sizes.codes);
-  p.partial = reinterpret_cast<float*>(workspace + sizes.codes + sizes.x_scale);
+  p.x_sum = reinterpret_cast<float*>(workspace + sizes.codes + sizes.x_scale);
+  p.partial = reinterpret_cast<float*>(workspace + sizes.codes + sizes.x_scale + sizes.x_sum);
   const unsigned rows = a.rows, units = up_to(p.padded, 512) / 512;
-  launch("linear_quantise", {units, rows, 1}, kLinearThreads, p, stream);
+  if (a.bits < 16) launch("linear_quantise", {units, rows, 1}, kLinearThreads, p, stream);
+  const std::string weights = a.bits == 16 ? "f16" : text("w%d", a.bits);
   if (a.rows <= kFewRows) {
     const int columns = kWarpColumns * (kLinearThreads / 32 / p.splits);
     const int of = a.rows > 4 ? 8 : a.rows == 3 ? 4 : a.rows;  // rows of the kernel
     const unsigned blocks = up_to(a.out_features, columns) / columns;
-    return launch(text("linear_%d_w%d", of, a.bits), {blocks, 1, 1}, kLinearThreads, p, stream);
+    return launch(text("linear_%d_%s%s", of, weights.c_str(), a.zero ? "z" : ""), {blocks, 1, 1}, kLinearThreads, p,
+                  stream);
   }
   const unsigned columns = up_to(a.out_features, kTileColumns) / kTileColumns;
-  launch(text("linear_tile_%d_w%d", tile_rows(a), a.bits),
+  launch(text("linear_tile_%d_%s", tile_rows(a), weights.c_str()),
          {columns, unsigned(p.row_pitch / tile_rows(a)), unsigned(p.splits)}, kLinearThreads, p, stream);
   if (p.splits > 1) {
-    const int columns_of_block = 4 * kLinearThreads;
-    launch("linear_sum", {unsigned(up_to(a.out_features, columns_of_block) / columns_of_block), rows, 1},
-           kLinearThreads, p, stream);
+    const int width = a.activation == kSiluGated ? a.out_features / 2 : a.out_features, of_block = 4 * kLinearThreads;
+    launch("linear_sum", {unsigned(up_to(width, of_block) / of_block), rows, 1}, kLinearThreads, p, stream);
   }
 }
 
@@ -374,7 +401,7 @@ extern "C" int pascalvl_linear(const pascalvl_linear_args* args, void* workspace
     LinearSizes sizes{};
     const LinearParams p = to_params(*args, sizes);
     require(bytes >= sizes.all(), "The workspace has %zu bytes; expected at least %zu.", bytes, sizes.all());
-    require_pointer(workspace, "The workspace");
+    if (sizes.all()) require_pointer(workspace, "The workspace");
     linear(*args, p, sizes, static_cast<unsigned char*>(workspace), stream);
   });
 }

@@ -115,7 +115,7 @@ class KernelLibrary:
         return size.value
 
     def linear(self, args: LinearArgs, workspace: int, workspace_bytes: int, stream: int = 0) -> None:
-        """Launch a linear layer with quantised weights on a stream."""
+        """Launch a linear layer on a stream."""
         self._call(
             "pascalvl_linear",
             ctypes.byref(args),

@@ -1,10 +1,17 @@
-// Linear layers with weights of 8 or 4 bits: y = x W^T + bias, x quantised to int8 by token and group of inputs before.
+// Linear layers: y = activation(x W^T + bias) + residual. Weights have 8 or 4 bits, and x is quantised to int8 by token
+// and group of inputs before; or they are halves, and x stays as it is.
 //
-// A group's products are summed in integers by DP4A, exactly; the sum times the two scales is added up in FP32. The
-// integers begin at the bits of 1.5 * 2^23 as a float, so that they are one: one subtraction where a conversion takes
-// four issue slots on SM61. A group has up to 128 elements, a product up to 127 * 128: 2^21, which 2^22 bounds.
-//
+// Codes: a group's products are summed in integers by DP4A, exactly; the sum times the two scales is added up in FP32.
+// The integers begin at the bits of 1.5 * 2^23 as a float, so that they are one: one subtraction where a conversion
+// takes four issue slots on SM61. A group has up to 128 elements, a product up to 127 * 128: 2^21, which 2^22 bounds.
 // Codes of 4 bits become bytes 16 times as large, by a mask (and a shift), and their scale is divided by 16.
+//
+// Zeros: a group's sum of (code - zero) * x is that of code * x less zero times the sum of x, which lies beside the
+// scale of x. Both are integers of at most 2^21, so that one FFMA a group and output subtracts them exactly.
+//
+// Halves are widened on their way to shared memory or registers, then multiplied in FP32 by FFMA.
+//
+// Every kernel that has an output's whole sum ends in `finish`.
 #include "plugins/kernels/device.cuh"
 
 namespace pascalvl {
@@ -15,84 +22,178 @@ constexpr float kFloatsStart = 12582912.0f;
 
 __device__ __forceinline__ float exact_float(int sum) { return __int_as_float(sum) - kFloatsStart; }
 
-// Four words of weights as they lie in memory to words of four int8 codes each: 4 of W8, 8 of W4.
+// Of a sum that is no float yet: exact, see above.
+__device__ __forceinline__ int minus_product(int sum, float zero, float x_sum) {
+  return __float_as_int(__int_as_float(sum) - zero * x_sum);
+}
+
+// Four words of weights as they lie in memory to words that are multiplied: 4 or 8 of four int8 codes each, of W8 and
+// W4; 8 of one float each, of halves.
 template <int kBits>
 struct WeightQuad {
-  static constexpr int kWords = 32 / kBits;  // of codes
-  static __device__ __forceinline__ void unpack(uint4 raw, int* codes) {
+  static constexpr bool kFloats = kBits == 16;
+  static constexpr int kElements = 128 / kBits;
+  static constexpr int kOfWord = kFloats ? 1 : 4;  // elements
+  static constexpr int kWords = kElements / kOfWord;
+  static constexpr float kUnit = kBits == 4 ? 16 : 1;  // of codes in bytes
+  static __device__ __forceinline__ void unpack(uint4 raw, int* to) {
     const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (kBits == 8) {
-        codes[i] = int(words[i]);
+      if constexpr (kBits == 8) {
+        to[i] = int(words[i]);
+      } else if constexpr (kBits == 4) {
+        to[2 * i] = int(words[i] << 4 & 0xf0f0f0f0u);
+        to[2 * i + 1] = int(words[i] & 0xf0f0f0f0u);
       } else {
-        codes[2 * i % kWords] = int(words[i] << 4 & 0xf0f0f0f0u);
-        codes[(2 * i + 1) % kWords] = int(words[i] & 0xf0f0f0f0u);
+        const float2 pair = halves_to_floats(words[i]);
+        to[2 * i] = __float_as_int(pair.x), to[2 * i + 1] = __float_as_int(pair.y);
       }
     }
   }
-  static constexpr float kScale = kBits == 8 ? 1.0f : 0.0625f;
 };
 
 __device__ __forceinline__ uint4 load_quad(const unsigned char* from) {
   return __ldg(reinterpret_cast<const uint4*>(from));
 }
 
-// x to codes and scales. A warp takes 128 elements of a row, four a lane: one group, or several.
-// Grid: (padded / 128 / warps of a block, rounded up; rows).
+// Elements of a row of `width`, from `at` on, and zeros beyond its end. Quads lie on 16 bytes where rows have whole
+// ones.
+template <int kCount>
+__device__ __forceinline__ void load_floats(const float* row, int at, int width, float* to) {
+  if (kCount == 4 && width % 4 == 0 && at < width) {
+    const float4 quad = *reinterpret_cast<const float4*>(row + at);
+    to[0] = quad.x, to[1 % kCount] = quad.y, to[2 % kCount] = quad.z, to[3 % kCount] = quad.w;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) to[i] = at + i < width ? row[at + i] : 0;
+}
+
+template <int kCount>
+__device__ __forceinline__ void store_floats(float* row, int at, int width, const float* from) {
+  if (kCount == 4 && width % 4 == 0) {
+    if (at < width) {
+      *reinterpret_cast<float4*>(row + at) = make_float4(from[0], from[1 % kCount], from[2 % kCount], from[3 % kCount]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (at + i < width) row[at + i] = from[i];
+  }
+}
+
+// Four inputs of a row.
+__device__ __forceinline__ float4 load_inputs(const LinearParams& p, int row, int at) {
+  float x[4];
+  load_floats<4>(p.x + (long long)row * p.in_features, at, p.in_features, x);
+  return make_float4(x[0], x[1], x[2], x[3]);
+}
+
+// x to codes and scales, and sums of codes where there are zeros. A warp takes 128 elements of a row, four a lane: one
+// group, or several. Grid: (padded / 128 / warps of a block, rounded up; rows).
 extern "C" __global__ void __launch_bounds__(kLinearThreads) linear_quantise(const LinearParams p) {
   const int lane = threadIdx.x % kWarp, row = blockIdx.y;
   const int d = (blockIdx.x * (kLinearThreads / kWarp) + threadIdx.x / kWarp) * 4 * kWarp + 4 * lane;
   if (d - 4 * lane >= p.padded) return;
-  const float* from = p.x + (long long)row * p.in_features + d;
-  float4 quad = make_float4(0, 0, 0, 0);
-  if (p.in_features % 4 == 0) {
-    if (d < p.in_features) quad = *reinterpret_cast<const float4*>(from);
-  } else {
-    float x[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = d + i < p.in_features ? from[i] : 0;
-    quad = make_float4(x[0], x[1], x[2], x[3]);
-  }
+  const float4 quad = load_inputs(p, row, d);
   float most = max_abs(quad);
   for (int mask = 1; mask < p.group / 4; mask *= 2) most = max2(most, __shfl_xor_sync(kAllLanes, most, mask));
   const unsigned codes = quantise(quad, most > 0 ? 127 / most : 0, -127, 127);
+  int sum = __dp4a(int(codes), 0x01010101, 0);
+  if (p.zero) {
+    for (int mask = 1; mask < p.group / 4; mask *= 2) sum += __shfl_xor_sync(kAllLanes, sum, mask);
+  }
   if (d >= p.padded) return;
   *reinterpret_cast<unsigned*>(p.codes + (long long)row * p.padded + d) = codes;
-  if (d % p.group == 0) p.x_scale[(long long)(d / p.group) * p.row_pitch + row] = most / 127;
+  if (d % p.group) return;
+  const long long at = (long long)(d / p.group) * p.row_pitch + row;
+  p.x_scale[at] = most / 127;
+  if (p.zero) p.x_sum[at] = float(sum);
 }
 
-// Four columns of a row of outputs, from `column` on, as far as there are so many: their bytes lie together where rows
-// have whole quads.
-__device__ __forceinline__ float4 load_columns(const LinearParams& p, const float* row, int column) {
-  if (p.out_features % 4 == 0 && column < p.out_features) return *reinterpret_cast<const float4*>(row + column);
-  float x[4];
+// What becomes of sums ------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ bool is_gated(const LinearParams& p) { return p.activation == kSiluGated; }
+
+// The column of the gate for an output.
+__device__ __forceinline__ int gate_column(int to) { return to / kGatedBlock * 2 * kGatedBlock + to % kGatedBlock; }
+
+__device__ __forceinline__ int out_width(const LinearParams& p) {
+  return is_gated(p) ? p.out_features / 2 : p.out_features;
+}
+
+// x times the logistic function of y. The exponential is one of no positive number: it does not overflow.
+__device__ __forceinline__ float times_logistic(float x, float y) {
+  const float small = power_of_2(-1.4426950408889634f * fabsf(y));
+  return x * __fdividef(y < 0 ? small : 1, 1 + small);
+}
+
+// x / 2 * (1 + tanh(u)) is x times the logistic function of 2 u.
+__device__ __forceinline__ float gelu_tanh(float x) {
+  return times_logistic(x, 1.5957691216057308f * x * (1 + 0.044715f * x * x));
+}
+
+// From sums to outputs: kCount columns, from `column` on, of kRows rows, from `row` on, as far as there are so many.
+// Of a gated layer the sums are gates, and `value` has those of the columns kGatedBlock further on. The sums of a row
+// lie kPitch behind those of the last one.
+template <int kRows, int kCount, int kPitch>
+__device__ __forceinline__ void finish(const LinearParams& p, int row, int column, float* sum, float* value) {
+  const bool gated = is_gated(p);
+  const int width = out_width(p), to = gated ? column / (2 * kGatedBlock) * kGatedBlock + column % kGatedBlock : column;
+  if (p.bias) {
+    float bias[kCount], value_bias[kCount];
+    load_floats<kCount>(p.bias, column, p.out_features, bias);
+    load_floats<kCount>(p.bias, column + kGatedBlock, gated ? p.out_features : 0, value_bias);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) x[i] = column + i < p.out_features ? row[column + i] : 0;
-  return make_float4(x[0], x[1], x[2], x[3]);
-}
-
-__device__ __forceinline__ float4 load_bias(const LinearParams& p, int column) {
-  return p.bias ? load_columns(p, p.bias, column) : make_float4(0, 0, 0, 0);
-}
-
-__device__ __forceinline__ void store_quad(const LinearParams& p, float* rows, int row, int column, float4 quad) {
-  float* to = rows + (long long)row * p.out_features + column;
-  if (p.out_features % 4 == 0) {
-    if (column < p.out_features) *reinterpret_cast<float4*>(to) = quad;
-    return;
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        sum[i * kPitch + j] += bias[j];
+        if (gated) value[i * kPitch + j] += value_bias[j];
+      }
+    }
   }
-  const float x[4] = {quad.x, quad.y, quad.z, quad.w};
+  if (gated) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (column + i < p.out_features) to[i] = x[i];
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        float& x = sum[i * kPitch + j];
+        x = times_logistic(x, x) * value[i * kPitch + j];
+      }
+    }
+  } else if (p.activation == kGeluTanh) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) sum[i * kPitch + j] = gelu_tanh(sum[i * kPitch + j]);
+    }
+  }
+  if (p.residual) {  // all of it is read before any is written, so that the loads do not wait for stores
+    float residual[kRows][kCount];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const float* from = p.residual + (long long)min2(row + i, p.rows - 1) * width;
+      load_floats<kCount>(from, to, width, residual[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) sum[i * kPitch + j] += residual[i][j];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    if (row + i < p.rows) store_floats<kCount>(p.out + (long long)(row + i) * width, to, width, sum + i * kPitch);
   }
 }
 
 // Many rows ----------------------------------------------------------------------------------------------------------
 
-constexpr int kTileColumns = 128;
-constexpr int kTileWords = 16;  // words of codes in shared memory at a time, 64 codes
+constexpr int kTileColumns = 2 * kGatedBlock;
+constexpr int kTileWords = 16;  // words in shared memory at a time: 64 codes, or 16 floats
 constexpr int kGroupWords = 8;  // words after which a group may end
 constexpr int kColumnPitch = kTileColumns + 4;
 
@@ -101,6 +202,11 @@ struct LinearShared {
   int x[2][kTileWords][kTileRows + 4];
   int weight[2][kTileWords][kColumnPitch];
 };
+
+__device__ __forceinline__ uint4 bits_of(float4 x) {
+  return {unsigned(__float_as_int(x.x)), unsigned(__float_as_int(x.y)), unsigned(__float_as_int(x.z)),
+          unsigned(__float_as_int(x.w))};
+}
 
 // Reads 2, or whole quads.
 template <int kCount>
@@ -118,25 +224,28 @@ __device__ __forceinline__ void load_ints(const int* from, int* x) {
 }
 
 // A block computes 64 rows (16 or 32, of few) by 128 columns, a thread 8 (2, 4) by 8: columns 4 c and on, and 64
-// further on. Slices of 64 codes of both lie in shared memory, transposed, two in turn; the next one is on its way in
-// registers. For each word a thread does 64 DP4A for 4 shared loads of 16 bytes, as in prefill. Bound by DP4A issue.
+// further on, which are the values of those gates. Slices of 16 words of both lie in shared memory, transposed, two in
+// turn; the next one is on its way in registers. For each word a thread does 64 DP4A (of halves: FFMA) for 4 shared
+// loads of 16 bytes, as in prefill. Bound by their issue.
 template <int kBits, int kTileRows>
 __device__ __forceinline__ void linear_tile(const LinearParams& p, LinearShared<kTileRows>& shared) {
   using Quad = WeightQuad<kBits>;
-  constexpr int kWeightQuads = 4 * kTileWords * kBits / 8 / 16;  // of a column's slice
-  constexpr int kQuads = kTileWords / 4;                         // of a row's
+  constexpr int kSlice = Quad::kOfWord * kTileWords;      // elements
+  constexpr int kWeightQuads = kSlice / Quad::kElements;  // of a column's slice
+  constexpr int kQuads = kTileWords / 4;                  // of a row's
   constexpr int kXQuads = kQuads * kTileRows > kLinearThreads ? kQuads * kTileRows / kLinearThreads : 1;  // of a thread
   constexpr int kRows = kTileRows / 8;
   const int first_column = blockIdx.x * kTileColumns, first_row = blockIdx.y * kTileRows;
-  const int groups = p.padded / p.group, share = ceil_div(groups, p.splits);
+  const int groups = ceil_div(p.padded, p.group), share = ceil_div(groups, p.splits);
   const int first_group = blockIdx.z * share, last_group = min2(first_group + share, groups);
-  const int begin = first_group * p.group, end = last_group * p.group;
+  const int begin = first_group * p.group, end = min2(last_group * p.group, p.padded);
 
   // This thread brings some quads of rows' slices, and the slice of a column.
   const int load_row = threadIdx.x % kTileRows, first_quad = threadIdx.x / kTileRows;
   const bool brings = first_quad < kQuads;
   constexpr int kQuadsApart = kLinearThreads / kTileRows;  // of one row, between a thread's
-  const unsigned char* x_at = p.codes + (long long)min2(first_row + load_row, p.rows - 1) * p.padded;
+  const int x_row = min2(first_row + load_row, p.rows - 1);
+  const unsigned char* x_at = p.codes + (long long)x_row * p.padded;
   const unsigned char* weight_at =
       p.weight + (long long)min2(first_column + int(threadIdx.x), p.out_features - 1) * (p.padded * kBits / 8);
   uint4 next_x[kXQuads], next_weight[kWeightQuads];
@@ -144,13 +253,15 @@ __device__ __forceinline__ void linear_tile(const LinearParams& p, LinearShared<
   auto fetch = [&](int at) {
 #pragma unroll
     for (int i = 0; i < kXQuads; ++i) {
-      const int code = at + 16 * (first_quad + i * kQuadsApart);
-      next_x[i] = brings && code < end ? load_quad(x_at + code) : nothing;
+      const int d = at + 4 * Quad::kOfWord * (first_quad + i * kQuadsApart);
+      next_x[i] = nothing;
+      if (!brings || d >= end) continue;
+      next_x[i] = Quad::kFloats ? bits_of(load_inputs(p, x_row, d)) : load_quad(x_at + d);
     }
 #pragma unroll
     for (int i = 0; i < kWeightQuads; ++i) {
-      const int code = at + i * 128 / kBits;
-      next_weight[i] = code < end ? load_quad(weight_at + code * kBits / 8) : nothing;
+      const int d = at + i * Quad::kElements;
+      next_weight[i] = d < end ? load_quad(weight_at + d * kBits / 8) : nothing;
     }
   };
   auto put = [&](int buffer) {
@@ -182,8 +293,8 @@ __device__ __forceinline__ void linear_tile(const LinearParams& p, LinearShared<
   put(0);
   __syncthreads();
   int buffer = 0;
-  for (int at = begin; at < end; at += 4 * kTileWords) {
-    if (at + 4 * kTileWords < end) fetch(at + 4 * kTileWords);
+  for (int at = begin; at < end; at += kSlice) {
+    if (at + kSlice < end) fetch(at + kSlice);
 #pragma unroll
     for (int step = 0; step < kTileWords; step += kGroupWords) {
 #pragma unroll
@@ -195,26 +306,48 @@ __device__ __forceinline__ void linear_tile(const LinearParams& p, LinearShared<
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-          for (int j = 0; j < 8; ++j) sum[i][j] = __dp4a(x[i], weight[j], sum[i][j]);
+          for (int j = 0; j < 8; ++j) {
+            if constexpr (Quad::kFloats) {
+              total[i][j] += __int_as_float(x[i]) * __int_as_float(weight[j]);
+            } else {
+              sum[i][j] = __dp4a(x[i], weight[j], sum[i][j]);
+            }
+          }
         }
       }
+      if constexpr (Quad::kFloats) continue;
       const int done = at + 4 * (step + kGroupWords);
       if (done % p.group == 0 && done <= end) {
         const int group = done / p.group - 1;
-        const float* x_scales = p.x_scale + (long long)group * p.row_pitch + first_row + row;
-        const unsigned char* scales =
-            reinterpret_cast<const unsigned char*>(p.scale + (long long)group * p.scale_pitch + first_column);
-        float x_scale[kRows], scale[8];
+        // What a group has of each of this thread's rows, and of its columns.
+        auto of_rows = [&](const float* from, float* to) {
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) x_scale[i] = x_scales[i];
+          for (int i = 0; i < kRows; ++i) to[i] = from[(long long)group * p.row_pitch + first_row + row + i];
+        };
+        auto of_columns = [&](const unsigned short* from, float unit, float* to) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int at_column = min2(kTileColumns / 2 * half + 4 * column, p.scale_pitch - 4 - first_column);
-          const uint2 halves = __ldg(reinterpret_cast<const uint2*>(scales + 2 * at_column));
-          const float2 low = halves_to_floats(halves.x), high = halves_to_floats(halves.y);
-          scale[4 * half] = Quad::kScale * low.x, scale[4 * half + 1] = Quad::kScale * low.y;
-          scale[4 * half + 2] = Quad::kScale * high.x, scale[4 * half + 3] = Quad::kScale * high.y;
+          for (int half = 0; half < 2; ++half) {
+            const int at_column = min2(first_column + kTileColumns / 2 * half + 4 * column, p.scale_pitch - 4);
+            const uint2 halves =
+                __ldg(reinterpret_cast<const uint2*>(from + (long long)group * p.scale_pitch + at_column));
+            const float2 low = halves_to_floats(halves.x), high = halves_to_floats(halves.y);
+            to[4 * half] = unit * low.x, to[4 * half + 1] = unit * low.y;
+            to[4 * half + 2] = unit * high.x, to[4 * half + 3] = unit * high.y;
+          }
+        };
+        if (p.zero) {
+          float x_sum[kRows], zero[8];
+          of_rows(p.x_sum, x_sum);
+          of_columns(p.zero, Quad::kUnit, zero);
+#pragma unroll
+          for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+            for (int j = 0; j < 8; ++j) sum[i][j] = minus_product(sum[i][j], zero[j], x_sum[i]);
+          }
         }
+        float x_scale[kRows], scale[8];
+        of_rows(p.x_scale, x_scale);
+        of_columns(p.scale, 1 / Quad::kUnit, scale);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
 #pragma unroll
@@ -225,53 +358,71 @@ __device__ __forceinline__ void linear_tile(const LinearParams& p, LinearShared<
         }
       }
     }
-    if (at + 4 * kTileWords < end) put(buffer ^ 1);
+    if (at + kSlice < end) put(buffer ^ 1);
     __syncthreads();
     buffer ^= 1;
   }
 
-  float* out = p.splits > 1 ? p.partial + (long long)blockIdx.z * p.rows * p.out_features : p.out;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int to_column = first_column + kTileColumns / 2 * half + 4 * column;
-    const float4 bias = p.splits == 1 ? load_bias(p, to_column) : make_float4(0, 0, 0, 0);
+  const int to_row = first_row + row, to_column = first_column + 4 * column;
+  if (p.splits > 1) {
+    float* partial = p.partial + (long long)blockIdx.z * p.rows * p.out_features;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const float* x = total[i] + 4 * half;
-      const float4 quad = make_float4(x[0] + bias.x, x[1] + bias.y, x[2] + bias.z, x[3] + bias.w);
-      if (first_row + row + i < p.rows) store_quad(p, out, first_row + row + i, to_column, quad);
+      if (to_row + i >= p.rows) continue;
+      float* to = partial + (long long)(to_row + i) * p.out_features;
+      store_floats<4>(to, to_column, p.out_features, total[i]);
+      store_floats<4>(to, to_column + kTileColumns / 2, p.out_features, total[i] + 4);
     }
+    return;
   }
+  finish<kRows, 4, 8>(p, to_row, to_column, total[0], total[0] + 4);
+  if (!is_gated(p)) finish<kRows, 4, 8>(p, to_row, to_column + kTileColumns / 2, total[0] + 4, nullptr);
 }
 
-// Sums the splits of the inputs, a thread four columns. Grid: (out_features / 4 / threads, rounded up; rows).
+// Sums the splits of the inputs, a thread four outputs. Grid: (outputs / 4 / threads, rounded up; rows).
 extern "C" __global__ void __launch_bounds__(kLinearThreads) linear_sum(const LinearParams p) {
-  const int column = 4 * (blockIdx.x * kLinearThreads + threadIdx.x), row = blockIdx.y;
-  if (column >= p.out_features) return;
-  float4 sum = load_bias(p, column);
-  for (int split = 0; split < p.splits; ++split) {
-    const float4 x = load_columns(p, p.partial + ((long long)split * p.rows + row) * p.out_features, column);
-    sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
-  }
-  store_quad(p, p.out, row, column, sum);
+  const int to = 4 * (blockIdx.x * kLinearThreads + threadIdx.x), row = blockIdx.y;
+  if (to >= out_width(p)) return;
+  const int column = is_gated(p) ? gate_column(to) : to;
+  auto sum_of = [&](int column, float* sum) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] = 0;
+    for (int split = 0; split < p.splits; ++split) {
+      float x[4];
+      load_floats<4>(p.partial + ((long long)split * p.rows + row) * p.out_features, column, p.out_features, x);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] += x[i];
+    }
+  };
+  float sum[4], value[4];
+  sum_of(column, sum);
+  if (is_gated(p)) sum_of(column + kGatedBlock, value);
+  finish<1, 4, 4>(p, row, column, sum, value);
 }
 
 // Few rows -----------------------------------------------------------------------------------------------------------
 
 constexpr int kWarpColumns = 4;  // of a warp
 constexpr int kLinearWarps = kLinearThreads / kWarp;
+constexpr int kGateWarps = kLinearWarps / 2;
 
 // A warp computes 4 columns of up to 8 rows, each lane 16 bytes of every column at a time; or several warps of a block
-// do, each a share of the inputs. Each byte of the weights is read once, in whole lines. Bound by DRAM.
+// do, each a share of the inputs. Where gated, the block's first two warps compute gates, and the others, up to two of
+// which may share the inputs, the values. Each byte of the weights is read once, in whole lines. Bound by DRAM.
+// With zeros, for which they would take more registers, these are kernels of their own.
 // Grid: columns / kWarpColumns / (kLinearWarps / p.splits), rounded up.
-template <int kBits, int kRows>
+template <int kBits, bool kZero, int kRows>
 __device__ __forceinline__ void linear_rows(const LinearParams& p) {
   using Quad = WeightQuad<kBits>;
-  constexpr int kCodes = 4 * Quad::kWords;                 // of a lane's 16 bytes
   constexpr int kAhead = kBits == 4 && kRows < 8 ? 2 : 1;  // steps whose weights are on their way
   __shared__ float shared[kLinearWarps][kRows][kWarpColumns];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int first = (blockIdx.x * (kLinearWarps / p.splits) + warp / p.splits) * kWarpColumns;
+  const bool gated = is_gated(p);
+  int first = (blockIdx.x * (kLinearWarps / p.splits) + warp / p.splits) * kWarpColumns;
+  if (gated) {
+    const int gate = (blockIdx.x * (kGateWarps / p.splits) + warp % kGateWarps / p.splits) * kWarpColumns;
+    first = gate_column(gate) + warp / kGateWarps * kGatedBlock;
+  }
   const int bytes = p.padded * kBits / 8;
   float total[kRows][kWarpColumns];
 #pragma unroll
@@ -282,7 +433,7 @@ __device__ __forceinline__ void linear_rows(const LinearParams& p) {
   const unsigned char* columns[kWarpColumns];
 #pragma unroll
   for (int n = 0; n < kWarpColumns; ++n) columns[n] = p.weight + (long long)min2(first + n, p.out_features - 1) * bytes;
-  const unsigned short* scales = p.scale + min2(first, p.scale_pitch - kWarpColumns);
+  const int first_scale = min2(first, p.scale_pitch - kWarpColumns);
   const int step = p.splits * kWarp;
   int unit = warp % p.splits * kWarp + lane;
   uint4 ahead[kAhead][kWarpColumns];
@@ -302,25 +453,55 @@ __device__ __forceinline__ void linear_rows(const LinearParams& p) {
       for (int i = 1; i < kAhead; ++i) ahead[i - 1][n] = ahead[i][n];
     }
     fetch(ahead[kAhead - 1], unit + kAhead * step);
-    const int code = unit * kCodes, group = code / p.group;
-    const uint2 halves = __ldg(reinterpret_cast<const uint2*>(scales + (long long)group * p.scale_pitch));
-    const float2 low = halves_to_floats(halves.x), high = halves_to_floats(halves.y);
-    const float scale[kWarpColumns] = {low.x, low.y, high.x, high.y};
+    const int d = unit * Quad::kElements;
     int weight[kWarpColumns][Quad::kWords];
 #pragma unroll
     for (int n = 0; n < kWarpColumns; ++n) Quad::unpack(raw[n], weight[n]);
+    if constexpr (Quad::kFloats) {
 #pragma unroll
-    for (int m = 0; m < kRows; ++m) {
-      const int row = min2(m, p.rows - 1);
-      int x[Quad::kWords];
-      load_ints<Quad::kWords>(reinterpret_cast<const int*>(p.codes + (long long)row * p.padded + code), x);
-      const float x_scale = Quad::kScale * p.x_scale[(long long)group * p.row_pitch + row];
+      for (int m = 0; m < kRows; ++m) {
 #pragma unroll
-      for (int n = 0; n < kWarpColumns; ++n) {
-        int sum = kIntegersStart;
+        for (int i = 0; i < Quad::kWords; i += 4) {
+          const float4 quad = load_inputs(p, min2(m, p.rows - 1), d + i);
+          const float x[4] = {quad.x, quad.y, quad.z, quad.w};
 #pragma unroll
-        for (int i = 0; i < Quad::kWords; ++i) sum = __dp4a(x[i], weight[n][i], sum);
-        total[m][n] += exact_float(sum) * (x_scale * scale[n]);
+          for (int n = 0; n < kWarpColumns; ++n) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) total[m][n] += x[j] * __int_as_float(weight[n][i + j]);
+          }
+        }
+      }
+    } else {
+      // Rows that there are not have room in the workspace; what is found there goes nowhere.
+      const int group = d / p.group;
+      auto of_columns = [&](const unsigned short* from, float* to) {
+        const uint2 halves =
+            __ldg(reinterpret_cast<const uint2*>(from + (long long)group * p.scale_pitch + first_scale));
+        const float2 low = halves_to_floats(halves.x), high = halves_to_floats(halves.y);
+        to[0] = low.x, to[1] = low.y, to[2] = high.x, to[3] = high.y;
+      };
+      float scale[kWarpColumns], zero[kWarpColumns];
+      of_columns(p.scale, scale);
+      if (kZero) of_columns(p.zero, zero);
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) {
+        int x[Quad::kWords], sum[kWarpColumns];
+        load_ints<Quad::kWords>(reinterpret_cast<const int*>(p.codes + (m * p.padded + d)), x);
+#pragma unroll
+        for (int n = 0; n < kWarpColumns; ++n) {
+          sum[n] = kIntegersStart;
+#pragma unroll
+          for (int i = 0; i < Quad::kWords; ++i) sum[n] = __dp4a(x[i], weight[n][i], sum[n]);
+        }
+        const int of_group = group * p.row_pitch + m;
+        if (kZero) {  // one lane of those that share a group subtracts
+          const float x_sum = d % p.group ? 0 : Quad::kUnit * p.x_sum[of_group];
+#pragma unroll
+          for (int n = 0; n < kWarpColumns; ++n) sum[n] = minus_product(sum[n], zero[n], x_sum);
+        }
+        const float x_scale = 1 / Quad::kUnit * p.x_scale[of_group];
+#pragma unroll
+        for (int n = 0; n < kWarpColumns; ++n) total[m][n] += exact_float(sum[n]) * (x_scale * scale[n]);
       }
     }
   }
@@ -335,30 +516,41 @@ __device__ __forceinline__ void linear_rows(const LinearParams& p) {
   __syncthreads();
   // A lane takes an output of the warps that share it.
   const int m = lane / kWarpColumns, n = lane % kWarpColumns;
-  if (warp % p.splits || m >= kRows || m >= p.rows || first + n >= p.out_features) return;
-  float sum = p.bias ? p.bias[first + n] : 0;
-  for (int i = 0; i < p.splits; ++i) sum += shared[warp + i][m][n];
-  p.out[(long long)m * p.out_features + first + n] = sum;
+  if (warp % p.splits || m >= kRows || m >= p.rows || (gated && warp >= kGateWarps)) return;
+  float sum = 0, value = 0;
+  for (int i = 0; i < p.splits; ++i) {
+    sum += shared[warp + i][m][n];
+    if (gated) value += shared[warp + kGateWarps + i][m][n];
+  }
+  finish<1, 1, 1>(p, m, first + n, &sum, &value);
 }
 
-#define LINEAR_TILE(ROWS, BITS)                                                                                        \
-  extern "C" __global__ void __launch_bounds__(kLinearThreads, 2) linear_tile_##ROWS##_w##BITS(const LinearParams p) { \
-    __shared__ __align__(16) LinearShared<ROWS> shared;                                                                \
-    linear_tile<BITS, ROWS>(p, shared);                                                                                \
+#define LINEAR_TILE(ROWS, BITS, FORMAT)                           \
+  extern "C" __global__ void __launch_bounds__(kLinearThreads, 2) \
+      linear_tile_##ROWS##_##FORMAT(const LinearParams p) {       \
+    __shared__ __align__(16) LinearShared<ROWS> shared;           \
+    linear_tile<BITS, ROWS>(p, shared);                           \
   }
-#define LINEAR_ROWS(ROWS, BITS)                                                                                \
-  extern "C" __global__ void __launch_bounds__(kLinearThreads) linear_##ROWS##_w##BITS(const LinearParams p) { \
-    linear_rows<BITS, ROWS>(p);                                                                                \
+#define LINEAR_ROWS(ROWS, BITS, ZERO, FORMAT)                                                                   \
+  extern "C" __global__ void __launch_bounds__(kLinearThreads) linear_##ROWS##_##FORMAT(const LinearParams p) { \
+    linear_rows<BITS, ZERO, ROWS>(p);                                                                           \
   }
-#define LINEAR(BITS)    \
-  LINEAR_TILE(64, BITS) \
-  LINEAR_TILE(32, BITS) \
-  LINEAR_TILE(16, BITS) \
-  LINEAR_ROWS(1, BITS)  \
-  LINEAR_ROWS(2, BITS)  \
-  LINEAR_ROWS(4, BITS)  \
-  LINEAR_ROWS(8, BITS)
-LINEAR(8)
-LINEAR(4)
+#define LINEAR_TILES(BITS, FORMAT) \
+  LINEAR_TILE(64, BITS, FORMAT)    \
+  LINEAR_TILE(32, BITS, FORMAT)    \
+  LINEAR_TILE(16, BITS, FORMAT)
+#define LINEAR_FEW(BITS, ZERO, FORMAT) \
+  LINEAR_ROWS(1, BITS, ZERO, FORMAT)   \
+  LINEAR_ROWS(2, BITS, ZERO, FORMAT)   \
+  LINEAR_ROWS(4, BITS, ZERO, FORMAT)   \
+  LINEAR_ROWS(8, BITS, ZERO, FORMAT)
+LINEAR_TILES(8, w8)
+LINEAR_TILES(4, w4)
+LINEAR_TILES(16, f16)
+LINEAR_FEW(8, false, w8)
+LINEAR_FEW(8, true, w8z)
+LINEAR_FEW(4, false, w4)
+LINEAR_FEW(4, true, w4z)
+LINEAR_FEW(16, false, f16)
 
 }  // namespace pascalvl

@@ -107,24 +107,33 @@ struct QuantiseParams {
   bool rotated;
 };
 
+// What becomes of a linear layer's sums, see pascalvl_activation.
+enum Activation : int { kNoActivation = 0, kGeluTanh = 1, kSiluGated = 2 };
+
+constexpr int kGatedBlock = 64;  // gates that lie together, and the values that they are for
+
 // A linear layer, see pascalvl_linear_args; rows are tokens, columns outputs.
 struct LinearParams {
   const float* x;               // [rows, in_features]
   const unsigned char* weight;  // [out_features, padded * bits / 8]
   const unsigned short* scale;  // [padded / group, scale_pitch]
+  const unsigned short* zero;   // the same; null: zeros
   const float* bias;
-  float* out;            // [rows, out_features]
+  const float* residual;
+  float* out;            // [rows, out_features], or half of that where gated
   unsigned char* codes;  // of x: [rows, padded]
   float* x_scale;        // [padded / group, row_pitch]
+  float* x_sum;          // the same: sums of a group's codes; only where there are zeros
   float* partial;        // [splits, rows, out_features]
   int rows;
   int in_features;
-  int padded;  // in_features, up to whole groups
+  int padded;  // in_features, up to whole groups (of halves: to a multiple of 8)
   int out_features;
-  int group;
+  int group;  // of halves: inputs that a split has whole
   int row_pitch;
   int scale_pitch;
   int splits;  // of the inputs
+  int activation;
 };
 
 // The likeliest token of each row of logits.

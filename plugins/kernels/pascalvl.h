@@ -90,7 +90,8 @@ enum pascalvl_activation { PASCALVL_NO_ACTIVATION = 0, PASCALVL_GELU_TANH = 1, P
 // for each output and group of 32, 64 or 128 inputs. A row of codes is padded with zeros to whole groups. Codes of 4
 // bits, -8 to 7, are eight to a word: input 8 w + j in the low half of byte j of word w, input 8 w + 4 + j in its high
 // half.
-// Of bits 16: W is halves, a row of which is padded with zeros to a multiple of 8, and x is as it is.
+// Of bits 16: W is halves, a row of which is padded with zeros to a multiple of 8, and x is as it is; scale and zero
+// must be null, and group is not read.
 // Gated: out_features is a multiple of 128; of each 128, the first 64 are gates and the others the values that they are
 // for: out has silu(gate) * value, 64 for each 128.
 typedef struct {

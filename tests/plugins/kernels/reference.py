@@ -10,6 +10,7 @@ from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary, LinearArgs
 from pascalvl.plugins.kv_format import RowFormat
 from pascalvl.plugins.kv_rows import expand, hadamard
+from pascalvl.plugins.quant_linear import Activation
 from pascalvl.plugins.weight_rows import QuantisedWeight
 
 PAIRS = [
@@ -270,24 +271,32 @@ def expected_attention(cache: HostCache, q, k, v, past_length, softmax_scale, vi
     return np.stack(outs)
 
 
-def quantised_linear(library: KernelLibrary, x, weight: QuantisedWeight, bias=None) -> np.ndarray:
-    """`KernelLibrary.linear` of x [rows, in_features]."""
+def quantised_linear(
+    library: KernelLibrary,
+    x,
+    weight: QuantisedWeight | np.ndarray,
+    bias=None,
+    residual=None,
+    activation=Activation.NONE,
+) -> np.ndarray:
+    """`KernelLibrary.linear`: what `pascalvl.plugins.weight_rows.linear` is the reference of."""
     rows, in_features = x.shape
-    x, codes, scale = (copy(array) for array in (x, *weight.packed().values()))
-    bias = None if bias is None else copy(bias)
-    out = aligned((rows, len(weight.codes)))
+    if isinstance(weight, QuantisedWeight):
+        packed, bits, group, out_features = weight.packed(), weight.form.bits, weight.form.group, len(weight.codes)
+    else:
+        packed, bits, group, out_features = {"weight": weight}, 16, 0, len(weight)
+    out = aligned((rows, out_features // 2 if activation is Activation.SILU_GATED else out_features))
     out[:] = np.nan
+    arrays = {name: copy(array) for name, array in {"x": x, **packed, "bias": bias, "residual": residual}.items()}
     args = LinearArgs(
-        x=pointer(x),
-        weight=pointer(codes),
-        scale=pointer(scale),
-        bias=None if bias is None else pointer(bias),
+        **{name: pointer(array) for name, array in arrays.items()},
         out=pointer(out),
         rows=rows,
         in_features=in_features,
-        out_features=out.shape[1],
-        bits=weight.form.bits,
-        group=weight.form.group,
+        out_features=out_features,
+        bits=bits,
+        group=group,
+        activation=activation,
     )
     size = library.linear_workspace(args)
     workspace = aligned((size,), np.uint8)

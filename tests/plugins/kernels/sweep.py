@@ -11,6 +11,7 @@ import numpy as np
 
 from pascalvl.plugins.kernels.library import AttentionArgs, KernelLibrary
 from pascalvl.plugins.kv_rows import compress
+from pascalvl.plugins.quant_linear import Activation
 from pascalvl.plugins.weight_format import WeightFormat
 from pascalvl.plugins.weight_rows import linear, quantise_weight
 from tests.plugins.kernels.reference import (
@@ -89,12 +90,28 @@ def main() -> None:
             num_sequences=2,
         )
         library.attention(args)
-    for bits in (8, 4):
-        for rows, inputs, outputs in ((1, 260, 5), (3, 1030, 4), (9, 260, 5), (33, 70, 9)):
-            weight = quantise_weight(normal(rng, outputs, inputs), WeightFormat(bits, 32))
-            x, bias = normal(rng, rows, inputs), normal(rng, outputs)
-            found, expected = quantised_linear(library, x, weight, bias), linear(x, weight, bias)
-            assert relative_error(found, expected) < 1e-6
+    for bits in (16, 8, 4):
+        for rows, inputs, outputs, activation, with_more in (
+            (1, 260, 5, Activation.NONE, False),
+            (3, 1030, 4, Activation.GELU_TANH, True),
+            (2, 1030, 128, Activation.SILU_GATED, True),
+            (9, 260, 5, Activation.NONE, True),  # the inputs are split
+            (9, 260, 128, Activation.SILU_GATED, True),
+            (33, 70, 9, Activation.GELU_TANH, False),
+            (33, 30, 128, Activation.SILU_GATED, True),
+        ):
+            form = WeightFormat(bits, 32)
+            weight = np.pad(normal(rng, outputs, inputs), ((0, 0), (0, form.padded(inputs) - inputs)))
+            if form.is_quantised:
+                weight = quantise_weight(weight[:, :inputs], form)
+                zero = rng.integers(-8, 8, weight.scale.shape).astype(np.float16)
+                weight = dataclasses.replace(weight, zero=zero if with_more else None)
+            else:
+                weight = weight.astype(np.float16)
+            x, bias = normal(rng, rows, inputs) / 16, normal(rng, outputs)
+            width = outputs // 2 if activation is Activation.SILU_GATED else outputs
+            case = x, weight, bias, normal(rng, rows, width) if with_more else None, activation
+            assert relative_error(quantised_linear(library, *case), linear(*case)) < 2e-6
     logits, token, logit = normal(rng, 2, 700), aligned((2,), np.int32), aligned((2,))
     library.greedy(pointer(logits), 2, 700, pointer(token), pointer(logit))
     assert token.tolist() == logits.argmax(1).tolist()

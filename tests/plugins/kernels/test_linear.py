@@ -1,21 +1,30 @@
 """The kernels of linear layers against float64 products of the same codes: on the emulator, and on a GPU."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.library import KernelLibrary, LinearArgs
+from pascalvl.plugins.quant_linear import Activation
 from pascalvl.plugins.weight_format import GROUPS, WeightFormat
-from pascalvl.plugins.weight_rows import linear, quantise_inputs, quantise_weight
+from pascalvl.plugins.weight_rows import QuantisedWeight, linear, quantise_inputs, quantise_weight
 from tests.plugins.kernels import reference
 from tests.plugins.kernels.reference import copy, pointer, quantised_linear, relative_error
 
 FORMATS = [WeightFormat(bits, group) for bits in (8, 4) for group in GROUPS]
+F16 = WeightFormat(16)
 TOLERANCE = 1e-6
 """FP32 sums over groups, whose own sums are exact: measured up to 2e-7."""
+F16_TOLERANCE = 2e-6
+"""FP32 sums of every product, up to 12,288 in turn."""
 ODD_SHAPES = [(1, 32, 4), (1, 130, 5), (2, 96, 33), (3, 640, 130), (7, 1000, 70), (8, 256, 128), (9, 320, 140)]
+ODD_SHAPES += [(6, 4100, 12)]  # four warps share its inputs
 ODD_SHAPES += [(16, 128, 64), (17, 96, 132), (33, 256, 20), (64, 128, 128), (65, 200, 257), (130, 1152, 36)]
 """Rows, inputs, outputs."""
+GATED_SHAPES = [(1, 32, 128), (2, 1030, 256), (3, 2100, 128), (5, 96, 384), (8, 640, 128), (9, 256, 128)]
+GATED_SHAPES += [(16, 1152, 256), (33, 200, 384), (64, 96, 128), (65, 256, 128), (130, 320, 256)]
 LM_HEAD = 2048, 151936
 WIDTHS = {
     "2B": [(2048, 4096), (2048, 6144), (6144, 2048), LM_HEAD],
@@ -30,22 +39,105 @@ def library(request) -> KernelLibrary:
     return reference.open_library(request.param)
 
 
-def check(library, rows, in_features, out_features, form, with_bias=True):
+def random_weight(rng, out_features, in_features, form, with_zero=False):
+    weight = rng.standard_normal((out_features, in_features)).astype(np.float32)
+    if not form.is_quantised:
+        return np.pad(weight, ((0, 0), (0, form.padded(in_features) - in_features))).astype(np.float16)
+    weight = quantise_weight(weight, form)
+    most = 2 ** (form.bits - 1)
+    zero = rng.integers(-most, most, weight.scale.shape).astype(np.float16)
+    return dataclasses.replace(weight, zero=zero) if with_zero else weight
+
+
+def check(
+    library,
+    rows,
+    in_features,
+    out_features,
+    form,
+    with_bias=True,
+    with_zero=False,
+    with_residual=False,
+    activation=Activation.NONE,
+):
     rng = np.random.default_rng(rows + in_features + out_features)
     spread = np.exp(rng.standard_normal(in_features)).astype(np.float32)  # outliers
-    x = rng.standard_normal((rows, in_features)).astype(np.float32) * spread
-    weight = quantise_weight(rng.standard_normal((out_features, in_features)).astype(np.float32), form)
+    # Results about 1 in size, where activations bend.
+    x = (0.1 + rng.standard_normal((rows, in_features)).astype(np.float32)) * spread / np.float32(in_features**0.5)
+    weight = random_weight(rng, out_features, in_features, form, with_zero)
     bias = rng.standard_normal(out_features).astype(np.float32) if with_bias else None
-    assert relative_error(quantised_linear(library, x, weight, bias), linear(x, weight, bias)) < TOLERANCE
+    width = out_features // 2 if activation is Activation.SILU_GATED else out_features
+    residual = rng.standard_normal((rows, width)).astype(np.float32) if with_residual else None
+    case = x, weight, bias, residual, activation
+    found, expected = quantised_linear(library, *case), linear(*case)
+    assert relative_error(found, expected) < (TOLERANCE if form.is_quantised else F16_TOLERANCE)
 
 
-@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("form", [*FORMATS, F16], ids=str)
 @pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
 def test_linear_matches_float64(library, shape, form):
     check(library, *shape, form)
 
 
-@pytest.mark.parametrize("form", [WeightFormat(8), WeightFormat(4)], ids=str)
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
+def test_zeros(library, shape, form):
+    check(library, *shape, form, with_zero=True)
+
+
+@pytest.mark.parametrize(
+    ("form", "with_zero"),
+    [(F16, False), *((form, zero) for form in (WeightFormat(8, 32), WeightFormat(4, 64)) for zero in (False, True))],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("activation", "shape"),
+    [
+        *((activation, shape) for activation in (Activation.NONE, Activation.GELU_TANH) for shape in ODD_SHAPES),
+        *((Activation.SILU_GATED, shape) for shape in GATED_SHAPES),
+    ],
+    ids=str,
+)
+def test_activations_and_residuals(library, activation, shape, form, with_zero):
+    for with_bias, with_residual in ((True, False), (False, True), (True, True)):
+        check(library, *shape, form, with_bias, with_zero, with_residual, activation)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_zeros_are_exact(library, bits, rows):
+    """Whole numbers come out as such, also those that fill the integers' room: code - zero up to twice a code."""
+    rng = np.random.default_rng(0)
+    most = 2 ** (bits - 1)
+    codes = rng.integers(-most, most, (8, 256)).astype(np.int8)
+    zero = rng.integers(-most, most + 1, (8, 2)).astype(np.float16)
+    codes[:2], zero[:2] = -most, most
+    codes[2:4], zero[2:4] = most - 1, -most
+    weight = QuantisedWeight(codes, np.ones((8, 2), np.float16), 256, WeightFormat(bits), zero)
+    x = rng.integers(-127, 128, (rows, 256)).astype(np.float32)
+    x[0] = 127
+    x[:, ::128] = 127  # so that a group's scale is 1
+    x[:, 1] = 126
+    np.testing.assert_array_equal(
+        quantised_linear(library, x, weight),
+        x.astype(np.float64) @ (codes - np.repeat(zero.astype(np.float64), 128, 1)).T,
+    )
+
+
+@pytest.mark.parametrize("rows", [8, 9])
+@pytest.mark.parametrize("activation", [Activation.GELU_TANH, Activation.SILU_GATED], ids=str)
+def test_activations_do_not_overflow(library, activation, rows):
+    x = np.array([0, 1e-30, -1, 100, -100, 1e30, -1e30, -3e38, 3e38], np.float32)[-rows:, None]
+    weight = np.zeros((128, 8), np.float16)
+    weight[:64, 0] = 1
+    bias = np.repeat(np.array([0, 1], np.float32), 64)
+    found = quantised_linear(library, x, weight, bias, activation=activation)
+    with np.errstate(over="ignore"):
+        expected = linear(x, weight, bias, activation=activation)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", [WeightFormat(8), WeightFormat(4), F16], ids=str)
 @pytest.mark.parametrize("rows", [1, 4, 200])
 @pytest.mark.parametrize("model", WIDTHS)
 def test_widths_of_the_real_models(library, model, rows, form, request):
@@ -69,19 +161,28 @@ def test_extreme_inputs(library):
             np.testing.assert_allclose(row, wanted, rtol=1e-5, atol=1e-6 * np.abs(wanted).max())
 
 
-def test_bad_arguments(library):
-    x, weight = np.zeros((1, 64), np.float32), quantise_weight(np.ones((4, 64), np.float32), WeightFormat(8, 32))
-    for change, message in (
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"rows": 0}, "rows is 0; it must be at least 1"),
-        ({"bits": 5}, "The weights have 5 bits; expected 8 or 4"),
+        ({"bits": 5}, "The weights have 5 bits; expected 16, 8 or 4"),
         ({"group": 48}, "Groups have 48 inputs; expected 32, 64 or 128"),
         ({"x": None}, "x is a null pointer"),
-    ):
-        arrays = [copy(array) for array in (x, *weight.packed().values(), x)]
-        fields = dict(zip(("x", "weight", "scale", "out"), map(pointer, arrays), strict=True))
-        args = {**fields, "rows": 1, "in_features": 64, "out_features": 4, "bits": 8, "group": 32, **change}
-        with pytest.raises(UserError, match=message):
-            library.linear_workspace(LinearArgs(**args))
+        ({"scale": None}, "scale is a null pointer"),
+        ({"bits": 16}, "Weights of 16 bits have no scale; expected a null pointer"),
+        ({"bits": 16, "scale": None, "zero": 16}, "Weights of 16 bits have no zero; expected a null pointer"),
+        ({"activation": 3}, r"The activation is 3; expected 0 \(none\), 1 \(GELU by tanh\) or 2 \(SiLU, gated\)"),
+        ({"activation": 2}, "A gated layer has 4 outputs; expected a multiple of 128"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(library, change, message):
+    x, weight = np.zeros((1, 64), np.float32), quantise_weight(np.ones((4, 64), np.float32), WeightFormat(8, 32))
+    arrays = [copy(array) for array in (x, *weight.packed().values(), x)]
+    fields = dict(zip(("x", "weight", "scale", "out"), map(pointer, arrays), strict=True))
+    args = {**fields, "rows": 1, "in_features": 64, "out_features": 4, "bits": 8, "group": 32, **change}
+    with pytest.raises(UserError, match=message):
+        library.linear_workspace(LinearArgs(**args))
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
