@@ -29,6 +29,7 @@ from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import CHECKPOINT_CONFIG, TRANSPOSED, Manifest, read_json
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
+from pascalvl.plugins.weight_format import F32
 
 log = logging.getLogger(__name__)
 
@@ -311,7 +312,8 @@ def _load(directory: Path, manifest: Manifest, device: torch.device) -> dict[str
             tensor = (tensor.T if note != name else tensor).reshape(model.get_parameter(name).shape)
             weights[name] = tensor.to(device)
     model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
+    if manifest.weights.lm_head.bits == F32.bits:  # else it is no longer the embeddings
+        model.tie_weights()
     if missing := [n for n, p in model.named_parameters() if p.is_meta and n != TOKEN_EMBEDDINGS]:
         raise UserError(f"{directory} lacks the weight {missing[0]}: {_REMEDY}.")
     return {graph: module.eval() for graph, module in modules.items()}
