@@ -16,9 +16,11 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from pascalvl.engines import build
 from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.weight_format import WeightConfig
 from tests.real_sizes import HOST_FILES
 
 NANO = Path(__file__).parent / "nano"
+ALL_WEIGHT_FORMATS = "w4,layer.1=w8,layer.2=f16,layer.3=f32"
 # The kernels compiled for the tests stay in the repository, for the next time.
 os.environ.setdefault("XDG_CACHE_HOME", str(Path(__file__).parents[1] / "build" / "cache"))
 
@@ -37,6 +39,18 @@ def nano_model_bundle(nano_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
 
     bundle = tmp_path_factory.mktemp("nano") / "model"
     export_checkpoint(nano_checkpoint, bundle)
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def nano_quantised_bundle(nano_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model bundle with layers in every weight format; like `nano_model_bundle`, it can be carried."""
+    if carried := os.environ.get("PASCALVL_NANO_QUANTISED_BUNDLE"):
+        return Path(carried)
+    from pascalvl.export import export_checkpoint
+
+    bundle = tmp_path_factory.mktemp("nano") / "quantised"
+    export_checkpoint(nano_checkpoint, bundle, weights=WeightConfig.parse(ALL_WEIGHT_FORMATS))
     return bundle
 
 

@@ -25,8 +25,9 @@ FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / f"{name}.cpp" for name in ("flash_attention", "quant_linear"))
 MAJORS = (8, 10)
 _FACTS = [Path(module.__file__) for module in (flash_attention, kv_format, quant_linear)]
-_OPS = [f"pascalvl::{{anonymous}}::{name}" for name in ("FlashAttention2", "QuantLinear")]
-_CLASSES = (*_OPS, *(f"pascalvl::{{anonymous}}::Creator<{op}>" for op in _OPS))
+_OPS = "FlashAttention2", "QuantLinear"
+_SPACE = "pascalvl::{anonymous}::"
+_CLASSES = {op: f"{_SPACE}{op}" for op in _OPS} | {f"Creator<{op}>": f"{_SPACE}Creator<{_SPACE}{op}>" for op in _OPS}
 _STRUCTS = (
     *("PluginTensorDesc", "DynamicPluginTensorDesc", "DimsExprs", "PluginField", "PluginFieldCollection"),
     "IExprBuilder",
@@ -83,8 +84,8 @@ def layout(major: int, headers: Sequence[Path] = ()) -> dict[str, list[str]]:
                 raise UserError(f"g++ refused {source.name}:\n{result.stderr}")
             text += dump.read_text(encoding="utf-8")
     found = {}
-    for name in _CLASSES:
-        table = re.search(rf"Vtable for {re.escape(name)}\n.*?\n\n", text, re.DOTALL)[0]
+    for name, full in _CLASSES.items():
+        table = re.search(rf"Vtable for {re.escape(full)}\n.*?\n\n", text, re.DOTALL)[0]
         found[name] = re.findall(r"(~?\w+)$", table.split("\n", 4)[4], re.MULTILINE)
     for name in _STRUCTS:
         found[name] = re.findall(rf"^Class nvinfer1::{name}\n   size=(\d+)", text, re.MULTILINE)

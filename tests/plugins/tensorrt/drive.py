@@ -3,17 +3,24 @@
 In a process of its own, because a process can have one host.
 """
 
+import dataclasses
 import json
 import sys
+from types import ModuleType
 
 import numpy as np
 
 from pascalvl.engines.device import open_device
+from pascalvl.plugins import flash_attention, quant_linear
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
 from pascalvl.plugins.kv_format import KVFormat, LayerLayout
 from pascalvl.plugins.kv_rows import compress, expand, hadamard
+from pascalvl.plugins.linear_body import LinearBody
+from pascalvl.plugins.quant_linear import Activation
 from pascalvl.plugins.tensorrt.host import PluginHost
+from pascalvl.plugins.weight_format import WeightFormat
+from pascalvl.plugins.weight_rows import QuantisedWeight, linear, quantise_weight
 from tests.plugins.kernels.reference import attention, relative_error
 
 F32, F16, I32 = np.float32, np.float16, np.int32
@@ -28,9 +35,14 @@ def main() -> None:
     def normal(*shape: int, dtype=F32) -> np.ndarray:
         return rng.standard_normal(shape).astype(dtype)
 
-    def run(attributes: dict, *inputs: np.ndarray, recorded: bool = target is Target.CUDA) -> np.ndarray:
+    def run(
+        attributes: dict,
+        *inputs: np.ndarray,
+        recorded: bool = target is Target.CUDA,
+        op: ModuleType = flash_attention,
+    ) -> np.ndarray:
         shapes = [(array.dtype, array.shape) for array in inputs]
-        plugin = host.create(attributes)
+        plugin = host.create(attributes, op.OP_NAME, op.OP_VERSION)
         (dtype, shape), workspace = plugin.prepare(shapes)
         buffers = [device.allocate(array.nbytes) for array in inputs]
         output, working = np.empty(shape, dtype), device.allocate(workspace)
@@ -137,9 +149,47 @@ def main() -> None:
         segment = np.arange(50) >= 20
         return float(relative_error(found[0], attention(q[0], k[0], v[0], segment[:, None] == segment[None], 0.125)))
 
-    def refused(attributes: dict, *inputs: np.ndarray) -> str:
+    def layer(bits: int, outputs: int = 20, **options: int) -> tuple[dict, list[np.ndarray]]:
+        """Attributes and inputs of a QuantLinear node, 2 x 7 rows of 100 features."""
+        results = outputs // 2 if options.get("activation") == Activation.SILU_GATED else outputs
+        inputs = [normal(2, 7, 100)]
+        if bits == 16:
+            inputs.append(np.pad(normal(outputs, 100), ((0, 0), (0, 4))).astype(F16))
+        else:
+            weight = quantise_weight(normal(outputs, 100), WeightFormat(bits, 32))
+            if options.get("has_zero"):
+                zero = rng.integers(-8, 8, weight.scale.shape).astype(F16)
+                weight = dataclasses.replace(weight, zero=zero)
+            inputs += weight.packed().values()
+        if options.get("has_bias"):
+            inputs.append(normal(outputs))
+        if options.get("has_residual"):
+            inputs.append(normal(2, 7, results))
+        attributes = dict.fromkeys(("activation", "has_zero", "has_bias", "has_residual"), 0)
+        return {"in_features": 100, "out_features": outputs, "bits": bits, "group": 32, **attributes, **options}, inputs
+
+    def linear_error(bits: int, **options: int) -> float:
+        attributes, inputs = layer(bits, **options)
+        found = run(attributes, *inputs, op=quant_linear)
+        names = LinearBody.of(attributes).inputs
+        named = dict(zip(names, inputs, strict=True))
+        weight = named["weight"]
+        if bits != 16:
+            weight = QuantisedWeight.unpacked(named, 100, WeightFormat(bits, 32))
+        rows = {name: named[name].reshape(14, -1) if name in named else None for name in ("x", "residual")}
+        activation = Activation(attributes["activation"])
+        expected = linear(rows["x"], weight, named.get("bias"), rows["residual"], activation)
+        return float(relative_error(found.reshape(14, -1), expected))
+
+    def linear_refused(change: dict[int, np.ndarray] | None = None, count: int = 5, **attributes: int) -> str:
+        given, inputs = layer(8, has_bias=1, has_residual=1)
+        for position, array in (change or {}).items():
+            inputs[position] = array
+        return refused({**given, **attributes}, *inputs[:count], op=quant_linear)
+
+    def refused(attributes: dict, *inputs: np.ndarray, op: ModuleType = flash_attention) -> str:
         try:
-            run(attributes, *inputs, recorded=False)
+            run(attributes, *inputs, recorded=False, op=op)
         except UserError as error:
             return str(error)
         return ""
@@ -158,6 +208,9 @@ def main() -> None:
                     "mask for one token": causal(LayerLayout(KVFormat.F16, 2, 128, 128), 1, masked=True),
                     "recent": causal(LayerLayout(KVFormat.K8V4, 2, 128, 96), 1, recent=7),
                     "packed": packed(),
+                    **{f"linear, {bits} bits": linear_error(bits) for bits in (16, 8, 4)},
+                    "linear with all": linear_error(4, has_zero=1, has_bias=1, has_residual=1, activation=1),
+                    "linear, gated": linear_error(8, outputs=256, activation=2, has_residual=1),
                 },
                 "workspaces": {
                     name: [workspace(*most, *more), max(workspace(*sizes, *more) for sizes in within)]
@@ -186,6 +239,14 @@ def main() -> None:
                         *(lengths, visible, words, words, np.zeros((2, 1, 2, 16), F16)),
                     ),
                     "recent": refused({**text, "recent": 4}, lengths),
+                    "linear features": linear_refused({0: normal(2, 7, 96)}),
+                    "linear weight": linear_refused({1: np.zeros((20, 25), I32)}),
+                    "linear residual": linear_refused({4: normal(2, 6, 20)}),
+                    "linear inputs": linear_refused(count=4),
+                    "linear types": linear_refused({2: normal(4, 24)}),
+                    "linear bits": linear_refused(bits=3),
+                    "linear activation": linear_refused(activation=7),
+                    "linear gates": linear_refused(activation=2, has_residual=0, count=4),
                     "head size": refused(vision, *(normal(1, 2, 8, 80) for _ in range(3)), np.array([0, 8], I32)),
                 },
             }

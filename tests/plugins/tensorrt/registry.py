@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-OP = "FlashAttention2", "1", ""
+OP, LINEAR = ("FlashAttention2", "1", ""), ("QuantLinear", "1", "")
 
 
 def attempt(action) -> str | None:
@@ -35,7 +35,7 @@ def main() -> None:
         return
     kinds = trt.PluginFieldType
 
-    def create(**values):
+    def create(creator=creator, **values):
         types = {int: (np.int32, kinds.INT32), float: (np.float32, kinds.FLOAT32)}
         fields = []
         for name, value in values.items():
@@ -46,6 +46,10 @@ def main() -> None:
                 fields.append(trt.PluginField(name, np.array([value], dtype), kind))
         return creator.create_plugin("node", trt.PluginFieldCollection(fields))
 
+    linear = trt.get_plugin_registry().get_plugin_creator(*LINEAR)
+    sizes = {"in_features": 64, "out_features": 8, "bits": 4, "group": 32, "activation": 0}
+    layer = {**sizes, "has_zero": 0, "has_bias": 1, "has_residual": 0}
+    of_linear = bytes(create(linear, **layer).serialize())
     plugin = create(causal=1, softmax_scale=0.125, kv_format="f16")
     data = bytes(plugin.serialize())
     print(
@@ -58,6 +62,14 @@ def main() -> None:
                 "bytes": data.hex(),
                 "clone": attempt(plugin.clone),
                 "copy": attempt(lambda: creator.deserialize_plugin("node", data)),
+                "linear": {
+                    "fields": [field.name for field in linear.field_names],
+                    "bytes": of_linear.hex(),
+                    "copy": attempt(lambda: linear.deserialize_plugin("node", of_linear)),
+                    "foreign": attempt(lambda: linear.deserialize_plugin("node", data + bytes(16))),
+                    "bits": attempt(lambda: create(linear, **{**layer, "bits": 5})),
+                    "incomplete": attempt(lambda: create(linear, **sizes)),
+                },
                 "vision": attempt(lambda: create(causal=0, softmax_scale=0.125)),
                 "refused": {
                     "truncated": attempt(lambda: creator.deserialize_plugin("node", data[:-1])),

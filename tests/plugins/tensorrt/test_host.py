@@ -22,7 +22,7 @@ def driven(request) -> dict:
 
 def test_results_against_float64(driven):
     """FP32 sums of some tens of terms, of the very bytes of the cache; on a GPU recorded in a CUDA graph."""
-    assert len(driven["errors"]) == 15
+    assert len(driven["errors"]) == 20
     assert max(driven["errors"].values()) < 3e-6
 
 
@@ -48,6 +48,14 @@ def test_workspace_is_enough_for_all_that_a_profile_takes(driven):
         ("scale", "past_scale has shape [1, 2, 16, 2]; expected [2, 1, 2, 16]"),
         ("recent rows", "the cache of recent tokens has shape [1, 2, 9, 128]; expected [1, 2, 8, 128]"),
         ("recent count", "found 8 inputs and 1 outputs; expected 11 and 1"),
+        ("linear features", "x has shape [2, 7, 96]; expected 100 features"),
+        ("linear weight", "the weight has shape [20, 25]; expected [20, 32]"),
+        ("linear residual", "the residual has shape [2, 6, 20] beside x of shape [2, 7, 100]; expected 20 features"),
+        ("linear inputs", "found 4 inputs and 1 outputs; expected 5 and 1"),
+        ("linear types", "the plugin does not take tensor number 2 of its 5 inputs"),
+        ("linear bits", "attribute bits is 3; expected 16, 8 or 4"),
+        ("linear activation", "attribute activation is 7; expected 0, 1 or 2"),
+        ("linear gates", "multiple of 128"),
         ("head size", "Packed attention has head sizes 64, 72 and 128; found key_dim 80"),
     ],
 )

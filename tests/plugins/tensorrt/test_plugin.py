@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pascalvl.plugins import quant_linear
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.flash_attention import (
     ATTR_CAUSAL,
@@ -65,22 +66,35 @@ def test_what_is_not_understood_is_refused_in_words(tried):
         assert f"{OP_NAME}: {sentence}" in told
 
 
+def test_the_second_creator(tried):
+    found, told = tried
+    linear = found["linear"]
+    ops = vars(quant_linear)
+    assert sorted(linear["fields"]) == sorted(value for name, value in ops.items() if name.startswith("ATTR_"))
+    assert linear["copy"] == linear["bytes"]
+    assert [linear[what] for what in ("foreign", "bits", "incomplete")] == [None] * 3
+    assert "attribute bits is 5; expected 16, 8 or 4" in told
+    assert "attribute has_zero is missing" in told
+
+
 def test_a_library_for_version_8_is_invisible_to_version_10(tmp_path, monkeypatch):
     monkeypatch.setattr(plugin_build.kernels_build, "SOURCES", ())
     library = tmp_path / "libpascalvl_plugin.so"
     plugin_build.build(library, 8, target=Target.EMULATOR)
     found, told = in_registry(library)
     assert not found["found"]
-    assert "TensorRT did not take the plugin's creator" in told
+    for op in ("FlashAttention2", "QuantLinear"):
+        assert f"{op}: TensorRT did not take the creator" in told
 
 
 def test_layouts_of_both_majors():
     """What must not move; `--check-layout` compares it with TensorRT's headers."""
     eight, ten = plugin_build.layout(8), plugin_build.layout(10)
-    assert eight["FlashAttention2"] == ten["FlashAttention2"]
-    assert len(eight["FlashAttention2"]) == 30
-    assert eight["Creator"][0] == "getTensorRTVersion"
-    assert ten["Creator"][:2] == ["getAPILanguage", "getInterfaceInfo"]
+    for op in ("FlashAttention2", "QuantLinear"):
+        assert eight[op] == ten[op]
+        assert len(eight[op]) == 30
+        assert eight[f"Creator<{op}>"][0] == "getTensorRTVersion"
+        assert ten[f"Creator<{op}>"][:2] == ["getAPILanguage", "getInterfaceInfo"]
     assert (eight["PluginTensorDesc"], ten["PluginTensorDesc"]) == (["48"], ["88"])
 
 

@@ -1,0 +1,95 @@
+"""A model with weights of every format, run by every backend and by the reference host: the same outputs and answers.
+
+On a GPU machine that cannot export, carry the model bundle there (its path in PASCALVL_NANO_QUANTISED_BUNDLE).
+"""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from pascalvl.engines import build, open_engine
+from pascalvl.export import torch_kernels
+from pascalvl.plugins import bindings
+from pascalvl.plugins.bundle import Manifest
+from pascalvl.plugins.kernels.library import KernelLibrary
+from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.tensorrt.host import HostedPlugin
+from pascalvl.runtime import VisionLanguageModel
+from tests.engines.decoder import decoder_feeds
+from tests.engines.torch_reference import answer, reference_answer, scene, user
+
+CONTEXT, NEW_TOKENS = 256, 20
+PICTURE = [user(scene(3, 100, 70), "How many squares are there?")]
+QUANT_LINEARS = {bindings.VISION: 4 * 6 + 2 * 4, bindings.DECODER: 4 * 5 + 1}
+"""Layers of the two graphs: one of the decoder's is in float32."""
+TOLERANCE = {"torch": 2e-2, "plugin": 2e-2}
+"""Of outputs, by the RMS of ONNX Runtime's, which takes other ties when it rounds inputs to int8."""
+
+
+@pytest.fixture(scope="module")
+def engines(nano_quantised_bundle, tmp_path_factory):
+    """Engine bundles by backend."""
+    folder = tmp_path_factory.mktemp("quantised")
+
+    @functools.cache
+    def built(backend: str):
+        build(nano_quantised_bundle, folder / backend, backend, CacheConfig.parse("k8v4"))
+        return folder / backend
+
+    return built
+
+
+def opened(engines, backend: str):
+    """A backend's engine; ``plugin`` is ONNX Runtime's bundle in the reference host."""
+    return open_engine(
+        engines("onnxruntime" if backend == "plugin" else backend), host="plugin" if backend == "plugin" else None
+    )
+
+
+def test_the_manifest_says_so(nano_quantised_bundle):
+    manifest = Manifest.read(nano_quantised_bundle, "model")
+    assert str(manifest.weights) == "w4,layer.1=w8,layer.2=f16,layer.3=f32"
+    assert {name: graph["ops"]["QuantLinear"] for name, graph in manifest.graphs.items()} == QUANT_LINEARS
+
+
+@pytest.mark.parametrize("backend", TOLERANCE)
+@pytest.mark.parametrize("seq", [1, 3])
+def test_decoder_outputs(backend, seq, engines):
+    feeds = decoder_feeds(Manifest.read(engines("onnxruntime"), "engine"), seq=seq, capacity=9, past=4)
+    expected = opened(engines, "onnxruntime").run(bindings.DECODER, feeds)
+    engine = opened(engines, backend)
+    found = engine.run(bindings.DECODER, feeds)
+    for name, value in expected.items():
+        rms = np.sqrt(np.square(value).mean())
+        assert np.sqrt(np.square(found[name] - value).mean()) < TOLERANCE[backend] * rms, name
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch", "plugin"])
+def test_a_picture_question(backend, engines, nano_reference, monkeypatch):
+    """4-bit weights rounded to nearest still answer as Hugging Face does in float32."""
+    calls = []
+    kernels = {"torch": (KernelLibrary, "linear"), "plugin": (HostedPlugin, "enqueue")}.get(backend)
+    if kernels:
+        launch = getattr(*kernels)
+        monkeypatch.setattr(*kernels, lambda *arguments: calls.append(1) or launch(*arguments))
+    host = "plugin" if backend == "plugin" else None
+    bundle = engines("onnxruntime" if host else backend)
+    model = VisionLanguageModel.open(bundle, context_length=CONTEXT, host=host)
+    expected = reference_answer(nano_reference, model.prompt(PICTURE), NEW_TOKENS)[0]
+    calls.clear()
+    assert answer(model, PICTURE, NEW_TOKENS).token_ids == expected
+    if kernels and not torch.cuda.is_available():  # where a graph is replayed, nothing is called
+        steps = len(expected)
+        attention = (6 + 6 * steps) if backend == "plugin" else 0
+        assert len(calls) == QUANT_LINEARS[bindings.VISION] + steps * QUANT_LINEARS[bindings.DECODER] + attention
+
+
+def test_the_torch_backend_reads_what_was_exported(engines, nano_quantised_bundle):
+    """Weights are mapped as they are, in codes."""
+    engine = opened(engines, "torch")
+    modules = engine._modules[bindings.DECODER].language_model.layers
+    kinds = [layer.self_attn.o_proj.weight.dtype for layer in modules]
+    assert kinds == [torch.int32, torch.int32, torch.float16, torch.float32, torch.int32, torch.int32]
+    assert torch_kernels.library(engine.device) is engine.kernels

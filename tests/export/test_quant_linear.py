@@ -1,0 +1,189 @@
+"""QuantLinear: its torch op, its ONNX body and ONNX Runtime's own layer against float64 products of the same codes."""
+
+import dataclasses
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from pascalvl.engines import matmul_nbits
+from pascalvl.export import torch_kernels
+from pascalvl.export.onnx_op import IR_VERSION
+from pascalvl.export.quant_linear import quant_linear
+from pascalvl.plugins.linear_body import LinearBody
+from pascalvl.plugins.onnx_body import OPSET
+from pascalvl.plugins.quant_linear import OP_NAME, Activation
+from pascalvl.plugins.weight_format import WeightFormat
+from pascalvl.plugins.weight_rows import QuantisedWeight, linear, quantise_weight
+
+TOLERANCE = 2e-6
+"""FP32 sums of up to some hundreds of terms."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layer, with inputs of two dimensions before the features."""
+
+    form: WeightFormat
+    in_features: int = 200
+    out_features: int = 20
+    has_zero: bool = False
+    has_bias: bool = False
+    has_residual: bool = False
+    activation: Activation = Activation.NONE
+
+    def operands(self) -> dict[str, np.ndarray]:
+        """In the op's order."""
+        rng = np.random.default_rng(0)
+        x = rng.standard_normal((2, 3, self.in_features)).astype(np.float32)
+        dense = rng.standard_normal((self.out_features, self.in_features)).astype(np.float32) / 10
+        named = {"x": x}
+        if self.form.bits == 16:
+            named["weight"] = np.pad(dense, ((0, 0), (0, -self.in_features % 8))).astype(np.float16)
+        else:
+            weight = quantise_weight(dense, self.form)
+            if self.has_zero:
+                zero = rng.integers(-8, 8, weight.scale.shape).astype(np.float16)
+                weight = dataclasses.replace(weight, zero=zero)
+            named |= weight.packed()
+        if self.has_bias:
+            named["bias"] = rng.standard_normal(self.out_features).astype(np.float32)
+        if self.has_residual:
+            results = self.out_features // (2 if self.activation is Activation.SILU_GATED else 1)
+            named["residual"] = rng.standard_normal((2, 3, results)).astype(np.float32)
+        return named
+
+    def expected(self, named: dict[str, np.ndarray]) -> np.ndarray:
+        """Float64."""
+        weight = named["weight"]
+        if self.form.bits != 16:
+            weight = QuantisedWeight.unpacked(named, self.in_features, self.form)
+        rows = {name: x if x is None else x.reshape(6, -1) for name, x in (("x", named["x"]), ("residual", None))}
+        residual = named["residual"].reshape(6, -1) if self.has_residual else None
+        return linear(rows["x"], weight, named.get("bias"), residual, self.activation).reshape(2, 3, -1)
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        return {
+            **{"in_features": self.in_features, "out_features": self.out_features, "bits": self.form.bits},
+            **{"group": self.form.group, "activation": int(self.activation), "has_zero": int(self.has_zero)},
+            **{"has_bias": int(self.has_bias), "has_residual": int(self.has_residual)},
+        }
+
+
+CASES = [
+    *(Case(WeightFormat(bits, group)) for bits in (8, 4) for group in (32, 64, 128)),
+    *(Case(WeightFormat(bits), 256, 24, bits == 4, True, True) for bits in (16, 8, 4)),
+    Case(WeightFormat(8), 96, 40, has_bias=True, activation=Activation.GELU_TANH),
+    Case(WeightFormat(4, 64), 128, 256, has_residual=True, activation=Activation.SILU_GATED),
+    Case(WeightFormat(8, 32), 100, 33, has_zero=True),
+    Case(WeightFormat(4, 32), 160, 16, has_zero=True),  # an odd number of groups
+    Case(WeightFormat(16), 30, 128, activation=Activation.SILU_GATED),
+]
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    assert found.shape == expected.shape
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request) -> Case:
+    return request.param
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_torch_op(case, kernels):
+    named = case.operands()
+    tensors = {name: torch.from_numpy(array) for name, array in named.items()}
+    operands = [tensors.get(name) for name in ("x", "weight", "scale", "zero", "bias", "residual")]
+    attributes = case.form.bits, case.form.group, int(case.activation)
+    if kernels:
+        with torch_kernels.emulated():
+            found = quant_linear(*operands, *attributes)
+    else:
+        found = quant_linear(*operands, *attributes)
+    assert relative(found.numpy(), case.expected(named)) < TOLERANCE
+
+
+def test_the_op_can_be_traced(case):
+    tensors = {name: torch.from_numpy(array) for name, array in case.operands().items()}
+    operands = [tensors.get(name) for name in ("x", "weight", "scale", "zero", "bias", "residual")]
+    attributes = case.form.bits, case.form.group, int(case.activation)
+    torch.library.opcheck(quant_linear, (*operands, *attributes), test_utils=("test_schema", "test_faketensor"))
+
+
+def model_of(case: Case, named: dict[str, np.ndarray], folder) -> onnx.ModelProto:
+    """A model that is the one node, its weights in a file beside it."""
+    body = LinearBody.of(case.attributes)
+    assert list(named) == body.inputs
+    inputs = [name for name in named if name in ("x", "residual")]
+    initializers, data = [], bytearray()
+    for name in named:
+        if name in inputs:
+            continue
+        tensor = numpy_helper.from_array(named[name], name)
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        place = {"location": "node.onnx.data", "offset": len(data), "length": named[name].nbytes}
+        for key, value in place.items():
+            tensor.external_data.add(key=key, value=str(value))
+        data += named[name].tobytes()
+        initializers.append(tensor)
+    graph = helper.make_graph(
+        [helper.make_node(OP_NAME, list(named), ["output"], domain=body.domain, **case.attributes)],
+        "node",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * 3) for name in inputs],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, [None] * 3)],
+        initializers,
+    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(body.domain, 1)]
+    functions = [onnx.parser.parse_function(body.text)]
+    folder.mkdir()
+    (folder / "node.onnx.data").write_bytes(data)
+    return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=IR_VERSION)
+
+
+def run(model: onnx.ModelProto, folder, named: dict[str, np.ndarray]) -> np.ndarray:
+    onnx.save(model, folder / "node.onnx")
+    onnx.checker.check_model(folder / "node.onnx")
+    session = ort.InferenceSession(folder / "node.onnx", providers=["CPUExecutionProvider"])
+    feeds = {value.name: named[value.name] for value in session.get_inputs()}
+    return session.run(None, feeds)[0]
+
+
+def test_body(case, tmp_path):
+    named = case.operands()
+    found = run(model_of(case, named, tmp_path / "body"), tmp_path / "body", named)
+    assert relative(found, case.expected(named)) < TOLERANCE
+
+
+def test_lowering_to_onnx_runtime_and_back(case, tmp_path):
+    """ONNX Runtime may take other ties, or have no kernel for a layer's kind: then it is the op with exact inputs, from
+    which rounding to 1/127 of a group's largest separates it."""
+    named = case.operands()
+    model = model_of(case, named, tmp_path / "model")
+    lowered = tmp_path / "lowered"
+    lowered.mkdir()
+    matmul_nbits.lower(model, tmp_path / "model" / "node.onnx.data", lowered / "node.onnx.data")
+    found = run(model, lowered, named)
+    assert relative(found, case.expected(named)) < 1e-2
+    loaded = onnx.load(lowered / "node.onnx")
+    matmul_nbits.restore(loaded)
+    for tensor in loaded.graph.initializer:
+        np.testing.assert_array_equal(numpy_helper.to_array(tensor), named[tensor.name])
+
+
+def test_the_kernels_refusals_come_through():
+    x, weight = torch.zeros(1, 64), torch.zeros(4, 16, dtype=torch.int32)
+    scale = torch.zeros(1, 8, dtype=torch.float16)
+    with torch_kernels.emulated():
+        with pytest.raises(
+            ValueError, match=r"take scales as torch.float16 \[2, 8\] on cpu; found torch.float16 \[1, 8\]"
+        ):
+            quant_linear(x, weight, scale, None, None, None, 8, 32, 0)
+        with pytest.raises(ValueError, match="multiple of 128"):
+            quant_linear(x, weight, scale, None, None, None, 8, 64, int(Activation.SILU_GATED))
