@@ -88,7 +88,7 @@ def layout(major: int, headers: Sequence[Path] = ()) -> dict[str, list[str]]:
         table = re.search(rf"Vtable for {re.escape(full)}\n.*?\n\n", text, re.DOTALL)[0]
         found[name] = re.findall(r"(~?\w+)$", table.split("\n", 4)[4], re.MULTILINE)
     for name in _STRUCTS:
-        found[name] = re.findall(rf"^Class nvinfer1::{name}\n   size=(\d+)", text, re.MULTILINE)
+        found[name] = sorted(set(re.findall(rf"^Class nvinfer1::{name}\n   size=(\d+)", text, re.MULTILINE)))
     return found
 
 
