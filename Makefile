@@ -4,12 +4,16 @@ MODEL   ?= tests/nano/checkpoint
 BACKEND ?= auto
 # The KV cache: a format, k8v4, k8v8, k4v4, f16 or f32, and options such as k8v4,window=64+8192,pin=image (see README.md).
 KV      ?= k8v4
-# A folder of your own prompts and pictures, from which an export learns how keys and values are distributed.
+# The weights: a format, f32, f16, w8 or w4, and options such as w4,group=64,layer.0=w8 (see README.md).
+W       ?= f32
+# A folder of your own prompts and pictures, by which an export fits weights of 4 bits, keys and values.
 CALIBRATE ?=
 IMAGE   ?= tests/nano/pictures/sample.png
 PROMPT  ?= Describe the picture.
 # Further options of `pascalvl run` and `chat`, for example --max-pixels 1000000.
 OPTIONS ?=
+# What `make eval` measures: kv or weights.
+EVAL    ?= kv
 # plugin: run, chat and validate run the graphs node by node, attention in the TensorRT plugin's library.
 HOST    ?=
 # Further options of `pascalvl build`, for example --max-pixels 500000 (of TensorRT's engines).
@@ -35,7 +39,7 @@ comma  := ,
 # What of KV an export depends on, and names of folders without what make gives a meaning to.
 RANKS  := $(filter rk=% rv=%,$(subst $(comma), ,$(KV)))
 plain   = $(subst :,,$(subst +,-,$(subst =,,$(subst $(comma),-,$(1)))))
-MODEL_LABEL := $(call plain,$(subst /,-,$(LABEL)$(addprefix -,$(RANKS))$(if $(CALIBRATE),-calibrated)))
+MODEL_LABEL := $(call plain,$(subst /,-,$(LABEL)$(addprefix -,$(filter-out f32,$(W)) $(RANKS))$(if $(CALIBRATE),-calibrated)))
 BUNDLE := build/model/$(subst $() ,,$(MODEL_LABEL))
 ENGINE := build/engine/$(subst $() ,,$(MODEL_LABEL))-$(BACKEND)-$(call plain,$(KV))
 
@@ -50,7 +54,7 @@ ON_HOST := $(if $(HOST),--host $(HOST))
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
-	@echo 'with MODEL=<checkpoint> BACKEND=$(BACKEND) KV=$(KV) IMAGE=<picture> PROMPT=<text>, as they apply'
+	@echo 'with MODEL=<checkpoint> BACKEND=$(BACKEND) W=$(W) KV=$(KV) IMAGE=<picture> PROMPT=<text>, as they apply'
 
 setup: $(VENV)/installed ## a virtual environment in .venv with everything that is needed
 
@@ -72,11 +76,11 @@ validate: engine ## compare the engines with the PyTorch model, output by output
 inspect: engine ## what the engine bundle is, and the memory it needs
 	$(RUN) inspect $(ENGINE)
 
-eval: setup $(VENV)/torchvision ## what formats of the KV cache do to the nano checkpoint's answers
+eval: setup $(VENV)/torchvision ## what formats of the cache (EVAL=kv) or weights (EVAL=weights) do to nano's answers
 	$(BIN)/python -m tests.nano.questions build/questions
 	$(BIN)/python -m tests.nano.questions build/calibration --calibration
-	$(RUN) eval kv tests/nano/checkpoint --data build/questions --calibrate build/calibration \
-	    --json build/eval-kv.json --plot build/eval-kv.png
+	$(RUN) eval $(EVAL) tests/nano/checkpoint --data build/questions --calibrate build/calibration \
+	    --json build/eval-$(EVAL).json $(if $(filter kv,$(EVAL)),--plot build/eval-kv.png)
 
 test: setup $(VENV)/torchvision ## the tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
@@ -107,7 +111,7 @@ $(VENV)/torchvision: $(VENV)/installed
 	$(PIP) install $(PIP_ARGS) --no-deps --upgrade --target $@ torchvision==$(TORCHVISION)
 
 $(BUNDLE)/manifest.json: $(VENV)/installed $(wildcard $(MODEL)/*) $(wildcard export/*.py plugins/*.py)
-	$(RUN) export $(MODEL) --output $(BUNDLE) --kv '$(KV)' $(if $(CALIBRATE),--calibrate '$(CALIBRATE)')
+	$(RUN) export $(MODEL) --output $(BUNDLE) --kv '$(KV)' --weights '$(W)' $(if $(CALIBRATE),--calibrate '$(CALIBRATE)')
 
 $(ENGINE)/manifest.json: $(BUNDLE)/manifest.json $(wildcard engines/*.py)
 	$(RUN) build $(BUNDLE) --output $(ENGINE) --backend $(BACKEND) --kv '$(KV)' $(BUILD_OPTIONS)

@@ -194,11 +194,13 @@ def validate(
     prompts: Sequence[ValidationPrompt],
     allowed: float,
     new_tokens: int = 16,
+    allowed_of_vision: float = TOLERANCE[KVFormat.F32],
     name: str = "engine",
 ) -> list[Row]:
     """Compare the candidate's outputs with those of the checkpoint in float32; returns one row an output and prompt.
 
-    ``allowed`` is `pascalvl.engines.tolerance.tolerance` of the candidate's cache.
+    ``allowed`` is `pascalvl.engines.tolerance.tolerance` of the candidate's cache and weights, ``allowed_of_vision``
+    its `vision_tolerance`.
 
     Raises:
         UserError: the candidate does not return an output that the reference has.
@@ -213,17 +215,15 @@ def validate(
         return [
             row
             for prompt, reference_outputs, outputs in zip(prompts, expected, found, strict=True)
-            for row in _compare(prompt.name, reference_outputs, outputs, allowed)
+            for row in _compare(prompt.name, reference_outputs, outputs, allowed, allowed_of_vision)
         ]
 
 
-def _compare(prompt: str, expected: Outputs, found: Outputs, allowed: float) -> list[Row]:
+def _compare(prompt: str, expected: Outputs, found: Outputs, allowed: float, allowed_of_vision: float) -> list[Row]:
     if missing := [name for name in expected if name not in found and not name.startswith("prefill.hidden_states")]:
         raise UserError(f"the engine returned no {', '.join(missing)} for prompt {prompt!r}: it is for another model.")
     names = sorted((name for name in expected if name in found), key=_stage)
-    # The vision encoder reads no cache.
-    exact = TOLERANCE[KVFormat.F32]
-    allowed_of = {n: (exact if n.startswith("vision") else allowed) * _rms(expected[n]) for n in names}
+    allowed_of = {n: (allowed_of_vision if n.startswith("vision") else allowed) * _rms(expected[n]) for n in names}
     compare = SimpleCompareFunc(atol=allowed_of, rtol={name: 0.0 for name in names}, check_error_stat="max")
     results = compare(*(IterationResult({name: outputs[name] for name in names}) for outputs in (expected, found)))
     return [Row(prompt, name, float(results[name].max_absdiff), allowed_of[name]) for name in names]

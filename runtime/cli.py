@@ -209,17 +209,22 @@ def _parser() -> argparse.ArgumentParser:
     _add_visuals(sub)
     sub.add_argument("--bisect", action="store_true", help="compare every layer, and name the first that deviates")
 
-    sub = command("eval", _evaluate, "export,runtime,dev", "what a compressed KV cache does to a model's answers")
-    sub.add_argument("what", choices=["kv"], help="kv: formats of the KV cache")
+    sub = command("eval", _evaluate, "export,runtime,dev", "what compressed caches or weights do to a model's answers")
+    sub.add_argument("what", choices=["kv", "weights"], help="formats of the KV cache, or of the weights")
     sub.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="folder of a Hugging Face Qwen3-VL model")
     sub.add_argument("--data", type=_path, required=True, metavar="DIR", help="folder of prompts and pictures")
     sub.add_argument("--calibrate", type=_path, metavar="DIR", help="fit the formats by this folder of other prompts")
-    sub.add_argument(
-        "--kv", type=_cache, action="append", metavar="CONFIG", help="a format to measure; can be repeated (several)"
-    )
+    for name, kind in (("kv", _cache), ("weights", _weights)):
+        meaning = f"eval {name}: a format to measure; can be repeated (several)"
+        sub.add_argument(f"--{name}", type=kind, action="append", metavar="CONFIG", help=meaning)
     sub.add_argument("--no-baselines", action="store_true", help="leave out llama.cpp's formats, and parts of ours")
     sub.add_argument("--json", type=_path, metavar="FILE", help="write the figures there")
-    sub.add_argument("--plot", type=_path, metavar="FILE", help="draw divergence against bytes there (PNG)")
+    sub.add_argument("--plot", type=_path, metavar="FILE", help="eval kv: draw divergence against bytes there (PNG)")
+
+    sub = command("bench", _bench, "export,dev", "check and time the kernels on a GPU")
+    sub.add_argument("what", choices=["attention", "linear"], help="which kernels")
+    sub.add_argument("--quick", action="store_true", help="only check small shapes, for compute-sanitizer")
+    sub.add_argument("--json", type=_path, metavar="FILE", help="write the measurements there")
 
     sub = command("inspect", _inspect, "runtime", "what a bundle is, and the memory it needs")
     sub.add_argument("bundle", type=_path, metavar="BUNDLE", help="folder of a model or engine bundle")
@@ -493,7 +498,7 @@ def _validate(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from pascalvl.engines import validation
-    from pascalvl.engines.tolerance import tolerance
+    from pascalvl.engines.tolerance import tolerance, vision_tolerance
     from pascalvl.export.checkpoint import Checkpoint
 
     requests = _validation_requests(args)
@@ -516,7 +521,8 @@ def _validate(args: argparse.Namespace) -> int:
         args.reference,
         lambda index, forced: model.trace(conversations[index], forced),
         prompts,
-        tolerance(model.cache_config, model.config),
+        tolerance(model.cache_config, model.config, model.manifest.weights),
+        allowed_of_vision=vision_tolerance(model.manifest.weights),
         name=f"{args.host} host" if args.host else model.manifest.backend["name"],
     )
     table = Table("output", "prompt", "largest error", "tolerance", "", title="worst of each output")
@@ -566,20 +572,18 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from rich.console import Console
     from rich.progress import Progress
-    from rich.table import Table
 
-    from pascalvl.export import kv_evaluation
-    from pascalvl.export.calibration import calibrate
     from pascalvl.export.checkpoint import Checkpoint
-    from pascalvl.export.kv_times import LENGTH
-    from pascalvl.plugins.kv_format import CacheConfig
     from pascalvl.runtime.prompt_folder import read_prompts
 
     if args.plot:
         import matplotlib  # noqa: F401 - missing: said before the work
+    for other in {"kv", "weights"} - {args.what}:
+        if getattr(args, other) or (args.plot and other == "kv"):
+            option = f"--{other}" if getattr(args, other) else "--plot"
+            raise UserError(f"{option} is not for 'eval {args.what}': leave it out, or give 'eval {other}'.")
     cases = read_prompts(args.data)
     learned = read_prompts(args.calibrate) if args.calibrate else []
-    formats = args.kv or [CacheConfig.parse(text) for text in kv_evaluation.DEFAULT_FORMATS]
     console = Console(stderr=True)
     with (
         Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
@@ -588,45 +592,110 @@ def _evaluate(args: argparse.Namespace) -> int:
         with Checkpoint(args.checkpoint) as checkpoint:
             checkpoint.copy_host_files(Path(folder))
             config = checkpoint.model_config()
-        statistics = None
-        if learned:
-            task = progress.add_task("calibrating", total=len(learned))
-            calibration = _calibration_prompts(learned, Path(folder), config)
-            statistics = calibrate(args.checkpoint, calibration, lambda: progress.advance(task))
+        calibration = _calibration_prompts(learned, Path(folder), config) if learned else None
         prompts = _evaluation_prompts(args.checkpoint, cases, Path(folder), config, progress)
-        baselines = not args.no_baselines
-        total = len(prompts) * kv_evaluation.passes(formats, baselines)
-        task = progress.add_task("evaluating", total=total)
-        results = kv_evaluation.evaluate(
-            args.checkpoint, prompts, formats, statistics, baselines, lambda: progress.advance(task)
-        )
-    first = results[0]
-    strict = Table(title=f"strict: {first.positions} positions of text")
-    as_run = Table(title=f"as run: {first.answer_positions} positions of answers")
-    timed = first.decode_us is not None
-    for table, headings in (
-        (strict, ("bytes", "KL", "KL 99.9%", "top-1", "perplexity", "right")),
-        (as_run, ("bytes", "KL", "top-1", "right", *(["append us", f"decode {LENGTH:,} us"] if timed else []))),
-    ):
-        table.add_column("KV cache", no_wrap=True)
-        for heading in headings:
-            table.add_column(heading, justify="right", no_wrap=True)
-    for row in results:
-        size = f"{row.bytes_per_token:g}"
-        right, strict_right = ("" if x is None else f"{x:.2%}" for x in (row.right, row.strict_right))
-        figures = (f"{row.kl:.2e}", f"{row.kl_999:.2e}", f"{row.top_1:.2%}", f"{row.perplexity:.5g}")
-        strict.add_row(row.name, size, *figures, strict_right)
-        times = ["" if us is None else f"{us:.1f}" for us in (row.append_us, row.decode_us)] if timed else []
-        as_run.add_row(row.name, size, f"{row.answer_kl:.2e}", f"{row.answer_top_1:.2%}", right, *times)
+        run = _evaluate_cache if args.what == "kv" else _evaluate_weights
+        results, tables = run(args, config, prompts, calibration, progress)
     console = _console()
     console.width = max(console.width, _TABLE_WIDTH)
-    console.print(strict, as_run)
+    console.print(*tables)
     if args.json:
         figures = json.dumps([dataclasses.asdict(row) for row in results], indent=1)
         _write_whole(args.json, lambda path: path.write_text(figures + "\n", encoding="utf-8"))
     if args.plot:
+        from pascalvl.export import kv_evaluation
+
         _write_whole(args.plot, lambda path: kv_evaluation.plot(results, path))
     return 0
+
+
+def _evaluate_cache(
+    args: argparse.Namespace, config: Any, prompts: list[Any], calibration: list[Any] | None, progress: Any
+) -> tuple[list[Any], list[Any]]:
+    """Results of formats of the KV cache, and tables of them."""
+    from pascalvl.export import kv_evaluation
+    from pascalvl.export.calibration import calibrate
+    from pascalvl.export.kv_times import LENGTH
+    from pascalvl.plugins.kv_format import CacheConfig
+
+    formats = args.kv or [CacheConfig.parse(text) for text in kv_evaluation.DEFAULT_FORMATS]
+    statistics = None
+    if calibration:
+        task = progress.add_task("calibrating", total=config.text.num_hidden_layers)
+        statistics = calibrate(args.checkpoint, calibration, lambda: progress.advance(task))
+    baselines = not args.no_baselines
+    task = progress.add_task("evaluating", total=len(prompts) * kv_evaluation.passes(formats, baselines))
+    results = kv_evaluation.evaluate(
+        args.checkpoint, prompts, formats, statistics, baselines, lambda: progress.advance(task)
+    )
+    first, timed = results[0], results[0].decode_us is not None
+    strict = _figures(
+        f"strict: {first.positions} positions of text",
+        ("KV cache", "bytes", "KL", "KL 99.9%", "top-1", "perplexity", "right"),
+    )
+    as_run = _figures(
+        f"as run: {first.answer_positions} positions of answers",
+        ("KV cache", "bytes", "KL", "top-1", "right", *(["append us", f"decode {LENGTH:,} us"] if timed else [])),
+    )
+    for row in results:
+        size = f"{row.bytes_per_token:g}"
+        figures = (f"{row.kl:.2e}", f"{row.kl_999:.2e}", f"{row.top_1:.2%}", f"{row.perplexity:.5g}")
+        strict.add_row(row.name, size, *figures, _share(row.strict_right))
+        times = ["" if us is None else f"{us:.1f}" for us in (row.append_us, row.decode_us)] if timed else []
+        as_run.add_row(row.name, size, f"{row.answer_kl:.2e}", f"{row.answer_top_1:.2%}", _share(row.right), *times)
+    return results, [strict, as_run]
+
+
+def _evaluate_weights(
+    args: argparse.Namespace, config: Any, prompts: list[Any], calibration: list[Any] | None, progress: Any
+) -> tuple[list[Any], list[Any]]:
+    """Results of formats of the weights, and a table of them."""
+    from pascalvl.export import weight_evaluation
+    from pascalvl.plugins.weight_format import WeightConfig
+
+    formats = args.weights or [WeightConfig.parse(text) for text in weight_evaluation.DEFAULT_FORMATS]
+    baselines = not args.no_baselines
+    passes = weight_evaluation.passes(formats, calibration is not None, baselines)
+    task = progress.add_task("evaluating", total=len(prompts) * passes)
+    results = weight_evaluation.evaluate(
+        args.checkpoint, prompts, formats, calibration, baselines, lambda: progress.advance(task)
+    )
+    first = results[0]
+    table = _figures(
+        f"{first.positions} positions of text, {first.answer_positions} of them of answers",
+        ("weights", "MB", "KL", "KL 99.9%", "top-1", "perplexity", "answers: KL", "top-1", "right"),
+    )
+    for row in results:
+        figures = (f"{row.kl:.2e}", f"{row.kl_999:.2e}", f"{row.top_1:.2%}", f"{row.perplexity:.5g}")
+        answers = f"{row.answer_kl:.2e}", f"{row.answer_top_1:.2%}", _share(row.right)
+        table.add_row(row.name, f"{row.nbytes / 1e6:.1f}", *figures, *answers)
+    return results, [table]
+
+
+def _figures(title: str, headings: Sequence[str]) -> Any:
+    """A table whose first column is names."""
+    from rich.table import Table
+
+    table = Table(title=title)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    return table
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"
+
+
+def _bench(args: argparse.Namespace) -> int:
+    import importlib
+
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("the kernels are timed on a GPU, and PyTorch finds none here that it can use.")
+    module = importlib.import_module(f"pascalvl.plugins.bench.{args.what}")
+    options = ["--quick"] * args.quick + (["--json", str(args.json)] if args.json else [])
+    return module.main(options)
 
 
 def _evaluation_prompts(

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -426,13 +426,13 @@ def run(options: argparse.Namespace) -> None:
         plot(results["curve"], options.plot)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--quick", action="store_true", help="only check small shapes, for compute-sanitizer")
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
     parser.add_argument("--plot", type=Path, help="draw time and memory over length to this PNG file")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.plot and ("curve" not in options.parts or options.quick):
         parser.error("--plot needs the part curve, measured")
     if not torch.cuda.is_available():

@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -181,12 +181,12 @@ def measure(rows_at_once: tuple[int, ...], quick: bool) -> Iterator[Row]:
             print(f"{name}: error {error:.1e}, {us:.1f} us", file=sys.stderr)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--quick", action="store_true", help="only check small shapes, for compute-sanitizer")
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("there is no CUDA GPU that torch can use here")
     try:
