@@ -25,10 +25,9 @@ import tensorrt as trt
 from pascalvl.engines.build_options import BuildOptions
 from pascalvl.engines.gpu import INSTALL_TENSORRT_8, PASCAL, TENSORRT_10_CAPABILITY, Gpu, check, find_gpu
 from pascalvl.engines.profiles import Limits, Shapes, profiles
-from pascalvl.plugins import bindings
+from pascalvl.plugins import bindings, flash_attention, quant_linear
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.flash_attention import OP_NAME, OP_VERSION
 from pascalvl.plugins.kernels.build import Target
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
@@ -162,7 +161,7 @@ def _check_memory(manifest: Manifest, gpu: Gpu) -> None:
     """Raise `UserError` if the card cannot hold the engines' weights.
 
     A lower bound, so that nothing is refused that would work: a run keeps both plans' weights on the card, which are
-    the graphs' (float32), beside CUDA's own part. At build, kernels are timed with one layer's weights at a time, and
+    the graphs', beside CUDA's own part. At build, kernels are timed with one layer's weights at a time, and
     the further copies of all are in the host's memory (TensorRT Developer Guide, "How TensorRT Works: Memory").
     """
     weights = sum(manifest.files[f"{graph}.onnx.data"]["bytes"] for graph in _GRAPHS)
@@ -208,11 +207,12 @@ def _register(library: Path) -> None:
             f"the plugin's library cannot be loaded ({error}): remove {library}, it is then made anew."
         ) from error
     # Deprecated in TensorRT 10 in favour of get_creator, which 8.6 and 9 lack.
-    if trt.get_plugin_registry().get_plugin_creator(OP_NAME, OP_VERSION, "") is None:
-        raise UserError(
-            f"TensorRT {trt.__version__} did not take the plugin {OP_NAME} from {library}: install a version that is "
-            f"served, for Pascal: {INSTALL_TENSORRT_8}."
-        )
+    for op in (flash_attention, quant_linear):
+        if trt.get_plugin_registry().get_plugin_creator(op.OP_NAME, op.OP_VERSION, "") is None:
+            raise UserError(
+                f"TensorRT {trt.__version__} did not take the plugin {op.OP_NAME} from {library}: install a version "
+                f"that is served, for Pascal: {INSTALL_TENSORRT_8}."
+            )
 
 
 def _expose_tensorrt() -> None:

@@ -37,7 +37,7 @@ _CALIBRATION_PIXELS = 1 << 20
 """Area that larger pictures are resized to: more says nothing new about keys and values."""
 _OWN_ANSWER_TOKENS = 64
 """Tokens of an answer that the model gives itself where an evaluation has none."""
-_TABLE_WIDTH = 96
+_TABLE_WIDTH = 110
 """Of figures that are of no use where they are cut off."""
 _CHAT_COMMANDS = "/image PATH, /video PATH, /reset, /exit"
 
@@ -766,6 +766,7 @@ def _inspect(args: argparse.Namespace) -> int:
         f"{vision.depth} layers, hidden size {vision.hidden_size}, {vision.num_heads} heads of {vision.head_dim}, "
         f"DeepStack after layers {', '.join(map(str, vision.deepstack_visual_indexes))}",
     )
+    facts.add_row("weights", f"{manifest.weights}, {weights / 1e9:.3f} GB")
     embeddings = manifest.embeddings
     facts.add_row("embeddings", f"{embeddings['dtype']} {embeddings['shape']}, mapped from their file")
     for name, graph in manifest.graphs.items():
@@ -783,7 +784,9 @@ def _inspect(args: argparse.Namespace) -> int:
         memory.add_row(str(cache), str(cache.bytes_per_token(text)), *gigabytes)
         rooms = [int(size * 1e9) - weights for size in args.memory or _CARDS]
         fitting.add_row(str(cache), *(_longest_context(cache, text, room) for room in rooms))
-    _console().print(facts, memory, fitting)
+    console = _console()
+    console.width = max(console.width, _TABLE_WIDTH)
+    console.print(facts, memory, fitting)
     return 0
 
 

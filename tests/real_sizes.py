@@ -45,6 +45,9 @@ def config(size: str, text: dict | None = None, vision: dict | None = None) -> Q
 
 def write_random_checkpoint(model_config: Qwen3VLConfig, directory: Path, host_files: Path) -> None:
     """Write a bfloat16 checkpoint with random weights and the tokenizer and processor files of ``host_files``."""
+    of_tokenizer = Qwen3VLConfig.from_pretrained(host_files)
+    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        setattr(model_config, name, getattr(of_tokenizer, name))
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -216,6 +216,20 @@ def test_the_parser_looks_for_the_plugin(tensorrt, graph, nano_model_bundle, tmp
     assert all("[FlashAttention2 ->" in node for node in nodes)
 
 
+@pytest.mark.parametrize("graph", [bindings.VISION, bindings.DECODER])
+def test_the_parser_looks_for_the_plugins_of_quantised_layers(tensorrt, graph, nano_quantised_bundle, tmp_path):
+    """And takes words and halves among the initializers."""
+    manifest = Manifest.read(nano_quantised_bundle, "model")
+    path = tensorrt._prepare(nano_quantised_bundle, tmp_path, graph, manifest.model, CacheConfig.parse("k8v4"))
+    logger = tensorrt._logger()
+    with pytest.raises(UserError, match="Plugin not found"):
+        tensorrt._parse(path, logger)
+    nodes = [error for error in logger.errors if "While parsing node" in error]
+    ops = manifest.graphs[graph]["ops"]
+    assert sum("[QuantLinear ->" in node for node in nodes) == ops["QuantLinear"]
+    assert len(nodes) == ops["QuantLinear"] + ops["FlashAttention2"]
+
+
 @pytest.mark.parametrize(("version", "flags"), [("8.6.1", 1 << 5), ("9.3.0", 1 << 5), ("10.0.1", 0), ("11.1.0", 0)])
 def test_networks_have_an_explicit_batch(tensorrt, tmp_path, monkeypatch, version, flags):
     asked = []

@@ -24,15 +24,18 @@ from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.flash_attention import OP_DOMAIN, OP_NAME
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
+from pascalvl.plugins.weight_format import WeightConfig
 from tests import real_sizes
 
 # Both sides float32, summed in different orders: a few units in 1e-6 of values of size one after a few layers.
 TOLERANCE = 2e-5
 
 
+@pytest.mark.parametrize("weights", ["f32", "w4,vision=f16"])
 @pytest.mark.parametrize("size", real_sizes.SIZES)
-def test_graphs_of_the_real_sizes_fit_tensorrt(size):
+def test_graphs_of_the_real_sizes_fit_tensorrt(size, weights):
     """Two decoder layers and the vision layers up to the second DeepStack level, at full width."""
+    weights = WeightConfig.parse(weights)
     config = real_sizes.config(size, {"num_hidden_layers": 2}, {"depth": 2, "deepstack_visual_indexes": [0, 1]})
     config._attn_implementation = ATTN_IMPLEMENTATION
     checkpoint = Checkpoint.__new__(Checkpoint)
@@ -43,8 +46,8 @@ def test_graphs_of_the_real_sizes_fit_tensorrt(size):
     model.tie_weights()
 
     for graph, traced, inputs, outputs in (
-        (bindings.VISION, exporter.trace_vision(model, model_config), *_vision_bindings(model_config)),
-        (bindings.DECODER, exporter.trace_decoder(model, model_config), *_decoder_bindings(model_config)),
+        (bindings.VISION, exporter.trace_vision(model, model_config, weights), *_vision_bindings(model_config)),
+        (bindings.DECODER, exporter.trace_decoder(model, model_config, weights), *_decoder_bindings(model_config)),
     ):
         conformance.check(traced.proto, graph)
         found = [v for v in traced.proto.graph.input if v.name not in traced.weights]
@@ -57,7 +60,12 @@ def test_graphs_of_the_real_sizes_fit_tensorrt(size):
         module = model.model.visual if graph == bindings.VISION else model.model.language_model.layers
         assert sizes >= sum(p.numel() for p in module.parameters())
         assert all(w.shape[0] < 10**6 for w in traced.weights.values())
-    lm_head = "model.language_model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        linears = [n for n in traced.proto.graph.node if n.op_type == "QuantLinear"]
+        # Two blocks of four layers and three mergers of two; two layers of four, and the lm_head.
+        expected = {bindings.VISION: 2 * 4 + 3 * 2, bindings.DECODER: 2 * 4 + 1}[graph]
+        assert len(linears) == (expected if weights.is_quantised else 0)
+    is_tied = config.tie_word_embeddings and not weights.is_quantised
+    lm_head = "model.language_model.embed_tokens.weight" if is_tied else "lm_head.weight"
     assert any(w.source == lm_head for w in traced.weights.values())
 
 
