@@ -26,8 +26,10 @@ _POWERS = tuple(i / 10 for i in range(11))
 _DAMPING = 0.01
 """Share of the mean that is added to the moment's diagonal: what the prompts have not shown may come too."""
 _BLOCK = 128
-_ROWS_AT_ONCE = 1 << 22
-"""Elements that a search for scales takes at a time: the machine's caches hold them."""
+_ELEMENTS_AT_ONCE = 1 << 25
+"""What is rounded at a time, lest several copies of an lm_head are in memory."""
+_ELEMENTS_SEARCHED = 1 << 18
+"""Those that a search for scales takes at a time: the machine's caches hold them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +53,12 @@ def round_to_nearest(
         importance: of each input ``[in_features]``, its mean square; None: all alike.
         clip: whether scales of 4 bits are searched for.
     """
-    groups = _grouped(weight, form)
-    scale = _scales(groups, form, importance, clip)
-    codes = _codes(groups, scale[..., None], form)
-    return _weight(codes.flatten(1), scale, weight.shape[1], form)
+    codes, scales = [], []
+    for rows in weight.split(max(1, _ELEMENTS_AT_ONCE // weight.shape[1])):
+        groups = _grouped(rows, form)
+        scales.append(_scales(groups, form, importance, clip))
+        codes.append(_codes(groups, scales[-1][..., None], form).to(torch.int8).flatten(1))
+    return _weight(torch.cat(codes), torch.cat(scales), weight.shape[1], form)
 
 
 def compensated(weight: torch.Tensor, form: WeightFormat, moment: torch.Tensor, clip: bool = True) -> QuantisedWeight:
@@ -131,7 +135,7 @@ def _scales(groups: torch.Tensor, form: WeightFormat, importance: torch.Tensor |
     """Scales ``[out_features, groups]``, as float16 keeps them, in float32."""
     if importance is not None:
         importance = _grouped(importance[None], form)[0]
-    rows = max(1, _ROWS_AT_ONCE // groups[0].numel())
+    rows = max(1, _ELEMENTS_SEARCHED // groups[0].numel())
     return torch.cat([_best_scale(part, form, importance, clip) for part in groups.split(rows)])
 
 
@@ -165,4 +169,4 @@ def _codes(x: torch.Tensor, scale: torch.Tensor, form: WeightFormat) -> torch.Te
 
 
 def _weight(codes: torch.Tensor, scale: torch.Tensor, in_features: int, form: WeightFormat) -> QuantisedWeight:
-    return QuantisedWeight(codes.to(torch.int8).numpy(), scale.numpy().astype(np.float16), in_features, form)
+    return QuantisedWeight(codes.numpy(), scale.numpy().astype(np.float16), in_features, form)
