@@ -7,11 +7,11 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from pascalvl.export.onnx_op import IR_VERSION, function_body
+from pascalvl.export.onnx_op import IR_VERSION
 from pascalvl.plugins.flash_attention import OP_DOMAIN, OP_NAME, OP_VERSION
 from pascalvl.plugins.kv_format import KVFormat, LayerLayout
 from pascalvl.plugins.kv_rows import compress, expand, hadamard
-from pascalvl.plugins.onnx_body import OPSET, CausalBody
+from pascalvl.plugins.onnx_body import OPSET, CausalBody, packed_body
 from tests.export import reference
 
 TOLERANCE = 2e-6  # as for the torch op
@@ -120,14 +120,13 @@ def test_causal_matches_float64(layout, recent, seq, visible):
 def test_packed_matches_float64(cu_seqlens):
     case = reference.packed_case(cu_seqlens)
     feeds = {name: getattr(case, name).numpy() for name in ("q", "k", "v", "cu_seqlens")}
-    output = run_node(function_body(causal=False), feeds, causal=0, softmax_scale=case.scale)
+    output = run_node(onnx.parser.parse_function(packed_body()), feeds, causal=0, softmax_scale=case.scale)
     np.testing.assert_allclose(output, case.expected(), atol=TOLERANCE)
 
 
 def test_bodies_use_standard_operators_of_the_opset_alone():
-    bodies = [function_body(causal=False), function_body(causal=True)]
-    bodies += [onnx.parser.parse_function(CausalBody.of(*body).text) for body in BODIES]
-    for body in bodies:
+    texts = [packed_body(), CausalBody().text, *(CausalBody.of(*body).text for body in BODIES)]
+    for body in map(onnx.parser.parse_function, texts):
         assert [(o.domain, o.version) for o in body.opset_import] == [("", OPSET)]
         for node in body.node:
             assert node.domain == ""
