@@ -4,8 +4,9 @@ MODEL   ?= tests/nano/checkpoint
 BACKEND ?= auto
 # The KV cache: a format, k8v4, k8v8, k4v4, f16 or f32, and options such as k8v4,window=64+8192,pin=image (see README.md).
 KV      ?= k8v4
-# The weights: a format, f32, f16, w8 or w4, and options such as w4,group=64,layer.0=w8 (see README.md).
-W       ?= f32
+# The weights: a format, f32, f16, w8 or w4, and options such as w4,group=64,layer.0=w8 (see README.md). By default f32,
+# or as the checkpoint has them in codes of 4 bits.
+W       ?=
 # A folder of your own prompts and pictures, by which an export fits weights of 4 bits, keys and values.
 CALIBRATE ?=
 IMAGE   ?= tests/nano/pictures/sample.png
@@ -39,7 +40,7 @@ comma  := ,
 # What of KV an export depends on, and names of folders without what make gives a meaning to.
 RANKS  := $(filter rk=% rv=%,$(subst $(comma), ,$(KV)))
 plain   = $(subst :,,$(subst +,-,$(subst =,,$(subst $(comma),-,$(1)))))
-MODEL_LABEL := $(call plain,$(subst /,-,$(LABEL)$(addprefix -,$(filter-out f32,$(W)) $(RANKS))$(if $(CALIBRATE),-calibrated)))
+MODEL_LABEL := $(call plain,$(subst /,-,$(LABEL)$(addprefix -,$(W) $(RANKS))$(if $(CALIBRATE),-calibrated)))
 BUNDLE := build/model/$(subst $() ,,$(MODEL_LABEL))
 ENGINE := build/engine/$(subst $() ,,$(MODEL_LABEL))-$(BACKEND)-$(call plain,$(KV))
 
@@ -54,7 +55,7 @@ ON_HOST := $(if $(HOST),--host $(HOST))
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
-	@echo 'with MODEL=<checkpoint> BACKEND=$(BACKEND) W=$(W) KV=$(KV) IMAGE=<picture> PROMPT=<text>, as they apply'
+	@echo 'with MODEL=<checkpoint> BACKEND=$(BACKEND) W=<weights> KV=$(KV) IMAGE=<picture> PROMPT=<text>, as they apply'
 
 setup: $(VENV)/installed ## a virtual environment in .venv with everything that is needed
 
@@ -111,7 +112,7 @@ $(VENV)/torchvision: $(VENV)/installed
 	$(PIP) install $(PIP_ARGS) --no-deps --upgrade --target $@ torchvision==$(TORCHVISION)
 
 $(BUNDLE)/manifest.json: $(VENV)/installed $(wildcard $(MODEL)/*) $(wildcard export/*.py plugins/*.py)
-	$(RUN) export $(MODEL) --output $(BUNDLE) --kv '$(KV)' --weights '$(W)' $(if $(CALIBRATE),--calibrate '$(CALIBRATE)')
+	$(RUN) export $(MODEL) --output $(BUNDLE) --kv '$(KV)' $(if $(W),--weights '$(W)') $(if $(CALIBRATE),--calibrate '$(CALIBRATE)')
 
 $(ENGINE)/manifest.json: $(BUNDLE)/manifest.json $(wildcard engines/*.py)
 	$(RUN) build $(BUNDLE) --output $(ENGINE) --backend $(BACKEND) --kv '$(KV)' $(BUILD_OPTIONS)

@@ -89,14 +89,13 @@ class ReferenceRunner(BaseRunner):
         self.forced: list[list[int]] = []
 
     def activate_impl(self) -> None:
-        import torch
-        from transformers import Qwen3VLForConditionalGeneration
         from transformers.utils import logging
+
+        from pascalvl.export.checkpoint import load_model
 
         if not sys.stderr.isatty():
             logging.disable_progress_bar()
-        model = Qwen3VLForConditionalGeneration.from_pretrained(self._checkpoint, dtype=torch.float32)
-        self._model = model.eval()
+        self._model = load_model(self._checkpoint)
 
     def deactivate_impl(self) -> None:
         del self._model

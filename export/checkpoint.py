@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from pascalvl.export.attention import ATTN_IMPLEMENTATION
+from pascalvl.export.stored_codes import StoredCodes
 from pascalvl.plugins import bundle
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.model_config import ModelConfig, TextConfig, VisionConfig
@@ -40,8 +41,23 @@ def meta_model(config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
     return model
 
 
+def load_model(directory: Path) -> Qwen3VLForConditionalGeneration:
+    """Hugging Face's model in float32 on the CPU; of a checkpoint in codes, with the weights that they stand for."""
+    with Checkpoint(directory) as checkpoint:
+        if checkpoint.codes is None:
+            return Qwen3VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+        tensors = {name: checkpoint.tensor(name) for name, _ in checkpoint.meta_model().named_parameters()}
+        return Qwen3VLForConditionalGeneration.from_pretrained(
+            None, config=checkpoint.hf_config, state_dict=tensors, dtype=torch.float32
+        ).eval()
+
+
 class Checkpoint:
     """A dense Qwen3-VL checkpoint directory: its config, its tensors and the files its processor needs.
+
+    Attributes:
+        codes: its linear layers that are in codes, in place of whose weights `tensor` gives what they stand for; None:
+            there are none.
 
     Raises:
         UserError: no such directory, another architecture, or files that are missing, truncated or do not fit.
@@ -57,11 +73,8 @@ class Checkpoint:
                 f"expected a dense Qwen3-VL checkpoint (model_type {_MODEL_TYPE!r}) in {directory}, found {found!r}: "
                 "give a Qwen3-VL 2B, 4B, 8B or 32B model."
             )
-        if quantization := data.get("quantization_config"):
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            raise UserError(
-                f"{directory} holds weights quantised with {method!r}: give the checkpoint with its original weights."
-            )
+        quantization = data.pop("quantization_config", None)
+        self.codes = StoredCodes.parse(quantization, directory, self) if quantization else None
         with self._config_errors():
             self.hf_config = Qwen3VLConfig.from_dict(data)
         for name in _COPIED_FILES:
@@ -84,23 +97,38 @@ class Checkpoint:
         with self._config_errors():
             model = meta_model(self.hf_config)
         for name, parameter in model.named_parameters():
-            if name not in self._shard_of:
+            if name not in self:
                 raise UserError(
                     f"{self.directory} lacks the tensor {name} ({list(parameter.shape)}): download the model again."
                 )
-            if (found := self._shard_of[name].get_slice(name).get_shape()) != list(parameter.shape):
+            if (found := self.shape(name)) != list(parameter.shape):
                 raise UserError(
                     f"tensor {name} of {self.directory} has shape {found}, the config says {list(parameter.shape)}: "
                     "the files belong to different models."
                 )
+            if layer := self._layer_in_codes(name):
+                self.codes.check(layer)
         return model
 
     def __contains__(self, name: str) -> bool:
-        return name in self._shard_of
+        return name in self._shard_of or self._layer_in_codes(name) is not None
+
+    def shape(self, name: str) -> list[int]:
+        """Of one tensor."""
+        if layer := self._layer_in_codes(name):
+            return self.codes.shape(layer)
+        return self._shard_of[name].get_slice(name).get_shape()
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor, in the type it has on disk."""
+        """Read one tensor, in the type it has on disk; a weight that is there in codes in float32."""
+        if layer := self._layer_in_codes(name):
+            return torch.from_numpy(self.codes.read(layer).dense())
         return self._shard_of[name].get_tensor(name)
+
+    def _layer_in_codes(self, name: str) -> str | None:
+        """The layer whose weight a tensor of this name is, if that is in codes."""
+        layer, _, part = name.rpartition(".")
+        return layer if self.codes and part == "weight" and layer in self.codes else None
 
     def model_config(self) -> ModelConfig:
         """What engines and runtime need to know of the config; raises `UserError` for one that no model has."""

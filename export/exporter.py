@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,16 @@ from pascalvl.export.calibration import CalibrationPrompt, calibrate
 from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint
 from pascalvl.export.fitting import Fit, fit
 from pascalvl.export.modules import Decoder, VisionEncoder
-from pascalvl.export.quantised_weights import QuantisedWeights, quant_layers
+from pascalvl.export.quant_linear import QuantLinear
+from pascalvl.export.quantised_weights import (
+    QuantisedWeights,
+    add_stored_zeros,
+    check_stored,
+    quant_layers,
+    stored_codes,
+    stored_config,
+    stored_values,
+)
 from pascalvl.export.trace import TracedGraph, Weight, example_inputs, trace
 from pascalvl.export.transforms import WeightSource, check_ranks, plan_transforms
 from pascalvl.plugins import bindings, onnx_body
@@ -36,6 +46,7 @@ _ALIGNMENT = 4096
 """Weights start on page boundaries, so that a runtime can map them instead of reading them."""
 _CACHE = CacheConfig(KVFormat.F32)
 """Of the decoder that is traced; builds change it."""
+_AddZeros = Callable[[Mapping[str, QuantLinear]], None]
 
 
 def export_checkpoint(
@@ -44,14 +55,14 @@ def export_checkpoint(
     check_host_files: Callable[[Path, ModelConfig], None] = lambda *_: None,
     cache: CacheConfig = _CACHE,
     calibration: Callable[[Path, ModelConfig], Sequence[CalibrationPrompt]] | None = None,
-    weights: WeightConfig = FLOAT_WEIGHTS,
+    weights: WeightConfig | None = None,
 ) -> Manifest:
     """Export a Qwen3-VL checkpoint to the model bundle ``output``; returns its manifest.
 
     The weights come out as `pascalvl.export.transforms` leaves them: the same function, keys and values that quantise
-    better, shorter ones if ``cache`` says so; quantised if ``weights`` says so, else widened to float32. They are
-    written one at a time: beside the graphs and the transforms, memory holds one tensor, or, while it calibrates, the
-    model in float32.
+    better, shorter ones if ``cache`` says so; quantised if ``weights`` says so, or the checkpoint is, else widened to
+    float32. They are written one at a time: beside the graphs and the transforms, memory holds one tensor, or, while
+    it calibrates, the model in float32.
 
     Args:
         checkpoint_directory: folder of the Hugging Face model.
@@ -60,7 +71,8 @@ def export_checkpoint(
         cache: its `key_rank` and `value_rank` are what the weights get; the rest is for builds and runs.
         calibration: called like ``check_host_files``, and after it: the prompts to take statistics from. None: the
             weights' own.
-        weights: formats of linear layers' weights.
+        weights: formats of linear layers' weights; None: as the checkpoint has them in codes, else float32. Codes of
+            the checkpoint are kept wherever their format is asked for.
 
     Raises:
         UserError: a checkpoint that cannot be used, ranks that it cannot have or that need a calibration, prompts that
@@ -70,15 +82,17 @@ def export_checkpoint(
     bars = Progress(console=console, transient=True, disable=not console.is_terminal)
     with Checkpoint(checkpoint_directory) as checkpoint, bars as progress:
         config = checkpoint.model_config()
-        check_ranks(cache, config.text, calibration is not None)
-        weights.layers(config.text.num_hidden_layers)
+        weights = weights or stored_config(checkpoint, config.text)
+        check_stored(checkpoint, weights, config.text)
+        kept_values = stored_values(checkpoint, weights, config.text)
+        check_ranks(cache, config.text, calibration is not None, kept_values)
         model = checkpoint.meta_model()
         with atomic_directory(output, "model") as directory:
             checkpoint.copy_host_files(directory)
             check_host_files(directory, config)
             prompts = calibration(directory, config) if calibration else None
             done = progress.add_task("calibrating", total=config.text.num_hidden_layers, visible=prompts is not None)
-            fitted = _fit(checkpoint, config, prompts, cache, weights, lambda: progress.advance(done))
+            fitted = _fit(checkpoint, config, prompts, cache, weights, kept_values, lambda: progress.advance(done))
             progress.update(done, visible=False)
             source, transforms = fitted.weights(checkpoint), fitted.transforms
             key_dims, value_dims = zip(*((t.key_dim, t.value_dim) for t in transforms), strict=True)
@@ -88,10 +102,12 @@ def export_checkpoint(
             graphs = {}
             for name, trace_graph in ((bindings.VISION, trace_vision), (bindings.DECODER, trace_decoder)):
                 task = progress.add_task(f"tracing {name}", total=None)
-                graph = trace_graph(model, config, weights)
+                graph = trace_graph(model, config, weights, functools.partial(add_stored_zeros, checkpoint))
                 conformance.check(graph.proto, name)
                 progress.update(task, total=len(graph.weights), description=f"writing {name}")
-                quantised = QuantisedWeights(source, quant_layers(model), fitted.codes)
+                layers = quant_layers(model)
+                codes = stored_codes(checkpoint, layers) if checkpoint.codes else fitted.codes
+                quantised = QuantisedWeights(source, layers, codes)
                 for _ in write_graph(graph, quantised, directory / f"{name}.onnx"):
                     progress.advance(task)
                 graphs[name] = describe(graph.proto)
@@ -117,21 +133,27 @@ def _fit(
     prompts: Sequence[CalibrationPrompt] | None,
     cache: CacheConfig,
     weights: WeightConfig,
+    kept_values: Collection[int],
     progress: Callable[[], None],
 ) -> Fit:
     """Transforms, and codes of weights in 4 bits, by what there is to go by."""
-    if prompts is not None and any(form.bits == 4 for form in weights.layers(config.text.num_hidden_layers)):
+    has_codes = any(form.bits == 4 for form in weights.layers(config.text.num_hidden_layers))
+    if prompts is not None and has_codes and checkpoint.codes is None:
         return fit(checkpoint, config, prompts, cache, weights, progress=progress)
     statistics = None if prompts is None else calibrate(checkpoint.directory, prompts, progress)
-    return Fit(plan_transforms(checkpoint, config.text, cache, statistics))
+    return Fit(plan_transforms(checkpoint, config.text, cache, statistics, kept_values))
 
 
 def trace_vision(
-    model: Qwen3VLForConditionalGeneration, config: ModelConfig, weights: WeightConfig = FLOAT_WEIGHTS
+    model: Qwen3VLForConditionalGeneration,
+    config: ModelConfig,
+    weights: WeightConfig = FLOAT_WEIGHTS,
+    add_zeros: _AddZeros = lambda _: None,
 ) -> TracedGraph:
     """Trace the vision encoder of a model on the meta device, with weights in the formats asked for.
 
-    Where they are quantised, the model's linear layers are replaced, see `VisionEncoder`.
+    Where they are quantised, the model's linear layers are replaced, see `VisionEncoder`; ``add_zeros`` is called with
+    those, to give zeros to the ones whose codes have some.
     """
     inputs = bindings.vision_inputs(config)
     per_token = config.vision.spatial_merge_size**2
@@ -139,8 +161,10 @@ def trace_vision(
         "patches": per_token * torch.export.Dim("tokens"),
         "segments_plus_1": torch.export.Dim("segments_plus_1"),
     }
+    encoder = VisionEncoder(model, weights.vision)
+    add_zeros(quant_layers(model))
     return trace(
-        VisionEncoder(model, weights.vision),
+        encoder,
         dict(
             zip(_names(inputs), example_inputs(inputs, {"patches": 6 * per_token, "segments_plus_1": 3}), strict=True)
         ),
@@ -153,12 +177,15 @@ def trace_vision(
 
 
 def trace_decoder(
-    model: Qwen3VLForConditionalGeneration, config: ModelConfig, weights: WeightConfig = FLOAT_WEIGHTS
+    model: Qwen3VLForConditionalGeneration,
+    config: ModelConfig,
+    weights: WeightConfig = FLOAT_WEIGHTS,
+    add_zeros: _AddZeros = lambda _: None,
 ) -> TracedGraph:
     """Trace the decoder of a model on the meta device, with the lengths of keys and values that ``config`` says, and
     weights in the formats asked for.
 
-    The model's layers are replaced, see `Decoder`.
+    The model's layers are replaced, see `Decoder`; ``add_zeros`` as for `trace_vision`.
     """
     inputs = bindings.decoder_inputs(config, _CACHE)
     sizes = {"batch": 2, "seq": 3, "capacity": 5, "visible_slots": 7}
@@ -170,8 +197,10 @@ def trace_decoder(
         caches = [{"past_key": key, "past_value": value} for key, value in pairs]
         return {**dict(zip(_names(inputs[:cache_start]), values, strict=False)), "caches": caches}
 
+    decoder = Decoder(model, config.text, weights)
+    add_zeros(quant_layers(model))
     return trace(
-        Decoder(model, config.text, weights),
+        decoder,
         arguments(example_inputs(inputs, sizes)),
         arguments(_dynamic_shapes(inputs, dims)),
         inputs,

@@ -27,8 +27,9 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 
 from pascalvl.export import kv_times
 from pascalvl.export.calibration import CalibrationPrompt, model_inputs, quiet
-from pascalvl.export.checkpoint import Checkpoint
+from pascalvl.export.checkpoint import Checkpoint, load_model
 from pascalvl.export.evaluation import EvaluationPrompt, compare
+from pascalvl.export.quantised_weights import stored_config, stored_values
 from pascalvl.export.transforms import LayerStatistics, LayerTransform, plan_transforms
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat, LayerLayout, RowFormat
@@ -137,9 +138,12 @@ def evaluate(
             )
     with Checkpoint(checkpoint) as opened:
         text = opened.model_config().text
+        kept_values = stored_values(opened, stored_config(opened, text), text)
         schemes = [Scheme("exact", 8 * text.head_dim, None, CacheConfig(KVFormat.F32).layers(text))]
         for cache in dict.fromkeys(formats):
-            schemes.append(_scheme(str(cache), cache, text, plan_transforms(opened, text, cache, statistics)))
+            schemes.append(
+                _scheme(str(cache), cache, text, plan_transforms(opened, text, cache, statistics, kept_values))
+            )
         if baselines:
             plain = plan_transforms(opened, text, CacheConfig(), statistics)
             schemes += _baselines(text, plain)
@@ -173,7 +177,7 @@ def passes(formats: Sequence[CacheConfig], baselines: bool) -> int:
 def load(checkpoint: Path) -> Qwen3VLForConditionalGeneration:
     """Hugging Face's model with this module's attention in its text layers."""
     with quiet():
-        model = Qwen3VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        model = load_model(checkpoint)
     model.model.language_model.config._attn_implementation = _ATTN_IMPLEMENTATION
     _set(model, None, None)
     return model
@@ -363,11 +367,13 @@ def _scheme(name: str, cache: CacheConfig, text: TextConfig, transforms: Sequenc
             group = len(q) // len(k)
             query_basis, key_basis = (torch.from_numpy(x).float() for x in (transform.query_basis, transform.key_basis))
             q, k = q @ query_basis.repeat_interleave(group, 0), k @ key_basis
+        past_q = _int8_queries(q, layout.is_rotated) if key_row.is_quantised else q
+        past_k = _stored(k, key_row, layout.is_rotated)
+        if transform.value_down is None:
+            return Seen(past_q, past_k, _stored(exact.v, value_row)), Seen(q, k, exact.v)
         down, up = (torch.from_numpy(x).float() for x in (transform.value_down, transform.value_up))
         v = exact.v @ down.mT
-        past_q = _int8_queries(q, layout.is_rotated) if key_row.is_quantised else q
-        past = Seen(past_q, _stored(k, key_row, layout.is_rotated), _stored(v, value_row) @ up.mT)
-        return past, Seen(q, k, v @ up.mT)
+        return Seen(past_q, past_k, _stored(v, value_row) @ up.mT), Seen(q, k, v @ up.mT)
 
     row_bytes = sum(layout.bytes_per_token for layout in layouts) / len(layouts) / text.num_key_value_heads
     return Scheme(name, row_bytes, compression, layouts)

@@ -114,13 +114,13 @@ class Attention(nn.Module):
         residual: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         new: list[tuple[torch.Tensor, torch.Tensor]] | None,
-        cache: dict[str, torch.Tensor | str | None] | None,
+        past: dict[str, torch.Tensor | str | None] | None,
     ) -> torch.Tensor:
         """Returns ``residual`` plus what the layer's attention makes of ``hidden_states``.
 
         Args:
             new: to which this call's keys and values are added, ``[batch, num_kv_heads, seq, dim]``; None: nowhere.
-            cache: the external one, as `attention_forward` takes it; None: there is no past.
+            past: the external cache, as `attention_forward` takes it; None: there is none.
         """
         batch, seq, _ = hidden_states.shape
         if self.qkv_proj is None:
@@ -145,7 +145,7 @@ class Attention(nn.Module):
         if new is not None:
             new.append((key, value))
         # The scale is the whole head's: a rank approximates its scores.
-        output, _ = attention_forward(self, query, key, value, None, self._head_dim**-0.5, **(cache or {}))
+        output, _ = attention_forward(self, query, key, value, None, self._head_dim**-0.5, **(past or {}))
         return _added(self.o_proj, output.reshape(batch, seq, -1), residual)
 
 
@@ -177,11 +177,11 @@ class DecoderLayer(nn.Module):
         hidden: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         new: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
-        cache: dict[str, torch.Tensor | str | None] | None = None,
+        past: dict[str, torch.Tensor | str | None] | None = None,
         **_: object,
     ) -> torch.Tensor:
-        """As Hugging Face's model calls it too, without its cache; arguments as those of `Attention`."""
-        hidden = self.self_attn(self.input_layernorm(hidden), hidden, position_embeddings, new, cache)
+        """As Hugging Face's model calls it too, whose cache stays empty; arguments as those of `Attention`."""
+        hidden = self.self_attn(self.input_layernorm(hidden), hidden, position_embeddings, new, past)
         return _added(self.mlp, self.post_attention_layernorm(hidden), hidden)
 
 

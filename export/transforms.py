@@ -18,7 +18,7 @@ The mathematics is in float64 NumPy; `TransformedWeights` stands before the chec
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -88,15 +88,15 @@ class LayerTransform:
 
     Attributes:
         balance: ``[head_dim]``: multiplies q_norm's weight, divides k_norm's; equal in the RoPE pair i, i + head_dim/2.
-        value_down: ``[num_kv_heads, value_dim, head_dim]``: cached value = value_down @ value.
+        value_down: ``[num_kv_heads, value_dim, head_dim]``: cached value = value_down @ value. None: as it is.
         value_up: ``[num_kv_heads, head_dim, value_dim]``: o_proj reads value_up @ cached value.
         query_basis, key_basis: ``[num_kv_heads, head_dim, key_dim]``: what is cached of a balanced key, after RoPE, is
             key @ key_basis, and query @ query_basis is what meets it. None: keys keep their length.
     """
 
     balance: np.ndarray
-    value_down: np.ndarray
-    value_up: np.ndarray
+    value_down: np.ndarray | None
+    value_up: np.ndarray | None
     query_basis: np.ndarray | None = None
     key_basis: np.ndarray | None = None
 
@@ -106,11 +106,15 @@ class LayerTransform:
 
     @property
     def value_dim(self) -> int:
-        return self.value_down.shape[1]
+        return self.balance.size if self.value_down is None else self.value_down.shape[1]
 
 
-def check_ranks(cache: CacheConfig, text: TextConfig, calibrated: bool) -> None:
-    """Raise `UserError` for ranks that the model does not have, or that the weights alone cannot tell."""
+def check_ranks(
+    cache: CacheConfig, text: TextConfig, calibrated: bool, kept_values: Collection[int] = frozenset()
+) -> None:
+    """Raise `UserError` for ranks that the model cannot have, or that the weights alone cannot tell; see
+    `plan_transforms`.
+    """
     for option, rank in (("rk", cache.key_rank), ("rv", cache.value_rank)):
         if isinstance(rank, int) and rank > text.head_dim:
             raise UserError(
@@ -122,10 +126,19 @@ def check_ranks(cache: CacheConfig, text: TextConfig, calibrated: bool) -> None:
             "a rank of keys (the KV cache option rk) depends on the queries that meet them, which the weights do not "
             "tell: give prompts with --calibrate, or leave rk out."
         )
+    if cache.value_rank not in (None, text.head_dim) and kept_values:
+        raise UserError(
+            "a rank of values (the KV cache option rv) changes weights that the checkpoint has in codes of 4 bits: "
+            "leave rv out, or give --weights w8."
+        )
 
 
 def plan_transforms(
-    weights: WeightSource, text: TextConfig, cache: CacheConfig, statistics: Sequence[LayerStatistics] | None = None
+    weights: WeightSource,
+    text: TextConfig,
+    cache: CacheConfig,
+    statistics: Sequence[LayerStatistics] | None = None,
+    kept_values: Collection[int] = frozenset(),
 ) -> list[LayerTransform]:
     """The transform of each layer.
 
@@ -134,13 +147,19 @@ def plan_transforms(
         text: the model, as the checkpoint has it.
         cache: its `key_rank` and `value_rank` count.
         statistics: of each layer, from calibration; None: what the weights let expect.
+        kept_values: layers whose values stay as they are.
 
     Raises:
         UserError: see `check_ranks`.
     """
-    check_ranks(cache, text, statistics is not None)
-    layers = range(text.num_hidden_layers)
-    return [plan_layer(weights, text, cache, layer, statistics[layer] if statistics else None) for layer in layers]
+    check_ranks(cache, text, statistics is not None, kept_values)
+    transforms = []
+    for layer in range(text.num_hidden_layers):
+        transform = plan_layer(weights, text, cache, layer, statistics[layer] if statistics else None)
+        if layer in kept_values:
+            transform = dataclasses.replace(transform, value_down=None, value_up=None)
+        transforms.append(transform)
+    return transforms
 
 
 def plan_layer(
@@ -316,12 +335,11 @@ def _changes(transform: LayerTransform) -> dict[str, Callable[[np.ndarray], np.n
         projected = weight.reshape(len(weight), heads, -1, dim) @ up
         return projected.reshape(len(weight), -1)
 
+    of_values = {"v_proj.weight": rows, "v_proj.bias": rows, "o_proj.weight": columns}
     return {
         "q_norm.weight": lambda weight: weight * transform.balance,
         "k_norm.weight": lambda weight: weight / transform.balance,
-        "v_proj.weight": rows,
-        "v_proj.bias": rows,
-        "o_proj.weight": columns,
+        **(of_values if down is not None else {}),
     }
 
 

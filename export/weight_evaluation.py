@@ -86,11 +86,16 @@ def evaluate(
         progress: called after each pass, of which there are `passes` for each conversation.
 
     Raises:
-        UserError: no conversations, or formats that the model cannot have.
+        UserError: no conversations, formats that the model cannot have, or a checkpoint without its original weights.
     """
     if not prompts:
         raise UserError("there is nothing to evaluate: give a folder of prompts.")
     with Checkpoint(checkpoint) as opened:
+        if opened.codes:
+            raise UserError(
+                f"{checkpoint} holds weights in codes of 4 bits, and nothing to compare them with: give the checkpoint "
+                "with the original weights."
+            )
         config = opened.model_config()
         for weights in formats:
             weights.layers(config.text.num_hidden_layers)

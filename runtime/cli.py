@@ -169,7 +169,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_output(sub)
     _add_kv(sub, "the KV cache it is for, of which ranks (rk, rv) are made now, and the rest by 'build'")
     forms = "w4, w8, f16 or f32[,group=INPUTS][,lm_head=FORMAT][,vision=FORMAT][,layer.FIRST-LAST=FORMAT]"
-    sub.add_argument("--weights", type=_weights, metavar="CONFIG", help=f"how weights are stored (f32): {forms}")
+    meaning = "how weights are stored (f32, or as the checkpoint has them in codes of 4 bits)"
+    sub.add_argument("--weights", type=_weights, metavar="CONFIG", help=f"{meaning}: {forms}")
     sub.add_argument(
         "--calibrate",
         type=_path,
