@@ -431,6 +431,10 @@ template <typename T>
 T __ldg(const T* p) {
   return *p;
 }
+template <typename T>
+T __ldcs(const T* p) {
+  return *p;
+}
 
 inline int __dp4a(int a, int b, int c) {
   uint32_t sum = c;

@@ -38,6 +38,7 @@ struct Driver {
   Result (*device_attribute)(int*, int, int);
   Result (*load_module)(Module*, const void*);
   Result (*get_function)(Function*, Module, const char*);
+  Result (*resident_blocks)(int*, Function, int, size_t);
   Result (*launch_kernel)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
                           void**);
 
@@ -50,6 +51,7 @@ struct Driver {
     find(library, "cuDeviceGetAttribute", device_attribute);
     find(library, "cuModuleLoadData", load_module);
     find(library, "cuModuleGetFunction", get_function);
+    find(library, "cuOccupancyMaxActiveBlocksPerMultiprocessor", resident_blocks);
     find(library, "cuLaunchKernel", launch_kernel);
   }
 
@@ -88,6 +90,7 @@ const char* const kPrefixes[kModules] = {"decode", "prefill", "greedy", "linear"
 struct Kernels {
   Module modules[kModules];
   std::map<std::string, Function> functions;
+  std::map<std::string, int> resident_blocks;
   int multiprocessors;
 };
 
@@ -123,6 +126,15 @@ Kernels& current() {
   return found != all.end() ? found->second : all.emplace(context, load()).first->second;
 }
 
+Function function_of(Kernels& kernels, const char* kernel) {
+  Function& known = kernels.functions[kernel];
+  int module = 0;
+  while (std::strncmp(kernel, kPrefixes[module], std::strlen(kPrefixes[module])) != 0) ++module;
+  if (!known)
+    driver().check(driver().get_function(&known, kernels.modules[module], kernel), std::string("to find ") + kernel);
+  return known;
+}
+
 }  // namespace
 
 void load_kernels() {
@@ -135,17 +147,21 @@ int multiprocessors() {
   return current().multiprocessors;
 }
 
+int resident_blocks(const char* kernel, unsigned threads) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  Kernels& kernels = current();
+  int& known = kernels.resident_blocks[kernel];
+  if (!known)
+    driver().check(driver().resident_blocks(&known, function_of(kernels, kernel), int(threads), 0),
+                   std::string("to tell about ") + kernel);
+  return known;
+}
+
 void launch(const char* kernel, Dim grid, unsigned threads, const void* params, size_t, void* stream) {
   Function function = nullptr;
   {
     const std::lock_guard<std::mutex> lock(mutex);
-    Kernels& kernels = current();
-    Function& known = kernels.functions[kernel];
-    int module = 0;
-    while (std::strncmp(kernel, kPrefixes[module], std::strlen(kPrefixes[module])) != 0) ++module;
-    if (!known)
-      driver().check(driver().get_function(&known, kernels.modules[module], kernel), std::string("to find ") + kernel);
-    function = known;
+    function = function_of(current(), kernel);
   }
   void* arguments[] = {const_cast<void*>(params)};
   driver().check(driver().launch_kernel(function, grid.x, grid.y, grid.z, threads, 1, 1, 0, stream, arguments, nullptr),

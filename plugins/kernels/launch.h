@@ -25,4 +25,7 @@ void launch(const char* kernel, Dim grid, unsigned threads, const void* params, 
 // Streaming multiprocessors of the current device; throws CudaError.
 int multiprocessors();
 
+// Blocks of so many threads of a kernel that a multiprocessor runs at once; throws CudaError.
+int resident_blocks(const char* kernel, unsigned threads);
+
 }  // namespace pascalvl

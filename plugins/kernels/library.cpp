@@ -19,10 +19,14 @@ constexpr int kAppendRows = 4;  // of a block, a warp each
 constexpr int kAppendThreads = 128;
 constexpr int kGreedyThreads = 512;
 constexpr int kLinearThreads = 128;
+constexpr int kLinearWarps = kLinearThreads / 32;
 constexpr int kFewRows = 8;  // up to which a linear layer is bound by reading its weights
 constexpr int kTileColumns = 128;
-constexpr int kWarpColumns = 4;   // that a warp computes of few
-constexpr int kHalvesGroup = 32;  // inputs by which weights in halves are split: as long as a group of 128 codes
+constexpr int kWarpColumns = 4;       // that a warp computes of few
+constexpr int kLine = 128;            // bytes that DRAM is asked for at once
+constexpr int kLinesAhead = 6;        // of weights that a thread of linear_quantise asks for
+constexpr int kMostAhead = 48 << 10;  // bytes of weights that may wait in the L2 for each multiprocessor
+constexpr int kHalvesGroup = 32;      // inputs by which weights in halves are split: as long as a group of 128 codes
 static_assert(kGeluTanh == int(PASCALVL_GELU_TANH) && kSiluGated == int(PASCALVL_SILU_GATED), "numbered as in the ABI");
 constexpr int kMaxDim = 128;
 constexpr int kLeastKeys = 64;               // of a decode split
@@ -299,26 +303,47 @@ int padded_inputs(const pascalvl_linear_args& a) { return up_to(a.in_features, a
 // Rows that a block computes, of many.
 int tile_rows(const pascalvl_linear_args& a) { return a.rows <= 16 ? 16 : a.rows <= 32 ? 32 : 64; }
 
-// How a linear layer is cut: blocks (or warps, of few rows) that share the inputs of the same outputs. As many as fill
-// the card, by what it runs at once, but none with less than two groups (or a line of bytes).
+std::string weight_name(const pascalvl_linear_args& a) { return a.bits == 16 ? "f16" : text("w%d", a.bits); }
+
+std::string few_rows_kernel(const pascalvl_linear_args& a) {
+  const int of = a.rows > 4 ? 8 : a.rows == 3 ? 4 : a.rows;
+  return text("linear_%d_%s%s", of, weight_name(a).c_str(), a.zero ? "z" : "");
+}
+
+// How a linear layer is cut: blocks (or warps, of few rows) that share the inputs of the same outputs. By the rounds
+// that this takes the card, and the length of one, but none with less than two groups (or a step of a warp).
 int linear_splits(const pascalvl_linear_args& a) {
   const int groups = up_to(a.in_features, group_of(a)) / group_of(a);
-  const int at_once = multiprocessors();
+  int at_once = multiprocessors(), best = 1;
+  double least = 1e300;
   if (a.rows <= kFewRows) {
-    const int warps = (a.out_features + kWarpColumns - 1) / kWarpColumns, wanted = 16 * at_once;
-    const int lines = padded_inputs(a) * a.bits / 8 / 512;
-    const bool gated = a.activation == kSiluGated;  // then half of a block's warps compute values
-    return warps * 2 <= wanted && lines >= 4 && !gated ? 4 : warps <= wanted && lines >= 2 ? 2 : 1;
+    at_once *= resident_blocks(few_rows_kernel(a).c_str(), kLinearThreads) * kLinearWarps;
+    const int warps = (a.out_features + kWarpColumns - 1) / kWarpColumns;
+    const int bytes = padded_inputs(a) * a.bits / 8, of_step = 512;
+    const int most = a.activation == kSiluGated ? 2 : 4;  // where gated, half of a block's warps compute values
+    for (int splits = 1; splits <= most && (splits == 1 || bytes / of_step >= splits); splits *= 2) {
+      const int rounds = (warps * splits + at_once - 1) / at_once;
+      const int steps = up_to(bytes, of_step * splits) / of_step / splits;
+      const double time = rounds * (steps + 2.0);  // a warp begins and ends in about the time of two
+      if (time < least) least = time, best = splits;
+    }
+    return best;
   }
   const int tiles = up_to(a.rows, tile_rows(a)) / tile_rows(a) * (up_to(a.out_features, kTileColumns) / kTileColumns);
-  int best = 1;
-  double least = 1e300;
   for (int splits = 1; splits <= 8 && (splits == 1 || groups / splits >= 2); ++splits) {
     const int rounds = (tiles * splits + at_once - 1) / at_once;
     const double time = double(rounds) * ((groups + splits - 1) / splits) + 0.5 * (splits > 1) * splits;
     if (time < 0.97 * least) least = time, best = splits;
   }
   return best;
+}
+
+// Lines of weights to bring to the L2 while few rows are quantised. Not more than come meanwhile: of a small layer a
+// part, and of a large one what DRAM delivers in 2 to 5 us, which is a third to a half of an SM61's L2.
+int lines_ahead(const pascalvl_linear_args& a) {
+  if (a.rows > kFewRows || a.bits == 16) return 0;
+  const int64_t bytes = int64_t(a.out_features) * padded_inputs(a) * a.bits / 8;
+  return int(std::min<int64_t>(bytes / 8, int64_t(kMostAhead) * multiprocessors()) / kLine);
 }
 
 // Parts of the workspace, in bytes.
@@ -345,6 +370,7 @@ LinearParams to_params(const pascalvl_linear_args& a, LinearSizes& sizes) {
   p.scale_pitch = up_to(a.out_features, 8);
   p.splits = linear_splits(a);
   p.activation = a.activation;
+  p.lines_ahead = lines_ahead(a);
   if (a.bits < 16) {
     sizes.codes = size_t(std::max(a.rows, kFewRows)) * p.padded;  // kernels of few rows read some that there are not
     sizes.x_scale = size_t(p.padded / p.group) * p.row_pitch * sizeof(float);
@@ -360,18 +386,19 @@ void linear(const pascalvl_linear_args& a, LinearParams p, const LinearSizes& si
   p.x_scale = reinterpret_cast<float*>(workspace + sizes.codes);
   p.x_sum = reinterpret_cast<float*>(workspace + sizes.codes + sizes.x_scale);
   p.partial = reinterpret_cast<float*>(workspace + sizes.codes + sizes.x_scale + sizes.x_sum);
-  const unsigned rows = a.rows, units = up_to(p.padded, 512) / 512;
-  if (a.bits < 16) launch("linear_quantise", {units, rows, 1}, kLinearThreads, p, stream);
-  const std::string weights = a.bits == 16 ? "f16" : text("w%d", a.bits);
+  const unsigned rows = a.rows;
+  if (a.bits < 16) {
+    const int of_blocks = kLinesAhead * kLinearThreads * a.rows;
+    const unsigned blocks = up_to(p.padded, 512) / 512 + up_to(p.lines_ahead, of_blocks) / of_blocks;
+    launch("linear_quantise", {blocks, rows, 1}, kLinearThreads, p, stream);
+  }
   if (a.rows <= kFewRows) {
-    const int columns = kWarpColumns * (kLinearThreads / 32 / p.splits);
-    const int of = a.rows > 4 ? 8 : a.rows == 3 ? 4 : a.rows;  // rows of the kernel
+    const int columns = kWarpColumns * (kLinearWarps / p.splits);
     const unsigned blocks = up_to(a.out_features, columns) / columns;
-    return launch(text("linear_%d_%s%s", of, weights.c_str(), a.zero ? "z" : ""), {blocks, 1, 1}, kLinearThreads, p,
-                  stream);
+    return launch(few_rows_kernel(a), {blocks, 1, 1}, kLinearThreads, p, stream);
   }
   const unsigned columns = up_to(a.out_features, kTileColumns) / kTileColumns;
-  launch(text("linear_tile_%d_%s", tile_rows(a), weights.c_str()),
+  launch(text("linear_tile_%d_%s", tile_rows(a), weight_name(a).c_str()),
          {columns, unsigned(p.row_pitch / tile_rows(a)), unsigned(p.splits)}, kLinearThreads, p, stream);
   if (p.splits > 1) {
     const int width = a.activation == kSiluGated ? a.out_features / 2 : a.out_features, of_block = 4 * kLinearThreads;

@@ -134,6 +134,7 @@ struct LinearParams {
   int scale_pitch;
   int splits;  // of the inputs
   int activation;
+  int lines_ahead;  // of 128 bytes of the weights, which linear_quantise brings to the L2
 };
 
 // The likeliest token of each row of logits.
