@@ -19,7 +19,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from pascalvl.plugins.bench.timing import COLD_BYTES, Yardstick, read_bandwidth, seconds
+from pascalvl.plugins.bench.timing import COLD_BYTES, Yardstick, seconds
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary
@@ -283,7 +283,7 @@ def decode(bench: Bench) -> Iterator[Row]:
             us = bench.time([lambda y=y: bench.attend(q, k, v, y, length) for y in layers])  # noqa: B023
             row = Row(kernel, 1, total, error, us, batch=batch)
             if not bench.quick:
-                row.read_us, row.gb_per_s = 1e6 * size / read_bandwidth(size), size / us / 1e3
+                row.read_us, row.gb_per_s = 1e6 * size / bench.yardstick.read_rate(size), size / us / 1e3
                 f16_us = us if name == "f16" else f16_us
                 row.times_f16 = f16_us and f16_us / us
             yield row

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from pascalvl.plugins.bench.attention import markdown, rounded_to_int8
-from pascalvl.plugins.bench.timing import COLD_BYTES, Yardstick, read_bandwidth, seconds
+from pascalvl.plugins.bench.timing import COLD_BYTES, FEW_CALLS, Yardstick, seconds
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import KernelLibrary, LinearArgs
@@ -159,10 +159,10 @@ def measure(rows_at_once: tuple[int, ...], quick: bool) -> Iterator[Row]:
                 continue
             del expected
             calls = [lambda y=y, x=x: y(library, x) for y in (layers if rows < 64 else layers[:3])]
-            us = 1e6 * seconds(calls)
+            us = 1e6 * seconds(calls, least=FEW_CALLS if rows < 64 else 1)
             multiply_adds = rows * in_features * out_features
             arithmetic_us = 1e6 * multiply_adds / rates[first.bits]
-            read_us = 1e6 * first.nbytes / read_bandwidth(first.nbytes)
+            read_us = 1e6 * first.nbytes / yardstick.read_rate(first.nbytes)
             q8_0, q4_0 = LLAMA_CPP.get((rows, in_features, out_features), (None, None))
             yield Row(
                 kind,

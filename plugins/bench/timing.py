@@ -14,14 +14,20 @@ from pascalvl.plugins.kernels.build import Target, cached, compile_cuda
 
 COLD_BYTES = 256 << 20
 """More than any L2 holds: calls that take turns over so many bytes find none of them there."""
+FEW_CALLS = 64
+"""So many short ones in a graph are enough."""
 THREADS = 128
 _STEPS, _VALUES = 8, 64  # of a round of the rate kernels, in yardstick.cu
 _PRODUCT = 8192, 8448, 2048
 _TILE = 64, 128
 
 
-def seconds(calls: Sequence[Callable[[], object]], replays: int = 7) -> float:
-    """Median time of one of the calls, which run one after the other in a CUDA graph."""
+def seconds(calls: Sequence[Callable[[], object]], replays: int = 7, least: int = 1) -> float:
+    """Median time of one of the calls, which run one after the other in a CUDA graph.
+
+    They do so again until there are `least` of them: starting a graph takes some microseconds, too.
+    """
+    calls = [*calls] * -(-least // len(calls))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         calls[0]()
@@ -39,12 +45,6 @@ def seconds(calls: Sequence[Callable[[], object]], replays: int = 7) -> float:
         times.append(start.elapsed_time(end) / 1e3 / len(calls))
     del kept
     return statistics.median(times[1:])
-
-
-def read_bandwidth(size: int) -> float:
-    """Bytes a second of a plain read of ``size`` bytes that no cache holds."""
-    buffers = [torch.zeros(size // 4, device="cuda") for _ in range(max(2, COLD_BYTES // size + 1))]
-    return size / seconds([lambda b=b: b.max() for b in buffers])
 
 
 class Yardstick:
@@ -72,6 +72,17 @@ class Yardstick:
     def dp4a_rate(self) -> float:
         """DP4A instructions a second, four multiply-adds each, from registers alone."""
         return self._rate("dp4a_rate", torch.int32)
+
+    def read_rate(self, size: int) -> float:
+        """Bytes a second of a plain read of ``size`` bytes that no cache holds."""
+        buffers = [
+            torch.randint(-(2**31), 2**31, (size // 16, 4), dtype=torch.int32, device="cuda")
+            for _ in range(max(2, COLD_BYTES // size + 1))
+        ]
+        blocks = 16 * torch.cuda.get_device_properties(0).multi_processor_count
+        out = torch.empty(1, dtype=torch.int32, device="cuda")
+        calls = [lambda b=b: self._launch("plain_read", (blocks, 1), b, len(b), out) for b in buffers]
+        return size / seconds(calls, least=FEW_CALLS)
 
     def sgemm_rate(self) -> float:
         """Multiply-adds a second of an FP32 matrix product by the machinery of prefill; checked against float64."""

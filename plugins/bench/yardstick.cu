@@ -1,5 +1,5 @@
-// What the arithmetic of a GPU allows: loops in registers alone, and a matrix product by prefill's own machinery, with
-// nothing of attention around it.
+// What a GPU allows: arithmetic in registers alone, a matrix product by prefill's own machinery, with nothing of
+// attention around it, and a plain read.
 #include "plugins/kernels/prefill.cuh"
 
 namespace pascalvl {
@@ -52,6 +52,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 4) ffma_rate(float* out, 
 extern "C" __global__ void __launch_bounds__(kThreads, 4) dp4a_rate(int* out, int rounds) {
   const int x = threadIdx.x;
   rate(out, rounds, [x](int value) { return __dp4a(value, x, value); });
+}
+
+// Reads so many times 16 bytes. Two loads a thread under way are as fast as four or eight; that all blocks go through
+// memory together is up to 3% faster than a part for each. PyTorch's max takes 6 us longer.
+extern "C" __global__ void __launch_bounds__(kThreads) plain_read(const uint4* from, int quads, unsigned* out) {
+  const int step = gridDim.x * kThreads;
+  unsigned total = 0;
+  auto add = [&](uint4 quad) { total ^= quad.x ^ quad.y ^ quad.z ^ quad.w; };
+  int at = blockIdx.x * kThreads + threadIdx.x;
+  for (; at < quads - step; at += 2 * step) {
+    const uint4 first = __ldg(from + at), second = __ldg(from + at + step);
+    add(first), add(second);
+  }
+  if (at < quads) add(__ldg(from + at));
+  if (total == 0x9e3779b9u) *out = total;  // or the compiler would leave the loads out
 }
 
 }  // namespace pascalvl
