@@ -96,13 +96,13 @@ def float_tensor(weights: WeightSource, layer: str, module: QuantLinear, kind: s
     return _whole(layer, module, tensors, module.in_features if kind == "weight" else None)
 
 
-def _whole(layer: str, module: QuantLinear, tensors: Sequence[torch.Tensor], columns: int | None) -> torch.Tensor:
+def _whole(layer: str, module: QuantLinear, tensors: list[torch.Tensor], columns: int | None) -> torch.Tensor:
     """Rows of a layer's parts as one, padded to its outputs, and to so many columns where they have columns."""
-    if columns is not None:
+    if columns is not None and columns != tensors[0].shape[1]:
         tensors = [nn.functional.pad(tensor, (0, columns - tensor.shape[1])) for tensor in tensors]
     if layer.endswith(f".{GATE_UP}"):
         return gated(*tensors, module.out_features // 2)
-    return torch.cat(list(tensors))
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)  # an lm_head is too large for copies
 
 
 def gated(gate: torch.Tensor, value: torch.Tensor, width: int) -> torch.Tensor:
