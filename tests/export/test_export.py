@@ -17,7 +17,8 @@ from pascalvl.engines import build, open_engine
 from pascalvl.export import conformance, export_checkpoint, exporter
 from pascalvl.export.attention import ATTN_IMPLEMENTATION
 from pascalvl.export.calibration import CalibrationPrompt
-from pascalvl.export.checkpoint import Checkpoint
+from pascalvl.export.checkpoint import Checkpoint, meta_model
+from pascalvl.export.modules import Decoder, VisionEncoder
 from pascalvl.export.transforms import plan_transforms
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
@@ -29,6 +30,29 @@ from tests import real_sizes
 
 # Both sides float32, summed in different orders: a few units in 1e-6 of values of size one after a few layers.
 TOLERANCE = 2e-5
+
+
+WEIGHT_BYTES = {
+    "2B": (426_160_128, 1_043_386_368, 6e9),
+    "4B": (434_696_192, 2_269_654_016, 8e9),
+    "8B": (602_615_808, 4_214_956_032, 8e9),
+}
+"""Of `vision.onnx.data` and `decoder.onnx.data` as exported with w4 (2026-11-25), and a card's memory."""
+
+
+@pytest.mark.parametrize("size", WEIGHT_BYTES)
+def test_what_4_bits_take_of_a_card(size):
+    """As much as was measured, to the pages on which weights start; and a context of 16k fits beside it."""
+    *measured, card = WEIGHT_BYTES[size]
+    checkpoint = Checkpoint.__new__(Checkpoint)
+    checkpoint.hf_config = real_sizes.config(size)
+    text, model, weights = checkpoint.model_config().text, meta_model(checkpoint.hf_config), WeightConfig.parse("w4")
+    for module, found in zip(
+        (VisionEncoder(model, weights.vision), Decoder(model, text, weights)), measured, strict=True
+    ):
+        sizes = [p.nbytes for name, p in module.named_parameters() if "embed_tokens" not in name]
+        assert sum(sizes) <= found <= sum(sizes) + 4096 * len(sizes)
+    assert sum(measured) + CacheConfig.parse("k8v4").nbytes(text, 16384) < card
 
 
 @pytest.mark.parametrize("weights", ["f32", "w4,vision=f16"])
