@@ -23,6 +23,8 @@ from pascalvl.plugins.weight_rows import QuantisedWeight
 _CLIPS = (1.0, 8 / 7, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 """Tried scales of 4 bits, as shares of that which gives the largest element code -8."""
 _POWERS = tuple(i / 10 for i in range(11))
+_OUTPUTS_TRIED = 1024
+"""About so many tell which power is best: the others would say the same, and take the most of a fit's time."""
 _DAMPING = 0.01
 """Share of the mean that is added to the moment's diagonal: what the prompts have not shown may come too."""
 _BLOCK = 128
@@ -102,12 +104,13 @@ def input_scale(
     The best of some powers of the inputs' sizes, by the error of rounding to nearest.
     """
     importance = moment.diagonal().clamp(min=moment.diagonal().mean() * 1e-6)
+    tried = [weight[:: max(1, len(weight) // _OUTPUTS_TRIED)] for weight in weights]
     best, least = torch.ones_like(importance), None
     for power in _POWERS:
         scale = importance ** (power / 2)
         scale = scale / scale.log().mean().exp()
         error = 0.0
-        for weight in weights:
+        for weight in tried:
             found = round_to_nearest(weight * scale, form, importance / scale**2, clip)
             error += ((torch.from_numpy(found.dense()) / scale - weight) ** 2 @ importance).sum().item()
         if least is None or error < least:
