@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from pascalvl.export.attention import attention_forward
 from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint
-from pascalvl.export.transforms import LayerStatistics, WeightSource
+from pascalvl.export.transforms import DECODER_LAYERS, LayerStatistics, WeightSource
 from pascalvl.plugins.errors import UserError
 
 LEAST_TOKENS = 128
@@ -136,7 +136,7 @@ class HiddenStates:
     def statistics(self, weights: WeightSource, keep: bool) -> LayerStatistics:
         """Run the next layer as Hugging Face has it, with ``weights``, and see to its queries, keys and values."""
         layer = self._model.model.language_model.layers[self.layer]
-        prefix = f"model.language_model.layers.{self.layer}."
+        prefix = f"{DECODER_LAYERS}{self.layer}."
         assign(layer, {name: weights.tensor(prefix + name) for name, _ in layer.named_parameters()})
         layer.self_attn.moments = _Moments()
         index = self.layer

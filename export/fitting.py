@@ -28,7 +28,7 @@ from pascalvl.export.checkpoint import Checkpoint
 from pascalvl.export.modules import GATE_UP, QKV, DecoderLayer
 from pascalvl.export.quantised_weights import QuantisedWeights, float_tensor, packed, quant_layers
 from pascalvl.export.quantiser import ALL, Method, compensated, input_scale, round_to_nearest
-from pascalvl.export.transforms import LayerTransform, TransformedWeights, WeightSource, plan_layer
+from pascalvl.export.transforms import DECODER_LAYERS, LayerTransform, TransformedWeights, WeightSource, plan_layer
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.weight_format import F32, WeightConfig, WeightFormat
@@ -38,7 +38,6 @@ _INPUTS = {QKV: "self_attn.q_proj", _O_PROJ: "self_attn.o_proj", GATE_UP: "mlp.g
 """By layer: one in float that reads the same inputs."""
 _SCALED = (QKV, GATE_UP, _DOWN)
 """Layers whose inputs can be scaled by what comes before. Values are spread by their rotation as it is."""
-_LAYERS = "model.language_model.layers."
 _LAYOUT = 1
 """Of the folder's files."""
 
@@ -144,7 +143,7 @@ def _fit_layer(
     count = config.text.num_hidden_layers  # of which this one alone is of interest
     dims = {"key_dims": (transform.key_dim,) * count, "value_dims": (transform.value_dim,) * count}
     text = dataclasses.replace(config.text, **dims)
-    prefix = f"{_LAYERS}{index}."
+    prefix = f"{DECODER_LAYERS}{index}."
     source = TransformedWeights(checkpoint, found.transforms)
     layer = DecoderLayer(hidden.layer_module(), text, index, F32)
     assign(layer, {name: source.tensor(prefix + name) for name, _ in layer.named_parameters()})
@@ -213,7 +212,7 @@ class ScaledWeights:
         for layer, of_layer in enumerate(scales):
             for name, scale in of_layer.items():
                 before, readers = _AROUND[name]
-                prefix = f"{_LAYERS}{layer}."
+                prefix = f"{DECODER_LAYERS}{layer}."
                 rows = (1 / scale)[:, None] if name == _DOWN else 1 / scale
                 self._factors.setdefault(f"{prefix}{before}.weight", []).append(rows)
                 for reader in readers:
@@ -244,7 +243,7 @@ _AROUND = {
 
 def _read_codes(folder: Path, name: str) -> dict[str, torch.Tensor] | None:
     """The parameters of a layer, of a decoder's that was fitted; None of others."""
-    index = name.removeprefix(_LAYERS).partition(".")[0]
+    index = name.removeprefix(DECODER_LAYERS).partition(".")[0]
     if not index.isdigit() or not (path := _file(folder, int(index))).exists():
         return None
     with safe_open(path, framework="pt") as file:

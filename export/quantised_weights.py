@@ -13,7 +13,7 @@ from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint
 from pascalvl.export.modules import GATE_UP, MERGED, Decoder, VisionEncoder
 from pascalvl.export.quant_linear import QuantLinear
 from pascalvl.export.quantiser import round_to_nearest
-from pascalvl.export.transforms import WeightSource
+from pascalvl.export.transforms import DECODER_LAYERS, WeightSource
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.model_config import TextConfig
 from pascalvl.plugins.quant_linear import GATED_BLOCK
@@ -22,7 +22,6 @@ from pascalvl.plugins.weight_rows import QuantisedWeight
 
 LM_HEAD = "lm_head"
 _VISION = "model.visual"
-_LAYERS = "model.language_model.layers."
 
 
 class QuantisedWeights:
@@ -130,7 +129,7 @@ def stored_config(checkpoint: Checkpoint, text: TextConfig) -> WeightConfig:
     model = checkpoint.meta_model()
     VisionEncoder(model, form)
     Decoder(model, text, WeightConfig(form, lm_head=form))
-    places = [LM_HEAD, _VISION, *(f"{_LAYERS}{i}" for i in range(text.num_hidden_layers))]
+    places = [LM_HEAD, _VISION, *(f"{DECODER_LAYERS}{i}" for i in range(text.num_hidden_layers))]
     names = [part for layer in quant_layers(model) for part in parts(layer)]
 
     def is_stored(place: str) -> bool:
@@ -171,7 +170,7 @@ def stored_values(checkpoint: Checkpoint, weights: WeightConfig, text: TextConfi
         i
         for i, form in enumerate(weights.layers(text.num_hidden_layers))
         for name in ("v_proj", "o_proj")
-        if form.bits == 4 and checkpoint.codes and f"{_LAYERS}{i}.self_attn.{name}" in checkpoint.codes
+        if form.bits == 4 and checkpoint.codes and f"{DECODER_LAYERS}{i}.self_attn.{name}" in checkpoint.codes
     )
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from pascalvl.export.transforms import WeightSource
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.weight_format import GROUPS, WeightFormat
 from pascalvl.plugins.weight_rows import QuantisedWeight
@@ -28,14 +30,10 @@ _MIDDLE = 1 << _BITS - 1
 _REMEDY = "give another checkpoint, or the one with the original weights"
 
 
-class TensorSource(Protocol):
-    """A checkpoint's tensors by name."""
-
-    def __contains__(self, name: str) -> bool: ...
+class TensorSource(WeightSource, Protocol):
+    """A checkpoint's tensors by name, and their shapes."""
 
     def shape(self, name: str) -> list[int]: ...
-
-    def tensor(self, name: str) -> torch.Tensor: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +87,7 @@ class StoredCodes:
             UserError: another method, or one of its variants that `QuantLinear` cannot express.
         """
         data = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
-        method, schemes = data.get("quant_method"), [data]
+        method, schemes, bits = data.get("quant_method"), [data], "bits"
 
         def check(what: str, found: object, accepted: tuple[object, ...]) -> Any:
             if found not in accepted:
@@ -103,12 +101,13 @@ class StoredCodes:
         kind = next((data[key] for key in ("checkpoint_format", "format", "version") if data.get(key)), None)
         layout = variants[check("the layout", str(kind or next(iter(variants))).lower(), tuple(variants))]
         if layout is _PACKED:
-            groups = _parts(data.get("config_groups"))
+            named = data.get("config_groups")
+            groups = _objects(named.values() if isinstance(named, dict) else ())
             for group in groups:
                 check("input_activations", group.get("input_activations"), (None,))
-            schemes = [{**s, "bits": s.get("num_bits")} for g in groups for s in _parts({"": g.get("weights")})]
+            schemes, bits = _objects(group.get("weights") for group in groups), "num_bits"
         for scheme in schemes:
-            check("bits", scheme.get("bits"), (_BITS,))
+            check("bits", scheme.get(bits), (_BITS,))
             check("group_size", scheme.get("group_size"), GROUPS)
         sizes = {scheme["group_size"] for scheme in schemes}
         check("groups of one size, of which there are", len(sizes), (1,))
@@ -192,6 +191,6 @@ class StoredCodes:
         return elements.T if of_outputs else elements
 
 
-def _parts(of: Any) -> list[dict[str, Any]]:
-    """The objects in a JSON object, if it is one."""
-    return [part for part in of.values() if isinstance(part, dict)] if isinstance(of, dict) else []
+def _objects(values: Iterable[Any]) -> list[dict[str, Any]]:
+    """Those of JSON's values that are objects."""
+    return [value for value in values if isinstance(value, dict)]

@@ -29,6 +29,8 @@ from pascalvl.plugins.kv_format import RANKS, CacheConfig, Rank
 from pascalvl.plugins.kv_rows import hadamard
 from pascalvl.plugins.model_config import TextConfig
 
+DECODER_LAYERS = "model.language_model.layers."
+"""What the checkpoint's names of their tensors begin with, before a layer's number."""
 QUERY_BASIS = "query_basis"
 KEY_BASIS = "key_basis"
 """Parameters of the attention of a layer whose keys have a rank."""
@@ -153,31 +155,36 @@ def plan_transforms(
         UserError: see `check_ranks`.
     """
     check_ranks(cache, text, statistics is not None, kept_values)
-    transforms = []
-    for layer in range(text.num_hidden_layers):
-        transform = plan_layer(weights, text, cache, layer, statistics[layer] if statistics else None)
-        if layer in kept_values:
-            transform = dataclasses.replace(transform, value_down=None, value_up=None)
-        transforms.append(transform)
-    return transforms
+    return [
+        plan_layer(weights, text, cache, layer, statistics[layer] if statistics else None, layer in kept_values)
+        for layer in range(text.num_hidden_layers)
+    ]
 
 
 def plan_layer(
-    weights: WeightSource, text: TextConfig, cache: CacheConfig, layer: int, statistics: LayerStatistics | None
+    weights: WeightSource,
+    text: TextConfig,
+    cache: CacheConfig,
+    layer: int,
+    statistics: LayerStatistics | None,
+    keep_values: bool = False,
 ) -> LayerTransform:
     """The transform of one layer; arguments as those of `plan_transforms`."""
     calibrated = statistics is not None
     statistics = statistics or LayerStatistics.from_weights(weights, text, layer)
-    output = output_moment(weights, text, layer)
-    heads, dim, _ = output.shape
-    rank = _rank(cache.value_rank, statistics.value, output)
-    if rank == dim and not calibrated:
-        # The weights' statistics are too rough to balance by: on the nano checkpoint, values in 4 bits then diverge by
-        # 0.0082 to 0.0089 nats (ridge 0.01, 0.1), rotated alone by 0.0083, and balanced by a calibration's by 0.0074.
-        value_down = np.tile(spread(dim), (heads, 1, 1))
-        value_up = _t(value_down)
-    else:
-        value_down, value_up = projection(statistics.value, output, rank)
+    dim = text.head_dim
+    value_down = value_up = None
+    if not keep_values:
+        output = output_moment(weights, text, layer)
+        rank = _rank(cache.value_rank, statistics.value, output)
+        if rank == dim and not calibrated:
+            # The weights' statistics are too rough to balance by: on the nano checkpoint, values in 4 bits then diverge
+            # by 0.0082 to 0.0089 nats (ridge 0.01, 0.1), rotated alone by 0.0083, and balanced by a calibration's by
+            # 0.0074.
+            value_down = np.tile(spread(dim), (text.num_key_value_heads, 1, 1))
+            value_up = _t(value_down)
+        else:
+            value_down, value_up = projection(statistics.value, output, rank)
     balance = key_balance(statistics)
     query_basis = key_basis = None
     if cache.key_rank is not None:
@@ -345,7 +352,7 @@ def _changes(transform: LayerTransform) -> dict[str, Callable[[np.ndarray], np.n
 
 def _name(layer: int, name: str) -> str:
     """The checkpoint's name of a decoder layer's tensor."""
-    return f"model.language_model.layers.{layer}.{name}"
+    return f"{DECODER_LAYERS}{layer}.{name}"
 
 
 def _float64(weights: WeightSource, layer: int, name: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Checkpoints in codes of 4 bits, as AWQ, GPTQ and llm-compressor write them: read, exported and answering, exactly."""
 
+import functools
 import json
 
 import numpy as np
@@ -33,13 +34,11 @@ PICTURE = [user(scene(3, 100, 70), "How many squares are there?")]
 @pytest.fixture(scope="module")
 def coded(nano_checkpoint, tmp_path_factory):
     """Checkpoints by kind, and what their codes stand for."""
-    known = {}
 
+    @functools.cache
     def of(kind):
-        if kind not in known:
-            directory = tmp_path_factory.mktemp("coded") / "checkpoint"
-            known[kind] = directory, coded_checkpoint.write(nano_checkpoint, directory, kind)
-        return known[kind]
+        directory = tmp_path_factory.mktemp("coded") / "checkpoint"
+        return directory, coded_checkpoint.write(nano_checkpoint, directory, kind)
 
     return of
 
@@ -47,13 +46,12 @@ def coded(nano_checkpoint, tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(coded, tmp_path_factory):
     """Model bundles by kind."""
-    known = {}
 
+    @functools.cache
     def of(kind):
-        if kind not in known:
-            known[kind] = tmp_path_factory.mktemp("coded") / "model"
-            export_checkpoint(coded(kind)[0], known[kind])
-        return known[kind]
+        bundle = tmp_path_factory.mktemp("coded") / "model"
+        export_checkpoint(coded(kind)[0], bundle)
+        return bundle
 
     return of
 
@@ -99,15 +97,13 @@ def test_a_bundle_has_the_same_codes(kind, coded, exported):
 @pytest.fixture(scope="module")
 def references(coded, nano_checkpoint):
     """Hugging Face's models with the weights that codes stand for."""
-    known = {}
 
+    @functools.cache
     def of(kind):
-        if kind not in known:
-            model = Qwen3VLForConditionalGeneration.from_pretrained(nano_checkpoint, dtype=torch.float32).eval()
-            weights = {name: torch.from_numpy(x).float() for name, x in coded(kind)[1].items()}
-            model.load_state_dict(weights, strict=False)
-            known[kind] = model
-        return known[kind]
+        model = Qwen3VLForConditionalGeneration.from_pretrained(nano_checkpoint, dtype=torch.float32).eval()
+        weights = {name: torch.from_numpy(x).float() for name, x in coded(kind)[1].items()}
+        model.load_state_dict(weights, strict=False)
+        return model
 
     return of
 
