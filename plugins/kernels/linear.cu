@@ -16,7 +16,6 @@
 
 namespace pascalvl {
 
-constexpr int kLinearThreads = 128;
 constexpr int kIntegersStart = 0x4b400000;  // the bits of 1.5 * 2^23
 constexpr float kFloatsStart = 12582912.0f;
 
@@ -106,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(kLinearThreads) linear_quantise(con
   if (further >= 0) {
     const int threads = (gridDim.x - blocks) * gridDim.y * kLinearThreads;
     int line = (further * gridDim.y + row) * kLinearThreads + threadIdx.x;
-    for (; line < p.lines_ahead; line += threads) bring_to_l2(p.weight + 128 * line);
+    for (; line < p.lines_ahead; line += threads) bring_to_l2(p.weight + kLine * line);
     return;
   }
   const int d = (blockIdx.x * (kLinearThreads / kWarp) + threadIdx.x / kWarp) * 4 * kWarp + 4 * lane;
@@ -206,7 +205,6 @@ __device__ __forceinline__ void finish(const LinearParams& p, int row, int colum
 
 // Many rows ----------------------------------------------------------------------------------------------------------
 
-constexpr int kTileColumns = 2 * kGatedBlock;
 constexpr int kTileWords = 16;  // words in shared memory at a time: 64 codes, or 16 floats
 constexpr int kGroupWords = 8;  // words after which a group may end
 constexpr int kColumnPitch = kTileColumns + 4;
@@ -416,8 +414,6 @@ extern "C" __global__ void __launch_bounds__(kLinearThreads) linear_sum(const Li
 
 // Few rows -----------------------------------------------------------------------------------------------------------
 
-constexpr int kWarpColumns = 4;  // of a warp
-constexpr int kLinearWarps = kLinearThreads / kWarp;
 constexpr int kGateWarps = kLinearWarps / 2;
 
 // A warp computes 4 columns of up to 8 rows, each lane 16 bytes of every column at a time; or several warps of a block

@@ -111,6 +111,11 @@ struct QuantiseParams {
 enum Activation : int { kNoActivation = 0, kGeluTanh = 1, kSiluGated = 2 };
 
 constexpr int kGatedBlock = 64;  // gates that lie together, and the values that they are for
+constexpr int kLinearThreads = 128;
+constexpr int kLinearWarps = kLinearThreads / 32;
+constexpr int kTileColumns = 2 * kGatedBlock;  // that a block computes of many rows
+constexpr int kWarpColumns = 4;                // that a warp computes of few
+constexpr int kLine = 128;                     // bytes that DRAM is asked for at once
 
 // A linear layer, see pascalvl_linear_args; rows are tokens, columns outputs.
 struct LinearParams {
