@@ -132,9 +132,9 @@ class Attention(nn.Module):
             )  # ONNX's Split has no way to opset 17
             query, key = whole[..., :queries], whole[..., queries : queries + keys]
             value = whole[..., queries + keys :]
-        query = self.q_norm(query.view(batch, seq, -1, self._head_dim)).transpose(1, 2)
-        key = self.k_norm(key.view(batch, seq, -1, self._head_dim)).transpose(1, 2)
-        value = value.view(batch, seq, -1, self._value_dim).transpose(1, 2)
+        query = self.q_norm(query.view(batch, seq, self._num_heads, self._head_dim)).transpose(1, 2)
+        key = self.k_norm(key.view(batch, seq, self._num_kv_heads, self._head_dim)).transpose(1, 2)
+        value = value.view(batch, seq, self._num_kv_heads, self._value_dim).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if self._key_dim != self._head_dim:
             # The heads of a group lie one after the other, as if they were its tokens.
@@ -146,7 +146,7 @@ class Attention(nn.Module):
             new.append((key, value))
         # The scale is the whole head's: a rank approximates its scores.
         output, _ = attention_forward(self, query, key, value, None, self._head_dim**-0.5, **(past or {}))
-        return _added(self.o_proj, output.reshape(batch, seq, -1), residual)
+        return _added(self.o_proj, output.flatten(2), residual)
 
 
 class GatedMLP(nn.Module):
@@ -239,5 +239,7 @@ class Decoder(nn.Module):
             if index < deepstack_embeds.shape[0]:
                 hidden = hidden + deepstack_embeds[index]
             after_layers.append(hidden)
-        logits = self.lm_head(self.language_model.norm(hidden[:, -1]))
+        # A slice, then a reshape: TensorRT's importers hand a constant index of -1 on to Gather, where it is undefined.
+        last = hidden[:, -1:].flatten(0, 1)
+        logits = self.lm_head(self.language_model.norm(last))
         return logits, *(tensor for pair in new for tensor in pair), *after_layers

@@ -16,6 +16,8 @@ import onnx
 import onnx.version_converter
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxscript import opset18 as op
 from onnxscript import optimizer
 from torch import nn
 
@@ -25,6 +27,7 @@ from pascalvl.plugins.onnx_body import OPSET
 
 _EXPORTER_OPSET = 18
 """The oldest that torch's exporter writes."""
+_INT32 = np.iinfo(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,9 @@ def trace(
             value.const_value = None
             graph.inputs.append(value)
     optimizer.optimize(model)
+    _make_reshape_targets_constant(graph)
+    _clip_to_int32(graph)
+    RemoveUnusedNodesPass()(model)
 
     for value, binding in zip(graph.inputs, inputs, strict=False):
         value.name, value.shape = binding.name, ir.Shape(binding.shape)
@@ -120,6 +126,7 @@ def _trace(module: nn.Module, arguments: Mapping[str, object], dynamic_shapes: M
                 custom_translation_table={
                     torch.ops.pascalvl.flash_attention_2.default: onnx_op.translate,
                     torch.ops.pascalvl.quant_linear.default: onnx_op.translate_linear,
+                    torch.ops.aten.layer_norm.default: _translate_layer_norm,
                 },
                 dynamo=True,
                 opset_version=_EXPORTER_OPSET,
@@ -132,12 +139,57 @@ def _trace(module: nn.Module, arguments: Mapping[str, object], dynamic_shapes: M
         exporter_log.setLevel(level)
 
 
+def _translate_layer_norm(x, normalized_shape, weight, bias, eps: float = 1e-5, cudnn_enable: bool = True):
+    """Write layer norm over the last axis in primitives; an entry of the exporter's translation table.
+
+    TensorRT 8.6 hands LayerNormalization to Myelin, for which no report on SM61 exists.
+    """
+    if len(normalized_shape) != 1:
+        raise NotImplementedError(f"layer norm over {len(normalized_shape)} axes")
+    last = op.Constant(value_ints=[-1])
+    centred = op.Sub(x, op.ReduceMean(x, last, keepdims=1))
+    variance = op.ReduceMean(op.Mul(centred, centred), last, keepdims=1)
+    deviation = op.Sqrt(op.Add(variance, op.Constant(value_float=eps)))
+    return op.Add(op.Mul(op.Div(centred, deviation), weight), bias)
+
+
+def _make_reshape_targets_constant(graph: ir.Graph) -> None:
+    """Write reshape targets as numbers, 0 for a size that stays on its axis and -1 for one other that varies.
+
+    The exporter puts them together of Shape nodes with ``start`` and ``end``, which TensorRT's importers up to 9.3
+    ignore: they take the whole shape.
+    """
+    for node in graph:
+        if node.op_type != "Reshape":
+            continue
+        before, after = node.inputs[0].shape, node.outputs[0].shape
+        target = [
+            size if isinstance(size, int) else 0 if axis < len(before) and size == before[axis] else -1
+            for axis, size in enumerate(after)
+        ]
+        if target.count(-1) > 1:
+            raise NotImplementedError(f"a reshape from {before} to {after}")
+        name = "shape_" + "_".join(map(str, target)).replace("-1", "rest")
+        if name not in graph.initializers:
+            constant = ir.tensor(np.array(target, np.int64), name=name)
+            graph.register_initializer(ir.Value(name=name, const_value=constant))
+        node.replace_input_with(1, graph.initializers[name])
+        node.attributes.pop("allowzero", None)
+
+
+def _clip_to_int32(graph: ir.Graph) -> None:
+    """Bring constants into the range of int32, as which TensorRT reads int64; ends of slices exceed it."""
+    for value in list(graph.initializers.values()):
+        if value.dtype == ir.DataType.INT64:
+            clipped = np.clip(value.const_value.numpy(), _INT32.min, _INT32.max)
+            value.const_value = ir.tensor(clipped, name=value.name)
+
+
 def _use_old_attribute_forms(graph: onnx.GraphProto) -> None:
-    """Take out what the version converter leaves of opset 18, and what TensorRT 8.6's parser has no notion of."""
+    """Take out what the version converter leaves of opset 18."""
     for node in graph.node:
-        for attribute in list(node.attribute):
-            if attribute.name in ("noop_with_empty_axes", "allowzero"):
-                node.attribute.remove(attribute)
+        for attribute in [attribute for attribute in node.attribute if attribute.name == "noop_with_empty_axes"]:
+            node.attribute.remove(attribute)
 
 
 def _fold_weight_views(graph: onnx.GraphProto, weights: dict[str, Weight]) -> None:
@@ -165,6 +217,7 @@ def _fold_weight_views(graph: onnx.GraphProto, weights: dict[str, Weight]) -> No
         onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(weight.dtype), weight.graph_shape)
         for name, weight in weights.items()
     )
-    kept = [value for value in graph.value_info if value.name not in weights and value.name in used]
-    del graph.value_info[:]
-    graph.value_info.extend(kept)
+    for values in (graph.value_info, graph.initializer):
+        kept = [value for value in values if value.name not in weights and value.name in used]
+        del values[:]
+        values.extend(kept)
