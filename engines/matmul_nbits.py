@@ -1,6 +1,7 @@
 """QuantLinear as ONNX Runtime's own MatMulNBits, which rounds inputs to int8 by group too and keeps weights in codes.
 
-Codes lie there as unsigned bytes, or two in a byte, those of a group together; scales are float32.
+Codes lie there as unsigned bytes, or two in a byte, those of a group together; scales are float32. Weights in halves
+become float16 tensors again, which it widens once, when it loads them.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper, parser
+from onnx import TensorProto, helper, numpy_helper, parser
 
-from pascalvl.plugins.linear_body import LinearBody
+from pascalvl.plugins.linear_body import LinearBody, product_of_floats
 from pascalvl.plugins.quant_linear import (
     ATTR_BITS,
     ATTR_GROUP,
@@ -40,7 +41,9 @@ class _Layer:
     form: WeightFormat
 
     def arrays(self, read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
-        """What MatMulNBits takes in their place, by their own names."""
+        """What ONNX Runtime takes in their place, by their own names."""
+        if not self.form.is_quantised:
+            return {self.names["weight"]: read(self.names["weight"]).view(np.float16)}
         packed = {name: read(self.names[name]) for name in ("weight", "scale", "zero") if name in self.names}
         weight = QuantisedWeight.unpacked(packed, self.in_features, self.form)
         arrays = {"weight": self._unsigned(weight.codes).reshape(len(weight.codes), weight.scale.shape[1], -1)}
@@ -51,6 +54,8 @@ class _Layer:
 
     def packed(self, read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
         """Inverse of `arrays`."""
+        if not self.form.is_quantised:
+            return {self.names["weight"]: read(self.names["weight"]).view(np.int32)}
         blocks, scale = read(self.names["weight"]), read(self.names["scale"])
         codes = self._signed(blocks.reshape(len(blocks), -1), self.form.padded(self.in_features))
         zero = None
@@ -77,11 +82,11 @@ class _Layer:
 
 
 def lower(proto: onnx.ModelProto, data: Path, to: Path) -> None:
-    """Make a graph's linear layers in codes those of ONNX Runtime, and write its weights, from ``data``, to ``to``."""
+    """Make a graph's linear layers those of ONNX Runtime, and write its weights, from ``data``, to ``to``."""
     layers, bodies = [], {}
     for node, body, layer in _layers(proto):
         layers.append(layer)
-        node.domain = f"{body.domain}.nbits"
+        node.domain = f"{body.domain}.onnxruntime"
         bodies[node.domain] = body
     for domain, body in bodies.items():
         proto.functions.append(parser.parse_function(_function(domain, body)))
@@ -105,19 +110,20 @@ def restore(proto: onnx.ModelProto) -> None:
 
 
 def _layers(proto: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, LinearBody, _Layer]]:
-    """Nodes of layers in codes. Those of floats stay as they are: they are widened when they are loaded."""
+    """Linear layers' nodes."""
     for node in proto.graph.node:
         if node.op_type != OP_NAME:
             continue
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
-        if (body := LinearBody.of(attributes)).bits == 16:
-            continue
+        body = LinearBody.of(attributes)
         names = dict(zip(body.inputs, node.input, strict=True))
         form = WeightFormat(body.bits, attributes[ATTR_GROUP])
         yield node, body, _Layer(names, attributes[ATTR_IN_FEATURES], form)
 
 
 def _function(domain: str, body: LinearBody) -> str:
+    if body.bits == 16:
+        return body.function([f"wide = Cast <to = {TensorProto.FLOAT}> (weight)", *product_of_floats()], domain)
     sizes = f"K : int = @{ATTR_IN_FEATURES}, N : int = @{ATTR_OUT_FEATURES}, bits : int = @{ATTR_BITS}"
     operands = ", ".join(["x2", "weight", "scale", *["zero"] * body.has_zero])
     product = (
@@ -130,7 +136,7 @@ def _function(domain: str, body: LinearBody) -> str:
 def _write(proto: onnx.ModelProto, layers: list[_Layer], data: Path, to: Path) -> None:
     """Write all weights anew, one layer at a time."""
     layer_of = {layer.names[n]: layer for layer in layers for n in ("weight", "scale", "zero") if n in layer.names}
-    tensors = {t.name: t for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
+    tensors = {t.name: t for t in proto.graph.initializer if t.data_location == TensorProto.EXTERNAL}
 
     def read(name: str) -> np.ndarray:
         tensor = tensors[name]

@@ -11,7 +11,7 @@ import numpy as np
 
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bindings import Binding
-from pascalvl.plugins.kv_format import RowFormat
+from pascalvl.plugins.kv_format import HALVES_PER_WORD, RowFormat
 from pascalvl.plugins.kv_rows import compress
 
 if TYPE_CHECKING:
@@ -56,16 +56,16 @@ class Session(abc.ABC):
 
     Args:
         engine: what runs.
-        capacity: slots that there is room for.
+        capacity: slots that there is room for, at least: there is one more where that is odd.
     """
 
     def __init__(self, engine: Engine, capacity: int) -> None:
-        self.capacity = capacity
+        self.capacity = capacity + capacity % HALVES_PER_WORD
         self.model, self.cache = engine.manifest.model, engine.manifest.kv_cache
         self.layouts = self.cache.layers(self.model.text)
         self.layer_inputs = [bindings.cache_inputs(self.model, self.cache, layer) for layer in range(len(self.layouts))]
         """By layer: the tensors of its cache."""
-        self.sizes = {"batch": 1, "capacity": capacity, "recent": self.cache.recent}
+        self.sizes = {"batch": 1, **bindings.cache_sizes(self.capacity), "recent": self.cache.recent}
 
     @property
     @abc.abstractmethod
@@ -102,18 +102,19 @@ class Session(abc.ABC):
         return token, float(logits[token])
 
     def read(self, slots: np.ndarray) -> dict[str, np.ndarray]:
-        """Copies of what is in ``slots``, by the names of `bindings`: the cache's tensors with as many slots."""
+        """Copies of what is in ``slots``, by the names of `bindings`: the cache's tensors with as many slots, scales as
+        halves."""
         return {
-            binding.name: np.take(self._fetch(binding), slots, binding.shape.index("capacity"))
+            binding.name: np.take(binding.content_of(self._fetch(binding)), slots, binding.slot_axis)
             for binding in self._stored()
         }
 
     def write(self, slots: np.ndarray, rows: Mapping[str, np.ndarray]) -> None:
         """Put the first of what `read` gave into ``slots``."""
         for binding in self._stored():
-            lead = (slice(None),) * binding.shape.index("capacity")
+            lead = (slice(None),) * binding.slot_axis
             array = self._fetch(binding)
-            array[(*lead, slots)] = rows[binding.name][(*lead, slice(len(slots)))]
+            binding.content_of(array)[(*lead, slots)] = rows[binding.name][(*lead, slice(len(slots)))]
             self._put(binding, array)
 
     @abc.abstractmethod
@@ -126,7 +127,7 @@ class Session(abc.ABC):
 
     def _stored(self) -> list[Binding]:
         """The tensors that hold what is in slots."""
-        return [binding for inputs in self.layer_inputs for binding in inputs if "capacity" in binding.shape]
+        return [binding for inputs in self.layer_inputs for binding in inputs if binding.slot_axis is not None]
 
     def shape_of(self, binding: Binding) -> tuple[int, ...]:
         """Shape of one of the cache's tensors."""
@@ -167,7 +168,9 @@ class HostSession(Session):
             new = outputs.pop(bindings.new_key(layer)), outputs.pop(bindings.new_value(layer))
             names = [binding.name for binding in self.layer_inputs[layer]]
             for which, (rows, row_format) in enumerate(zip(new, layout.kv_format.rows, strict=True)):
-                scales = self._past[bindings.past_scale(layer)][which] if row_format.is_quantised else None
+                scales = None
+                if row_format.is_quantised:
+                    scales = self._past[bindings.past_scale(layer)][which].view(np.float16)
                 is_rotated = layout.is_rotated and which == 0
                 _store(self._past[names[which]], scales, rows, placement.slots, row_format, is_rotated)
                 if placement.recent_slots is not None:

@@ -29,7 +29,7 @@ from pascalvl.plugins import bindings, flash_attention, quant_linear
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
-from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.kv_format import HALVES_PER_WORD, CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.tensorrt import build as plugin_build
 
@@ -250,7 +250,8 @@ def _limits(model: ModelConfig, options: BuildOptions) -> Limits:
     if patches < merged:
         smallest = merged * model.vision.patch_size**2
         raise UserError(f"max_pixels is out of range: expected at least {smallest}, found {options.max_pixels}.")
-    return Limits(options.prefill_chunk, patches, min(options.max_context, longest))
+    context = min(options.max_context, longest)
+    return Limits(options.prefill_chunk, patches, context + context % HALVES_PER_WORD)
 
 
 def _preview_features(gpu: Gpu, options: BuildOptions) -> tuple[str, ...] | None:

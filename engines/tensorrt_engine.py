@@ -22,10 +22,9 @@ from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.library import AppendArgs, Cache
-from pascalvl.plugins.kv_format import KVFormat, LayerLayout
+from pascalvl.plugins.kv_format import WORD_BYTES, KVFormat, LayerLayout
 from pascalvl.plugins.model_config import TextConfig
 
-_SCALE_BYTES = 2
 _CHOICE = [
     bindings.Binding("token", np.dtype(np.int32), (1,)),
     bindings.Binding("logit", np.dtype(np.float32), (1,)),
@@ -142,8 +141,8 @@ class TensorRTSession(Session):
         super().__init__(engine, capacity)
         self._engine, self._device = engine, engine.device
         text = self.model.text
-        chunk = min(engine.max_prefill, capacity)
-        sizes = {**self.sizes, "seq": chunk, "visible_slots": capacity}
+        chunk = min(engine.max_prefill, self.capacity)
+        sizes = {**self.sizes, "seq": chunk, "visible_slots": self.capacity}
         self._cache = Tensors(self._device, [b for inputs in self.layer_inputs for b in inputs], sizes)
 
         decoder = engine.inputs[bindings.DECODER]
@@ -285,7 +284,7 @@ class TensorRTSession(Session):
         )
         scales, capacity = (None, None), self._cache.shapes[names[0]][2]
         if layout.kv_format.is_quantised:
-            scales = pointers[2], pointers[2] + int(np.prod(self._cache.shapes[names[2]][1:])) * _SCALE_BYTES
+            scales = pointers[2], pointers[2] + int(np.prod(self._cache.shapes[names[2]][1:])) * WORD_BYTES
         args = AppendArgs(
             key=key,
             value=value,

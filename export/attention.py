@@ -52,12 +52,13 @@ def flash_attention_2(
         k: ``[batch, num_kv_heads, seq, key_dim]``.
         v: ``[batch, num_kv_heads, seq, value_dim]``.
         cu_seqlens: int32 ``[segments + 1]``, bounds of the packed sequences; where not causal.
-        past_key, past_value: ``[batch, num_kv_heads, capacity, row]``; where causal. None: no past.
+        past_key, past_value: ``[batch, num_kv_heads, capacity, row]``; where causal. None: no past. In float16 either
+            int32 words or, in ordinary PyTorch use, float16 tensors ``[..., dim]``.
         past_length: int32 ``[batch]``, valid rows of the past; where there is one.
         past_visible: int32 ``[batch, capacity]`` or ``[batch, 1]``; None: every new token sees all of the past.
-        past_scale: float16 ``[2, batch, num_kv_heads, capacity]``; where the past is quantised.
-        recent_key, recent_value: float16 ``[batch, num_kv_heads, recent, dim]``, and their int32 ``[batch]``
-            recent_length; None: none are kept.
+        past_scale: int32 ``[2, batch, num_kv_heads, capacity / 2]``, words of halves; where the past is quantised.
+        recent_key, recent_value: int32 ``[batch, num_kv_heads, recent, dim / 2]``, likewise, and their int32
+            ``[batch]`` recent_length; None: none are kept.
         causal: which of the two modes.
         softmax_scale: factor on q k^T.
         kv_format: name of the past's `pascalvl.plugins.kv_format.KVFormat`.
@@ -72,6 +73,8 @@ def flash_attention_2(
     if not torch_kernels.serves(q.device):
         if past_scale is not None or recent_key is not None:
             raise ValueError(f"a cache in {kv_format} is for the kernels, on CUDA; found tensors on {q.device}")
+        if past_key is not None and past_key.dtype == torch.int32:
+            past_key, past_value = past_key.view(torch.float16), past_value.view(torch.float16)
         past = past_key, past_value, past_length, past_visible
         return TiledAttention(q, k, v, cu_seqlens, *past, causal, softmax_scale).forward()
     kernels = torch_kernels.library(q.device)
@@ -137,9 +140,10 @@ def _save_inputs(ctx, inputs: tuple, output: torch.Tensor) -> None:
 
 
 def _gradients(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    *tensors, past_scale, recent_key, _, _ = ctx.saved_tensors
-    if past_scale is not None or recent_key is not None:
-        raise ValueError(f"a cache in {ctx.kv_format} has no gradients: take f32 or f16")
+    *tensors, _, _, _, _ = ctx.saved_tensors
+    past_key = tensors[4]
+    if past_key is not None and not past_key.is_floating_point():
+        raise ValueError(f"a cache in words ({ctx.kv_format}) has no gradients: give float32 or float16 tensors")
     dq, dk, dv, *of_past = _flash_attention_2_backward(grad, *tensors, ctx.causal, ctx.softmax_scale)
     return dq, dk, dv, None, *(of_past or (None, None)), *[None] * 9
 

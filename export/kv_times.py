@@ -77,6 +77,6 @@ def _caches(layout: LayerLayout, layers: int, capacity: int) -> list[_Tensors]:
         torch.randint(0, 60, (*shape, size), dtype=torch.uint8, device="cuda").view(getattr(torch, row.dtype.name))
         for row, size in zip(layout.kv_format.rows, layout.row_bytes, strict=True)
     ]
-    scales = torch.full((layers, 2, *shape[1:]), 0.01, dtype=torch.float16, device="cuda")
+    scales = torch.full((layers, 2, *shape[1:]), 0.01, dtype=torch.float16, device="cuda").view(torch.int32)
     quantised = layout.kv_format.is_quantised
     return [(key, value, scale if quantised else None) for key, value, scale in zip(*rows, scales, strict=True)]

@@ -80,7 +80,7 @@ _LINEAR_SCHEMA = OpSchema(
     ],
     outputs=[OpSchema.FormalParameter("output", "F")],
     type_constraints=[
-        ("T", ["tensor(float)", "tensor(float16)", "tensor(int32)"], ""),
+        ("T", ["tensor(float)", "tensor(int32)"], ""),
         ("F", ["tensor(float)"], ""),
     ],
     attributes=[

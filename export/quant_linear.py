@@ -8,7 +8,7 @@ from torch import nn
 from pascalvl.export import torch_kernels
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.quant_linear import GATED_BLOCK, Activation
-from pascalvl.plugins.weight_format import WeightFormat, scale_pitch
+from pascalvl.plugins.weight_format import WeightFormat
 from pascalvl.plugins.weight_rows import QuantisedWeight
 
 
@@ -30,11 +30,11 @@ def quant_linear(
 
     Args:
         x: float32 ``[..., in_features]``.
-        weight: int32 ``[out_features, padded * bits / 32]``, or float16 ``[out_features, padded]``.
-        scale, zero: float16 ``[padded / group, out_features up to a multiple of 8]``; zero None: zeros.
+        weight: int32 `WeightFormat.weight_shape`, words of codes or halves.
+        scale, zero: int32 `WeightFormat.scale_shape`, words of halves; zero None: zeros.
         bias: float32 ``[out_features]``, or None.
         residual: float32, of the result's shape, or None.
-        bits: 8, 4, or 16, of floats.
+        bits: 8, 4, or 16, of halves.
         group: inputs that share a scale; of codes.
         activation: number of an `Activation`.
 
@@ -65,7 +65,7 @@ def dense(
 ) -> torch.Tensor:
     """A weight as the op has it in float32, ``[out_features, in_features]``."""
     if not form.is_quantised:
-        return weight[:, :in_features].float()
+        return weight.view(torch.float16)[:, :in_features].float()
     named = (("weight", weight), ("scale", scale), ("zero", zero))
     arrays = {name: tensor.numpy() for name, tensor in named if tensor is not None}
     return torch.from_numpy(QuantisedWeight.unpacked(arrays, in_features, form).dense())
@@ -101,7 +101,7 @@ def rounded(x: torch.Tensor, group: int) -> torch.Tensor:
 
 
 class QuantLinear(nn.Module):
-    """A linear layer whose weight is in codes or float16; its parameters are as the op takes them.
+    """A linear layer whose weight is in codes or halves; its parameters are as the op takes them.
 
     Args:
         in_features, out_features: its size; where gated, ``out_features`` counts gates and values.
@@ -122,18 +122,16 @@ class QuantLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.form, self.activation = in_features, out_features, form, activation
-        padded, self._device = form.padded(in_features), torch.device(device)
-        self.zero = None
+        self._device = torch.device(device)
+        self.weight = self._parameter(form.weight_shape(out_features, in_features), torch.int32)
+        self.scale = self.zero = None
         if form.is_quantised:
-            self.weight = self._parameter((out_features, padded * form.bits // 32), torch.int32)
-            self.scale = self._parameter((padded // form.group, scale_pitch(out_features)), torch.float16)
-        else:
-            self.weight, self.scale = self._parameter((out_features, padded), torch.float16), None
+            self.scale = self._parameter(form.scale_shape(out_features, in_features), torch.int32)
         self.bias = self._parameter((out_features,), torch.float32) if has_bias else None
 
     def add_zero(self) -> None:
         """Give the codes zeros of their own."""
-        self.zero = self._parameter(self.scale.shape, torch.float16)
+        self.zero = self._parameter(self.scale.shape, torch.int32)
 
     def _parameter(self, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, dtype=dtype, device=self._device), requires_grad=False)

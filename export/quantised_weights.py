@@ -53,7 +53,8 @@ class QuantisedWeights:
             return float_tensor(self._weights, layer, module, part)
         if not module.form.is_quantised:
             weight = float_tensor(self._weights, layer, module, "weight")
-            return nn.functional.pad(weight, (0, module.weight.shape[1] - weight.shape[1])).half()
+            missing = module.form.padded(module.in_features) - module.in_features
+            return nn.functional.pad(weight, (0, missing)).half().view(torch.int32)
         if self._latest[0] != layer:
             self._latest = layer, self._packed(layer, module)
         return self._latest[1][part]

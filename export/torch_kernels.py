@@ -13,9 +13,9 @@ import torch
 
 from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary, LinearArgs
-from pascalvl.plugins.kv_format import KVFormat, LayerLayout
+from pascalvl.plugins.kv_format import HALVES_PER_WORD, KVFormat, LayerLayout
 from pascalvl.plugins.quant_linear import Activation
-from pascalvl.plugins.weight_format import WeightFormat, scale_pitch
+from pascalvl.plugins.weight_format import WeightFormat
 
 _TARGETS = {"cuda": Target.CUDA, "cpu": Target.EMULATOR}
 _emulated = contextvars.ContextVar("emulated", default=False)
@@ -80,11 +80,12 @@ def attention(
         causal: which of the two modes.
         softmax_scale: factor on q k^T.
         cu_seqlens: int32 ``[segments + 1]``; where not causal.
-        past_key, past_value: ``[batch, num_kv_heads, capacity, row]`` in ``kv_format``; None or capacity 0: no past.
+        past_key, past_value: ``[batch, num_kv_heads, capacity, row]`` in ``kv_format``, float16 also in tensors of that
+            type; None or capacity 0: no past.
         past_length: int32 ``[batch]``, each at most the capacity; where there is a past.
         past_visible: int32 ``[batch, capacity]``: how many new tokens see a slot; None or ``[batch, 1]``: all do.
-        past_scale: float16 ``[2, batch, num_kv_heads, capacity]``; of a quantised past.
-        recent_key, recent_value: float16 ``[batch, num_kv_heads, recent, dim]``; None: none are kept.
+        past_scale: int32 ``[2, batch, num_kv_heads, capacity / 2]``, words of halves; of a quantised past.
+        recent_key, recent_value: int32 ``[batch, num_kv_heads, recent, dim / 2]``, likewise; None: none are kept.
         recent_length: int32 ``[batch]``; with them.
         kv_format: of the past.
 
@@ -159,21 +160,20 @@ def linear(
     """
     form, device = WeightFormat(bits, group), x.device
     in_features, outputs = x.shape[-1], weight.shape[0]
-    padded, is_gated = form.padded(in_features), activation == Activation.SILU_GATED
+    is_gated = activation == Activation.SILU_GATED
     out = torch.empty(*x.shape[:-1], outputs // (1 + is_gated), device=device)
     if not out.numel():
         return out
-    of_weight = (torch.int32, padded * bits // 32) if form.is_quantised else (torch.float16, padded)
     tensors = {
         "x": _checked("x", x, [torch.float32], x.shape, device),
-        "weight": _checked("the weight", weight, [of_weight[0]], (outputs, of_weight[1]), device),
+        "weight": _checked("the weight", weight, [torch.int32], form.weight_shape(outputs, in_features), device),
         "out": out,
     }
     if form.is_quantised:
-        shape = padded // group, scale_pitch(outputs)
-        tensors["scale"] = _checked("scales", scale, [torch.float16], shape, device)
+        shape = form.scale_shape(outputs, in_features)
+        tensors["scale"] = _checked("scales", scale, [torch.int32], shape, device)
         if zero is not None:
-            tensors["zero"] = _checked("zeros", zero, [torch.float16], shape, device)
+            tensors["zero"] = _checked("zeros", zero, [torch.int32], shape, device)
     if bias is not None:
         tensors["bias"] = _checked("the bias", bias, [torch.float32], (outputs,), device)
     if residual is not None:
@@ -207,7 +207,7 @@ def kv_append(
         kernels: of the tensors' device, see `library`.
         layouts: of each layer.
         new: of each layer keys and values, float32 ``[batch, num_kv_heads, seq, dim]``.
-        caches: of each layer keys, values and scales, as `attention` takes them; the tensors of layers with the same
+        caches: of each layer keys, values and scales, as `cache_view` takes them; the tensors of layers with the same
             layout lie at equal distances.
         slots: int32 ``[batch, seq]``, where each token goes; negative, or beyond the capacity: nowhere.
 
@@ -256,7 +256,9 @@ def append_run(
 
 
 def cache_view(layout: LayerLayout, key: torch.Tensor, value: torch.Tensor, scale: torch.Tensor | None = None) -> Cache:
-    """One layer's cache as the kernels take it; raises `ValueError` for tensors of another layout."""
+    """One layer's cache as the kernels take it, halves in words or as they are; raises `ValueError` for tensors of
+    another layout."""
+    key, value = _words(key), _words(value)
     batch, _, capacity, _ = key.shape
     shape = batch, layout.num_kv_heads, capacity
     rows = zip(("keys", "values"), (key, value), layout.kv_format.rows, layout.row_elements, strict=True)
@@ -264,7 +266,10 @@ def cache_view(layout: LayerLayout, key: torch.Tensor, value: torch.Tensor, scal
         dtype = getattr(torch, row.dtype.name)
         _check(f"the cache of {name}", tensor, [dtype], (*shape, elements), key.device)
     if layout.kv_format.is_quantised:
-        _check("the cache's scales", scale, [torch.float16], (2, *shape), key.device)
+        if capacity % HALVES_PER_WORD:
+            raise ValueError(f"a quantised cache has an even capacity; found {capacity}")
+        of_scales = 2, *shape[:2], capacity // HALVES_PER_WORD
+        _check("the cache's scales", scale, [torch.int32], of_scales, key.device)
     for tensor in (key, value, scale):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"the cache must be contiguous; found strides {tensor.stride()}")
@@ -279,6 +284,11 @@ def cache_view(layout: LayerLayout, key: torch.Tensor, value: torch.Tensor, scal
         capacity=capacity,
         rotated=layout.is_rotated,
     )
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """Halves as words, and other tensors as they are."""
+    return tensor.view(torch.int32) if tensor.dtype == torch.float16 else tensor
 
 
 @contextlib.contextmanager

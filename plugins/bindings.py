@@ -13,7 +13,7 @@ import dataclasses
 
 import numpy as np
 
-from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.kv_format import HALVES_PER_WORD, CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 
 DECODER = "decoder"
@@ -34,6 +34,8 @@ POSITION_WEIGHTS = "position_weights"
 CU_SEQLENS = "cu_seqlens"
 IMAGE_EMBEDS = "image_embeds"
 
+CAPACITY, CAPACITY_WORDS = "capacity", "capacity_words"
+"""Dimensions of a cache: its slots, an even number, and half as many words of a half for each."""
 NUM_POSITION_TAPS = 4
 """Entries of the learned position grid that a patch mixes (bilinear interpolation)."""
 
@@ -77,7 +79,19 @@ class Binding:
 
     name: str
     dtype: np.dtype
+    """float32, or int32: all that an engine takes."""
     shape: tuple[int | str, ...]
+    content: np.dtype | None = None
+    """What the bytes of int32 words are, where that is not int32: halves, or bytes that hold codes."""
+
+    @property
+    def slot_axis(self) -> int | None:
+        """The axis of a cache's tensor along which slots lie, in its `content_of`; None: of other tensors."""
+        return next((axis for axis, size in enumerate(self.shape) if size in (CAPACITY, CAPACITY_WORDS)), None)
+
+    def content_of(self, array: np.ndarray) -> np.ndarray:
+        """A view of the tensor's elements: halves of words of halves, else as it is."""
+        return array.view(self.content) if self.content == np.float16 else array
 
 
 def _float(name: str, *shape: int | str) -> Binding:
@@ -86,6 +100,10 @@ def _float(name: str, *shape: int | str) -> Binding:
 
 def _int(name: str, *shape: int | str) -> Binding:
     return Binding(name, np.dtype(np.int32), shape)
+
+
+def _halves(name: str, *shape: int | str) -> Binding:
+    return Binding(name, np.dtype(np.int32), shape, np.dtype(np.float16))
 
 
 def vision_inputs(config: ModelConfig) -> list[Binding]:
@@ -127,17 +145,22 @@ def cache_inputs(config: ModelConfig, cache: CacheConfig, layer: int) -> list[Bi
     layout = cache.layers(config.text)[layer]
     heads = layout.num_kv_heads
     inputs = [
-        Binding(name(layer), row.dtype, ("batch", heads, "capacity", elements))
+        Binding(name(layer), row.dtype, ("batch", heads, CAPACITY, elements), row.content)
         for name, row, elements in zip((past_key, past_value), layout.kv_format.rows, layout.row_elements, strict=True)
     ]
     if layout.kv_format.is_quantised:
-        inputs.append(Binding(past_scale(layer), np.dtype(np.float16), (2, "batch", heads, "capacity")))
+        inputs.append(_halves(past_scale(layer), 2, "batch", heads, CAPACITY_WORDS))
     if cache.recent:
         inputs += [
-            Binding(name(layer), np.dtype(np.float16), ("batch", heads, "recent", dim))
+            _halves(name(layer), "batch", heads, "recent", dim // HALVES_PER_WORD)
             for name, dim in zip((recent_key, recent_value), layout.dims, strict=True)
         ]
     return inputs
+
+
+def cache_sizes(capacity: int) -> dict[str, int]:
+    """The dimensions that a cache's slots give: ``capacity``, which is even, and the words of a row of halves."""
+    return {CAPACITY: capacity, CAPACITY_WORDS: capacity // HALVES_PER_WORD}
 
 
 def decoder_outputs(config: ModelConfig) -> list[Binding]:

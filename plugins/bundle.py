@@ -39,7 +39,7 @@ from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig
 
-BUNDLE_VERSION = 3
+BUNDLE_VERSION = 4
 MANIFEST = "manifest.json"
 EMBEDDINGS = "embeddings.bin"
 TOKENIZER = "tokenizer.json"

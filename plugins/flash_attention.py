@@ -10,10 +10,12 @@ reading kv head ``h // (num_heads / num_kv_heads)``; result: ``[batch, seq, num_
   cache is quantised, then, if it keeps recent tokens besides, ``recent_length, recent_key, recent_value``. The head
   sizes of keys (and q) and of values may differ. The past lies in the cache, in ``kv_format``, ``[batch, num_kv_heads,
   capacity, row]`` (`pascalvl.plugins.kv_format` tells what a row is); sequence ``b`` has the first ``past_length[b]``
-  (int32) slots of it, and the first ``recent_length[b]`` of ``recent_key`` and ``recent_value``, which are float16
-  ``[batch, num_kv_heads, recent, dim]``. ``past_visible`` (int32 ``[batch, capacity]``, or ``[batch, 1]`` for all slots
-  alike) says which new tokens see a slot: number ``i`` does where ``i < past_visible``. New token ``i`` sees all recent
-  tokens, and the new tokens up to itself. Several new tokens come with ``recent_length`` 0.
+  (int32) slots of it, and the first ``recent_length[b]`` of ``recent_key`` and ``recent_value``, which are halves
+  ``[batch, num_kv_heads, recent, dim]``, as ``past_scale`` is ``[2, batch, num_kv_heads, capacity]``: halves travel as
+  int32 words, so that the last of these dimensions, which is even, is half as long. ``past_visible`` (int32 ``[batch,
+  capacity]``, or ``[batch, 1]`` for all slots alike) says which new tokens see a slot: number ``i`` does where ``i <
+  past_visible``. New token ``i`` sees all recent tokens, and the new tokens up to itself. Several new tokens come with
+  ``recent_length`` 0.
   Where keys are quantised, queries meet them quantised to int8, one scale a row (its largest magnitude / 127), and if
   they are rotated, after the same rotation.
 """
@@ -21,7 +23,7 @@ reading kv head ``h // (num_heads / num_kv_heads)``; result: ``[batch, seq, num_
 from __future__ import annotations
 
 OP_NAME = "FlashAttention2"
-OP_VERSION = "1"
+OP_VERSION = "2"
 OP_DOMAIN = "pascalvl"
 
 ATTR_CAUSAL = "causal"

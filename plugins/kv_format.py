@@ -3,8 +3,11 @@
 The one definition for Python, the ONNX function body and the kernels.
 
 Keys and values of a layer live in two separate arrays ``[batch, num_kv_heads, capacity, row]``; a row holds one
-token's head and starts on a 16-byte boundary. Quantised rows are codes, for ONNX and TensorRT in int32 words; their
-scales, one float16 a row, live in a third array ``[2, batch, num_kv_heads, capacity]``, of keys and then values.
+token's head and starts on a 16-byte boundary. Quantised rows are codes, whose scales, one float16 a row, live in a
+third array ``[2, batch, num_kv_heads, capacity]``, of keys and then values.
+
+Codes and halves travel as int32 words, their bytes unchanged, two halves to a word, the first in its lower half:
+TensorRT hands no half to a plugin unless all of its layers may compute in half, at 1/64 of the rate on SM61.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.model_config import TextConfig
 
 ROW_ALIGNMENT = 16
+WORD_BYTES = 4
+HALVES_PER_WORD = 2
 ROTATED_DIM = 128
 """Length of the keys that the kernels rotate (by the Hadamard matrix); shorter ones are stored as they come."""
 RANKS = (64, 96, 112, 128)
@@ -46,9 +51,14 @@ class RowFormat(enum.IntEnum):
 
     @property
     def dtype(self) -> np.dtype:
-        """Element type of the array that holds the rows: of codes, words."""
-        kinds = {RowFormat.FLOAT32: np.float32, RowFormat.FLOAT16: np.float16}
-        return np.dtype(kinds.get(self, np.int32))
+        """Element type of the array that holds the rows: float32, or words of what else there is."""
+        return np.dtype(np.float32 if self is RowFormat.FLOAT32 else np.int32)
+
+    @property
+    def content(self) -> np.dtype | None:
+        """What the bytes of words are: halves, codes, or two codes each; None: there are no words."""
+        kinds = {RowFormat.FLOAT16: np.float16, RowFormat.INT8: np.int8, RowFormat.INT4: np.uint8}
+        return np.dtype(kinds[self]) if self in kinds else None
 
     def row_bytes(self, dim: int) -> int:
         """Bytes of a row of ``dim`` elements."""
@@ -119,7 +129,7 @@ class LayerLayout:
     @property
     def row_elements(self) -> tuple[int, int]:
         """The same in elements of the arrays' type."""
-        key, value = (size // row.dtype.itemsize for row, size in zip(self.kv_format.rows, self.row_bytes, strict=True))
+        key, value = (size // WORD_BYTES for size in self.row_bytes)
         return key, value
 
     @property

@@ -52,11 +52,13 @@ def compress(x: np.ndarray, row_format: RowFormat, rotated: bool = False) -> tup
         rotated: by the Hadamard matrix, before.
 
     Returns:
-        Rows ``[..., row_bytes / itemsize]`` of the format's type, and the scales ``[...]`` of quantised ones.
+        Rows ``[..., row_bytes / itemsize]`` of the format's type, and the float16 scales ``[...]`` of quantised ones.
     """
-    if not row_format.is_quantised:
+    if row_format is RowFormat.FLOAT32:
+        return x, None
+    if row_format is RowFormat.FLOAT16:
         with np.errstate(over="ignore"):  # a value too large for the format is stored as infinity
-            return x.astype(row_format.dtype), None
+            return x.astype(np.float16, order="C").view(row_format.dtype), None
     codes, scale = quantise(hadamard(x) if rotated else x, row_format)
     rows = np.zeros((*x.shape[:-1], row_format.row_bytes(x.shape[-1])), np.uint8)
     if row_format is RowFormat.INT8:
@@ -69,8 +71,10 @@ def compress(x: np.ndarray, row_format: RowFormat, rotated: bool = False) -> tup
 
 def expand(rows: np.ndarray, scale: np.ndarray | None, row_format: RowFormat, dim: int) -> np.ndarray:
     """The elements ``[..., dim]`` of cache rows, float32 (of scales in float64, as those); rotated ones stay so."""
-    if not row_format.is_quantised:
-        return rows[..., :dim].astype(np.float32)
+    if row_format is RowFormat.FLOAT32:
+        return rows
+    if row_format is RowFormat.FLOAT16:
+        return rows.view(np.float16).astype(np.float32)
     if row_format is RowFormat.INT8:
         codes = rows.view(np.int8)[..., :dim]
     else:

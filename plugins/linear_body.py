@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from pascalvl.plugins.flash_attention import OP_DOMAIN
-from pascalvl.plugins.onnx_body import OPSET
+from pascalvl.plugins.onnx_body import OPSET, halves
 from pascalvl.plugins.quant_linear import (
     ATTR_ACTIVATION,
     ATTR_BITS,
@@ -61,7 +61,9 @@ class LinearBody:
 
     @property
     def text(self) -> str:
-        return self.function(_floats() if self.bits == 16 else _codes(self.bits, self.has_zero), self.domain)
+        if self.bits == 16:
+            return self.function([*halves("weight", "wide"), *product_of_floats()], self.domain)
+        return self.function(_codes(self.bits, self.has_zero), self.domain)
 
     def function(self, product: list[str], domain: str, opset: str = "") -> str:
         """The body with other lines that compute ``product``, ``[rows, out_features]``, of ``x2``, which is x as
@@ -92,9 +94,9 @@ class LinearBody:
         )
 
 
-def _floats() -> list[str]:
+def product_of_floats() -> list[str]:
+    """``product`` of a weight in float32 ``wide [out_features, padded]``."""
     return [
-        f"wide = Cast <to = {_FLOAT}> (weight)",
         "cut = Slice (wide, zero_, in_features, one)",
         "columns = Transpose <perm = [1, 0]> (cut)",
         "product = MatMul (x2, columns)",
@@ -168,7 +170,7 @@ def _codes(bits: int, has_zero: bool) -> list[str]:
 def _of_outputs(name: str) -> list[str]:
     """Scales or zeros ``[groups, outputs and more]`` as ``[outputs, groups, 1]``."""
     return [
-        f"{name}_wide = Cast <to = {_FLOAT}> ({name})",
+        *halves(name, f"{name}_wide"),
         f"{name}_cut = Slice ({name}_wide, zero_, outputs, one)",
         f"{name}_turned = Transpose <perm = [1, 0]> ({name}_cut)",
         f"{name}_columns = Unsqueeze ({name}_turned, two)",

@@ -63,6 +63,8 @@ class CausalBody:
             # Of the capacity, take what the longest sequence fills: the cost follows the past, not the capacity.
             "longest = ReduceMax <keepdims = 1> (past_length)",
             f"most = Cast <to = {_INT64}> (longest)",
+            "one_more = Add (most, one)",
+            "most_words = Div (one_more, two)",
             "queries = Shape <start = 2, end = 3> (q)",
             *_rows("past_key", key_row, 0),
             *_rows("past_value", value_row, 1),
@@ -126,6 +128,60 @@ _CONSTANTS = [
 ]
 
 
+def halves(words: str, result: str) -> list[str]:
+    """``result``: the halves in int32 ``words [..., n]`` as floats ``[..., 2 n]``.
+
+    Opset 17 cannot take bits as another type, so they are looked up in a table of all halves, which integer arithmetic
+    makes of constants alone: a runtime computes it once, when it loads the graph.
+    """
+    exponents = range(32)
+    bases = ", ".join(repr(2.0 ** (e - 15) if e else 0.0) for e in exponents)
+    units = ", ".join(repr(2.0 ** (max(e, 1) - 25)) for e in exponents)
+    constants = {
+        **{"none": "int32 {0}", "one": "int32 {1}", "exponents": "int32 {32}", "highest": "int32 {31}"},
+        **{"mantissas": "int32 {1024}", "positive": "int32 {32768}", "count": "int32 {65536}"},
+        # By the exponent: the lowest magnitude that has it, and what a mantissa's unit adds.
+        **{"bases": f"float[32] {{{bases}}}", "units": f"float[32] {{{units}}}"},
+        **{"zero": "float {0.0}", "unit": "float {1.0}", "minus_two": "float {-2.0}"},
+        **{"up": "uint32[2] {16, 0}", "down": "uint32 {16}", "last": "int64[1] {-1}", "pair": "int64[1] {2}"},
+    }
+    lines = [
+        *(f"${name} = Constant <value = {value}> ()" for name, value in constants.items()),
+        "$bits = Range ($none, $count, $one)",
+        "$mantissa = Mod ($bits, $mantissas)",
+        "$upper = Div ($bits, $mantissas)",
+        "$exponent = Mod ($upper, $exponents)",
+        "$base = Gather ($bases, $exponent)",
+        "$step = Gather ($units, $exponent)",
+        f"$steps = Cast <to = {_FLOAT}> ($mantissa)",
+        "$more = Mul ($steps, $step)",
+        "$finite = Add ($base, $more)",
+        # The highest exponent: 1 / 0, infinity, where the mantissa is 0, else 0 / 0, no number.
+        "$is_whole = Equal ($steps, $zero)",
+        f"$whole = Cast <to = {_FLOAT}> ($is_whole)",
+        "$infinite = Div ($whole, $zero)",
+        "$is_highest = Equal ($exponent, $highest)",
+        "$magnitude = Where ($is_highest, $infinite, $finite)",
+        "$sign = Div ($bits, $positive)",
+        f"$signs = Cast <to = {_FLOAT}> ($sign)",
+        "$minus = Mul ($signs, $minus_two)",
+        "$factor = Add ($minus, $unit)",
+        "$table = Mul ($magnitude, $factor)",
+        f"$unsigned = Cast <to = {_UINT32}> ({words})",
+        "$column = Unsqueeze ($unsigned, $last)",
+        '$top = BitShift <direction = "LEFT"> ($column, $up)',
+        '$number = BitShift <direction = "RIGHT"> ($top, $down)',
+        f"$index = Cast <to = {_INT}> ($number)",
+        "$pairs = Gather ($table, $index)",
+        f"$lead = Shape <start = 0, end = -1> ({words})",
+        f"$words = Shape <start = -1> ({words})",
+        "$elements = Mul ($words, $pair)",
+        "$shape = Concat <axis = 0> ($lead, $elements)",
+        f"{result} = Reshape ($pairs, $shape)",
+    ]
+    return [line.replace("$", f"{result}_") for line in lines]
+
+
 def _range(name: str, length: str) -> list[str]:
     """``name`` = 0 to ``length`` - 1, int32; ``length`` has one element, of int64."""
     return [
@@ -139,8 +195,10 @@ def _rows(name: str, row: RowFormat, which: int) -> list[str]:
     """Rows of the past as floats, ``past_keys`` or ``past_rows``; of quantised ones in the order of `_planar`."""
     result = ("past_keys", "past_rows")[which]
     lines = [f"{name}_cut = Slice ({name}, zero, most, two)"]
-    if not row.is_quantised:
-        return [*lines, f"{result} = Cast <to = {_FLOAT}> ({name}_cut)"]
+    if row is RowFormat.FLOAT32:
+        return [*lines, f"{result} = Identity ({name}_cut)"]
+    if row is RowFormat.FLOAT16:
+        return [*lines, *halves(f"{name}_cut", result)]
     # A code is brought to a word's upper end, made positive there (of int8, by flipping its sign), and moved down.
     bits = 8 if row is RowFormat.INT8 else 4
     shifts = [24, 16, 8, 0] if row is RowFormat.INT8 else [28, 20, 12, 4, 24, 16, 8, 0]
@@ -166,8 +224,9 @@ def _rows(name: str, row: RowFormat, which: int) -> list[str]:
         f"{name}_plain = Sub ({name}_biased, {name}_centre)",
         f"{name}_which = Constant <value = int64 {{{which}}}> ()",
         f"{name}_scales = Gather <axis = 0> (past_scale, {name}_which)",
-        f"{name}_scales_cut = Slice ({name}_scales, zero, most, two)",
-        f"{name}_scale = Cast <to = {_FLOAT}> ({name}_scales_cut)",
+        f"{name}_scale_words = Slice ({name}_scales, zero, most_words, two)",
+        *halves(f"{name}_scale_words", f"{name}_scale_pairs"),
+        f"{name}_scale = Slice ({name}_scale_pairs, zero, most, two)",
         f"{name}_scale_column = Unsqueeze ({name}_scale, three)",
         f"{result} = Mul ({name}_plain, {name}_scale_column)",
         f"{name}_planes = Constant <value_ints = [{len(shifts)}]> ()",
@@ -241,8 +300,8 @@ def _quantised_queries(is_rotated: bool) -> list[str]:
 
 
 _RECENT = [
-    f"recent_keys = Cast <to = {_FLOAT}> (recent_key)",
-    f"recent_rows = Cast <to = {_FLOAT}> (recent_value)",
+    *halves("recent_key", "recent_keys"),
+    *halves("recent_value", "recent_rows"),
     "recent_slots_count = Shape <start = 2, end = 3> (recent_key)",
     *_range("recent_slots", "recent_slots_count"),
     "recent_column = Unsqueeze (recent_length, one)",

@@ -1,12 +1,13 @@
 """The QuantLinear op: the identity that its torch op, its ONNX node, its TensorRT plugin and its kernels share.
 
 out = activation(x W^T + bias) + residual, with W in codes, and x rounded to int8 by row and group of inputs (its scale
-there is the largest magnitude / 127); or with W in float16, and x as it is. Inputs, in order: ``x`` float32 ``[...,
-in_features]``; ``weight``, int32 words of codes ``[out_features, padded * bits / 32]`` or float16 ``[out_features,
-padded]`` (`pascalvl.plugins.weight_rows` tells how they lie); of codes ``scale``, float16 ``[padded / group,
-out_features up to a multiple of 8]``, and where `ATTR_HAS_ZERO` is 1 ``zero``, of the same shape: element = (code -
-zero) * scale; ``bias`` float32 ``[out_features]`` and ``residual`` float32, of the result's shape, where the attributes
-say so. Result: float32 ``[..., out_features]``, or half as many where the activation is gated.
+there is the largest magnitude / 127); or with W in halves, and x as it is. Inputs, in order: ``x`` float32 ``[...,
+in_features]``; ``weight``, codes or halves in int32 words ``[out_features, padded * bits / 32]``
+(`pascalvl.plugins.weight_rows` tells how they lie); of codes ``scale``, halves in int32 words ``[padded / group,
+pitch / 2]``, the pitch being out_features up to a multiple of 8, and where `ATTR_HAS_ZERO` is 1 ``zero``, of the same
+shape: element = (code - zero) * scale; ``bias`` float32 ``[out_features]`` and ``residual`` float32, of the result's
+shape, where the attributes say so. Result: float32 ``[..., out_features]``, or half as many where the activation is
+gated.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from __future__ import annotations
 import enum
 
 OP_NAME = "QuantLinear"
-OP_VERSION = "1"
+OP_VERSION = "2"
 
 ATTR_IN_FEATURES = "in_features"
 """Those of x, which a row of codes may exceed."""
 ATTR_OUT_FEATURES = "out_features"
 """Of the weight: where gated, twice as many as the result's."""
 ATTR_BITS = "bits"
-"""8 or 4, of codes; 16, of floats."""
+"""8 or 4, of codes; 16, of halves."""
 ATTR_GROUP = "group"
 """Inputs that share a scale; of codes."""
 ATTR_ACTIVATION = "activation"

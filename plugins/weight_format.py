@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 from pascalvl.plugins.errors import UserError
@@ -40,13 +41,20 @@ class WeightFormat:
         multiple = self.group if self.is_quantised else 8
         return -(-in_features // multiple) * multiple
 
+    def weight_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Of a weight in int32 words."""
+        return out_features, self.padded(in_features) * self.bits // 32
+
+    def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Of the scales of codes, in int32 words of two halves each."""
+        return self.padded(in_features) // self.group, scale_pitch(out_features) // 2
+
     def nbytes(self, out_features: int, in_features: int) -> int:
         """Bytes of a weight with its scales."""
         if self.bits == 32:
             return 4 * out_features * in_features
-        padded = self.padded(in_features)
-        scales = 2 * (padded // self.group) * scale_pitch(out_features) if self.is_quantised else 0
-        return out_features * padded * self.bits // 8 + scales
+        size = out_features, in_features
+        return 4 * (math.prod(self.weight_shape(*size)) + self.is_quantised * math.prod(self.scale_shape(*size)))
 
 
 F32 = WeightFormat(32)

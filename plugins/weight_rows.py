@@ -40,7 +40,7 @@ class QuantisedWeight:
 
     def packed(self) -> dict[str, np.ndarray]:
         """As the op takes it: ``weight``, int32 ``[out_features, padded * bits / 32]``, ``scale`` and, where there is
-        one, ``zero``, float16 ``[padded / group, out_features up to a multiple of 8]``.
+        one, ``zero``, halves in int32 ``[padded / group, out_features up to a multiple of 8, / 2]``.
 
         Of a word, byte i holds code i; codes of 4 bits are eight to a word, number i in the low half of byte i, and
         number i + 4 in its high half.
@@ -48,8 +48,9 @@ class QuantisedWeight:
         packed = {"weight": self.codes.view(np.int32)} if self.form.bits == 8 else {"weight": _packed4(self.codes)}
         for name in ("scale", "zero"):
             if (rows := getattr(self, name)) is not None:
-                packed[name] = np.zeros((rows.shape[1], scale_pitch(len(rows))), np.float16)
-                packed[name][:, : len(rows)] = rows.T
+                halves = np.zeros((rows.shape[1], scale_pitch(len(rows))), np.float16)
+                halves[:, : len(rows)] = rows.T
+                packed[name] = halves.view(np.int32)
         return packed
 
     @classmethod
@@ -63,8 +64,8 @@ class QuantisedWeight:
             codes[..., :4] = (nibbles << 4).view(np.int8) >> 4
             codes[..., 4:] = nibbles.view(np.int8) >> 4
             codes = codes.reshape(len(words), -1)
-        scale, zero = (None if (x := packed.get(name)) is None else x.T[: len(words)] for name in ("scale", "zero"))
-        return cls(codes, scale, in_features, form, zero)
+        halves = {name: packed[name].view(np.float16).T[: len(words)] for name in ("scale", "zero") if name in packed}
+        return cls(codes, halves["scale"], in_features, form, halves.get("zero"))
 
 
 def _packed4(codes: np.ndarray) -> np.ndarray:

@@ -17,12 +17,8 @@ constexpr int32_t kNumFormats = sizeof kFormats / sizeof kFormats[0];
 
 bool is_quantised(const KVFormat& format) { return format.key == PASCALVL_INT8 || format.key == PASCALVL_INT4; }
 
-// Type of the tensors that rows of a format come in; of codes, words.
-DataType row_type(int32_t format) {
-  return format == PASCALVL_FLOAT32   ? DataType::kFLOAT
-         : format == PASCALVL_FLOAT16 ? DataType::kHALF
-                                      : DataType::kINT32;
-}
+// Type of the tensors that rows of a format come in: of halves and codes, words.
+DataType row_type(int32_t format) { return format == PASCALVL_FLOAT32 ? DataType::kFLOAT : DataType::kINT32; }
 
 // What a node's attributes say; also the bytes of a serialised plugin.
 struct Attributes {
@@ -178,20 +174,16 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
 
   DataType input_type(int32_t position) const {
     switch (position) {
-      case kLengths:
-      case kVisible:
-      case kRecentLength:
-        return DataType::kINT32;
+      case kQuery:
+      case kKey:
+      case kValue:
+        return DataType::kFLOAT;
       case kPastKey:
         return row_type(format().key);
       case kPastValue:
         return row_type(format().value);
-      case kPastScale:
-      case kRecentKey:
-      case kRecentValue:
-        return DataType::kHALF;
       default:
-        return DataType::kFLOAT;
+        return DataType::kINT32;
     }
   }
 
@@ -200,10 +192,9 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
     require(same, std::string(name) + " has shape " + text(dims) + "; expected " + text(expected) + or_else);
   }
 
-  // Elements of a row in its tensor's type.
+  // Elements of a row in its tensor's type: floats or words.
   static int32_t row_elements(int32_t format, int32_t dim) {
-    const size_t size = format == PASCALVL_FLOAT16 ? sizeof(uint16_t) : sizeof(uint32_t);
-    return int32_t(pascalvl_row_bytes(format, dim) / size);
+    return int32_t(pascalvl_row_bytes(format, dim) / sizeof(uint32_t));
   }
 
   // The arguments of a call; for pointers, what is never read but looks like one.
@@ -251,14 +242,15 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
       args.cache.value_format = format().value;
       args.cache.capacity = int32_t(capacity);
       if (is_quantised(format())) {
-        expect(inputs[kPastScale].dims, {4, {2, k.d[0], k.d[1], capacity}}, "past_scale");
+        require(capacity % 2 == 0, "a quantised cache has an even capacity; found " + std::to_string(capacity));
+        expect(inputs[kPastScale].dims, {4, {2, k.d[0], k.d[1], capacity / 2}}, "past_scale");
         args.cache.key_scale = args.cache.value_scale = somewhere;
         args.cache.rotated = args.key_dim == PASCALVL_ROTATED_DIM;
       }
       if (attributes_.recent) {
         expect(inputs[kRecentLength].dims, {1, {k.d[0]}}, "recent_length");
         for (const auto& [input, dim] : {std::pair(kRecentKey, args.key_dim), std::pair(kRecentValue, args.value_dim)})
-          expect(inputs[input].dims, {4, {k.d[0], k.d[1], attributes_.recent, dim}}, "the cache of recent tokens");
+          expect(inputs[input].dims, {4, {k.d[0], k.d[1], attributes_.recent, dim / 2}}, "the cache of recent tokens");
         args.recent_length = lengths;
         args.recent.key = args.recent.value = somewhere;
         args.recent.key_format = args.recent.value_format = PASCALVL_FLOAT16;

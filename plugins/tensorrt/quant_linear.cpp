@@ -129,9 +129,8 @@ class QuantLinear final : public Plugin<QuantLinear, Attributes> {
   }
 
   DataType type(int32_t position, int32_t num_inputs) const {
-    if (position == 1) return attributes_.bits == 16 ? DataType::kHALF : DataType::kINT32;
-    const bool is_half = position == operands_.scale || position == operands_.zero;
-    return position < num_inputs && is_half ? DataType::kHALF : DataType::kFLOAT;
+    const bool is_words = position == 1 || position == operands_.scale || position == operands_.zero;
+    return position < num_inputs && is_words ? DataType::kINT32 : DataType::kFLOAT;
   }
 
   // The arguments of a call; for pointers, what is never read but looks like one.
@@ -142,7 +141,7 @@ class QuantLinear final : public Plugin<QuantLinear, Attributes> {
             "x has shape " + text(x) + "; expected " + std::to_string(a.in_features) + " features");
     const int32_t multiple = a.bits == 16 ? 8 : a.group;
     const int32_t padded = (a.in_features + multiple - 1) / multiple * multiple;
-    const int32_t words = a.bits == 16 ? padded : padded * a.bits / 32;
+    const int32_t words = padded / (32 / a.bits);
     require(weight.nbDims == 2 && weight.d[0] == a.out_features && weight.d[1] == words,
             "the weight has shape " + text(weight) + "; expected [" + std::to_string(a.out_features) + ", " +
                 std::to_string(words) + "]");

@@ -19,12 +19,14 @@ def decoder_feeds(manifest: Manifest, seq: int, capacity: int, past: int) -> dic
     """Random inputs, the cache's among them, in its format."""
     rng = np.random.default_rng(0)
     cache = manifest.kv_cache
-    sizes = {"batch": 1, "seq": seq, "capacity": capacity, "visible_slots": 1, "recent": cache.recent}
+    sizes = {"batch": 1, "seq": seq, **bindings.cache_sizes(capacity), "visible_slots": 1, "recent": cache.recent}
     feeds = {}
     for binding in bindings.decoder_inputs(manifest.model, cache):
-        if binding.dtype.kind == "f":
-            shape = [sizes.get(size, size) for size in binding.shape]
-            feeds[binding.name] = (rng.standard_normal(shape) / 2).astype(binding.dtype)
+        array = np.zeros([sizes.get(size, size) for size in binding.shape], binding.dtype)
+        floats = binding.content_of(array)
+        if floats.dtype.kind == "f":
+            floats[:] = rng.standard_normal(floats.shape) / 2
+            feeds[binding.name] = array
     for layer, layout in enumerate(cache.layers(manifest.model.text)):
         scales = []
         for name, row, dim in zip(
@@ -34,7 +36,7 @@ def decoder_feeds(manifest: Manifest, seq: int, capacity: int, past: int) -> dic
             feeds[name(layer)], scale = compress(new, row)
             scales.append(scale)
         if layout.kv_format.is_quantised:
-            feeds[bindings.past_scale(layer)] = np.stack(scales)
+            feeds[bindings.past_scale(layer)] = np.stack(scales).view(np.int32)
     feeds |= {bindings.PAST_LENGTH: np.array([past], np.int32), bindings.PAST_VISIBLE: np.array([[seq]], np.int32)}
     if cache.recent:
         feeds[bindings.RECENT_LENGTH] = np.array([cache.recent if seq == 1 else 0], np.int32)

@@ -19,16 +19,17 @@ from pascalvl.plugins.kv_format import CacheConfig
 
 
 def test_build_sets_the_cache_format(nano_engine):
-    for kv, dtype in (
-        ("f32", TensorProto.FLOAT),
-        ("f16", TensorProto.FLOAT16),
-        ("k8v4", TensorProto.INT32),
+    for kv, *rows in (
+        ("f32", (TensorProto.FLOAT, 128), (TensorProto.FLOAT, 128)),
+        ("f16", (TensorProto.INT32, 64), (TensorProto.INT32, 64)),
+        ("k8v4", (TensorProto.INT32, 32), (TensorProto.INT32, 16)),
     ):
         directory = nano_engine(kv)
         assert open_engine(directory).manifest.kv_cache == CacheConfig.parse(kv)
         graph = onnx.load(directory / "decoder.onnx", load_external_data=False).graph
-        types = {value.name: value.type.tensor_type.elem_type for value in graph.input}
-        assert types[bindings.past_key(0)] == types[bindings.past_value(1)] == dtype
+        types = {value.name: value.type.tensor_type for value in graph.input}
+        found = [types[name] for name in (bindings.past_key(0), bindings.past_value(1))]
+        assert [(value.elem_type, value.shape.dim[3].dim_value) for value in found] == rows
 
 
 def test_unknown_backend(nano_model_bundle, nano_engine_bundle, tmp_path):
@@ -79,7 +80,7 @@ def test_engine_bundle_that_does_not_list_a_graph(nano_engine_bundle, tmp_path):
 
 def test_engine_for_another_cache_format_is_found_before_it_runs(nano_engine_bundle, tmp_path):
     other = _copy_with_manifest(nano_engine_bundle, tmp_path / "format", kv_cache="f16")
-    with pytest.raises(UserError, match=r"expected input past_key\.0 float16"):
+    with pytest.raises(UserError, match=r"expected input past_key\.0 int32"):
         open_engine(other)
 
 

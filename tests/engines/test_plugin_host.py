@@ -116,7 +116,7 @@ def test_a_conversation_in_chunks(limited, nano_reference):
 
 def test_outputs_equal_onnx_runtimes(bundle, limited):
     """Also of the marked layers. Both sum in float32, in other orders."""
-    feeds = decoder_feeds(limited.manifest, seq=3, capacity=9, past=4)
+    feeds = decoder_feeds(limited.manifest, seq=3, capacity=10, past=4)
     expected = open_engine(bundle, marked_layers=True).run(bindings.DECODER, feeds)
     found = limited.run(bindings.DECODER, feeds)
     assert found.keys() == expected.keys()
@@ -127,7 +127,7 @@ def test_outputs_equal_onnx_runtimes(bundle, limited):
 def test_a_decode_step_is_the_same_greedy_or_not(limited):
     session, other = (Sequence(limited.open_session(8)) for _ in range(2))
     for past in range(3):
-        feeds = decoder_feeds(limited.manifest, seq=1, capacity=1, past=past)
+        feeds = decoder_feeds(limited.manifest, seq=1, capacity=2, past=past)
         logits = session.decode(feeds)[0]
         assert other.decode_greedy(feeds) == (logits.argmax(), logits.max())
     assert session.session.nbytes == limited.manifest.kv_cache.nbytes(limited.manifest.model.text, 8)
@@ -181,7 +181,7 @@ def test_a_step_that_was_recorded_is_replayed(limited, monkeypatch):
 
     monkeypatch.setattr(EmulatedDevice, "capture", capture)
     sequence = Sequence(limited.open_session(8))
-    feeds = decoder_feeds(limited.manifest, seq=1, capacity=1, past=0)
+    feeds = decoder_feeds(limited.manifest, seq=1, capacity=2, past=0)
     assert sequence.session.is_graph
     sequence.decode(feeds)
     sequence.decode_greedy(feeds)
@@ -201,7 +201,7 @@ def test_a_picture_larger_than_the_engine_takes(limited):
 
 
 def test_sizes_that_the_engine_was_not_built_for(limited):
-    feeds = decoder_feeds(limited.manifest, seq=8, capacity=9, past=4)
+    feeds = decoder_feeds(limited.manifest, seq=8, capacity=10, past=4)
     with pytest.raises(UserError, match=r"the decoder engine does not take inputs_embeds of shape \[1, 8, \d+\]"):
         limited.run(bindings.DECODER, feeds)
 

@@ -97,7 +97,7 @@ def built(stand_in, nano_model_bundle, tmp_path_factory):
         patch.setattr(stand_in, "Builder", Builder)
         patch.setattr("pascalvl.engines.graphs.strip_functions", expand)
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        manifest = build(nano_model_bundle, folder / "engine", "tensorrt", CacheConfig(KVFormat.F16), SMALL)
+        manifest = build(nano_model_bundle, folder / "engine", "tensorrt", CacheConfig(KVFormat.F32), SMALL)
     return types.SimpleNamespace(
         folder=folder,
         directory=folder / "engine",
@@ -113,7 +113,7 @@ def built(stand_in, nano_model_bundle, tmp_path_factory):
 
 def test_bundle(built):
     manifest = Manifest.read(built.directory, "engine")
-    assert manifest.kv_cache == CacheConfig(KVFormat.F16)
+    assert manifest.kv_cache == CacheConfig(KVFormat.F32)
     assert set(manifest.files) == {*bundle.HOST_FILES, "vision.plan", "decoder.plan"}
     assert all(manifest.files[name]["bytes"] > 1_000_000 for name in ("vision.plan", "decoder.plan"))
     cuda = manifest.backend.pop("cuda")
@@ -135,9 +135,9 @@ def test_networks_read_the_caches_format(built):
     model = built.manifest.model
     for network, inputs in (
         (vision, bindings.vision_inputs(model)),
-        (decoder, bindings.decoder_inputs(model, CacheConfig(KVFormat.F16))),
+        (decoder, bindings.decoder_inputs(model, CacheConfig(KVFormat.F32))),
     ):
-        kinds = {"float32": "FLOAT", "float16": "HALF", "int32": "INT32"}
+        kinds = {"float32": "FLOAT", "int32": "INT32"}
         found = [network.get_input(i) for i in range(network.num_inputs)]
         assert [(value.name, value.dtype.name) for value in found] == [(b.name, kinds[b.dtype.name]) for b in inputs]
 
@@ -183,21 +183,33 @@ def test_profiles(tensorrt, nano_model_bundle):
     assert prefill[bindings.INPUTS_EMBEDS] == ((1, 1, hidden), (1, 512, hidden), (1, 512, hidden))
     assert decode[bindings.INPUTS_EMBEDS] == ((1, 1, hidden),) * 3
     for profile in (prefill, decode):
-        assert [shape[2] for shape in profile[bindings.past_value(0)]] == [1, 4096, 5000]
+        assert [shape[2] for shape in profile[bindings.past_value(0)]] == [2, 4096, 5000]
     assert prefill[bindings.DEEPSTACK_EMBEDS][2] == (model.num_deepstack, 1, 512, hidden)
     names = [binding.name for binding in bindings.decoder_inputs(model, CacheConfig(KVFormat.F32))]
     assert list(prefill) == list(decode) == names
 
 
+def test_profiles_of_scales_in_words(tensorrt, nano_model_bundle):
+    """Two scales in a word: half as many words as there are slots, an even number."""
+    model, cache = Manifest.read(nano_model_bundle, "model").model, CacheConfig(KVFormat.K8V4)
+    limits = tensorrt._limits(model, BuildOptions(max_context=4999))
+    assert limits.max_context == 5000
+    for profile in profiles(bindings.DECODER, model, cache, limits):
+        assert [shape[2] for shape in profile[bindings.past_key(0)]] == [2, 4096, 5000]
+        assert [shape[3] for shape in profile[bindings.past_scale(0)]] == [1, 2048, 2500]
+
+
 def test_weights_are_linked_not_copied(tensorrt, nano_model_bundle, tmp_path):
-    model = Manifest.read(nano_model_bundle, "model").model
-    path = tensorrt._prepare(nano_model_bundle, tmp_path, bindings.DECODER, model, CacheConfig(KVFormat.F16))
+    model, cache = Manifest.read(nano_model_bundle, "model").model, CacheConfig(KVFormat.K8V4)
+    path = tensorrt._prepare(nano_model_bundle, tmp_path, bindings.DECODER, model, cache)
     data = tmp_path / "decoder.onnx.data"
     assert data.is_symlink()
     assert data.samefile(nano_model_bundle / "decoder.onnx.data")
     proto = onnx.load(path, load_external_data=False)
     assert not proto.functions
     assert sum(node.op_type == "FlashAttention2" for node in proto.graph.node) == model.text.num_hidden_layers
+    found = [(v.name, onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type)) for v in proto.graph.input]
+    assert found == [(binding.name, binding.dtype) for binding in bindings.decoder_inputs(model, cache)]
 
 
 @pytest.mark.parametrize("graph", [bindings.VISION, bindings.DECODER])

@@ -116,20 +116,22 @@ def test_repetition_penalty(bundle, nano_reference):
 @pytest.mark.parametrize("seq", [1, 3])
 @pytest.mark.parametrize("kv", CACHES)
 def test_outputs_equal_the_exported_graphs(kv, seq, nano_engine):
-    """The emulated kernels and the op's ONNX body, over the very same bytes."""
+    """The emulated kernels and the op's ONNX body, over the very same bytes. A query half way between two codes may get
+    either, where it was summed in another order."""
     found, expected = (open_engine(nano_engine(kv, backend)) for backend in ("torch", "onnxruntime"))
-    feeds = decoder_feeds(found.manifest, seq=seq, capacity=9, past=4)
+    feeds = decoder_feeds(found.manifest, seq=seq, capacity=10, past=4)
     outputs = found.run(bindings.DECODER, feeds)
     assert outputs.keys() == {binding.name for binding in bindings.decoder_outputs(found.manifest.model)}
+    tolerance = 2e-5 if kv in ("f32", "f16") else 1e-4
     for name, value in expected.run(bindings.DECODER, feeds).items():
-        np.testing.assert_allclose(outputs[name], value, rtol=0, atol=2e-5 * np.abs(value).max(), err_msg=name)
+        np.testing.assert_allclose(outputs[name], value, rtol=0, atol=tolerance * np.abs(value).max(), err_msg=name)
 
 
 def test_a_decode_step_is_the_same_greedy_or_not(bundle):
     engine = open_engine(bundle)
     session, other = (Sequence(engine.open_session(8)) for _ in range(2))
     for seed in range(3):
-        feeds = decoder_feeds(engine.manifest, seq=1, capacity=1, past=seed)
+        feeds = decoder_feeds(engine.manifest, seq=1, capacity=2, past=seed)
         logits = session.decode(feeds)[0].copy()
         assert other.decode_greedy(feeds) == (logits.argmax(), logits.max())
     assert session.session.nbytes == engine.manifest.kv_cache.nbytes(engine.manifest.model.text, 8)

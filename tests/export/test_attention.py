@@ -132,6 +132,17 @@ def test_gradients_match_those_of_dense_float64(case):
         torch.testing.assert_close(tensor.double(), expected, atol=TOLERANCE, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_halves_in_words_are_those_of_a_float16_past():
+    case = reference.causal_case(4, 2, 5, [3], capacity=4, past_dtype=torch.float16)
+    expected = flash_attention_2(*case.arguments)
+    q, k, v, _, past_key, past_value, *rest = case.arguments
+    words = past_key.view(torch.int32), past_value.view(torch.int32)
+    assert torch.equal(flash_attention_2(q, k, v, None, *words, *rest), expected)
+    out = flash_attention_2(q.requires_grad_(), k, v, None, *words, *rest)
+    with pytest.raises(ValueError, match=r"a cache in words \(f16\) has no gradients"):
+        out.sum().backward()
+
+
 def test_a_float16_past_has_gradients_of_its_type():
     case = reference.causal_case(4, 2, 5, [3], capacity=4, past_dtype=torch.float16)
     case.past_value.requires_grad_()
@@ -256,11 +267,11 @@ def test_quantised_rows_are_those_of_numpy(kv_format):
     new = [tuple(torch.randn(1, 2, 3, dim) for dim in layout.dims) for layout in layouts]
     sizes = [layout.row_elements for layout in layouts]
     caches = [
-        (*(torch.zeros(1, 2, 5, size, dtype=torch.int32) for size in pair), torch.zeros(2, 1, 2, 5).half())
+        (*(torch.zeros(1, 2, 6, size, dtype=torch.int32) for size in pair), torch.zeros(2, 1, 2, 3, dtype=torch.int32))
         for pair in [sizes[2]]
     ]
-    storage = [torch.zeros(2, 1, 2, 5, size, dtype=torch.int32) for size in sizes[0]]
-    scales = torch.zeros(2, 2, 1, 2, 5).half()
+    storage = [torch.zeros(2, 1, 2, 6, size, dtype=torch.int32) for size in sizes[0]]
+    scales = torch.zeros(2, 2, 1, 2, 3, dtype=torch.int32)
     caches = [*zip(*storage, scales, strict=True), *caches]
     slots = torch.tensor([[4, 0, 2]], dtype=torch.int32)
     torch_kernels.kv_append(torch_kernels.library(torch.device("cpu")), layouts, new, caches, slots)
@@ -268,7 +279,7 @@ def test_quantised_rows_are_those_of_numpy(kv_format):
         for which, row_format in enumerate(kv_format.rows):
             expected, scale = compress(rows[which].numpy(), row_format, layout.is_rotated and which == 0)
             np.testing.assert_array_equal(cache[which][:, :, [4, 0, 2]].numpy(), expected)
-            np.testing.assert_array_equal(cache[2][which][:, :, [4, 0, 2]].numpy(), scale)
+            np.testing.assert_array_equal(cache[2].view(torch.half)[which][:, :, [4, 0, 2]].numpy(), scale)
             assert not cache[which][:, :, [1, 3]].any()
 
 

@@ -1,11 +1,14 @@
 """Exported graphs: their structure for every real size, their numbers against Hugging Face."""
 
+import dataclasses
 import json
+from collections import Counter
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, numpy_helper
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
@@ -55,25 +58,74 @@ def test_what_4_bits_take_of_a_card(size):
     assert sum(measured) + CacheConfig.parse("k8v4").nbytes(text, 16384) < card
 
 
-@pytest.mark.parametrize("weights", ["f32", "w4,vision=f16"])
-@pytest.mark.parametrize("size", real_sizes.SIZES)
-def test_graphs_of_the_real_sizes_fit_tensorrt(size, weights):
-    """Two decoder layers and the vision layers up to the second DeepStack level, at full width."""
-    weights = WeightConfig.parse(weights)
+INVENTORY = {
+    ("vision", "floats"): (
+        "Add 30 Concat 5 Div 10 Erf 3 FlashAttention2 2 Gather 1 Gemm 15 Mul 37 Neg 4 Pow 2 ReduceMean 14 ReduceSum 1 "
+        "Reshape 9 Slice 14 Sqrt 7 Squeeze 6 Sub 7 Tanh 2 Transpose 8 Unsqueeze 11"
+    ),
+    ("vision", "quantised"): (
+        "Add 26 Concat 5 Div 10 Erf 3 FlashAttention2 2 Gather 1 Gemm 1 Mul 29 Neg 4 QuantLinear 14 ReduceMean 14 "
+        "ReduceSum 1 Reshape 9 Slice 14 Sqrt 7 Squeeze 6 Sub 7 Transpose 8 Unsqueeze 11"
+    ),
+    ("decoder", "floats"): (
+        "Add 19 Concat 4 FlashAttention2 2 Gather 2 Gemm 1 MatMul 14 Mul 30 Neg 4 Pow 9 Reciprocal 9 ReduceMean 9 "
+        "Reshape 9 Sigmoid 2 Slice 9 Sqrt 9 Transpose 6 Unsqueeze 2"
+    ),
+    ("decoder", "quantised"): (
+        "Add 15 Concat 4 FlashAttention2 2 Gather 2 Mul 26 Neg 4 Pow 9 QuantLinear 9 Reciprocal 9 ReduceMean 9 "
+        "Reshape 9 Slice 15 Sqrt 9 Transpose 6 Unsqueeze 2"
+    ),
+}
+"""The operators of two layers of either part, with what comes before and after them."""
+
+
+def two_layers(size):
+    """A real size's model on the meta device, and its config: two decoder layers and the vision layers up to the second
+    DeepStack level, at full width."""
     config = real_sizes.config(size, {"num_hidden_layers": 2}, {"depth": 2, "deepstack_visual_indexes": [0, 1]})
     config._attn_implementation = ATTN_IMPLEMENTATION
     checkpoint = Checkpoint.__new__(Checkpoint)
     checkpoint.hf_config = config
-    model_config = checkpoint.model_config()
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(config)
     model.tie_weights()
+    return model, checkpoint.model_config()
+
+
+def operators(proto):
+    return dict(sorted(Counter(node.op_type for node in proto.graph.node).items()))
+
+
+def inventory(graph, weights):
+    words = INVENTORY[graph, "quantised" if weights.is_quantised else "floats"].split()
+    return {op: int(count) for op, count in zip(words[::2], words[1::2], strict=True)}
+
+
+def check_that_all_is_used(proto):
+    """Every node, input and constant; and tensors are of float32 and int32, or constants of int64."""
+    used = {name for node in proto.graph.node for name in node.input} | {value.name for value in proto.graph.output}
+    assert all(used & set(node.output) for node in proto.graph.node)
+    assert {value.name for value in (*proto.graph.input, *proto.graph.initializer)} <= used
+    values = *proto.graph.input, *proto.graph.value_info, *proto.graph.output
+    assert {value.type.tensor_type.elem_type for value in values} <= {TensorProto.FLOAT, TensorProto.INT32}
+    kinds = {TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64}
+    assert {tensor.data_type for tensor in proto.graph.initializer} <= kinds
+
+
+@pytest.mark.parametrize("weights", ["f32", "w4,vision=f16"])
+@pytest.mark.parametrize("size", real_sizes.SIZES)
+def test_graphs_of_the_real_sizes_fit_tensorrt(size, weights):
+    weights = WeightConfig.parse(weights)
+    model, model_config = two_layers(size)
+    config = model.config
 
     for graph, traced, inputs, outputs in (
         (bindings.VISION, exporter.trace_vision(model, model_config, weights), *_vision_bindings(model_config)),
         (bindings.DECODER, exporter.trace_decoder(model, model_config, weights), *_decoder_bindings(model_config)),
     ):
         conformance.check(traced.proto, graph)
+        check_that_all_is_used(traced.proto)
+        assert operators(traced.proto) == inventory(graph, weights)
         found = [v for v in traced.proto.graph.input if v.name not in traced.weights]
         assert [_signature(v) for v in found] == [(b.name, b.shape) for b in inputs]
         assert [_signature(v) for v in traced.proto.graph.output] == [(b.name, b.shape) for b in outputs]
@@ -91,6 +143,24 @@ def test_graphs_of_the_real_sizes_fit_tensorrt(size, weights):
     is_tied = config.tie_word_embeddings and not weights.is_quantised
     lm_head = "model.language_model.embed_tokens.weight" if is_tied else "lm_head.weight"
     assert any(w.source == lm_head for w in traced.weights.values())
+
+
+@pytest.mark.parametrize("weights", ["f32", "w4"])
+def test_graphs_with_ranks_fit_tensorrt(weights):
+    """A key rank takes two products and four reshapes a layer, whose targets are numbers too."""
+    weights = WeightConfig.parse(weights)
+    model, config = two_layers("4B")
+    text = dataclasses.replace(config.text, key_dims=(112, 112), value_dims=(96, 64))
+    proto = exporter.trace_decoder(model, dataclasses.replace(config, text=text), weights).proto
+    conformance.check(proto, bindings.DECODER)
+    check_that_all_is_used(proto)
+    expected = inventory(bindings.DECODER, weights)
+    expected = {**expected, "MatMul": expected.get("MatMul", 0) + 2 * 2, "Reshape": expected["Reshape"] + 2 * 2}
+    assert operators(proto) == dict(sorted(expected.items()))
+    constants = {tensor.name: numpy_helper.to_array(tensor).tolist() for tensor in proto.graph.initializer}
+    targets = {tuple(constants[node.input[1]]) for node in proto.graph.node if node.op_type == "Reshape"}
+    of_ranks = {(0, 8, -1, 128), (0, 32, -1, 112), (0, 0, 8, 96), (0, 0, 8, 64), (0, 0, 32 * 96), (0, 0, 32 * 64)}
+    assert targets == of_ranks | {(0, 0, 32, 128), (0, 0, 8, 128), (0, 2560)}
 
 
 def _vision_bindings(config):

@@ -11,11 +11,11 @@ from pascalvl.export.onnx_op import IR_VERSION
 from pascalvl.plugins.flash_attention import OP_DOMAIN, OP_NAME, OP_VERSION
 from pascalvl.plugins.kv_format import KVFormat, LayerLayout
 from pascalvl.plugins.kv_rows import compress, expand, hadamard
-from pascalvl.plugins.onnx_body import OPSET, CausalBody, packed_body
+from pascalvl.plugins.onnx_body import OPSET, CausalBody, halves, packed_body
 from tests.export import reference
 
 TOLERANCE = 2e-6  # as for the torch op
-CAPACITY = 9
+CAPACITY = 10
 SCALE = 0.09
 BODIES = [
     (LayerLayout(kv_format, 2, *dims), recent)
@@ -27,7 +27,7 @@ BODIES = [
 
 def run_node(body: onnx.FunctionProto, feeds: dict[str, np.ndarray], **attributes: object) -> np.ndarray:
     """Run a model that is the one node, with its body as a local function."""
-    types = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int32": TensorProto.INT32}
+    types = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32}
     graph = helper.make_graph(
         [helper.make_node(OP_NAME, list(feeds), ["output"], domain=body.domain, **attributes)],
         "node",
@@ -65,18 +65,18 @@ def causal_feeds(layout: LayerLayout, seq: int, recent: bool, visible: str) -> d
     if visible == "some":
         feeds["past_visible"] = rng.integers(0, seq + 1, (batch, CAPACITY)).astype(np.int32)
     if layout.kv_format.is_quantised:
-        feeds["past_scale"] = np.stack([scale for _, scale in rows])
+        feeds["past_scale"] = np.stack([scale for _, scale in rows]).view(np.int32)
     if recent:
         feeds["recent_length"] = np.array([3, 4], np.int32) * (seq == 1)
         for name, dim in zip(("recent_key", "recent_value"), layout.dims, strict=True):
-            feeds[name] = draw(batch, layout.num_kv_heads, 4, dim).astype(np.float16)
+            feeds[name] = draw(batch, layout.num_kv_heads, 4, dim).astype(np.float16).view(np.int32)
     return feeds
 
 
 def expected_causal(layout: LayerLayout, feeds: dict[str, np.ndarray]) -> np.ndarray:
     """By the op's definition in float64, token by token."""
     q, k, v = (feeds[name].astype(np.float64) for name in "qkv")
-    scales = feeds.get("past_scale", [None, None])
+    scales = feeds["past_scale"].view(np.float16) if "past_scale" in feeds else [None, None]
     past_k, past_v = (
         expand(feeds[name], scale, row, dim).astype(np.float64)
         for name, scale, row, dim in zip(
@@ -97,8 +97,9 @@ def expected_causal(layout: LayerLayout, feeds: dict[str, np.ndarray]) -> np.nda
         values = [past_v[b, kv, slots], v[b, kv, : i + 1]]
         if "recent_length" in feeds:
             recent = slice(int(feeds["recent_length"][b]))
-            scores.append(feeds["recent_key"][b, kv, recent].astype(np.float64) @ q[b, h, i])
-            values.append(feeds["recent_value"][b, kv, recent].astype(np.float64))
+            recent_k, recent_v = (feeds[f"recent_{name}"].view(np.float16)[b, kv, recent] for name in ("key", "value"))
+            scores.append(recent_k.astype(np.float64) @ q[b, h, i])
+            values.append(recent_v.astype(np.float64))
         weights = np.exp(SCALE * np.concatenate(scores))
         out[b, i, h] = weights / weights.sum() @ np.concatenate(values)
     return out
@@ -114,6 +115,18 @@ def test_causal_matches_float64(layout, recent, seq, visible):
     attributes |= {"recent": 4} if recent else {}
     output = run_node(onnx.parser.parse_function(body.text), feeds, **attributes)
     np.testing.assert_allclose(output, expected_causal(layout, feeds), atol=2 * TOLERANCE)
+
+
+def test_halves_are_read_from_words_exactly():
+    """All 65,536 of them: signs, subnormal numbers, infinities, and what is no number."""
+    words = np.arange(1 << 16, dtype=np.uint16).view(np.int32).reshape(4, -1)
+    text = f'<ir_version: {IR_VERSION}, opset_import: ["" : {OPSET}]> graph (int32[n, m] words) => (float[n, k] floats)'
+    model = onnx.parser.parse_model("\n".join([text, "{", *halves("words", "floats"), "}"]))
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"words": words})
+    expected = words.view(np.float16)
+    np.testing.assert_array_equal(found, expected.astype(np.float32))
+    np.testing.assert_array_equal(np.signbit(found[expected == 0]), np.signbit(expected[expected == 0]))
 
 
 @pytest.mark.parametrize("cu_seqlens", [[0, 12], [0, 1, 12], [0, 4, 9, 12]])

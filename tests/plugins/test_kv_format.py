@@ -38,7 +38,7 @@ def test_bytes_of_a_token_and_kv_head(name, value_dim, size):
     ("name", "dims", "row_bytes", "row_elements", "rotated"),
     [
         ("f32", (128, 128), (512, 512), (128, 128), False),
-        ("f16", (96, 64), (192, 128), (96, 64), False),
+        ("f16", (96, 64), (192, 128), (48, 32), False),
         ("k8v8", (128, 112), (128, 112), (32, 28), True),
         ("k8v4", (112, 128), (112, 64), (28, 16), False),
         ("k4v4", (128, 96), (64, 48), (16, 12), True),
@@ -50,9 +50,10 @@ def test_rows(name, dims, row_bytes, row_elements, rotated):
 
 
 def test_types_of_rows():
-    kinds = {RowFormat.FLOAT32: np.float32, RowFormat.FLOAT16: np.float16, RowFormat.INT8: np.int32}
-    assert all(row_format.dtype == kind for row_format, kind in kinds.items())
-    assert RowFormat.INT4.dtype == np.int32
+    f32, *others = RowFormat
+    assert f32.dtype == np.float32
+    assert all(row_format.dtype == np.int32 for row_format in others)  # halves and codes travel in words
+    assert [row_format.content for row_format in RowFormat] == [None, np.float16, np.int8, np.uint8]
     assert [kv_format.is_quantised for kv_format in KVFormat] == [False, False, True, True, True]
 
 

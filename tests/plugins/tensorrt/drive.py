@@ -32,8 +32,12 @@ def main() -> None:
     device = open_device(target, host.plugin)
     rng = np.random.default_rng(0)
 
-    def normal(*shape: int, dtype=F32) -> np.ndarray:
-        return rng.standard_normal(shape).astype(dtype)
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(F32)
+
+    def halves(*shape: int) -> np.ndarray:
+        """In words."""
+        return normal(*shape).astype(F16).view(I32)
 
     def run(
         attributes: dict,
@@ -82,12 +86,12 @@ def main() -> None:
             visible = rng.integers(0, seq + 1, (2, capacity)).astype(I32)
         inputs = [q, k, v, past, visible, *rows]
         if layout.kv_format.is_quantised:
-            inputs.append(np.stack(scales))
+            inputs.append(np.stack(scales).view(I32))
         attributes = {"causal": 1, "softmax_scale": 0.1, "kv_format": layout.kv_format.value}
         lengths = np.array([3, 5], I32)
         if recent:
             attributes["recent"] = recent
-            inputs += [lengths, *(normal(2, heads, recent, dim, dtype=F16) for dim in layout.dims)]
+            inputs += [lengths, *(halves(2, heads, recent, dim) for dim in layout.dims)]
         found = run(attributes, *inputs)
         keys, values = (
             expand(*arguments) for arguments in zip(rows, scales, layout.kv_format.rows, layout.dims, strict=True)
@@ -107,7 +111,7 @@ def main() -> None:
             others = [values[b, :, : past[b]], v[b]]
             seen.append(np.arange(seq)[None] <= np.arange(seq)[:, None])
             if recent:
-                recent_k, recent_v = (x[b, :, : lengths[b]].astype(F32) for x in inputs[-2:])
+                recent_k, recent_v = (x.view(F16)[b, :, : lengths[b]].astype(F32) for x in inputs[-2:])
                 stacked.append(np.concatenate([0 * recent_k, recent_k], -1))
                 others.append(recent_v)
                 seen.append(np.ones((seq, lengths[b]), bool))
@@ -125,17 +129,17 @@ def main() -> None:
         for row, elements in zip(layout.kv_format.rows, layout.row_elements, strict=True):
             shapes.append((row.dtype, (batch, 1, 256, elements)))
         if layout.kv_format.is_quantised:
-            shapes.append((F16, (2, batch, 1, 256)))
+            shapes.append((I32, (2, batch, 1, 128)))
         attributes = {"causal": 1, "softmax_scale": 0.1, "kv_format": name}
         if recent:
             attributes["recent"] = recent
-            shapes += [(I32, (batch,)), (F16, (batch, 1, recent, 128)), (F16, (batch, 1, recent, 128))]
+            shapes += [(I32, (batch,)), (I32, (batch, 1, recent, 64)), (I32, (batch, 1, recent, 64))]
         return host.create(attributes).prepare(shapes)[1]
 
     def causal_refused(kv_format: str, change: dict[int, np.ndarray], count: int = 11) -> str:
         """Of a call over a cache of 16 slots with 8 recent tokens, some of the inputs of which are others."""
         q, new = normal(1, 4, 1, 128), normal(1, 2, 1, 128)
-        scale, recent = np.ones((2, 1, 2, 16), F16), normal(1, 2, 8, 128, dtype=F16)
+        scale, recent = np.ones((2, 1, 2, 16), F16).view(I32), halves(1, 2, 8, 128)
         inputs = [q, new, new, lengths, visible, words, words, scale, lengths, recent, recent]
         for position, array in change.items():
             inputs[position] = array
@@ -154,7 +158,7 @@ def main() -> None:
         results = outputs // 2 if options.get("activation") == Activation.SILU_GATED else outputs
         inputs = [normal(2, 7, 100)]
         if bits == 16:
-            inputs.append(np.pad(normal(outputs, 100), ((0, 0), (0, 4))).astype(F16))
+            inputs.append(np.pad(normal(outputs, 100), ((0, 0), (0, 4))).astype(F16).view(I32))
         else:
             weight = quantise_weight(normal(outputs, 100), WeightFormat(bits, 32))
             if options.get("has_zero"):
@@ -173,7 +177,7 @@ def main() -> None:
         found = run(attributes, *inputs, op=quant_linear)
         names = LinearBody.of(attributes).inputs
         named = dict(zip(names, inputs, strict=True))
-        weight = named["weight"]
+        weight = named["weight"].view(F16)
         if bits != 16:
             weight = QuantisedWeight.unpacked(named, 100, WeightFormat(bits, 32))
         rows = {name: named[name].reshape(14, -1) if name in named else None for name in ("x", "residual")}
@@ -226,8 +230,10 @@ def main() -> None:
                     "mask": causal_refused("k8v8", {4: np.ones((1, 5), I32)}),
                     "mask and recent": causal_refused("k8v8", {4: np.ones((1, 16), I32)}),
                     "lengths": causal_refused("k8v8", {3: np.ones(2, I32)}),
-                    "scale": causal_refused("k8v8", {7: np.ones((1, 2, 16, 2), F16)}),
-                    "recent rows": causal_refused("k8v8", {10: normal(1, 2, 9, 128, dtype=F16)}),
+                    "scale": causal_refused("k8v8", {7: np.ones((2, 1, 2, 16), I32)}),
+                    "halves": causal_refused("k8v8", {7: np.ones((2, 1, 2, 8), F16)}),
+                    "odd": causal_refused("k8v8", {5: words[:, :, 1:], 6: words[:, :, 1:]}),
+                    "recent rows": causal_refused("k8v8", {10: halves(1, 2, 9, 128)}),
                     "recent count": causal_refused("k8v8", {}, 8),
                     "attributes": refused({"causal": 3, "softmax_scale": 0.1}, lengths),
                     "no format": refused({"causal": 1, "softmax_scale": 0.1}, lengths),
@@ -236,7 +242,7 @@ def main() -> None:
                     "words": refused(
                         {**text, "kv_format": "k8v4"},
                         *(normal(1, 2, 4, 128) for _ in range(3)),
-                        *(lengths, visible, words, words, np.zeros((2, 1, 2, 16), F16)),
+                        *(lengths, visible, words, words, np.zeros((2, 1, 2, 8), I32)),
                     ),
                     "recent": refused({**text, "recent": 4}, lengths),
                     "linear features": linear_refused({0: normal(2, 7, 96)}),
