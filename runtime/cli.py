@@ -39,6 +39,7 @@ _OWN_ANSWER_TOKENS = 64
 """Tokens of an answer that the model gives itself where an evaluation has none."""
 _TABLE_WIDTH = 110
 """Of figures that are of no use where they are cut off."""
+_AUTO = "auto"
 _CHAT_COMMANDS = "/image PATH, /video PATH, /reset, /exit"
 
 
@@ -170,7 +171,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_kv(sub, "the KV cache it is for, of which ranks (rk, rv) are made now, and the rest by 'build'")
     forms = "w4, w8, f16 or f32[,group=INPUTS][,lm_head=FORMAT][,vision=FORMAT][,layer.FIRST-LAST=FORMAT]"
     meaning = "how weights are stored (f32, or as the checkpoint has them in codes of 4 bits)"
-    sub.add_argument("--weights", type=_weights, metavar="CONFIG", help=f"{meaning}: {forms}")
+    forms += f"; {_AUTO}: the most exact of w4, w8, f16 and f32 for which the card here has room"
+    sub.add_argument("--weights", type=_weights_or_auto, metavar="CONFIG", help=f"{meaning}: {forms}")
     sub.add_argument(
         "--calibrate",
         type=_path,
@@ -335,6 +337,10 @@ def _weights(text: str) -> Any:
     return WeightConfig.parse(text)
 
 
+def _weights_or_auto(text: str) -> Any:
+    return text if text == _AUTO else _weights(text)
+
+
 def _given_sampling(args: argparse.Namespace) -> dict[str, Any]:
     """The sampling options on the command line; raises `UserError` for values out of range, before any work."""
     from pascalvl.runtime.sampling import SamplingParams
@@ -370,7 +376,8 @@ def _export(args: argparse.Namespace) -> int:
         except UserError as error:
             raise UserError(str(error).replace(str(directory), str(args.checkpoint))) from error
 
-    options = {name: value for name, value in (("cache", args.kv), ("weights", args.weights)) if value}
+    weights = _fitting_weights(args) if args.weights == _AUTO else args.weights
+    options = {name: value for name, value in (("cache", args.kv), ("weights", weights)) if value}
     if args.calibrate:
         from pascalvl.runtime.prompt_folder import read_prompts
 
@@ -378,6 +385,21 @@ def _export(args: argparse.Namespace) -> int:
         options["calibration"] = lambda directory, config: _calibration_prompts(cases, directory, config)
     _report(args.output, export_checkpoint(args.checkpoint, args.output, check, **options))
     return 0
+
+
+def _fitting_weights(args: argparse.Namespace) -> Any:
+    """The weights that the card here has room for; says which and why."""
+    from pascalvl.engines.gpu import find_gpu
+    from pascalvl.export.weight_size import fitting_weights
+    from pascalvl.plugins.kv_format import CacheConfig
+    from pascalvl.runtime.model import DEFAULT_CONTEXT_LENGTH
+
+    gpu = find_gpu()
+    fitting = fitting_weights(
+        args.checkpoint, gpu.name, gpu.total_memory, args.kv or CacheConfig(), DEFAULT_CONTEXT_LENGTH
+    )
+    print(f"weights: {fitting.reason}")
+    return fitting.weights
 
 
 def _calibration_prompts(cases: Sequence[PromptCase], directory: Path, config: Any) -> list[Any]:
