@@ -51,8 +51,9 @@ extern "C" __global__ void __launch_bounds__(kAppendWarps* kWarp) kv_append(cons
   const int rows = p.batch * p.num_kv_heads * p.seq;
   if (index >= rows) return;
   const int token = index % p.seq, head = index / p.seq, sequence = head / p.num_kv_heads;
-  const int slot = p.slots ? p.slots[sequence * p.seq + token] : p.past_length[sequence] + token;
-  if (slot < 0 || slot >= p.cache.capacity) return;
+  // Without a sign a sum may wrap, and what is negative is too large.
+  const unsigned slot = p.slots ? p.slots[sequence * p.seq + token] : unsigned(p.past_length[sequence]) + token;
+  if (slot >= unsigned(p.cache.capacity)) return;
   const bool is_value = blockIdx.y;
   const int dim = is_value ? p.value_dim : p.key_dim;
   const int format = is_value ? p.cache.value_format : p.cache.key_format;

@@ -221,7 +221,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
   const Cache& cache = a.cache;
   const int head = blockIdx.y, sequence = blockIdx.z;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int past = a.past_length[sequence];
+  const int past = clamped(a.past_length[sequence], 0, cache.capacity);
   float* partial =
       p.partial + (((long long)sequence * a.num_heads + head * kGroup) * p.all_splits + p.first_split + blockIdx.x) *
                       partial_pitch(a.value_dim);

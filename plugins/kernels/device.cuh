@@ -70,6 +70,9 @@ __device__ __forceinline__ constexpr int min2(int a, int b) { return a < b ? a :
 __device__ __forceinline__ constexpr int max2(int a, int b) { return a > b ? a : b; }
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+// A length or bound that the device holds, brought into its range: TensorRT times plugins on inputs that it makes up.
+__device__ __forceinline__ int clamped(int x, int least, int most) { return min2(max2(x, least), most); }
+
 // A byte of a word, less a bias, as a float. In the lowest bits of 2^23 a byte is its own value: that takes a byte
 // permutation and a subtraction, where conversions from integers run at a quarter of their rate.
 template <int kByte>

@@ -5,6 +5,10 @@
 // in a CUDA graph; the first call in a CUDA context loads the kernels there, which a capture does not allow: call
 // pascalvl_load before. Pointers are to device memory (of the emulator: plain memory), to rows aligned to 16 bytes.
 //
+// What device arrays of integers hold is not checked on the host. A length, bound, slot or count out of range is taken
+// as the nearest that there is, or for nothing: results mean nothing then, but no memory outside the arrays is touched,
+// and no call takes longer than with the largest values that are in range.
+//
 // Every function returns 0, or an error code after which pascalvl_last_error tells, in one sentence, what was expected
 // and what was found; then nothing was launched.
 #pragma once
@@ -72,7 +76,8 @@ typedef struct {
   const float* value;  // [layers, batch, num_kv_heads, seq, value_dim]
   int32_t layers, batch, num_kv_heads, seq, key_dim, value_dim;
   const int32_t* past_length;  // [batch]: token i goes to slot past_length + i; or
-  const int32_t* slots;        // [batch, seq]: to these (negative: nowhere). Slots beyond the capacity are not written.
+  const int32_t* slots;        // [batch, seq]: to these (negative: nowhere), each once: of two tokens that go to one,
+                               // parts of both may be written. Slots beyond the capacity are not written.
   pascalvl_cache cache;        // of the first layer
   int64_t key_stride, value_stride, key_scale_stride, value_scale_stride;  // bytes from a layer's to the next one's
 } pascalvl_append_args;

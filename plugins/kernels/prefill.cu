@@ -19,7 +19,7 @@ template <int kValueDim, int kKeyFormat, int kValueFormat>
 __device__ __forceinline__ void prefill_causal(const AttentionParams& p, PrefillShared<kValueDim>& shared) {
   constexpr int kRows = Tile<kValueDim>::kRows, kKeys = Tile<kValueDim>::kKeys;
   const int head = blockIdx.x, sequence = blockIdx.z;
-  const int past = p.past_length ? p.past_length[sequence] : 0;
+  const int past = p.past_length ? clamped(p.past_length[sequence], 0, p.cache.capacity) : 0;
   const long long kv = (long long)sequence * p.num_kv_heads + head;
 
   Prefill<kValueDim> prefill;
@@ -79,16 +79,18 @@ __device__ __forceinline__ void prefill_causal(const AttentionParams& p, Prefill
   prefill.store(p, p.out + ((long long)sequence * p.seq * p.num_heads + head * p.group) * p.value_dim);
 }
 
-// Bidirectional within each of the sequences that cu_seqlens cuts the tokens into.
+// Bidirectional within each of the sequences that cu_seqlens cuts the tokens into. Bounds that go back or too far make
+// empty sequences, so that no two share a token, and none has one that there is not.
 // Grid: (seq / rows of a tile + num_sequences, at least as many as the sequences have tiles; heads).
 template <int kValueDim>
 __device__ __forceinline__ void prefill_packed(const AttentionParams& p, PrefillShared<kValueDim>& shared) {
   constexpr int kRows = Tile<kValueDim>::kRows, kKeys = Tile<kValueDim>::kKeys;
   const int head = blockIdx.y;
   int sequence = 0, tile = blockIdx.x, begin = 0, length = 0;
-  for (; sequence < p.num_sequences; ++sequence) {
-    begin = p.cu_seqlens[sequence];
-    length = p.cu_seqlens[sequence + 1] - begin;
+  for (int end = clamped(p.cu_seqlens[0], 0, p.seq); sequence < p.num_sequences; ++sequence) {
+    begin = end;
+    end = clamped(p.cu_seqlens[sequence + 1], begin, p.seq);
+    length = end - begin;
     const int tiles = ceil_div(length, kRows);
     if (tile < tiles) break;
     tile -= tiles;

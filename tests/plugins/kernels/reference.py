@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 
@@ -97,8 +98,8 @@ def targets() -> list[Target]:
     return list(Target) if torch.cuda.is_available() else [Target.EMULATOR]
 
 
-def open_library(target: Target) -> KernelLibrary:
-    """The kernels, which from now on find their arrays in memory of that kind."""
+def open_library(target: Target, path: Path | None = None) -> KernelLibrary:
+    """The kernels, which from now on find their arrays in memory of that kind; None: in the cached library."""
     global memory
     memory = Memory()
     if target is Target.CUDA:
@@ -106,7 +107,7 @@ def open_library(target: Target) -> KernelLibrary:
 
         torch.zeros(1, device="cuda")
         memory = PinnedMemory()
-    return KernelLibrary(cached(target))
+    return KernelLibrary(path or cached(target))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from pascalvl.engines.device import available_target
 from pascalvl.plugins.kernels import build as kernels_build
+from pascalvl.plugins.kernels.build import Target
 from tests.plugins.kernels.reference import PAIRS
 
 SANITIZERS = {
@@ -17,24 +19,56 @@ SANITIZERS = {
 }
 THREADS = ("-DPASCALVL_EMULATOR_THREADS", "-g", "-O1")
 ROOT = Path(__file__).parents[3]
+SECONDS = 300
+"""After which a program hangs; it takes a tenth of that."""
 
 
 def sweep(library: Path, sanitizer: str, every: int) -> subprocess.CompletedProcess:
     """Build the emulator's library with a sanitizer, and run small cases on it."""
-    flags, runtime = SANITIZERS[sanitizer]
-    kernels_build.build(library, kernels_build.Target.EMULATOR, (*THREADS, *flags))
+    build(library, sanitizer)
+    return run("sweep", library, sanitizer, every)
+
+
+def build(library: Path, sanitizer: str) -> None:
+    flags, _ = SANITIZERS[sanitizer]
+    kernels_build.build(library, Target.EMULATOR, (*THREADS, *flags))
+
+
+def run(program: str, library: Path, sanitizer: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run one of this folder's programs on a library that was built with a sanitizer."""
+    _, runtime = SANITIZERS[sanitizer]
     command = ["g++", f"-print-file-name={runtime}"]
     preload = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     # Python leaks by design, and NumPy's own threads are none of the sanitizer's business.
     environment = os.environ | {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.plugins.kernels.sweep", str(library), str(every)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", f"tests.plugins.kernels.{program}", str(library), *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS
+    )
 
 
-@pytest.mark.parametrize(("sanitizer", "every"), [("address", 1), ("thread", 3)])
-def test_kernels_are_clean(tmp_path, sanitizer, every):
-    result = sweep(tmp_path / "lib.so", sanitizer, every)
+@pytest.fixture(scope="module", params=SANITIZERS)
+def sanitized(request, tmp_path_factory) -> tuple[str, Path]:
+    """A sanitizer, and the library built with it."""
+    library = tmp_path_factory.mktemp(request.param) / "lib.so"
+    build(library, request.param)
+    return request.param, library
+
+
+@pytest.mark.parametrize(("program", "arguments"), [("sweep", ()), ("made_up", ("emulator", 1))])
+def test_kernels_are_clean(sanitized, program, arguments):
+    """On inputs that mean something, and on made-up ones, which must not make a kernel run for long either."""
+    sanitizer, library = sanitized
+    every = {"address": 1, "thread": 3}[sanitizer]
+    result = run(program, library, sanitizer, every, *arguments)
     assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.mark.skipif(available_target() is not Target.CUDA, reason="needs a GPU")
+def test_made_up_inputs_on_a_gpu():
+    """compute-sanitizer can be run over the same command."""
+    command = [sys.executable, "-m", "tests.plugins.kernels.made_up", kernels_build.cached(Target.CUDA), "1"]
+    subprocess.run([*command, "cuda", "20"], cwd=ROOT, check=True, timeout=SECONDS)
 
 
 def test_a_barrier_taken_out_of_prefill_is_missed(tmp_path, monkeypatch):
