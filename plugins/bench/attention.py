@@ -13,13 +13,14 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from pascalvl.plugins.bench.timing import COLD_BYTES, Yardstick, seconds
+from pascalvl.plugins.bench.timing import COLD_BYTES, Yardstick, seconds_in_turn
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary
@@ -82,6 +83,8 @@ class Row:
     """How many times as fast as over a cache in f16."""
     batch: int | None = None
     """Sequences, each of so many queries and keys; None: one."""
+    times_baseline: float | None = None
+    """How many times as fast as the other library's kernel."""
 
     @property
     def llama_cpp_us(self) -> float | None:
@@ -89,12 +92,14 @@ class Row:
 
 
 class Bench:
-    """The library on this GPU, its workspace, and the GPU's limits."""
+    """The library on this GPU, another build of it to compare with, and the GPU's limits."""
 
-    def __init__(self, quick: bool) -> None:
+    def __init__(self, quick: bool, baseline: Path | None = None) -> None:
         torch.zeros(1, device="cuda")
-        self.library = KernelLibrary(cached(Target.CUDA))
-        self.library.load()
+        self._libraries = [KernelLibrary(path) for path in (cached(Target.CUDA), baseline) if path]
+        for library in self._libraries:
+            library.load()
+        self.library = self._libraries[0]
         self.quick = quick
         self.yardstick = Yardstick()
         if not quick:
@@ -136,9 +141,21 @@ class Bench:
         self.library.attention(args, workspace.data_ptr(), size, torch.cuda.current_stream().cuda_stream)
         return out
 
-    def time(self, calls: list[Callable[[], object]]) -> float:
-        """Microseconds of one of the calls; 0 where only results are checked."""
-        return 0.0 if self.quick else 1e6 * seconds(calls)
+    def time(self, calls: list[Callable[[], object]]) -> tuple[float, float | None]:
+        """Microseconds of one of the calls, 0 where only results are checked; and how many times as long the other
+        library takes, if there is one."""
+        if self.quick:
+            return 0.0, None
+        variants = [[partial(self._with, library, call) for call in calls] for library in self._libraries]
+        us, *others = (1e6 * time for time in seconds_in_turn(variants))
+        return us, others[0] / us if others else None
+
+    def _with(self, library: KernelLibrary, call: Callable[[], object]) -> object:
+        kept, self.library = self.library, library
+        try:
+            return call()
+        finally:
+            self.library = kept
 
     def rates(self, multiply_adds: float, us: float, in_codes: float = 0) -> dict[str, float]:
         """Fields of a row that is bound by arithmetic; of the multiply-adds, ``in_codes`` are done by DP4A."""
@@ -280,8 +297,8 @@ def decode(bench: Bench) -> Iterator[Row]:
             size = first.bytes_read(total - 1)
             more = 0 if bench.quick else min(63, COLD_BYTES // size)
             layers = [first, *(Layer(bench.library, name, total, batch) for _ in range(more))]
-            us = bench.time([lambda y=y: bench.attend(q, k, v, y, length) for y in layers])  # noqa: B023
-            row = Row(kernel, 1, total, error, us, batch=batch)
+            us, times = bench.time([lambda y=y: bench.attend(q, k, v, y, length) for y in layers])  # noqa: B023
+            row = Row(kernel, 1, total, error, us, batch=batch, times_baseline=times)
             if not bench.quick:
                 row.read_us, row.gb_per_s = 1e6 * size / bench.yardstick.read_rate(size), size / us / 1e3
                 f16_us = us if name == "f16" else f16_us
@@ -297,10 +314,11 @@ def prefill(bench: Bench) -> Iterator[Row]:
             kernel = f"prefill {name}"
             error = checked(kernel, call(), expected, total)
             del expected
-            us = bench.time([call] * 3)
+            us, times = bench.time([call] * 3)
             new, old = queries * (queries + 1) / 2, queries * (total - queries)
             in_codes = HEADS * DIM * old if layer.rotated else 0
-            yield Row(kernel, queries, total, error, us, **bench.rates(HEADS * DIM * 2 * (new + old), us, in_codes))
+            rates = bench.rates(HEADS * DIM * 2 * (new + old), us, in_codes)
+            yield Row(kernel, queries, total, error, us, **rates, times_baseline=times)
 
 
 def vision(bench: Bench) -> Iterator[Row]:
@@ -311,8 +329,9 @@ def vision(bench: Bench) -> Iterator[Row]:
         call = lambda x=(q, k, v), ends=ends: bench.attend(*x, cu_seqlens=ends)  # noqa: E731
         kernel = f"vision {dim}"
         error = checked(kernel, call(), reference(q, k, v, None), seq)
-        us = bench.time([call] * 3)
-        yield Row(kernel, seq, seq, error, us, **bench.rates(heads * seq * seq * dim * 2, us))
+        us, times = bench.time([call] * 3)
+        rates = bench.rates(heads * seq * seq * dim * 2, us)
+        yield Row(kernel, seq, seq, error, us, **rates, times_baseline=times)
 
 
 def curve(bench: Bench) -> Iterator[dict]:
@@ -405,7 +424,7 @@ def run(options: argparse.Namespace) -> None:
     if options.plot:
         import matplotlib  # noqa: F401  (missing: say so before the work)
     torch.manual_seed(0)
-    bench = Bench(options.quick)
+    bench = Bench(options.quick, options.baseline)
     results: dict[str, list[dict]] = {}
     for part in options.parts:
         if part == "curve":
@@ -432,6 +451,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="only check small shapes, for compute-sanitizer")
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
     parser.add_argument("--plot", type=Path, help="draw time and memory over length to this PNG file")
+    parser.add_argument("--baseline", type=Path, help="compare with this other build of the kernels' library")
     options = parser.parse_args(arguments)
     if options.plot and ("curve" not in options.parts or options.quick):
         parser.error("--plot needs the part curve, measured")

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from pascalvl.plugins.bench.attention import markdown, rounded_to_int8
-from pascalvl.plugins.bench.timing import COLD_BYTES, FEW_CALLS, Yardstick, seconds
+from pascalvl.plugins.bench.timing import COLD_BYTES, FEW_CALLS, Yardstick, seconds_in_turn
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import KernelLibrary, LinearArgs
@@ -63,6 +63,8 @@ class Row:
     tops: float
     gb_per_s: float
     llama_cpp_us: float | None
+    times_baseline: float | None
+    """How many times as fast as the other library's kernel."""
 
 
 class Layer:
@@ -126,10 +128,12 @@ class Layer:
         return out
 
 
-def measure(rows_at_once: tuple[int, ...], quick: bool) -> Iterator[Row]:
+def measure(rows_at_once: tuple[int, ...], quick: bool, baseline: Path | None) -> Iterator[Row]:
     torch.zeros(1, device="cuda")
-    library = KernelLibrary(cached(Target.CUDA))
-    library.load()
+    libraries = [KernelLibrary(path) for path in (cached(Target.CUDA), baseline) if path]
+    for library in libraries:
+        library.load()
+    library = libraries[0]
     rates = {}
     if not quick:
         yardstick = Yardstick()
@@ -158,8 +162,9 @@ def measure(rows_at_once: tuple[int, ...], quick: bool) -> Iterator[Row]:
             if quick:
                 continue
             del expected
-            calls = [lambda y=y, x=x: y(library, x) for y in (layers if rows < 64 else layers[:3])]
-            us = 1e6 * seconds(calls, least=FEW_CALLS if rows < 64 else 1)
+            timed = layers if rows < 64 else layers[:3]
+            variants = [[lambda y=y, x=x, z=z: y(z, x) for y in timed] for z in libraries]
+            us, *others = (1e6 * time for time in seconds_in_turn(variants, FEW_CALLS if rows < 64 else 1))
             multiply_adds = rows * in_features * out_features
             arithmetic_us = 1e6 * multiply_adds / rates[first.bits]
             read_us = 1e6 * first.nbytes / yardstick.read_rate(first.nbytes)
@@ -177,6 +182,7 @@ def measure(rows_at_once: tuple[int, ...], quick: bool) -> Iterator[Row]:
                 2 * multiply_adds / us / 1e6,
                 first.nbytes / us / 1e3,
                 {8: q8_0, 4: q4_0}.get(first.bits),
+                others[0] / us if others else None,
             )
             print(f"{name}: error {error:.1e}, {us:.1f} us", file=sys.stderr)
 
@@ -186,11 +192,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--quick", action="store_true", help="only check small shapes, for compute-sanitizer")
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
+    parser.add_argument("--baseline", type=Path, help="compare with this other build of the kernels' library")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("there is no CUDA GPU that torch can use here")
     try:
-        rows = [dataclasses.asdict(row) for row in measure(tuple(options.rows), options.quick)]
+        rows = [dataclasses.asdict(row) for row in measure(tuple(options.rows), options.quick, options.baseline)]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

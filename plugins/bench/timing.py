@@ -22,29 +22,40 @@ _PRODUCT = 8192, 8448, 2048
 _TILE = 64, 128
 
 
-def seconds(calls: Sequence[Callable[[], object]], replays: int = 7, least: int = 1) -> float:
+Calls = Sequence[Callable[[], object]]
+
+
+def seconds(calls: Calls, least: int = 1) -> float:
     """Median time of one of the calls, which run one after the other in a CUDA graph.
 
     They do so again until there are `least` of them: starting a graph takes some microseconds, too.
     """
-    calls = [*calls] * -(-least // len(calls))
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call() for call in calls]
-    times = []
+    return seconds_in_turn([calls], least)[0]
+
+
+def seconds_in_turn(variants: Sequence[Calls], least: int = 1, replays: int = 7) -> list[float]:
+    """`seconds` of several variants of the same calls, whose graphs are replayed in turn: under the same clocks."""
+    graphs, kept = [], []
+    for calls in variants:
+        calls = [*calls] * -(-least // len(calls))
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            calls[0]()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept.append([call() for call in calls])
+        graphs.append(graph)
+    times = [[] for _ in graphs]
     for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(calls))
-    del kept
-    return statistics.median(times[1:])
+        for graph, results, own in zip(graphs, kept, times, strict=True):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            own.append(start.elapsed_time(end) / 1e3 / len(results))
+    return [statistics.median(own[1:]) for own in times]
 
 
 class Yardstick:
