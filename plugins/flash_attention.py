@@ -23,7 +23,8 @@ reading kv head ``h // (num_heads / num_kv_heads)``; result: ``[batch, seq, num_
 from __future__ import annotations
 
 OP_NAME = "FlashAttention2"
-OP_VERSION = "2"
+OP_VERSION = "1"
+"""What TensorRT's parser asks for of a node that has no ``plugin_version``."""
 OP_DOMAIN = "pascalvl"
 
 ATTR_CAUSAL = "causal"

@@ -15,7 +15,8 @@ from __future__ import annotations
 import enum
 
 OP_NAME = "QuantLinear"
-OP_VERSION = "2"
+OP_VERSION = "1"
+"""What TensorRT's parser asks for of a node that has no ``plugin_version``."""
 
 ATTR_IN_FEATURES = "in_features"
 """Those of x, which a row of codes may exceed."""

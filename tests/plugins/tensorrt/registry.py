@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-OP, LINEAR = ("FlashAttention2", "2", ""), ("QuantLinear", "2", "")
+OP, LINEAR = ("FlashAttention2", "1", ""), ("QuantLinear", "1", "")
 
 
 def attempt(action) -> str | None:
