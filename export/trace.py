@@ -94,8 +94,10 @@ def trace(
         value.name, value.shape = binding.name, ir.Shape(binding.shape)
     for value, binding in zip(graph.outputs, outputs, strict=False):
         value.name, value.shape = binding.name, ir.Shape(binding.shape)
+    marked_shapes = {}
     for value, mark in zip(graph.outputs[len(outputs) :], marks, strict=True):
         value.name = mark
+        marked_shapes[mark] = [size if isinstance(size, int) else size.value for size in value.shape]
     del graph.outputs[len(outputs) :]
 
     proto = onnx.version_converter.convert_version(ir.to_proto(model), OPSET)
@@ -106,7 +108,9 @@ def trace(
     onnx_op.add_bodies(proto)
     known = {value.name for value in proto.graph.value_info}
     proto.graph.value_info.extend(
-        onnx.helper.make_tensor_value_info(mark, onnx.TensorProto.FLOAT, None) for mark in marks if mark not in known
+        onnx.helper.make_tensor_value_info(mark, onnx.TensorProto.FLOAT, shape)
+        for mark, shape in marked_shapes.items()
+        if mark not in known
     )
     return TracedGraph(proto, weights)
 
