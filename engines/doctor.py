@@ -17,10 +17,21 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pascalvl.engines.gpu import INSTALL_TENSORRT_8, PASCAL, TENSORRT_10_CAPABILITY, Gpu, find_gpu
+from pascalvl.engines import cuda_libraries
+from pascalvl.engines.gpu import (
+    CUBLAS,
+    CUDA_RUNTIME,
+    CUDNN,
+    INSTALL_TENSORRT_8,
+    PASCAL,
+    TENSORRT_10_CAPABILITY,
+    Gpu,
+    find_gpu,
+    install,
+)
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.flash_attention import OP_NAME, OP_VERSION
@@ -34,8 +45,13 @@ PTX_CUDA, PTX_BRANCH = (12, 9), 575
 """The first driver that compiles the PTX of NVRTC 12.9, which GPUs other than SM61 run."""
 TENSORRT_8_CAPABILITY = (9, 0)
 """The highest that TensorRT 8.6 and 9.x know."""
-INSTALL_CUDNN = "pip install 'nvidia-cudnn-cu12==8.9.*'"
-INSTALL_10 = "pip install 'tensorrt-cu12>=10,<11'"
+INSTALL_10 = install("tensorrt-cu12>=10,<11")
+LIBRARIES = {
+    "CUDA runtime": (("libcudart.so.12",), CUDA_RUNTIME),
+    "cuBLAS": (("libcublas.so.12", "libcublasLt.so.12"), CUBLAS),
+    "cuDNN": (("libcudnn.so.8",), CUDNN),
+}
+"""What TensorRT 8.6 needs of CUDA, and the packages that have it."""
 PROBE_SECONDS = 300
 """TensorRT's libraries are gigabytes, which a slow disk takes its time to read."""
 
@@ -112,7 +128,7 @@ def diagnose(manifest: Manifest | None = None) -> list[Row]:
         check_cuda_bindings(installed("cuda-bindings"), driver, gpu),
         check_tensorrt(tensorrt, gpu),
         check_numpy(installed("numpy"), tensorrt, gpu),
-        check_cudnn(installed("nvidia-cudnn-cu12"), _loads("libcudnn.so.8"), tensorrt, gpu),
+        *check_libraries(find_libraries(), tensorrt, gpu),
         check_plugin(plugin, tensorrt),
         check_compiler(shutil.which(os.environ.get("CXX", "g++")), plugin),
         check_nvrtc(installed("nvidia-cuda-nvrtc-cu12"), plugin),
@@ -190,13 +206,24 @@ def find_plugin(tensorrt: TensorRT) -> Plugin:
     return Plugin(library, probe(library).get("problem", "") if tensorrt.usable else "")
 
 
+def find_libraries() -> dict[str, str]:
+    """Load what TensorRT 8.6 needs of CUDA; by library why that cannot be done, empty: it can."""
+    report = _ask(cuda_libraries.__name__)
+    return dict.fromkeys(cuda_libraries.PACKAGES, report["problem"]) if "problem" in report else report
+
+
 def probe(library: Path | None = None) -> dict[str, str]:
     """Import TensorRT in a process of its own and look up the op of the plugin's ``library`` in its registry.
 
     Returns:
         TensorRT's ``version``, and the ``problem``, if any.
     """
-    command = [sys.executable, "-m", __name__, *([str(library)] if library else [])]
+    return _ask(__name__, *([str(library)] if library else []))
+
+
+def _ask(module: str, *arguments: str) -> dict[str, str]:
+    """What a module prints as JSON in a process of its own, or why it does not, as ``problem``."""
+    command = [sys.executable, "-m", module, *arguments]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PROBE_SECONDS)
     except subprocess.TimeoutExpired:
@@ -205,14 +232,6 @@ def probe(library: Path | None = None) -> dict[str, str]:
         told = result.stderr.strip().splitlines()
         return {"problem": f"it ends Python with code {result.returncode}" + (f": {told[-1]}" if told else "")}
     return json.loads(result.stdout.splitlines()[-1])
-
-
-def _loads(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------
@@ -228,18 +247,18 @@ def check_python(version: Sequence[int], tensorrt: TensorRT) -> Row:
 
 def check_driver(driver: Driver | None, gpu: Gpu | None) -> Row:
     name = "NVIDIA driver"
-    install = f"install branch {LAST_PASCAL_BRANCH}, the last that serves Pascal cards"
+    take = f"install branch {LAST_PASCAL_BRANCH}, the last that serves Pascal cards"
     if driver is None:
         if gpu:
             return Row(name, f"of unknown version, runs CUDA {_dotted(gpu.driver_cuda)}")
-        return Row(name, "none", State.MISSING, f"{_sentence(install)}.")
+        return Row(name, "none", State.MISSING, f"{_sentence(take)}.")
     runs = driver.cuda or (gpu and gpu.driver_cuda)
     found = driver.version + (f", runs CUDA {_dotted(runs)}" if runs else "")
     if driver.branch < FIRST_CUDA12_BRANCH:
-        remedy = f"CUDA 12 needs branch {FIRST_CUDA12_BRANCH} or newer: {install}."
+        remedy = f"CUDA 12 needs branch {FIRST_CUDA12_BRANCH} or newer: {take}."
         return Row(name, found, State.MISSING, remedy)
     if driver.open_modules and gpu is None:
-        remedy = f"It sees no GPU, and its open kernel modules begin with Turing: {install}, with the proprietary ones."
+        remedy = f"It sees no GPU, and its open kernel modules begin with Turing: {take}, with the proprietary ones."
         return Row(name, f"{found}, open kernel modules", State.MISSING, remedy)
     if driver.branch > LAST_PASCAL_BRANCH and gpu is None:
         remedy = f"It sees no GPU, and branch {LAST_PASCAL_BRANCH} is the last that serves Pascal cards: install that."
@@ -276,37 +295,39 @@ def check_memory(gpu: Gpu) -> Row:
 
 
 def check_cuda_bindings(version: str, driver: Driver | None, gpu: Gpu | None) -> Row:
-    name, install = "cuda-bindings", "pip install 'cuda-bindings>=12.6,<13'"
+    name, remedy = "cuda-bindings", install("cuda-bindings>=12.6,<13")
     if not version:
-        return Row(name, "not installed", State.MISSING, f"Install it: {install}.")
+        return Row(name, "not installed", State.MISSING, f"Install it: {remedy}.")
     runs = (gpu and gpu.driver_cuda) or (driver and driver.cuda)
     major = _numbers(version)[0]
     if runs and major > runs[0]:
-        remedy = f"The driver runs CUDA {_dotted(runs)}, these are for CUDA {major}: {install}."
-        return Row(name, version, State.MISSING, remedy)
+        return Row(
+            name, version, State.MISSING, f"The driver runs CUDA {_dotted(runs)}, these are for CUDA {major}: {remedy}."
+        )
     if major > 12 and gpu and gpu.capability < TENSORRT_10_CAPABILITY:
-        return Row(name, version, State.WARNING, f"CUDA {major} has dropped this card: {install}.")
+        return Row(name, version, State.WARNING, f"CUDA {major} has dropped this card: {remedy}.")
     return Row(name, version)
 
 
 def check_tensorrt(tensorrt: TensorRT, gpu: Gpu | None) -> Row:
-    name, install = "TensorRT", _install_tensorrt(gpu)
+    name, command = "TensorRT", _install_tensorrt(gpu)
     if not tensorrt.version:
-        return Row(name, "not installed", State.MISSING, f"Install it: {install}.")
+        return Row(name, "not installed", State.MISSING, f"Install it: {command}.")
     version = _numbers(tensorrt.version)
     if version < (8, 6) or version >= (11,):
-        remedy = f"The plugin is for TensorRT 8.6, 9.x and 10.x: {install}."
+        remedy = f"The plugin is for TensorRT 8.6, 9.x and 10.x: {command}."
         return Row(name, tensorrt.version, State.MISSING, remedy)
     if version >= (10,) and gpu and gpu.capability < TENSORRT_10_CAPABILITY:
-        remedy = f"TensorRT 10 refuses compute capability {_dotted(gpu.capability)}, 8.6.1 does not: {install}."
+        remedy = f"TensorRT 10 refuses compute capability {_dotted(gpu.capability)}, 8.6.1 does not: {command}."
         return Row(name, tensorrt.version, State.MISSING, remedy)
     if version < (10,) and gpu and gpu.capability > TENSORRT_8_CAPABILITY:
-        remedy = f"It does not know compute capability {_dotted(gpu.capability)}, TensorRT 10 does: {install}."
+        remedy = f"It does not know compute capability {_dotted(gpu.capability)}, TensorRT 10 does: {command}."
         return Row(name, tensorrt.version, State.MISSING, remedy)
     if tensorrt.problem:
-        if "libcudnn" in tensorrt.problem:
-            install = INSTALL_CUDNN
-        return Row(name, f"{tensorrt.version}, unusable", State.MISSING, f"{_sentence(tensorrt.problem)}: {install}.")
+        for libraries, package in LIBRARIES.values():
+            if any(library in tensorrt.problem for library in libraries):
+                command = install(package)
+        return Row(name, f"{tensorrt.version}, unusable", State.MISSING, f"{_sentence(tensorrt.problem)}: {command}.")
     return Row(name, tensorrt.version)
 
 
@@ -317,16 +338,18 @@ def check_numpy(version: str, tensorrt: TensorRT, gpu: Gpu | None) -> Row:
     return Row("NumPy", version or "not found by pip")
 
 
-def check_cudnn(version: str, loads: bool, tensorrt: TensorRT, gpu: Gpu | None) -> Row:
-    """``version``: of the package nvidia-cudnn-cu12; ``loads``: whether the system's loader finds cuDNN 8."""
-    name = "cuDNN"
-    if _major(tensorrt, gpu) >= 10:
-        return Row(name, f"{version or 'none'}; TensorRT 10 needs none")
-    if version and (8, 9) <= _numbers(version) < (9,):
-        return Row(name, f"{version} (nvidia-cudnn-cu12)")
-    if loads:
-        return Row(name, "libcudnn.so.8")
-    return Row(name, version or "none", State.MISSING, f"TensorRT 8.6 needs cuDNN 8.9: {INSTALL_CUDNN}.")
+def check_libraries(problems: Mapping[str, str], tensorrt: TensorRT, gpu: Gpu | None) -> Iterator[Row]:
+    """What TensorRT 8.6 needs of CUDA, by what `find_libraries` found when it loaded that."""
+    for name, (libraries, package) in LIBRARIES.items():
+        version = installed(package.partition("=")[0])
+        failed = [problem for library in libraries if (problem := problems[library])]
+        if not failed:
+            yield Row(name, ", ".join(libraries) + (f" ({package.partition('=')[0]} {version})" if version else ""))
+        elif _major(tensorrt, gpu) >= 10:
+            yield Row(name, f"{version or 'none'}; TensorRT 10 needs none")
+        else:
+            remedy = f"TensorRT 8.6 needs it ({failed[0]}): {install(package)}."
+            yield Row(name, version or "none", State.MISSING, remedy)
 
 
 def check_plugin(plugin: Plugin, tensorrt: TensorRT) -> Row:
@@ -444,6 +467,7 @@ def _sentence(text: str) -> str:
 
 
 def _load(library: str | None) -> dict[str, str]:
+    cuda_libraries.preload()
     try:
         import tensorrt
     except (ImportError, OSError, AttributeError, RuntimeError) as error:

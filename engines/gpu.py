@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shlex
 
 from pascalvl.plugins.errors import UserError
 
@@ -10,11 +12,22 @@ PASCAL = (6, 1)
 """The compute capability that the kernels are for, and the lowest that they run on."""
 TENSORRT_10_CAPABILITY = (7, 5)
 """The lowest that TensorRT 10 builds for."""
-INSTALL_TENSORRT_8 = (
-    "pip install --extra-index-url https://pypi.nvidia.com tensorrt==8.6.1.post1 'nvidia-cudnn-cu12==8.9.*' 'numpy<2' "
-    "'ml_dtypes<0.6'"
+CUDNN, CUBLAS, CUDA_RUNTIME = "nvidia-cudnn-cu12==8.9.*", "nvidia-cublas-cu12", "nvidia-cuda-runtime-cu12"
+TENSORRT_8 = (
+    *("tensorrt==8.6.1.post1", "tensorrt_bindings==8.6.1", "tensorrt_libs==8.6.1"),
+    *(CUDNN, CUBLAS, CUDA_RUNTIME, "cuda-bindings>=12.6,<13", "numpy<2", "ml_dtypes<0.6"),
 )
 """The last release that serves Pascal cards, for Python 3.8 to 3.11, and what it was made for."""
+
+
+def install(*packages: str) -> str:
+    """The command that installs packages."""
+    return f"pip install {shlex.join(packages)}"
+
+
+INSTALL_TENSORRT_8 = install("--extra-index-url", "https://pypi.nvidia.com", *TENSORRT_8)
+# Kernels are loaded when they are first run: less memory of a small card. Read when CUDA is initialised.
+os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pascalvl.engines import cuda_libraries
+
+cuda_libraries.preload()
+
+# ruff: noqa: E402 - what TensorRT is linked with comes first
+# isort: split
 import tensorrt as trt
 
 from pascalvl.engines.build_options import BuildOptions
@@ -46,6 +52,8 @@ FILES = tuple(f"{graph}.plan" for graph in _GRAPHS)
 """What an engine bundle holds beside `HOST_FILES`."""
 _LIBRARY = "libnvinfer.so"
 _OLDEST_TENSORRT = (8, 6)
+_MOST_OF_WEIGHTS, _REST_OF_PLAN = 1.2, 64_000_000
+"""A plan is expected to have up to so many times the bytes of its weights, and up to so many besides."""
 _CUDA_CONTEXT = 300_000_000
 """Bytes that CUDA and TensorRT's libraries take of a card before any weight, roughly."""
 
@@ -78,8 +86,10 @@ def build(
         raise UserError(f"{mismatch}.")
     _check_memory(manifest, gpu)
     limits = _limits(manifest.model, options)
+    sources = options.tactic_sources if options.tactic_sources is not None else default_tactic_sources()
     settings = {
-        "tactic_sources": _members("TacticSource", "tactic source", options.tactic_sources),
+        "max_aux_streams": 0,  # what runs beside something else needs memory of its own
+        "tactic_sources": _members("TacticSource", "tactic source", sources),
         "preview_features": _members("PreviewFeature", "preview feature", _preview_features(gpu, options)),
     }
     timing_cache = _timing_cache(gpu, options)
@@ -168,8 +178,8 @@ def _check_memory(manifest: Manifest, gpu: Gpu) -> None:
     if (needed := weights + _CUDA_CONTEXT) > gpu.total_memory:
         raise UserError(
             f"{gpu.name} has {gpu.total_memory / 1e9:.1f} GB of memory, and the engines of this model take at least "
-            f"{needed / 1e9:.1f} GB ({weights / 1e9:.1f} GB of weights): use a card with more, a smaller model, or "
-            "--backend onnxruntime."
+            f"{needed / 1e9:.1f} GB ({weights / 1e9:.1f} GB of weights): export it with --weights auto, or take a card "
+            "with more, a smaller model, or --backend onnxruntime."
         )
     if needed > gpu.free_memory:
         log.warning(
@@ -261,14 +271,23 @@ def _preview_features(gpu: Gpu, options: BuildOptions) -> tuple[str, ...] | None
 def default_preview_features(gpu: Gpu) -> tuple[str, ...] | None:
     """What is enabled unless told otherwise; None: as TensorRT has it.
 
-    TensorRT 8.6 on Pascal: its own default (NvInfer.h) keeps to kernels of its own, without cuBLAS and cuDNN
-    (DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805), which makes transformers up to 85% slower on these cards
-    (github.com/NVIDIA/TensorRT/issues/3826), or leaves shapes of theirs without any kernel (issue 3209).
+    TensorRT 8.6: PROFILE_SHARING_0806, without which a second session finds the profiles taken; 9 has no other way.
+    On Pascal not DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805, which its own default (NvInfer.h) has: without cuBLAS
+    transformers are up to 85% slower on these cards (github.com/NVIDIA/TensorRT/issues/3826), or shapes of theirs have
+    no kernel at all (issue 3209).
     """
-    if _version() != (8, 6) or gpu.capability[0] != 6:
+    if _version() != (8, 6):
         return None
-    wanted = "FASTER_DYNAMIC_SHAPES_0805"
-    return (wanted,) if wanted in trt.PreviewFeature.__members__ else ()
+    external = "DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805"
+    return tuple(name for name in trt.PreviewFeature.__members__ if name != external or gpu.capability[0] != 6)
+
+
+def default_tactic_sources() -> tuple[str, ...] | None:
+    """Which libraries' kernels are tried unless told otherwise; None: as TensorRT has it.
+
+    Before TensorRT 10 those that have products of matrices: there are no convolutions in the graphs.
+    """
+    return ("CUBLAS", "CUBLAS_LT") if _version() < (10, 0) else None
 
 
 def _members(enum: str, meaning: str, names: tuple[str, ...] | None) -> list[Any] | None:
@@ -390,6 +409,13 @@ def _write_plan(
             plan = EngineBytesFromNetwork(network, config, save_timing_cache=str(timing_cache))()
         with (directory / f"{graph}.plan").open("wb") as file:
             file.write(plan)
+            weights = (model_bundle / f"{graph}.onnx.data").stat().st_size
+            if file.tell() > _MOST_OF_WEIGHTS * weights + _REST_OF_PLAN:
+                log.warning(
+                    "the plan of the %s takes %.1f GB, and its weights take %.1f GB, for TensorRT keeps some once a "
+                    "profile: if the card's memory is short, export with weights of fewer bits (--weights w8 or w4)",
+                    *(graph, file.tell() / 1e9, weights / 1e9),
+                )
 
 
 def _prepare(model_bundle: Path, folder: Path, graph: str, model: ModelConfig, cache: CacheConfig) -> Path:

@@ -34,7 +34,10 @@ _CHOICE = [
 class Plan(Protocol):
     """What is used of TensorRT's ``ICudaEngine``."""
 
-    def create_execution_context(self) -> Any: ...
+    @property
+    def device_memory_size(self) -> int: ...
+
+    def create_execution_context_without_device_memory(self) -> Any: ...
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]: ...
 
@@ -74,6 +77,8 @@ class TensorRTEngine(Engine):
         self._max_patches = self._largest(bindings.VISION, bindings.PIXEL_VALUES)[0]
         self.max_pixels = self._max_patches * model.vision.patch_size**2
         self._max_context = self._largest(bindings.DECODER, bindings.past_key(0))[2]
+        # Prompts, single tokens and pictures never run at once: all contexts compute in one block, which never moves.
+        self.device_memory = device.allocate(max(plan.device_memory_size for plan in plans.values()))
         self._contexts: dict[str, Context] = {}
         self._buffers = Buffers(device)
 
@@ -350,10 +355,19 @@ class Context:
     def __init__(self, engine: TensorRTEngine, graph: str, profile: int) -> None:
         self._graph = graph
         self._stream = engine.device.stream
-        self._context = engine.plans[graph].create_execution_context()
+        self._context = engine.plans[graph].create_execution_context_without_device_memory()
         if self._context is None:  # TensorRT has told its logger why: as a rule, memory
             raise MemoryError(f"the {graph} engine")
-        self._done(self._context.set_optimization_profile_async(profile, self._stream), f"take profile {profile}")
+        self._context.device_memory = engine.device_memory.pointer
+        try:  # TensorRT's bindings raise where it returns False
+            taken = self._context.set_optimization_profile_async(profile, self._stream)
+        except RuntimeError:
+            taken = False
+        if not taken:
+            raise UserError(
+                f"the {graph} engine does not take its profile {profile}, which another session may have: build it "
+                "again, on TensorRT 8.6 with the preview feature PROFILE_SHARING_0806."
+            )
         engine.device.synchronize()
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:

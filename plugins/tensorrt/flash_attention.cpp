@@ -109,25 +109,22 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
 
   // For these sizes and for all that a profile of them takes: one new token too, with which decode needs other memory
   // where there is no mask, and fewer sequences, which it cuts into more splits.
-  size_t getWorkspaceSize(const PluginTensorDesc* inputs, int32_t, const PluginTensorDesc*,
-                          int32_t) const noexcept override {
-    return guarded<size_t>(kName, 0, [&] {
-      pascalvl_attention_args args = sizes(inputs);
-      size_t most = 0;
-      const auto count = [&] {
-        size_t bytes = 0;
-        check(pascalvl_attention_workspace(&args, &bytes));
-        most = std::max(most, bytes);
-      };
-      const int32_t* const recent = std::exchange(args.recent_length, nullptr);
-      count();
-      if (!args.causal) return most;
-      args.seq = 1;
-      args.past_visible = nullptr;
-      args.recent_length = recent;
-      for (; args.batch > 0; --args.batch) count();
-      return most;
-    });
+  size_t workspace_bytes(const PluginTensorDesc* inputs) const {
+    pascalvl_attention_args args = sizes(inputs);
+    size_t most = 0;
+    const auto count = [&] {
+      size_t bytes = 0;
+      check(pascalvl_attention_workspace(&args, &bytes));
+      most = std::max(most, bytes);
+    };
+    const int32_t* const recent = std::exchange(args.recent_length, nullptr);
+    count();
+    if (!args.causal) return most;
+    args.seq = 1;
+    args.past_visible = nullptr;
+    args.recent_length = recent;
+    for (; args.batch > 0; --args.batch) count();
+    return most;
   }
 
   int32_t enqueue(const PluginTensorDesc* descriptions, const PluginTensorDesc*, const void* const* inputs,
@@ -159,6 +156,7 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
       }
       size_t bytes = 0;
       check(pascalvl_attention_workspace(&args, &bytes));
+      require_workspace();
       check(pascalvl_attention(&args, workspace, bytes, stream));
       return 0;
     });

@@ -125,7 +125,19 @@ class Plugin : public IPluginV2DynamicExt {
     return guarded<IPluginV2DynamicExt*>(Op::kName, nullptr, [&] {
       auto copy = std::make_unique<Op>(attributes_);
       copy->setPluginNamespace(namespace_.c_str());
+      copy->has_workspace_ = has_workspace_;
       return copy.release();
+    });
+  }
+
+  // One that cannot be told is no workspace of 0: then nothing runs.
+  size_t getWorkspaceSize(const PluginTensorDesc* inputs, int32_t, const PluginTensorDesc*,
+                          int32_t) const noexcept final {
+    has_workspace_ = false;
+    return guarded<size_t>(Op::kName, 0, [&] {
+      const size_t bytes = static_cast<const Op*>(this)->workspace_bytes(inputs);
+      has_workspace_ = true;
+      return bytes;
     });
   }
 
@@ -145,10 +157,15 @@ class Plugin : public IPluginV2DynamicExt {
     return tensor.type == type && tensor.format == TensorFormat::kLINEAR;
   }
 
+  void require_workspace() const {
+    require(has_workspace_, "it could not tell the workspace that it needs, see above");
+  }
+
   Attributes attributes_;
 
  private:
   std::string namespace_;
+  mutable bool has_workspace_ = true;  // what an engine was built with was told at its build
 };
 
 template <typename Op>

@@ -87,18 +87,15 @@ class QuantLinear final : public Plugin<QuantLinear, Attributes> {
 
   // For these sizes and for all that a profile of them takes: fewer rows, which are cut into more splits, may need
   // more.
-  size_t getWorkspaceSize(const PluginTensorDesc* inputs, int32_t, const PluginTensorDesc*,
-                          int32_t) const noexcept override {
-    return guarded<size_t>(kName, 0, [&] {
-      pascalvl_linear_args args = sizes(inputs);
-      size_t most = 0;
-      for (; args.rows > 0; --args.rows) {
-        size_t bytes = 0;
-        check(pascalvl_linear_workspace(&args, &bytes));
-        most = std::max(most, bytes);
-      }
-      return most;
-    });
+  size_t workspace_bytes(const PluginTensorDesc* inputs) const {
+    pascalvl_linear_args args = sizes(inputs);
+    size_t most = 0;
+    for (; args.rows > 0; --args.rows) {
+      size_t bytes = 0;
+      check(pascalvl_linear_workspace(&args, &bytes));
+      most = std::max(most, bytes);
+    }
+    return most;
   }
 
   int32_t enqueue(const PluginTensorDesc* descriptions, const PluginTensorDesc*, const void* const* inputs,
@@ -118,6 +115,7 @@ class QuantLinear final : public Plugin<QuantLinear, Attributes> {
       args.out = static_cast<float*>(outputs[0]);
       size_t bytes = 0;
       check(pascalvl_linear_workspace(&args, &bytes));
+      require_workspace();
       check(pascalvl_linear(&args, workspace, bytes, stream));
       return 0;
     });

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from pascalvl.engines import doctor
+from pascalvl.engines import cuda_libraries, doctor
 from pascalvl.engines.doctor import Driver, Plugin, Row, State, TensorRT
-from pascalvl.engines.gpu import Gpu
+from pascalvl.engines.gpu import INSTALL_TENSORRT_8, Gpu
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.flash_attention import OP_NAME, OP_VERSION
@@ -104,7 +105,7 @@ def test_cuda_bindings():
 
 
 def test_tensorrt():
-    install_8 = "pip install --extra-index-url https://pypi.nvidia.com tensorrt==8.6.1.post1 'nvidia-cudnn-cu12==8.9.*'"
+    install_8 = "pip install --extra-index-url https://pypi.nvidia.com tensorrt==8.6.1.post1 tensorrt_bindings==8.6.1 "
     install_10 = "pip install 'tensorrt-cu12>=10,<11'"
     check(doctor.check_tensorrt(TRT8, GTX1080), State.OK, "8.6.1")
     check(doctor.check_tensorrt(TensorRT("9.3.0.post12.dev1"), GTX1080), State.OK, "9.3.0.post12.dev1")
@@ -136,16 +137,61 @@ def test_numpy():
         check(doctor.check_numpy("2.4.6", tensorrt, card), State.WARNING, "2.4.6", "pip install 'numpy<2'")
 
 
-def test_cudnn():
-    pin = "pip install 'nvidia-cudnn-cu12==8.9.*'"
-    check(doctor.check_cudnn("8.9.7.29", False, TRT8, GTX1080), State.OK, "8.9.7.29 (nvidia-cudnn-cu12)")
-    check(doctor.check_cudnn("", True, TRT8, GTX1080), State.OK, "libcudnn.so.8")
-    check(doctor.check_cudnn("", False, TRT10, RTX3090), State.OK, "none; TensorRT 10 needs none")
-    check(doctor.check_cudnn("", False, TRT8, GTX1080), State.MISSING, "none", pin)
-    check(doctor.check_cudnn("9.10.2.21", False, TRT8, RTX3090), State.MISSING, "9.10.2.21", pin)
+CUDA_LIBRARIES = {
+    "CUDA runtime": ("libcudart.so.12", "nvidia-cuda-runtime-cu12", "nvidia-cuda-runtime-cu12"),
+    "cuBLAS": ("libcublas.so.12, libcublasLt.so.12", "nvidia-cublas-cu12", "nvidia-cublas-cu12"),
+    "cuDNN": ("libcudnn.so.8", "nvidia-cudnn-cu12", "'nvidia-cudnn-cu12==8.9.*'"),
+}
+"""By row: the libraries, their package, and how pip is asked for it."""
+
+
+@pytest.mark.parametrize("name", CUDA_LIBRARIES)
+def test_libraries_are_judged_by_whether_they_load(monkeypatch, name):
+    """A package that is there may be another version, or damaged."""
+    libraries, package, pin = CUDA_LIBRARIES[name]
+    loading = dict.fromkeys(cuda_libraries.PACKAGES, "")
+    broken = {**loading, libraries.rpartition(" ")[2]: "libx.so: cannot open shared object file"}
+    remedy = f"TensorRT 8.6 needs it (libx.so: cannot open shared object file): pip install {pin}."
+
+    def row(problems, tensorrt, card, version=""):
+        monkeypatch.setattr(doctor, "installed", lambda asked: version if asked == package else "")
+        return next(row for row in doctor.check_libraries(problems, tensorrt, card) if row.name == name)
+
+    check(row(loading, TRT8, GTX1080), State.OK, libraries)
+    check(row(loading, TRT8, GTX1080, "12.9.1"), State.OK, f"{libraries} ({package} 12.9.1)")
+    check(row(broken, TRT10, RTX3090), State.OK, "none; TensorRT 10 needs none")
+    check(row(broken, TRT8, GTX1080), State.MISSING, "none", remedy)
+    check(row(broken, TRT8, RTX3090, "9.10.2.21"), State.MISSING, "9.10.2.21", remedy)
     # TensorRT 10 cannot stay on this card.
-    check(doctor.check_cudnn("", False, TRT10, GTX1080), State.MISSING, "none", pin)
-    check(doctor.check_cudnn("", False, NONE, None), State.MISSING, "none", pin)
+    check(row(broken, TRT10, GTX1080), State.MISSING, "none", remedy)
+    check(row(broken, NONE, None), State.MISSING, "none", remedy)
+
+
+def test_libraries_of_packages_are_loaded_by_their_paths(tmp_path, monkeypatch):
+    """For TensorRT, and before any that the system's loader finds; the doctor reads the same."""
+    folder = tmp_path / "nvidia" / "cublas" / "lib"
+    folder.mkdir(parents=True)
+    (tmp_path / "nothing.c").write_text("int nothing;")
+    library = folder / "libcublasLt.so.12"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "nothing.c"], check=True)
+    (folder / "libcublas.so.12").write_text("This is no library.")
+    metadata = tmp_path / "nvidia_cublas_cu12-12.9.1.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: nvidia-cublas-cu12\nVersion: 12.9.1\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    found = doctor.find_libraries()
+    assert list(found) == list(cuda_libraries.PACKAGES)
+    assert found["libcublasLt.so.12"] == ""
+    assert "libcublas.so.12: " in found["libcublas.so.12"]
+    script = "from pascalvl.engines import cuda_libraries as c; c.preload(); print(open('/proc/self/maps').read())"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert str(library) in loaded
+
+
+def test_the_readme_installs_what_the_doctor_says():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"\.venv/bin/(pip install --extra-index-url.*?[^\\])\n", text, re.DOTALL)[1]
+    assert shlex.split(command.replace("\\\n", " ")) == shlex.split(INSTALL_TENSORRT_8)
 
 
 def test_plugin():

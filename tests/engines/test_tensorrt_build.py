@@ -31,6 +31,11 @@ NAME = "pascalvl.engines.tensorrt_backend"
 PASCAL = Gpu("NVIDIA GeForce GTX 1080", (6, 1), 8_500_000_000, 8_000_000_000, (13, 0))
 TURING = dataclasses.replace(PASCAL, name="Tesla T4", capability=(7, 5))
 FEATURE, SOURCE = "RUNTIME_ACTIVATION_RESIZE_10_10", "JIT_CONVOLUTIONS"
+FEATURES_OF_8_6 = {
+    "FASTER_DYNAMIC_SHAPES_0805": 0,
+    "DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805": 1,
+    "PROFILE_SHARING_0806": 2,
+}
 SMALL = BuildOptions(prefill_chunk=64, max_pixels=256 * 256, tactic_sources=(SOURCE,), preview_features=(FEATURE,))
 
 
@@ -147,6 +152,7 @@ def test_configuration(built):
     for config in built.configs:
         assert not config.get_flag(tensorrt_rtx.BuilderFlag.TF32)
         assert config.get_tactic_sources() == 1 << int(getattr(tensorrt_rtx.TacticSource, SOURCE))
+        assert config.max_aux_streams == 0
         features = tensorrt_rtx.PreviewFeature.__members__
         assert [name for name in features if config.get_preview_feature(features[name])] == [FEATURE]
 
@@ -420,17 +426,22 @@ def test_timing_cache_that_cannot_be_written(tensorrt, nano_model_bundle, tmp_pa
 @pytest.mark.parametrize(
     ("gpu", "version", "expected"),
     [
-        (PASCAL, "8.6.1", ("FASTER_DYNAMIC_SHAPES_0805",)),
-        (TURING, "8.6.1", None),
+        (PASCAL, "8.6.1", ("FASTER_DYNAMIC_SHAPES_0805", "PROFILE_SHARING_0806")),
+        (TURING, "8.6.1", tuple(FEATURES_OF_8_6)),
         (PASCAL, "9.3.0", None),
         (TURING, "10.16.1.11", None),
     ],
 )
-def test_cublas_is_left_to_pascal(tensorrt, monkeypatch, gpu, version, expected):
-    members = {"FASTER_DYNAMIC_SHAPES_0805": 0, "DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805": 1}
-    monkeypatch.setattr(tensorrt.trt, "PreviewFeature", types.SimpleNamespace(__members__=members))
+def test_cublas_is_left_to_pascal_and_sessions_share_profiles(tensorrt, monkeypatch, gpu, version, expected):
+    monkeypatch.setattr(tensorrt.trt, "PreviewFeature", types.SimpleNamespace(__members__=FEATURES_OF_8_6))
     monkeypatch.setattr(tensorrt.trt, "__version__", version)
     assert tensorrt.default_preview_features(gpu) == expected
+
+
+@pytest.mark.parametrize(("version", "expected"), [("8.6.1", True), ("9.3.0", True), ("10.16.1.11", False)])
+def test_tactics_are_those_of_products(tensorrt, monkeypatch, version, expected):
+    set_gpu(monkeypatch, tensorrt, version=version)
+    assert tensorrt.default_tactic_sources() == (("CUBLAS", "CUBLAS_LT") if expected else None)
 
 
 # Opening --------------------------------------------------------------------------------------------------------------

@@ -191,6 +191,19 @@ def main() -> None:
             inputs[position] = array
         return refused({**given, **attributes}, *inputs[:count], op=quant_linear)
 
+    def untold_workspace() -> str:
+        """Of a call with sizes that are right, after TensorRT was told no workspace for sizes that are not."""
+        attributes, inputs = layer(8)
+        plugin = host.create(attributes, quant_linear.OP_NAME, quant_linear.OP_VERSION)
+        shapes = [(array.dtype, array.shape) for array in inputs]
+        plugin.prepare([(F32, (70_000, 100)), *shapes[1:]])
+        pointers = [device.allocate(array.nbytes).pointer for array in inputs]
+        try:
+            plugin.enqueue(shapes, pointers, (F32, (2, 7, 20)), device.allocate(1 << 16).pointer, 0, device.stream)
+        except UserError as error:
+            return str(error)
+        return ""
+
     def refused(attributes: dict, *inputs: np.ndarray, op: ModuleType = flash_attention) -> str:
         try:
             run(attributes, *inputs, recorded=False, op=op)
@@ -253,6 +266,7 @@ def main() -> None:
                     "linear bits": linear_refused(bits=3),
                     "linear activation": linear_refused(activation=7),
                     "linear gates": linear_refused(activation=2, has_residual=0, count=4),
+                    "workspace": untold_workspace(),
                     "head size": refused(vision, *(normal(1, 2, 8, 80) for _ in range(3)), np.array([0, 8], I32)),
                 },
             }

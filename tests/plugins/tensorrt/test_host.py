@@ -58,6 +58,7 @@ def test_workspace_is_enough_for_all_that_a_profile_takes(driven):
         ("linear bits", "attribute bits is 3; expected 16, 8 or 4"),
         ("linear activation", "attribute activation is 7; expected 0, 1 or 2"),
         ("linear gates", "multiple of 128"),
+        ("workspace", "QuantLinear: it could not tell the workspace that it needs"),
         ("head size", "Packed attention has head sizes 64, 72 and 128; found key_dim 80"),
     ],
 )
