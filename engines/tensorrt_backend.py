@@ -271,10 +271,10 @@ def _preview_features(gpu: Gpu, options: BuildOptions) -> tuple[str, ...] | None
 def default_preview_features(gpu: Gpu) -> tuple[str, ...] | None:
     """What is enabled unless told otherwise; None: as TensorRT has it.
 
-    TensorRT 8.6: PROFILE_SHARING_0806, without which a second session finds the profiles taken; 9 has no other way.
-    On Pascal not DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805, which its own default (NvInfer.h) has: without cuBLAS
-    transformers are up to 85% slower on these cards (github.com/NVIDIA/TensorRT/issues/3826), or shapes of theirs have
-    no kernel at all (issue 3209).
+    TensorRT 8.6: PROFILE_SHARING_0806, without which a second session finds the profiles taken; from 9 on they are
+    always shared. On Pascal not DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805, which its own default (NvInfer.h) has:
+    without cuBLAS transformers are up to 85% slower on these cards (github.com/NVIDIA/TensorRT/issues/3826), or shapes
+    of theirs have no kernel at all (issue 3209).
     """
     if _version() != (8, 6):
         return None
