@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -205,6 +206,20 @@ def test_saved_caches(refused, nano_engine_bundle, tmp_path):
     other.write_bytes(b"no cache")
     refused("picture.png is no saved KV cache .* choose another file", *command, other)
     assert other.read_bytes() == b"no cache"
+    np.savez(tmp_path / "objects.npz", identities=np.array([{}, None]))
+    refused(r"objects.npz is no saved KV cache \(it does not begin as one\)", *command, tmp_path / "objects.npz")
+
+
+def test_caches_that_cannot_be_saved(refused, nano_engine_bundle, tmp_path):
+    """Known before the answer, of which nothing is printed, and before the bundle is opened."""
+    for bundle in (nano_engine_bundle, tmp_path):
+        command = ["run", bundle, "--prompt", "Hello!", "--max-new-tokens", "1", "--cache"]
+        refused(
+            "cannot be saved to .* [(]No such file or directory[)]: choose another", *command, tmp_path / "no" / "cache"
+        )
+        refused("cannot be saved to .* [(]File name too long[)]: choose another", *command, tmp_path / ("n" * 256))
+        refused("cannot be saved to .* [(]it is no regular file[)]: choose another", *command, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_engine_bundle(refused, nano_model_bundle, tmp_path):
