@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -52,7 +53,7 @@ class Prefix:
         with _saving(path), tempfile.NamedTemporaryFile(prefix=_PARTIAL, dir=path.parent, delete=False) as file:
             try:
                 digest = hashlib.sha256()
-                for part in (header, *(array.tobytes() for array in arrays.values())):
+                for part in itertools.chain([header], (array.tobytes() for array in arrays.values())):
                     file.write(part)
                     digest.update(part)
                 file.write(digest.digest())
@@ -92,7 +93,7 @@ def check_writable(path: Path) -> None:
     with _saving(path):
         if path.exists() and not path.is_file():
             raise OSError("it is no regular file")
-        if path.exists() and not os.access(path, os.W_OK):
+        if path.exists() and not os.access(path, os.W_OK):  # the folder alone would let it be replaced
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         with tempfile.NamedTemporaryFile(prefix=_PARTIAL, dir=path.parent):
             pass
