@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import datetime
+import atexit
+import contextlib
 import json
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any
 
 from pascalvl.plugins.errors import UserError
+from pascalvl.runtime.template_worker import MOST_CHARACTERS, MOST_SECONDS
 
 Message = dict[str, Any]
 """As Hugging Face writes it: ``{"role": ..., "content": text or list of parts}``, a part being ``{"type": "text",
@@ -21,27 +22,35 @@ Message = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
 PART_TYPES = ("text", "image", "video")
+_MOST_SOURCE_BYTES = 1 << 20
+_MOST_REQUEST_BYTES = 1 << 26
+_MOST_WAIT_SECONDS = 10 * MOST_SECONDS
+"""For an answer, where the machine has other things to do."""
+_MOST_ANSWER_BYTES = 12 * MOST_CHARACTERS + 100
+"""JSON writes a character in 12 bytes at most."""
 
 
 class ChatTemplate:
-    """A compiled template, in the sandbox and with the names that Hugging Face gives templates.
+    """A template that can be rendered, within bounds: `pascalvl.runtime.template_worker` does it.
 
     Raises:
         UserError: the file is missing or is no valid template.
     """
 
     def __init__(self, path: Path) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
         try:
-            self._template = environment.from_string(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, jinja2.TemplateError, RecursionError) as error:
+            if path.exists() and not path.is_file():
+                raise ValueError("it is no regular file")
+            with path.open("rb") as file:
+                source = file.read(_MOST_SOURCE_BYTES + 1)
+            if len(source) > _MOST_SOURCE_BYTES:
+                raise ValueError(f"it has more than {_MOST_SOURCE_BYTES} bytes")
+            self._source = source.decode()
+            _worker.ask(self._source, None)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"the chat template {path} cannot be used ({error}): download the model again and export it."
+                f"the chat template {path} cannot be used ({reason}): download the model again and export it."
             ) from error
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -54,12 +63,82 @@ class ChatTemplate:
             raise UserError(f"expected a list of at least one message, found {messages!r}.")
         for message in messages:
             check_message(message)
+        variables = {"tools": None, "documents": None, "add_generation_prompt": True}
         try:
-            return self._template.render(
-                messages=_plain(messages), tools=None, documents=None, add_generation_prompt=True
-            )
-        except Exception as error:  # whatever Python raises for what the template does with the messages
+            return _worker.ask(self._source, {"messages": _plain(messages), **variables})
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"the chat template refuses the messages: {error}.") from error
+
+
+class _Worker:
+    """A process of `pascalvl.runtime.template_worker`, started when it is needed and another is not running."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def ask(self, source: str, variables: dict[str, Any] | None) -> str:
+        """The text that a template makes of variables, "" where they are None and it is compiled only.
+
+        Raises:
+            ValueError: why there is none.
+        """
+        request = json.dumps([source, variables]).encode() + b"\n"
+        if len(request) > _MOST_REQUEST_BYTES:
+            raise ValueError(f"they have more than {_MOST_REQUEST_BYTES >> 20} MB of text")
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self.end()
+                self._process = self._start()
+            watch = threading.Timer(_MOST_WAIT_SECONDS, self._process.kill)
+            watch.start()
+            try:
+                with contextlib.suppress(BrokenPipeError):
+                    self._process.stdin.write(request)
+                    self._process.stdin.flush()
+                line = self._process.stdout.readline(_MOST_ANSWER_BYTES)
+                if not line.endswith(b"\n"):
+                    raise ValueError(self._end_reason())
+            except BaseException:  # an interrupt, too: the next answer would be that to this request
+                self.end()
+                raise
+            finally:
+                watch.cancel()
+        answer = json.loads(line)
+        if "reason" in answer:
+            raise ValueError(answer["reason"])
+        return answer["text"]
+
+    def end(self) -> None:
+        """Kill the process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+            self._process.stdout.close()
+            self._process = None
+
+    @staticmethod
+    def _start() -> subprocess.Popen[bytes]:
+        script = "import sys; sys.path[:] = sys.argv[1:]; from pascalvl.runtime import template_worker as w; w.serve()"
+        return subprocess.Popen(
+            [sys.executable, "-c", script, *sys.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for this process alone
+        )
+
+    def _end_reason(self) -> str:
+        code = self._process.wait()
+        if code in (-signal.SIGXCPU, -signal.SIGKILL):
+            return f"it takes more than {MOST_SECONDS} seconds"
+        return f"the process that renders it ended with code {code}"
+
+
+_worker = _Worker()
+atexit.register(_worker.end)
 
 
 def check_message(message: Message) -> None:
@@ -97,23 +176,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str):
         return str(value)
     return value if value is None or type(value) in (bool, int, float) else f"<{type(value).__name__}>"
-
-
-class _GenerationTag(Extension):
-    """``{% generation %}``: marks, for training, what the assistant says; here its content alone matters."""
-
-    tags = {"generation"}  # noqa: RUF012 (the base class declares it)
-
-    def parse(self, parser: Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    """Jinja's own filter escapes HTML, which a prompt is not."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)

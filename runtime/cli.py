@@ -449,8 +449,12 @@ def _report(output: Path, manifest: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from pascalvl.runtime.kv_cache import check_writable
+
     given = _given_sampling(args)
     messages = [*_system(args), _user_message([_load(*visual) for visual in args.visuals], args.prompt)]
+    if args.cache:
+        check_writable(args.cache)
     model = _open(args)
     sampling = _sampling(model, given)
     if args.cache and args.cache.exists():

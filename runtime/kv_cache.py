@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import hashlib
+import itertools
+import json
+import math
+import os
 import tempfile
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -17,12 +23,19 @@ from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
 
 _EMPTY = -1
-_ENGINE, _IDENTITIES = "engine", "identities"
+_IDENTITIES = "identities"
+_FILE_KIND = "PascalVL KV cache 1"
+_MOST_HEADER_BYTES = 1 << 20
+_PARTIAL = ".kv_cache."
+"""What the names of files that are being written begin with."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prefix:
-    """The first tokens of a conversation with their keys and values, for later ones that begin the same."""
+    """The first tokens of a conversation with their keys and values, for later ones that begin the same.
+
+    A file of them is a line of JSON (`_header`), the bytes of the arrays that it lists, and the SHA-256 of all that.
+    """
 
     identities: np.ndarray
     """int64 ``[n]``, see `KVCache.appending`."""
@@ -36,35 +49,122 @@ class Prefix:
     def save(self, path: Path, engine: str) -> None:
         """Write a file for `load`, in one go; ``engine`` is the digest of what computed the rows."""
         arrays = {_IDENTITIES: self.identities, **self.rows}
-        try:
-            with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=path.parent, delete=False) as file:
-                try:
-                    np.savez(file, **{_ENGINE: np.array(engine)}, **arrays)
-                    file.close()
-                    Path(file.name).replace(path)
-                except BaseException:
-                    Path(file.name).unlink(missing_ok=True)
-                    raise
-        except OSError as error:
-            raise UserError(f"the KV cache cannot be saved to {path} ({error.strerror or error}).") from error
+        header = _header(engine, len(self.identities), {name: (a.dtype, a.shape) for name, a in arrays.items()})
+        with _saving(path), tempfile.NamedTemporaryFile(prefix=_PARTIAL, dir=path.parent, delete=False) as file:
+            try:
+                digest = hashlib.sha256()
+                for part in itertools.chain([header], (array.tobytes() for array in arrays.values())):
+                    file.write(part)
+                    digest.update(part)
+                file.write(digest.digest())
+                file.close()
+                Path(file.name).replace(path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
 
     @classmethod
-    def load(cls, path: Path, engine: str) -> Prefix:
-        """Read what `save` wrote; raises `UserError` for other files, and for rows of another engine."""
+    def load(cls, path: Path, engine: str, session: Session) -> Prefix:
+        """Read what `save` wrote of such a session.
+
+        Raises:
+            UserError: there is no such file, it is damaged or of another kind, or its rows are another engine's.
+        """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
-            found, identities = str(arrays.pop(_ENGINE)), arrays.pop(_IDENTITIES)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+                raise ValueError("it is no regular file")
+            with path.open("rb") as file:
+                arrays = _read_checked(file, engine, session)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"{path} is no saved KV cache ({error}): choose another file, or remove it to have it written anew."
+                f"{path} is no saved KV cache ({reason}): choose another file, or remove it to have it written anew."
             ) from error
-        if found != engine:
+        if arrays is None:
             raise UserError(
                 f"the KV cache in {path} was computed by another engine than this one: choose another file, or remove "
                 "it to have it written anew."
             )
-        return cls(identities, arrays)
+        return cls(arrays.pop(_IDENTITIES), arrays)
+
+
+def check_writable(path: Path) -> None:
+    """Raise `UserError` unless `Prefix.save` can write to ``path``; leaves nothing there."""
+    with _saving(path):
+        if path.exists() and not path.is_file():
+            raise OSError("it is no regular file")
+        if path.exists() and not os.access(path, os.W_OK):  # the folder alone would let it be replaced
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with tempfile.NamedTemporaryFile(prefix=_PARTIAL, dir=path.parent):
+            pass
+
+
+@contextlib.contextmanager
+def _saving(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"the KV cache cannot be saved to {path} ({reason}): choose another file.") from error
+
+
+_Layout = dict[str, tuple[np.dtype, tuple[int, ...]]]
+"""Types and shapes of a file's arrays by name, in their order."""
+
+
+def _header(engine: str, tokens: int, layout: _Layout) -> bytes:
+    arrays = [[name, dtype.str, shape] for name, (dtype, shape) in layout.items()]
+    header = {"kind": _FILE_KIND, "engine": engine, "tokens": tokens, "arrays": arrays}
+    return json.dumps(header).encode() + b"\n"
+
+
+def _layout(session: Session, tokens: int) -> _Layout:
+    """Of a prefix of so many tokens, as `Session.read` gives its rows."""
+    layout = {_IDENTITIES: (np.dtype(np.int64), (tokens,))}
+    for binding in (binding for inputs in session.layer_inputs for binding in inputs):
+        if (axis := binding.slot_axis) is not None:
+            shape = list(session.shape_of(binding))
+            shape[axis] = 0
+            content = binding.content_of(np.empty(shape, binding.dtype))
+            layout[binding.name] = content.dtype, (*content.shape[:axis], tokens, *content.shape[axis + 1 :])
+    return layout
+
+
+def _read_checked(file: BinaryIO, engine: str, session: Session) -> dict[str, np.ndarray] | None:
+    """The arrays of a file of `Prefix.save`, None of another engine's: all that is to be checked is checked here.
+
+    Types, shapes and sizes are those that the session has, never the file's: the header need only say the same.
+
+    Raises:
+        ValueError: what is wrong with the file.
+    """
+    line = file.readline(_MOST_HEADER_BYTES)
+    try:
+        header = json.loads(line)
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict) or header.get("kind") != _FILE_KIND:
+        raise ValueError("it does not begin as one")
+    if header.get("engine") != engine:
+        return None
+    tokens = header.get("tokens")
+    if type(tokens) is not int or tokens < 0:
+        raise ValueError("its number of tokens is none")
+    layout = _layout(session, tokens)
+    if line != _header(engine, tokens, layout):
+        raise ValueError("its arrays have other names, types or shapes than the engine's cache")
+    nbytes = sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+    expected, found = len(line) + nbytes + hashlib.sha256().digest_size, os.fstat(file.fileno()).st_size
+    if found != expected:
+        raise ValueError(f"it has {found} bytes instead of {expected}")
+    digest, arrays = hashlib.sha256(line), {}
+    for name, (dtype, shape) in layout.items():
+        content = file.read(dtype.itemsize * math.prod(shape))
+        digest.update(content)
+        arrays[name] = np.frombuffer(content, dtype).reshape(shape)
+    if file.read() != digest.digest():
+        raise ValueError("its checksum is not that of its content")
+    return arrays
 
 
 class KVCache:

@@ -184,8 +184,8 @@ class VisionLanguageModel:
         prefix.save(Path(path), self._digest)
 
     def load_cache(self, path: str | Path) -> None:
-        """Keep what `save_cache` wrote, as `keep_prefix` does; raises `UserError` for another engine's."""
-        self._prefixes.append(Prefix.load(Path(path), self._digest))
+        """Keep what `save_cache` wrote, as `keep_prefix` does; raises `UserError` for other files."""
+        self._prefixes.append(Prefix.load(Path(path), self._digest, self._session))
 
     @property
     def _digest(self) -> str:

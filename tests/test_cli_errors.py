@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -187,7 +188,7 @@ def _edit_manifest(bundle, edit):
         (lambda b: (b / MANIFEST).unlink(), "it has no manifest.json"),
         (lambda b: (b / MANIFEST).write_text("{"), "manifest.json cannot be read"),
         (lambda b: _edit_manifest(b, lambda m: m.update(version=0)), "has bundle version 0"),
-        (lambda b: _edit_manifest(b, lambda m: m.update(kv_cache="f16")), "is for another model: .* float16"),
+        (lambda b: _edit_manifest(b, lambda m: m.update(kv_cache="f16")), "is for another model: .* past_key.0 int32"),
         (lambda b: _edit_manifest(b, lambda m: m["model"]["text"].update(head_dim=64)), "rope_inv_freq is"),
         (lambda b: _edit_manifest(b, lambda m: m["backend"].update(name="abacus")), "unknown backend 'abacus'"),
     ],
@@ -205,6 +206,20 @@ def test_saved_caches(refused, nano_engine_bundle, tmp_path):
     other.write_bytes(b"no cache")
     refused("picture.png is no saved KV cache .* choose another file", *command, other)
     assert other.read_bytes() == b"no cache"
+    np.savez(tmp_path / "objects.npz", identities=np.array([{}, None]))
+    refused(r"objects.npz is no saved KV cache \(it does not begin as one\)", *command, tmp_path / "objects.npz")
+
+
+def test_caches_that_cannot_be_saved(refused, nano_engine_bundle, tmp_path):
+    """Known before the answer, of which nothing is printed, and before the bundle is opened."""
+    for bundle in (nano_engine_bundle, tmp_path):
+        command = ["run", bundle, "--prompt", "Hello!", "--max-new-tokens", "1", "--cache"]
+        refused(
+            "cannot be saved to .* [(]No such file or directory[)]: choose another", *command, tmp_path / "no" / "cache"
+        )
+        refused("cannot be saved to .* [(]File name too long[)]: choose another", *command, tmp_path / ("n" * 256))
+        refused("cannot be saved to .* [(]it is no regular file[)]: choose another", *command, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_engine_bundle(refused, nano_model_bundle, tmp_path):
@@ -262,6 +277,8 @@ def _shards(checkpoint):
         (lambda c: (c / "tokenizer.json").unlink(), "lacks tokenizer.json"),
         (lambda c: (c / "tokenizer.json").write_text("{}"), "checkpoint/tokenizer.json is not a tokenizer"),
         (lambda c: (c / "chat_template.jinja").write_text("{% if %}"), "checkpoint/chat_template.jinja cannot be used"),
+        (lambda c: (c / "chat_template.jinja").write_text("{% break %}"), "cannot be used .'break' outside loop"),
+        (lambda c: (c / "chat_template.jinja").write_text("{{ 'x' * 10**10 }}"), "it needs more than 1 GB of memory"),
         (lambda c: (c / "chat_template.jinja").write_text("Hello"), "has no place for one of the pictures"),
         (lambda c: (c / "generation_config.json").write_text("{}"), "checkpoint/generation_config.json is of no use"),
     ],

@@ -1,18 +1,22 @@
 """What the cache keeps and where: against the definition of each policy, token by token."""
 
-import dataclasses
+import hashlib
+import json
+import math
+import os
 import random
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from pascalvl.engines import Session
-from pascalvl.plugins import bindings
+from pascalvl.engines.session import HostSession
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import TextConfig
-from pascalvl.runtime.kv_cache import KVCache, Prefix
+from pascalvl.runtime.kv_cache import KVCache, Prefix, check_writable
 
 TEXT = TextConfig(16, 8, 2, 1, 1, 128, 1000, (24, 20, 20), (0.5,) * 64, 1.0, (128,) * 2, (128,) * 2)
 LONGEST = 400
@@ -24,7 +28,7 @@ class TokenSession(Session):
     def __init__(self, config, capacity):
         model = SimpleNamespace(text=TEXT, num_deepstack=1)
         super().__init__(SimpleNamespace(manifest=SimpleNamespace(model=model, kv_cache=config)), capacity)
-        self.slots = np.full(capacity, -1)
+        self.slots = np.full(self.capacity, -1)
         self.recent = np.full(max(config.recent, 1), -1)
         self.seen = {}
 
@@ -121,7 +125,7 @@ def test_tokens_see_what_the_policy_says(kv, seed):
 
 def test_a_window_takes_no_more_slots_however_long_the_conversation():
     conversation = Conversation("k8v4,window=4+16")
-    assert conversation.session.capacity == 4 + 15
+    assert conversation.session.capacity == 4 + 15 + 1  # an even number
     for _ in range(LONGEST // 8):
         conversation.append(7)
         conversation.append(1)
@@ -143,9 +147,9 @@ def test_too_many_pinned_tokens():
     conversation = Conversation("k8v4,window=0+16,pin=image", pinned=8)
     for _ in range(4):
         conversation.append(2, np.ones(2, bool))
-    for _ in range(7):
+    for _ in range(8):
         conversation.append(2, np.ones(2, bool))
-    with pytest.raises(UserError, match="has 23 slots, too few for what is pinned: give fewer pictures"):
+    with pytest.raises(UserError, match="has 24 slots, too few for what is pinned: give fewer pictures"):
         conversation.append(2, np.ones(2, bool))
 
 
@@ -203,21 +207,218 @@ def test_a_prefix_that_a_window_would_have_dropped_is_not_taken():
     assert short.cache.prefix(37) is None
 
 
-def test_saved_prefixes(tmp_path):
-    rows = {bindings.past_key(0): np.arange(6, dtype=np.int32).reshape(1, 1, 3, 2)}
-    path = tmp_path / "cache"
-    Prefix(np.array([5, -6, 7]), rows).save(path, "abc")
+# Files ----------------------------------------------------------------------------------------------------------------
+
+FORMATS = ("f32", "f16", "k8v4", "k4v4,recent=4", "k8v8,layer.0=f16")
+ENGINE = hashlib.sha256(b"engine").hexdigest()
+TOKENS = 7
+
+
+def host_session(kv):
+    model = SimpleNamespace(text=TEXT, num_deepstack=1)
+    return HostSession(
+        SimpleNamespace(manifest=SimpleNamespace(model=model, kv_cache=CacheConfig.parse(kv))), 2 * TOKENS
+    )
+
+
+def saved(kv, path, tokens=TOKENS):
+    """A session of ``kv`` and a prefix of random bytes that was in it, saved to ``path``."""
+    session, draw = host_session(kv), np.random.default_rng(0)
+    rows = session.read(np.arange(tokens))
+    rows = {
+        name: np.frombuffer(draw.bytes(array.nbytes), array.dtype).reshape(array.shape) for name, array in rows.items()
+    }
+    session.write(np.arange(tokens), rows)
+    prefix = Prefix(draw.integers(-(2**62), 2**17, tokens), session.read(np.arange(tokens)))
+    prefix.save(path, ENGINE)
+    return session, prefix
+
+
+@pytest.mark.parametrize("tokens", [0, 1, TOKENS])
+@pytest.mark.parametrize("kv", FORMATS)
+def test_saved_prefixes(kv, tokens, tmp_path):
+    """To the bit, whatever was in the rows, NaNs among it."""
+    session, prefix = saved(kv, tmp_path / "cache", tokens)
     assert [file.name for file in tmp_path.iterdir()] == ["cache"]
-    found = Prefix.load(path, "abc")
-    np.testing.assert_array_equal(found.identities, [5, -6, 7])
-    np.testing.assert_array_equal(found.rows[bindings.past_key(0)], rows[bindings.past_key(0)])
-    assert found.common(np.array([5, -6, 8])) == 2
+    found = Prefix.load(tmp_path / "cache", ENGINE, session)
+    np.testing.assert_array_equal(found.identities, prefix.identities)
+    assert found.rows.keys() == prefix.rows.keys()
+    for name, array in prefix.rows.items():
+        assert (found.rows[name].dtype, found.rows[name].shape) == (array.dtype, array.shape)
+        assert found.rows[name].tobytes() == array.tobytes()
+    session.write(np.arange(tokens), found.rows)
+
+
+def signed(header, content):
+    """A file whose checksum is right."""
+    whole = (header if isinstance(header, bytes) else json.dumps(header).encode()) + b"\n" + content
+    return whole + hashlib.sha256(whole).digest()
+
+
+def damaged_bytes(draw, whole):
+    """One of many ways in which a file comes to harm."""
+    first = draw.randrange(len(whole))
+    some = draw.randbytes(draw.choice([1, 1, 2, 50, 1000]))
+    last = first + len(some)
+    return draw.choice(
+        [
+            whole[:first],
+            whole[first + 1 :],
+            whole[:first] + whole[last:],
+            whole[:first] + some + whole[first:],
+            whole[:first] + some + whole[last:],
+            whole[:first] + bytes([whole[first] ^ 1 << draw.randrange(8)]) + whole[first + 1 :],
+            whole[:first] + bytes(len(some)) + whole[last:],
+            whole + some,
+            whole + whole,
+        ]
+    )
+
+
+def altered_header(draw, header, content):
+    """Another header, and the content that it tells of, so that the checks of the header alone can find it."""
+    arrays, number = header["arrays"], draw.randrange(len(header["arrays"]))
+    sizes = [np.dtype(dtype).itemsize * math.prod(shape) for _, dtype, shape in arrays]
+    first = sum(sizes[:number])
+    of_array = slice(first, first + sizes[number])
+    name, dtype, shape = arrays[number]
+    others = ["|O", "<i8", "<f4", ">i4", "|V4", "no type", "", None, 4, [["a", "<i4"]]]
+    event = draw.choice(["removed", "renamed", "retyped", "reshaped", "twice", "swapped", "tokens", "key", "huge"])
+    if event == "removed":
+        del arrays[number]
+        content = content[: of_array.start] + content[of_array.stop :]
+    elif event == "renamed":
+        arrays[number][0] = draw.choice([name + "0", "", name.upper(), "../" + name, None, 3, [name]])
+    elif event == "retyped":
+        arrays[number][1] = draw.choice([other for other in others if other != dtype])
+    elif event == "reshaped":
+        axis = draw.randrange(len(shape))
+        size = draw.choice([shape[axis] + 1, 0, -1, 10**18, 2.5, None, "7", []])
+        arrays[number][2] = draw.choice([[*shape[:axis], size, *shape[axis + 1 :]], [*shape, 1], shape[:-1], None])
+    elif event == "twice":
+        arrays.append([name, dtype, shape])
+        content += content[of_array]
+    elif event == "swapped":
+        arrays.append(arrays.pop(0))
+        content = content[sizes[0] :] + content[: sizes[0]]
+    elif event == "tokens":
+        header["tokens"] = draw.choice([-1, 0, TOKENS - 1, TOKENS + 1, 10**18, True, 7.0, "7", None, [7], {}])
+    elif event == "key":
+        key = draw.choice(list(header))
+        if draw.random() < 0.5:
+            del header[key]
+        else:
+            header[key] = draw.choice([None, [], {}, 0, "another", [[]], True])
+    else:
+        return draw.choice(
+            [b"[" * 100_000, b"9" * 10_000, b"{" * 2_000_000, b"\xff\xfe{", b'{"kind": NaN}', b"null"]
+        ), content
+    return header, content
+
+
+def check_refusal(path, session):
+    with pytest.raises(UserError) as error:
+        Prefix.load(path, ENGINE, session)
+    sentence = str(error.value)
+    assert re.fullmatch(r"[^\n]*: choose another file, or remove it to have it written anew\.", sentence), sentence
+    assert str(path) in sentence
+    assert "pickle" not in sentence
+
+
+@pytest.mark.parametrize("kv", FORMATS)
+def test_damaged_files_are_refused(kv, tmp_path):
+    """What was flipped, cut off, put in or zeroed, wherever."""
+    path, draw = tmp_path / "cache", random.Random(kv)
+    session, _ = saved(kv, path)
+    whole = path.read_bytes()
+    for _ in range(300):
+        damaged = damaged_bytes(draw, whole)
+        if damaged != whole:
+            path.write_bytes(damaged)
+            check_refusal(path, session)
+
+
+@pytest.mark.parametrize("kv", FORMATS)
+def test_altered_headers_are_refused(kv, tmp_path):
+    """Also where the checksum is right: arrays removed, renamed, retyped, of other shapes, of more tokens."""
+    path, draw = tmp_path / "cache", random.Random(kv)
+    session, _ = saved(kv, path)
+    line, rest = path.read_bytes().split(b"\n", 1)
+    content = rest[: -hashlib.sha256().digest_size]
+    assert signed(json.loads(line), content) == path.read_bytes()
+    for _ in range(300):
+        path.write_bytes(signed(*altered_header(draw, json.loads(line), content)))
+        check_refusal(path, session)
+
+
+def test_rows_of_zeros_are_refused(tmp_path):
+    session, prefix = saved("k8v4", tmp_path / "cache")
+    size = sum(array.nbytes for array in prefix.rows.values())
+    whole = (tmp_path / "cache").read_bytes()
+    end = len(whole) - hashlib.sha256().digest_size
+    (tmp_path / "cache").write_bytes(whole[: end - size] + bytes(size) + whole[end:])
+    with pytest.raises(UserError, match=r"\(its checksum is not that of its content\)"):
+        Prefix.load(tmp_path / "cache", ENGINE, session)
+
+
+def test_files_of_another_engine_or_cache(tmp_path):
+    session, _ = saved("k8v4", tmp_path / "cache")
     with pytest.raises(UserError, match="was computed by another engine than this one: choose another file"):
-        Prefix.load(path, "abd")
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(UserError, match="is no saved KV cache"):
-        Prefix.load(path, "abc")
-    with pytest.raises(UserError, match="is no saved KV cache"):
-        Prefix.load(tmp_path / "none", "abc")
-    with pytest.raises(UserError, match=r"cannot be saved to .* \(No such file or directory\)"):
-        dataclasses.replace(found).save(tmp_path / "none" / "cache", "abc")
+        Prefix.load(tmp_path / "cache", ENGINE[::-1], session)
+    for kv in ("k8v8", "f16", "k8v4,layer.1=f16"):
+        with pytest.raises(UserError, match="other names, types or shapes than the engine's cache"):
+            Prefix.load(tmp_path / "cache", ENGINE, host_session(kv))
+
+
+def test_what_is_no_saved_cache(tmp_path):
+    path, session = tmp_path / "cache", host_session("f32")
+    with pytest.raises(UserError, match=r"is no saved KV cache \(No such file or directory\): choose another"):
+        Prefix.load(path, ENGINE, session)
+    with pytest.raises(UserError, match=r"is no saved KV cache \(it is no regular file\)"):
+        Prefix.load(tmp_path, ENGINE, session)
+    os.mkfifo(tmp_path / "pipe")
+    for other in ("pipe", "/dev/zero"):
+        with pytest.raises(UserError, match=r"is no saved KV cache \(it is no regular file\)"):
+            Prefix.load(tmp_path / other, ENGINE, session)
+    np.savez(tmp_path / "objects.npz", identities=np.array([{}, None]))
+    for content in (b"", b"\n", bytes(3_000_000), (tmp_path / "objects.npz").read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"is no saved KV cache \(it does not begin as one\)"):
+            Prefix.load(path, ENGINE, session)
+
+
+def test_where_nothing_can_be_saved(tmp_path):
+    """`check_writable` knows what `save` would meet, and changes nothing."""
+    _, prefix = saved("f32", tmp_path / "cache")
+    whole = (tmp_path / "cache").read_bytes()
+    for path in (tmp_path / "cache", tmp_path / ("n" * 255)):
+        check_writable(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["cache"]
+    assert (tmp_path / "cache").read_bytes() == whole
+    for path, reason in (
+        (tmp_path / "none" / "cache", "No such file or directory"),
+        (tmp_path / "cache" / "cache", "Not a directory"),
+        (tmp_path / ("n" * 256), "File name too long"),
+    ):
+        for refusing in (check_writable, lambda path: prefix.save(path, ENGINE)):
+            with pytest.raises(UserError, match=rf"cannot be saved to .* \({reason}\): choose another file\."):
+                refusing(path)
+    with pytest.raises(UserError, match=r"cannot be saved to .* \(embedded null byte\)"):
+        prefix.save(tmp_path / "null\0", ENGINE)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(UserError, match=r"cannot be saved to .* \(it is no regular file\)"):
+            check_writable(path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["cache", "pipe"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_files_without_permission(tmp_path):
+    _, prefix = saved("f32", tmp_path / "cache")
+    (tmp_path / "cache").chmod(0o400)
+    (tmp_path / "closed").mkdir(0o500)
+    for path in (tmp_path / "cache", tmp_path / "closed" / "cache"):
+        with pytest.raises(UserError, match=r"\(Permission denied\)"):
+            check_writable(path)
+    with pytest.raises(UserError, match=r"\(Permission denied\)"):
+        prefix.save(tmp_path / "closed" / "cache", ENGINE)

@@ -299,6 +299,11 @@ def test_a_cache_is_kept_in_a_file(kv, nano_engine, tmp_path, monkeypatch):
     assert generation.token_ids == expected.token_ids
     with pytest.raises(UserError, match="was computed by another engine than this one"):
         fresh(nano_engine("f16")).load_cache(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1000] + bytes(900) + whole[-100:])
+    with pytest.raises(UserError, match="checksum is not that of its content"):
+        model.load_cache(path)
+    assert answer(model, messages).token_ids == expected.token_ids
 
 
 def test_what_a_window_has_dropped_cannot_be_kept(nano_engine_bundle, tmp_path):
