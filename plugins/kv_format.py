@@ -273,10 +273,11 @@ class CacheConfig:
         return min(tokens, self.window.sinks + self.window.length - 1 + pinned)
 
     def nbytes(self, text: TextConfig, tokens: int, pinned: int = 0) -> int:
-        """Bytes of the cache of such a conversation."""
+        """Bytes of the cache of such a conversation, which has a slot more where they are odd."""
         layers = self.layers(text)
+        slots = self.slots(tokens, pinned)
         recent = sum(2 * sum(layer.dims) * layer.num_kv_heads for layer in layers) * self.recent
-        return self.slots(tokens, pinned) * sum(layer.bytes_per_token for layer in layers) + recent
+        return (slots + slots % HALVES_PER_WORD) * sum(layer.bytes_per_token for layer in layers) + recent
 
 
 def _read_rank(option: str, value: str) -> Rank:
