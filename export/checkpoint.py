@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
+import logging
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -20,12 +24,21 @@ from pascalvl.plugins import bundle
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.model_config import ModelConfig, TextConfig, VisionConfig
 
+log = logging.getLogger(__name__)
+
 _CONFIG = bundle.CHECKPOINT_CONFIG
+_MODELOPT_CONFIG = "hf_quant_config.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MODEL_TYPE = "qwen3_vl"
 TOKEN_EMBEDDINGS = "model.language_model.embed_tokens.weight"
 """The one tensor that is in no graph, unless it is the lm_head too: the runtime looks it up on the host."""
+LM_HEAD = "lm_head.weight"
+_FLOATS = ("F32", "F16", "BF16")
+_HARMLESS = re.compile(r"(^|\.)(rotary_emb|rotary_pos_emb)\.inv_freq$")
+"""Tensors that a model computes itself, which some checkpoints hold all the same."""
+_ADAPTER = re.compile(r"\.lora_[a-zA-Z_]+(\.|$)")
 _COPIED_FILES = (bundle.TOKENIZER, bundle.GENERATION_CONFIG, bundle.IMAGE_PROCESSOR, bundle.VIDEO_PROCESSOR)
 """JSON that the runtime reads as it is."""
 _STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
@@ -67,13 +80,16 @@ class Checkpoint:
         self.directory = directory
         if not directory.is_dir():
             raise UserError(f"no checkpoint directory at {directory}: give the folder of a Qwen3-VL model.")
-        data = self._read_json(_CONFIG)
+        self._config = self._read_json(_CONFIG)
+        data = dict(self._config)
         if (found := data.get("model_type")) != _MODEL_TYPE:
             raise UserError(
                 f"expected a dense Qwen3-VL checkpoint (model_type {_MODEL_TYPE!r}) in {directory}, found {found!r}: "
                 "give a Qwen3-VL 2B, 4B, 8B or 32B model."
             )
         quantization = data.pop("quantization_config", None)
+        if not quantization:
+            self._check_modelopt()
         self.codes = StoredCodes.parse(quantization, directory, self) if quantization else None
         with self._config_errors():
             self.hf_config = Qwen3VLConfig.from_dict(data)
@@ -85,6 +101,7 @@ class Checkpoint:
         for name in self._shard_names():
             shard = self._open_shard(name)
             self._shard_of.update(dict.fromkeys(shard.keys(), shard))
+        self._untie_another_head()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -93,9 +110,14 @@ class Checkpoint:
         self._files.close()
 
     def meta_model(self) -> Qwen3VLForConditionalGeneration:
-        """The model that `meta_model` makes of the config; each of its tensors is on disk."""
+        """The model that `meta_model` makes of the config; each of its tensors is on disk, and no others are.
+
+        Raises:
+            UserError: a tensor that is missing, of another shape or of no float type, or one that no model uses.
+        """
         with self._config_errors():
             model = meta_model(self.hf_config)
+        used = {LM_HEAD}  # a copy of the embeddings, where it is tied to them
         for name, parameter in model.named_parameters():
             if name not in self:
                 raise UserError(
@@ -108,7 +130,58 @@ class Checkpoint:
                 )
             if layer := self._layer_in_codes(name):
                 self.codes.check(layer)
+                used.update(self.codes.names(layer))
+            elif (kind := self._shard_of[name].get_slice(name).get_dtype()) not in _FLOATS:
+                raise UserError(
+                    f"tensor {name} of {self.directory} has type {kind}, expected {', '.join(_FLOATS)}: give the "
+                    "checkpoint with the original weights."
+                )
+            used.add(name)
+        self._check_unused(sorted(self._shard_of.keys() - used))
         return model
+
+    def _check_unused(self, names: list[str]) -> None:
+        """Raise `UserError` for tensors that would be left out without a word, though they may mean something."""
+        if adapters := [name for name in names if _ADAPTER.search(name)]:
+            log.warning(
+                "%s holds the weights of an adapter, such as %s, which are left out: merge it into the model before",
+                *(self.directory, adapters[0]),
+            )
+        unknown = [name for name in names if not _HARMLESS.search(name) and not _ADAPTER.search(name)]
+        if unknown:
+            raise UserError(
+                f"{self.directory} holds {len(unknown)} tensors that Qwen3-VL has no use for, such as {unknown[0]}: "
+                "give a checkpoint of the model alone, with its original weights."
+            )
+
+    def _check_modelopt(self) -> None:
+        """Raise `UserError` for weights that only ModelOpt's own file says are quantised."""
+        if not (self.directory / _MODELOPT_CONFIG).is_file():
+            return
+        quantization = self._read_json(_MODELOPT_CONFIG).get("quantization")
+        algorithm = quantization.get("quant_algo") if isinstance(quantization, dict) else quantization
+        if algorithm:
+            raise UserError(
+                f"{self.directory} holds weights quantised with ModelOpt's {algorithm!r}, by its {_MODELOPT_CONFIG}, "
+                "which is not supported: give the checkpoint with the original weights."
+            )
+
+    def _untie_another_head(self) -> None:
+        """Take a stored lm_head that is not the embeddings for what it is, whatever the config says of ties.
+
+        So does transformers.
+        """
+        if not self.hf_config.tie_word_embeddings or LM_HEAD not in self or TOKEN_EMBEDDINGS not in self:
+            return
+        head, embeddings = self.tensor(LM_HEAD), self.tensor(TOKEN_EMBEDDINGS)
+        if head.shape == embeddings.shape and torch.equal(head, embeddings.to(head.dtype)):
+            return
+        log.info("the lm_head is stored, and not the embeddings: it is not tied to them")
+        for config, data in (
+            (self.hf_config, self._config),
+            (self.hf_config.text_config, self._config.get("text_config", {})),
+        ):
+            config.tie_word_embeddings = data["tie_word_embeddings"] = False
 
     def __contains__(self, name: str) -> bool:
         return name in self._shard_of or self._layer_in_codes(name) is not None
@@ -167,9 +240,33 @@ class Checkpoint:
 
     def copy_host_files(self, target: Path) -> None:
         """Put the config, and the files that the runtime's tokenizer and processors read, into ``target``."""
-        for name in (_CONFIG, *_COPIED_FILES):
+        for name in _COPIED_FILES:
             shutil.copyfile(self.directory / name, target / name)
+        (target / _CONFIG).write_text(json.dumps(self._config, indent=2) + "\n", encoding="utf-8")
+        self._add_tokens(target / bundle.TOKENIZER)
         (target / bundle.CHAT_TEMPLATE).write_text(self._chat_template, encoding="utf-8")
+
+    def _add_tokens(self, path: Path) -> None:
+        """Add to a copy of the tokenizer the tokens that only its config has, as transformers does when it loads it."""
+        if not (self.directory / _TOKENIZER_CONFIG).is_file():
+            return
+        added = self._read_json(_TOKENIZER_CONFIG).get("added_tokens_decoder") or {}
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+            for _, fields in sorted((int(number), dict(fields)) for number, fields in added.items()):
+                if fields["content"] not in known:
+                    is_special = bool(fields.pop("special", False))
+                    token = tokenizers.AddedToken(**fields, special=is_special)
+                    (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)([token])
+        except Exception as error:  # the library raises bare Exception
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(
+                f"the tokens that {self.directory / _TOKENIZER_CONFIG} adds cannot be read ({reason}): download the "
+                "model again."
+            ) from error
+        if len(tokenizer.get_added_tokens_decoder()) != len(known):
+            tokenizer.save(str(path))
 
     @contextlib.contextmanager
     def _config_errors(self) -> Iterator[None]:
@@ -206,6 +303,11 @@ class Checkpoint:
         raise UserError(f"{self.directory} has no chat template: add the model's {bundle.CHAT_TEMPLATE}.")
 
     def _shard_names(self) -> list[str]:
+        if (self.directory / _SINGLE).is_file():
+            # Transformers reads the one file where there is one, whatever else there is.
+            if (self.directory / _INDEX).is_file():
+                log.warning("of %s, %s is read, and %s with its files is not", self.directory, _SINGLE, _INDEX)
+            return [_SINGLE]
         if (self.directory / _INDEX).is_file():
             weight_map = self._read_json(_INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):

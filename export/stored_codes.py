@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,6 +43,7 @@ class _Layout:
     Attributes:
         codes, scale, zero: last parts of the tensors' names. Without a zero there, it is the middle, 8.
         group_of_input: likewise; has a number for each input, and need not be there.
+        size: likewise; of the outputs and inputs, where these are stored.
         inputs_first: tensors are ``[inputs or groups, outputs]``, else ``[outputs, inputs or groups]``.
         words_of_outputs: a word has codes of several outputs, else of several inputs. Zeros' are always of outputs.
         order: which of a word's elements is in its nibble number i, from the lowest on.
@@ -57,18 +58,46 @@ class _Layout:
     words_of_outputs: bool
     order: tuple[int, ...] = tuple(range(_OF_WORD))
     zero_offset: int = 0
+    size: str = ""
 
 
 _AWQ = _Layout("qweight", "scales", "qzeros", "g_idx", True, True, order=(0, 2, 4, 6, 1, 3, 5, 7))
 _GPTQ_V2 = _Layout("qweight", "scales", "qzeros", "g_idx", True, False)
 _GPTQ = dataclasses.replace(_GPTQ_V2, zero_offset=0x11111111)
-_PACKED = _Layout("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx", False, False)
+_PACKED = _Layout(
+    *("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"), False, False, size="weight_shape"
+)
 _METHODS = {
     "awq": {"gemm": _AWQ},
     "gptq": {"gptq": _GPTQ, "gptq_v2": _GPTQ_V2},
     "compressed-tensors": {"pack-quantized": _PACKED},
 }
 """By ``quant_method`` and its variants, of which the first is meant where none is named."""
+_FIELDS = {
+    "awq": (
+        "quant_method bits group_size version zero_point backend do_fuse exllama_config fuse_max_seq_len "
+        "modules_to_fuse modules_to_not_convert"
+    ),
+    "gptq": (
+        "quant_method bits group_size checkpoint_format format desc_act sym lm_head static_groups true_sequential "
+        "damp_percent damp_auto_increment dataset tokenizer meta model_name_or_path model_file_base_name model_seqlen "
+        "block_name_to_quantize modules_in_block_to_quantize module_name_preceding_first_block batch_size pad_token_id "
+        "use_cuda_fp16 use_exllama disable_exllama exllama_config max_input_length cache_block_outputs pack_dtype "
+        "is_marlin_format backend mse"
+    ),
+    "compressed-tensors": (
+        "quant_method format version config_groups ignore quantization_status global_compression_ratio run_compressed"
+    ),
+}
+"""Fields of a config whose meaning is in the tensors, or of no matter to who reads them."""
+_MUST_BE_EMPTY = ("dynamic", "kv_cache_scheme", "sparsity_config", "transform_config")
+"""Fields that ask for more than codes, scales and zeros."""
+_SCHEME = (
+    "num_bits type symmetric group_size strategy dynamic actorder observer observer_kwargs block_structure scale_dtype "
+    "zp_dtype"
+)
+"""Fields of compressed-tensors' weights."""
+_GROUP = "targets weights input_activations output_activations format"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,15 +126,30 @@ class StoredCodes:
                 )
             return found
 
+        def check_fields(found: Mapping[str, Any], known: str) -> None:
+            if unknown := sorted(found.keys() - known.split()):
+                raise UserError(
+                    f"{where} holds weights quantised with {method!r}, whose config has the field {unknown[0]!r}, "
+                    f"which is not known here: {_REMEDY}."
+                )
+
         variants = _METHODS[check("quant_method", str(method), tuple(_METHODS))]
         kind = next((data[key] for key in ("checkpoint_format", "format", "version") if data.get(key)), None)
+        for name in _MUST_BE_EMPTY:
+            check(f"no {name}", data.get(name) or None, (None,))
+        check_fields(data, f"{_FIELDS[method]} {' '.join(_MUST_BE_EMPTY)}")
         layout = variants[check("the layout", str(kind or next(iter(variants))).lower(), tuple(variants))]
         if layout is _PACKED:
             named = data.get("config_groups")
             groups = _objects(named.values() if isinstance(named, dict) else ())
             for group in groups:
-                check("input_activations", group.get("input_activations"), (None,))
+                check_fields(group, _GROUP)
+                for activations in ("input_activations", "output_activations"):
+                    check(activations, group.get(activations), (None,))
             schemes, bits = _objects(group.get("weights") for group in groups), "num_bits"
+            for scheme in schemes:
+                check_fields(scheme, _SCHEME)
+                check("type", scheme.get("type", "int"), ("int",))
         for scheme in schemes:
             check("bits", scheme.get(bits), (_BITS,))
             check("group_size", scheme.get("group_size"), GROUPS)
@@ -123,6 +167,11 @@ class StoredCodes:
         if self.layout.words_of_outputs:
             return [out_features * _OF_WORD, in_features]
         return [out_features, in_features * _OF_WORD]
+
+    def names(self, layer: str) -> tuple[str, ...]:
+        """Of the tensors that a layer in codes may have."""
+        parts = self.layout.codes, self.layout.scale, self.layout.zero, self.layout.group_of_input, self.layout.size
+        return tuple(f"{layer}.{part}" for part in parts if part)
 
     def check(self, layer: str) -> None:
         """Raise `UserError` for tensors that are missing, do not fit each other, or have inputs in another order."""

@@ -3,13 +3,19 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
+from pascalvl.engines import build, open_engine
 from pascalvl.export import export_checkpoint
 from pascalvl.export.checkpoint import Checkpoint
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.runtime.tokenizer import Tokenizer
+from tests.engines.decoder import decoder_feeds
 
 
 @pytest.fixture
@@ -145,3 +151,154 @@ def test_output_that_is_not_a_bundle_is_not_overwritten(nano_checkpoint, tmp_pat
     with pytest.raises(UserError, match="exists and is no model bundle"):
         export_checkpoint(nano_checkpoint, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+
+
+# Tensors that no model uses -------------------------------------------------------------------------------------------
+
+
+def add_tensor(checkpoint, name, tensor):
+    """Put one more into a checkpoint's last shard, and its index."""
+    path = shards(checkpoint)[-1]
+    save_file({**load_file(path), name: tensor}, path)
+    index = checkpoint / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    data["weight_map"][name] = path.name
+    index.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.language_model.layers.0.mlp.down_proj.weight_scale", "model.language_model.layers.6.mlp.x"]
+)
+def test_a_tensor_that_no_model_uses(copy, name):
+    add_tensor(copy, name, torch.ones(1))
+    refused(copy, f"holds 1 tensors that Qwen3-VL has no use for, such as {name}")
+
+
+def test_tensors_that_a_model_computes_itself_are_harmless(copy):
+    add_tensor(copy, "model.language_model.rotary_emb.inv_freq", torch.ones(64))
+    with Checkpoint(copy) as checkpoint:
+        checkpoint.meta_model()
+
+
+def test_an_adapter_beside_the_model_is_left_out_with_a_warning(copy, caplog):
+    name = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+    add_tensor(copy, name, torch.ones(8, 256))
+    with Checkpoint(copy) as checkpoint:
+        checkpoint.meta_model()
+    assert f"holds the weights of an adapter, such as {name}, which are left out" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8, torch.float64])
+def test_weights_of_other_types(copy, kind):
+    path = shards(copy)[0]
+    tensors = load_file(path)
+    name = next(name for name in sorted(tensors) if name.endswith("proj.weight"))
+    save_file({**tensors, name: tensors[name].to(kind)}, path)
+    refused(copy, f"tensor {name}")
+
+
+def test_quantisation_that_only_modelopts_file_tells(copy):
+    (copy / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    refused(copy, "quantised with ModelOpt's 'FP8', by its hf_quant_config.json")
+    (copy / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": None}}))
+    with Checkpoint(copy):
+        pass
+
+
+@pytest.mark.parametrize("stored", ["another", "the same", "none"])
+def test_an_lm_head_beside_a_config_that_ties_it(copy, stored, tmp_path):
+    """Transformers takes a stored one that is not the embeddings, whatever the config says."""
+    with Checkpoint(copy) as checkpoint:
+        embeddings = checkpoint.tensor("model.language_model.embed_tokens.weight")
+    torch.manual_seed(0)
+    head = torch.randn_like(embeddings) / 16 if stored == "another" else embeddings.clone()
+    if stored != "none":
+        add_tensor(copy, "lm_head.weight", head)
+    expected = Qwen3VLForConditionalGeneration.from_pretrained(copy, dtype=torch.float32)
+    assert torch.equal(expected.lm_head.weight, head.float())
+    (tmp_path / "files").mkdir()
+    with Checkpoint(copy) as checkpoint:
+        assert checkpoint.meta_model().config.tie_word_embeddings == (stored != "another")
+        checkpoint.copy_host_files(tmp_path / "files")
+    config = json.loads((tmp_path / "files" / "config.json").read_text())
+    assert config["tie_word_embeddings"] == config["text_config"]["tie_word_embeddings"] == (stored != "another")
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_another_lm_head_gives_its_own_logits(copy, backend, tmp_path):
+    torch.manual_seed(0)
+    add_tensor(copy, "lm_head.weight", torch.randn(2048, 256) / 16)
+    export_checkpoint(copy, tmp_path / "model")
+    build(tmp_path / "model", tmp_path / "engine", backend, CacheConfig.parse("f32"))
+    engine = open_engine(tmp_path / "engine")
+    hf = Qwen3VLForConditionalGeneration.from_pretrained(copy, dtype=torch.float32)
+    token_ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = hf(input_ids=token_ids).logits[0, -1].numpy()
+    feeds = decoder_feeds(engine.manifest, seq=3, capacity=2, past=0)
+    embeds = hf.model.language_model.embed_tokens(token_ids).detach()
+    cos, sin = hf.model.language_model.rotary_emb(embeds, torch.arange(3).expand(3, 1, 3))
+    feeds |= {"inputs_embeds": embeds.numpy(), "rope_cos": cos.numpy(), "rope_sin": sin.numpy()}
+    feeds["deepstack_embeds"][:] = 0
+    found = engine.run("decoder", feeds)["logits"][0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+# Which file counts ----------------------------------------------------------------------------------------------------
+
+
+def as_one_file(checkpoint):
+    tensors = {name: tensor for path in shards(checkpoint) for name, tensor in load_file(path).items()}
+    save_file(tensors, checkpoint / "model.safetensors")
+    return tensors
+
+
+def test_one_file_beside_old_shards_is_what_counts(copy, caplog):
+    """As for transformers; the shards here have other weights."""
+    tensors = as_one_file(copy)
+    name = "model.language_model.norm.weight"
+    path = next(path for path in shards(copy) if path.name != "model.safetensors" and name in load_file(path))
+    save_file({**load_file(path), name: torch.zeros_like(tensors[name])}, path)
+    with Checkpoint(copy) as checkpoint:
+        assert torch.equal(checkpoint.tensor(name), tensors[name])
+        digest = checkpoint.digest()
+    assert "model.safetensors is read, and model.safetensors.index.json with its files is not" in caplog.text
+    hf = Qwen3VLForConditionalGeneration.from_pretrained(copy, dtype=torch.float32)
+    assert torch.equal(hf.model.language_model.norm.weight, tensors[name].float())
+    path.unlink()  # an index whose shards are gone
+    with Checkpoint(copy) as checkpoint:
+        assert checkpoint.digest() == digest
+
+
+# Added tokens ---------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_that_only_the_tokenizers_config_adds(copy, tmp_path):
+    """Ids are those of transformers, which reads both files."""
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    size = Tokenizer(copy / "tokenizer.json")._tokenizer.get_vocab_size()
+    plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    config["added_tokens_decoder"] = {
+        **config.get("added_tokens_decoder", {}),
+        str(size): {"content": "<think>", "special": False, **plain},
+        str(size + 1): {"content": "</think>", "special": False, **plain},
+        str(size + 2): {"content": "<|extra|>", "special": True, **plain},
+    }
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "files").mkdir()
+    with Checkpoint(copy) as checkpoint:
+        checkpoint.copy_host_files(tmp_path / "files")
+    found = Tokenizer(tmp_path / "files" / "tokenizer.json")
+    expected = AutoTokenizer.from_pretrained(copy)
+    for text in ("<think>Hello</think> <|extra|>!", "<|im_start|>user\nHi<|im_end|>", "< think > </think", "plain"):
+        assert found.encode(text).tolist() == expected.encode(text, add_special_tokens=False)
+        ids = found.encode(text)
+        assert found.decode(ids) == expected.decode(ids, skip_special_tokens=True)
+    assert len(found.encode("<think>")) == 1
+
+
+@pytest.mark.parametrize("added", [{"x": {}}, {"5": {"special": True}}, {"5": 7}, [3]])
+def test_added_tokens_that_are_none(copy, added):
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**config, "added_tokens_decoder": added}))
+    refused(copy, "tokenizer_config.json adds cannot be read")
