@@ -253,6 +253,12 @@ class Checkpoint:
         added = self._read_json(_TOKENIZER_CONFIG).get("added_tokens_decoder") or {}
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(
+                f"{self.directory / bundle.TOKENIZER} is not a tokenizer that can be read ({error}): download the model "
+                "again."
+            ) from error
+        try:
             known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
             for _, fields in sorted((int(number), dict(fields)) for number, fields in added.items()):
                 if fields["content"] not in known:
