@@ -574,7 +574,7 @@ def _validate(args: argparse.Namespace) -> int:
 
 def _validation_requests(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Conversations by name: the user's, or some of every kind."""
-    if args.prompt is not None or args.visuals:
+    if args.prompt is not None or args.visuals or args.fps is not None:
         return {"given": [_user_message(_load_visuals(args), args.prompt or "Describe what you see.")]}
     import numpy as np
     from PIL import Image
