@@ -53,9 +53,9 @@ def picture_errors(name: str) -> Iterator[None]:
 def load_image(source: ImageSource) -> Image.Image:
     """Open a picture (path, encoded bytes or PIL image) as RGB on white, turned as its EXIF orientation says.
 
-    Grey pictures of 16 bits, of 32-bit integers and of floats are scaled to 8 bits: by 257; by 65535 / 255 or their own
-    range, where they exceed a byte; floats from 0 to 1 by 255. Hugging Face's processor makes all above 255 white, and
-    such floats black.
+    Grey levels of 16 bits are divided by 257, floats from 0 to 1 multiplied by 255, and integers of 32 bits and floats
+    beyond 0 to 255 scaled by their range. Hugging Face's processor instead makes white of all above 255, and black of
+    floats below 1.
 
     Raises:
         UserError: missing, unreadable, not a picture, or without pixels.
