@@ -201,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("chat", _chat, "runtime", f"talk to the model: lines of text, or {_CHAT_COMMANDS}")
     _add_engine(sub)
+    _add_fps(sub)
     _add_generation(sub)
 
     sub = command("validate", _validate, "engines,export,runtime", "compare the engines with the PyTorch model")
@@ -289,6 +290,12 @@ def _add_visuals(parser: _Parser) -> None:
             metavar="PATH",
             help=f"{meaning} to ask about; may be given several times",
         )
+    _add_fps(parser)
+
+
+def _add_fps(parser: _Parser) -> None:
+    meaning = "pictures a second of folders that are videos, which are taken in the order of the numbers in their names"
+    parser.add_argument("--fps", type=float, metavar="X", help=f"{meaning} (24); other videos have times of their own")
 
 
 def _add_generation(parser: _Parser) -> None:
@@ -452,7 +459,7 @@ def _run(args: argparse.Namespace) -> int:
     from pascalvl.runtime.kv_cache import check_writable
 
     given = _given_sampling(args)
-    messages = [*_system(args), _user_message([_load(*visual) for visual in args.visuals], args.prompt)]
+    messages = [*_system(args), _user_message(_load_visuals(args), args.prompt)]
     if args.cache:
         check_writable(args.cache)
     model = _open(args)
@@ -487,7 +494,7 @@ def _chat(args: argparse.Namespace) -> int:
             elif word == "/reset":
                 messages, visuals = _system(args), []
             elif word in ("/image", "/video"):
-                visuals.append(_load(word[1:], os.path.expanduser(rest.strip())))
+                visuals.append(_load(word[1:], os.path.expanduser(rest.strip()), args.fps))
             elif word.startswith("/"):
                 raise UserError(f"unknown command {word}: expected {_CHAT_COMMANDS}.")
             elif word:
@@ -567,9 +574,8 @@ def _validate(args: argparse.Namespace) -> int:
 
 def _validation_requests(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Conversations by name: the user's, or some of every kind."""
-    if args.prompt is not None or args.visuals:
-        visuals = [_load(*visual) for visual in args.visuals]
-        return {"given": [_user_message(visuals, args.prompt or "Describe what you see.")]}
+    if args.prompt is not None or args.visuals or args.fps is not None:
+        return {"given": [_user_message(_load_visuals(args), args.prompt or "Describe what you see.")]}
     import numpy as np
     from PIL import Image
 
@@ -903,12 +909,18 @@ def _system(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [] if args.system is None else [{"role": "system", "content": args.system}]
 
 
-def _load(kind: str, path: str) -> tuple[str, Any]:
+def _load_visuals(args: argparse.Namespace) -> list[tuple[str, Any]]:
+    if args.fps is not None and not any(kind == "video" and os.path.isdir(path) for kind, path in args.visuals):
+        raise UserError("--fps is for folders of pictures, and no --video names one: leave it out, or give a folder.")
+    return [_load(kind, path, args.fps) for kind, path in args.visuals]
+
+
+def _load(kind: str, path: str, fps: float | None) -> tuple[str, Any]:
     """Read a picture or video at once, so that one that cannot be used is known before any work."""
     from pascalvl.runtime.image import load_image
     from pascalvl.runtime.video import load_video
 
-    return kind, load_image(path) if kind == "image" else load_video(path)
+    return kind, load_image(path) if kind == "image" else load_video(path, fps)
 
 
 def _user_message(visuals: Sequence[tuple[str, Any]], text: str) -> dict[str, Any]:

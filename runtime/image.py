@@ -53,6 +53,10 @@ def picture_errors(name: str) -> Iterator[None]:
 def load_image(source: ImageSource) -> Image.Image:
     """Open a picture (path, encoded bytes or PIL image) as RGB on white, turned as its EXIF orientation says.
 
+    Grey levels of 16 bits are divided by 257, floats from 0 to 1 multiplied by 255, and integers of 32 bits and floats
+    beyond 0 to 255 scaled by their range. Hugging Face's processor instead makes white of all above 255, and black of
+    floats below 1.
+
     Raises:
         UserError: missing, unreadable, not a picture, or without pixels.
     """
@@ -65,6 +69,8 @@ def load_image(source: ImageSource) -> Image.Image:
         else:
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":
+            image = _grey_levels(image)
         if "A" in image.getbands() or "transparency" in image.info:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -72,6 +78,34 @@ def load_image(source: ImageSource) -> Image.Image:
     if not image.width or not image.height:
         raise UserError(f"{name} has no pixels ({image.width}x{image.height}): give a picture of at least 1x1.")
     return image
+
+
+def _grey_levels(image: Image.Image) -> Image.Image:
+    """Scale a grey picture of 16-bit or 32-bit integers, or floats, to 8 bits; what it calls transparent is white.
+
+    Black and white are 0 and 65535 of one of 16 bits. Of one of 32 bits they are the first of these ranges that holds
+    all its finite numbers: of floats 0 to 1; 0 to 255, an 8-bit picture in a wider type, which stays as it is; of
+    integers 0 to 65535; its own range. Infinite numbers are white or black, by their sign; what is no number is black.
+    """
+    values = np.array(image, np.float64)
+    finite = values[np.isfinite(values)]
+    least, greatest = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    floats = image.mode == "F"
+    if image.mode.startswith("I;16"):
+        black, white = 0.0, 65535.0
+    elif floats and least >= 0 and greatest <= 1:
+        black, white = 0.0, 1.0
+    elif least >= 0 and greatest <= 255:
+        return image
+    elif not floats and least >= 0 and greatest <= 65535:
+        black, white = 0.0, 65535.0
+    else:
+        black, white = least, greatest
+    levels = (values - black) * (255 / ((white - black) or 1))
+    levels = np.nan_to_num(levels, nan=0, posinf=255, neginf=0).round()
+    if (transparent := image.info.get("transparency")) is not None:
+        levels[values == transparent] = 255
+    return Image.fromarray(levels.astype(np.uint8))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,24 @@ from PIL import Image, ImageSequence
 from pascalvl.plugins.errors import UserError
 from pascalvl.runtime.image import ImageSource, Patches, PatchParameters, load_image, picture_errors, resized_size
 
+log = logging.getLogger(__name__)
+
 _ANIMATIONS = (".gif", ".webp", ".png", ".apng")
 _DEFAULT_FPS = 24.0
 """Assumed, as by the reference, where a video does not say its frame rate."""
+_END_TOLERANCE = 0.5
+"""Seconds by which a video file may end before the time that it states, which writers round."""
+_TURNS = {
+    (False, False, False): None,
+    (False, True, False): Image.Transpose.FLIP_LEFT_RIGHT,
+    (False, False, True): Image.Transpose.FLIP_TOP_BOTTOM,
+    (False, True, True): Image.Transpose.ROTATE_180,
+    (True, False, False): Image.Transpose.TRANSPOSE,
+    (True, True, False): Image.Transpose.ROTATE_270,
+    (True, False, True): Image.Transpose.ROTATE_90,
+    (True, True, True): Image.Transpose.TRANSVERSE,
+}
+"""What a display matrix does: are x and y exchanged, is the new x reversed, is the new y."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +42,18 @@ class Video:
     """Frames of one size, anything that `load_image` takes, and how many of them make a second.
 
     ``frame_indices`` tells, where the frames are a selection already, which of the original's they are; they are then
-    taken as they come.
+    taken as they come. ``times`` tells, where the rate varies, when each frame is shown, in seconds; ``fps`` is then
+    their mean rate.
 
     Raises:
-        UserError: a frame rate that is not a positive number, or another number of indices than frames.
+        UserError: a frame rate that is not a positive number, another number of indices or times than frames, both
+            indices and times, or times that do not ascend.
     """
 
     frames: Sequence[ImageSource]
     fps: float
     frame_indices: tuple[int, ...] | None = None
+    times: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.fps < math.inf:
@@ -42,16 +62,27 @@ class Video:
             raise UserError(
                 f"a video of {len(self.frames)} frames with {len(self.frame_indices)} frame indices: expected one each."
             )
+        if self.times is not None:
+            if self.frame_indices is not None:
+                raise UserError("a video with frame indices and times: expected one of them.")
+            if len(self.times) != len(self.frames):
+                raise UserError(
+                    f"a video of {len(self.frames)} frames with {len(self.times)} times: expected one each."
+                )
+            if not np.isfinite(self.times).all() or (np.diff(self.times) < 0).any():
+                raise UserError("a video whose times do not ascend: expected seconds, in the order of the frames.")
 
 
 VideoSource = str | Path | Video
 
 
-def load_video(source: VideoSource) -> Video:
+def load_video(source: VideoSource, fps: float | None = None) -> Video:
     """Open a video: a folder of pictures, an animated GIF, WebP or PNG, or (with PyAV installed) a video file.
 
-    A folder's pictures are taken in the order of their names, at 24 frames a second. Frames of folders and video files
-    are read when they are used: those of a minute would fill gigabytes.
+    A folder's pictures are taken in the order of the numbers in their names, ``fps`` of them a second (24); other
+    videos have times of their own. A video file's frames are turned as its display matrix says. Frames of folders and
+    video files are read when they are used: those of a minute would fill gigabytes. Of a file that is damaged or breaks
+    off, what can be read is taken, with a warning.
 
     Raises:
         UserError: missing, unreadable, or of a kind that is not supported here.
@@ -63,37 +94,58 @@ def load_video(source: VideoSource) -> Video:
     if source == "":  # which would be the current folder
         raise UserError("expected the path of a video, found an empty one.")
     path = Path(source)
-    frames: Sequence[ImageSource]
     if path.is_dir():
-        frames, fps = _pictures(path), _DEFAULT_FPS
+        video = Video(_pictures(path), _DEFAULT_FPS if fps is None else fps)
     elif not path.is_file():
         raise UserError(f"no video at {path}: give a video file or a folder of pictures.")
     elif path.suffix.lower() in _ANIMATIONS:
-        frames, fps = _animation(path)
+        video = _animation(path)
     else:
         frames = _FileFrames(path)
-        fps = frames.fps
-    if not frames:
+        video = Video(frames, frames.fps, times=frames.times)
+    if not video.frames:
         raise UserError(f"{path} holds no frames: give a video file or a folder of pictures.")
-    return Video(frames, fps)
+    return video
 
 
 def _pictures(folder: Path) -> list[Path]:
-    paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    for path in paths:
+    paths = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    for path in sorted(paths):
         with picture_errors(str(path)), Image.open(path):  # reads the header alone
             pass
-    return paths
+    return sorted(paths, key=_numbered)
 
 
-def _animation(path: Path) -> tuple[list[Image.Image], float]:
+def _numbered(path: Path) -> tuple[list[str | int], str]:
+    """Sorts ``frame2`` before ``frame10``: texts and numbers of a name in turn, and the name where they are equal."""
+    parts = re.split("([0-9]+)", path.name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], path.name
+
+
+def _animation(path: Path) -> Video:
+    frames: list[Image.Image] = []
+    durations: list[float] = []  # in milliseconds
     try:
         with Image.open(path) as image:
-            pairs = [(load_image(frame), frame.info.get("duration", 0)) for frame in ImageSequence.Iterator(image)]
+            for frame in ImageSequence.Iterator(image):
+                if image.info.get("default_image") and image.tell() == 0:
+                    continue  # of an APNG: for programs that show no animations
+                loaded = load_image(frame)  # before which a WebP's frame does not tell its duration
+                durations.append(frame.info.get("duration", 0))
+                frames.append(loaded)
     except Exception as error:  # each decoder raises kinds of its own on damaged files
-        raise UserError(f"{path} cannot be read as an animation ({error}): give an undamaged file.") from error
-    seconds = sum(duration for _, duration in pairs) / 1000
-    return [frame for frame, _ in pairs], len(pairs) / seconds if seconds else _DEFAULT_FPS
+        if not frames:
+            raise UserError(f"{path} cannot be read as an animation ({error}): give an undamaged file.") from error
+        _warn_of_damage(path, str(error), len(frames))
+    starts = list(itertools.accumulate(durations[:-1], initial=0))
+    if len(set(durations)) <= 1 or not starts[-1]:
+        seconds = sum(durations) / 1000
+        return Video(frames, len(frames) / seconds if seconds else _DEFAULT_FPS)
+    return Video(frames, (len(frames) - 1) * 1000 / starts[-1], times=tuple(start / 1000 for start in starts))
+
+
+def _warn_of_damage(path: Path, reason: str, count: int) -> None:
+    log.warning("%s is damaged or breaks off (%s): the %d frames that can be read are taken", path, reason, count)
 
 
 class _FileFrames(Sequence[Image.Image]):
@@ -104,9 +156,18 @@ class _FileFrames(Sequence[Image.Image]):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.fps = _DEFAULT_FPS
-        self._count = sum(1 for _ in self._decode())
+        faults: list[str] = []
+        pts = [frame.pts for frame in self._decode(faults)]
+        if faults and not pts:
+            raise UserError(f"{path} cannot be read as a video ({faults[0]}): give a video file or pictures.")
+        if faults:
+            _warn_of_damage(path, faults[0], len(pts))
+        self._count = len(pts)
         self._next = self._count  # of the decoder's frames; at the end it starts anew
+        self.fps = float(self._rate or _DEFAULT_FPS)
+        self.times = self._times(pts)
+        if self.times:
+            self.fps = (self._count - 1) / self.times[-1]
 
     def __len__(self) -> int:
         return self._count
@@ -115,12 +176,30 @@ class _FileFrames(Sequence[Image.Image]):
         if not 0 <= index < self._count:
             raise IndexError(index)
         if index < self._next:
-            self._decoder, self._next = self._decode(), 0
-        frame = next(itertools.islice(self._decoder, index - self._next, None))
+            self._decoder, self._next = self._decode([]), 0
+        frame = next(itertools.islice(self._decoder, index - self._next, None), None)
+        if frame is None:
+            raise UserError(
+                f"{self._path} has fewer frames than when it was opened: leave it as it is while it is used."
+            )
         self._next = index + 1
-        return frame.to_image()
+        return _turned(frame)
 
-    def _decode(self) -> Iterator[Any]:
+    def _times(self, pts: list[int | None]) -> tuple[float, ...] | None:
+        """Seconds from the first frame on; None: at a constant rate, as far as the file's clock can tell."""
+        if len(pts) < 2 or None in pts or not self._time_base:
+            return None
+        ticks = np.array([tick - pts[0] for tick in pts], np.float64)
+        interval = 1 / (self.fps * self._time_base)
+        if np.abs(ticks - np.arange(len(ticks)) * interval).max() <= min(1, interval / 4):
+            return None
+        if not ticks[-1] or (np.diff(ticks) < 0).any():
+            log.warning("%s has timestamps that do not ascend: its frames are taken as evenly spaced", self._path)
+            return None
+        return tuple((ticks * self._time_base).tolist())
+
+    def _decode(self, faults: list[str]) -> Iterator[Any]:
+        """Frames of PyAV in the order they are shown in; what keeps others from being read goes to ``faults``."""
         try:
             import av
         except ModuleNotFoundError:
@@ -131,13 +210,56 @@ class _FileFrames(Sequence[Image.Image]):
         try:
             with av.open(str(self._path)) as container:
                 stream = container.streams.video[0]
+                if stream.codec_context is None:  # the process of older PyAV would die on using it
+                    raise UserError(f"{self._path} has a video of an unknown codec: convert it, or give pictures.")
                 stream.thread_type = "AUTO"
-                self.fps = float(stream.average_rate or _DEFAULT_FPS)
-                yield from container.decode(stream)
+                self._rate = stream.average_rate or stream.guessed_rate
+                self._time_base = float(stream.time_base or 0)
+                for packet in _packets(container, stream, faults):
+                    try:
+                        frames = stream.decode(packet)
+                    except av.FFmpegError as error:
+                        faults.append(str(error))
+                    else:
+                        yield from frames
         except (av.FFmpegError, IndexError, UnicodeError) as error:
             raise UserError(
                 f"{self._path} cannot be read as a video ({error}): give a video file or pictures."
             ) from error
+
+
+def _packets(container: Any, stream: Any, faults: list[str]) -> Iterator[Any]:
+    """A stream's packets, and None, with which decoders end; what shows that some are missing goes to ``faults``."""
+    import av
+
+    end = None  # of whatever is shown or heard last: any stream may be the one that reaches the time stated
+    try:
+        for packet in container.demux():
+            if packet.pts is not None and packet.time_base:
+                end = max(end or 0.0, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            if packet.is_corrupt:
+                faults.append("a piece of it is cut off")
+            if packet.stream_index == stream.index and packet.size:  # an empty packet would end decoding
+                yield packet
+    except av.FFmpegError as error:
+        faults.append(str(error))
+    stated = (container.duration or 0) / av.time_base
+    if end is not None and stated > end + _END_TOLERANCE:
+        faults.append(f"it ends after {end:.1f} of {stated:.1f} seconds")
+    yield None
+
+
+def _turned(frame: Any) -> Image.Image:
+    """A frame of PyAV as its display matrix wants it shown, to the nearest quarter turn."""
+    image = frame.to_image()
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return image
+    # FFmpeg's libavutil/display.h: x' = a x + c y and y' = b x + d y, of int32 a, b, u, c, d, v, ...
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    exchanged = abs(b) + abs(c) > abs(a) + abs(d)
+    turn = _TURNS[(exchanged, c < 0, b < 0) if exchanged else (False, a < 0, d < 0)]
+    return image if turn is None else image.transpose(turn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,11 +307,12 @@ class VideoProcessor:
     def __call__(self, video: Video) -> Patches:
         """Raises `UserError` for frames of different sizes, or fewer than a temporal patch takes."""
         p = self.parameters
-        taken = range(len(video.frames)) if video.frame_indices else self._sample(len(video.frames), video.fps)
-        if len(taken) < p.temporal_patch_size:
+        if len(video.frames) < p.temporal_patch_size:
             raise UserError(
-                f"a video needs at least {p.temporal_patch_size} frames, found {len(taken)}: give it as a picture."
+                f"a video needs at least {p.temporal_patch_size} frames, found {len(video.frames)}: give it as a "
+                "picture."
             )
+        taken = range(len(video.frames)) if video.frame_indices else self._sample(video)
         frames = (load_image(video.frames[index]) for index in taken)
         first = next(frames)
         size = self._resized_size(len(taken), *first.size)
@@ -199,13 +322,28 @@ class VideoProcessor:
                 raise UserError("the frames of a video differ in size: expected all of one size.")
             resized.append(frame.resize(size, Image.Resampling.BICUBIC))
         pixel_values, grid = p.patches(resized + resized[-1:] * (-len(resized) % p.temporal_patch_size))
-        indices = video.frame_indices or taken
-        return Patches(pixel_values, grid, p.merge_size, tuple(self._timestamps(list(indices), video.fps)))
+        if video.times is None:
+            seconds = [index / video.fps for index in video.frame_indices or taken]
+        else:
+            seconds = [video.times[index] for index in taken]
+        return Patches(pixel_values, grid, p.merge_size, tuple(self._timestamps(seconds)))
 
-    def _sample(self, total: int, fps: float) -> list[int]:
-        """Indices of evenly spaced frames, first and last among them."""
-        wanted = int(total / fps * self.fps)
-        count = min(max(wanted, self.min_frames), self.max_frames, total)
+    def _sample(self, video: Video) -> list[int]:
+        """Indices of evenly spaced frames, first and last among them.
+
+        Where the frame rate varies, they are those nearest to evenly spaced times, none taken twice; by number, where
+        these would be fewer than ``min_frames``.
+        """
+        total = len(video.frames)
+        least = min(self.min_frames, self.max_frames, total)
+        count = int(min(max(total / video.fps * self.fps, least), self.max_frames, total))
+        if video.times is not None:
+            times = np.array(video.times)
+            targets = np.linspace(times[0], times[-1], count)
+            nearest = sorted({int(np.abs(times - target).argmin()) for target in targets})
+            if len(nearest) >= least:
+                return nearest
+            count = least
         return np.linspace(0, total - 1, count).round().astype(int).tolist()
 
     def _resized_size(self, count: int, width: int, height: int) -> tuple[int, int]:
@@ -222,9 +360,9 @@ class VideoProcessor:
         whole = round(count / p.temporal_patch_size) * p.temporal_patch_size
         return resized_size(height, width, p.factor, p.min_pixels, max_pixels, count, whole)[::-1]
 
-    def _timestamps(self, indices: list[int], fps: float) -> Iterator[float]:
-        """The middle between the first and last frame of each temporal patch, in seconds."""
+    def _timestamps(self, seconds: list[float]) -> Iterator[float]:
+        """The middle between the first and last frame of each temporal patch."""
         step = self.parameters.temporal_patch_size
-        padded = indices + indices[-1:] * (-len(indices) % step)
+        padded = seconds + seconds[-1:] * (-len(seconds) % step)
         for first, last in zip(padded[::step], padded[step - 1 :: step], strict=True):
-            yield (first / fps + last / fps) / 2
+            yield (first + last) / 2

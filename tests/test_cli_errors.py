@@ -130,6 +130,42 @@ def test_pictures_and_videos(refused, broken, nano_engine_bundle, option, name, 
     refused(match, "run", nano_engine_bundle, "--prompt", "What is it?", option, name and broken / name)
 
 
+@pytest.mark.parametrize(
+    ("fps", "name", "match"),
+    [
+        ("fast", "frames", "--fps: invalid float value: 'fast'"),
+        ("0", "frames", r"a video of 0\.0 frames a second: expected a positive number"),
+        ("nan", "frames", "expected a positive number"),
+        ("2", "text.png", "--fps is for folders of pictures, and no --video names one: leave it out"),
+    ],
+)
+def test_rates_of_folders(refused, broken, nano_engine_bundle, fps, name, match):
+    (broken / "frames").mkdir()
+    Image.new("RGB", (64, 64)).save(broken / "frames" / "1.png")
+    refused(match, "run", nano_engine_bundle, "--prompt", "What is it?", "--video", broken / name, "--fps", fps)
+    refused("--fps is for folders", "run", nano_engine_bundle, "--prompt", "What is it?", "--fps", "2")
+    refused("--fps is for folders", "validate", nano_engine_bundle, "--reference", broken, "--fps", "2")
+
+
+def test_rate_of_a_folder_in_chat(refused, broken, nano_engine_bundle, monkeypatch):
+    (broken / "frames").mkdir()
+    Image.new("RGB", (64, 64)).save(broken / "frames" / "1.png")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/video {broken / 'frames'}\n"))
+    refused("a video of 0.0 frames a second", "chat", nano_engine_bundle, "--fps", "0")
+
+
+def test_a_slower_folder_makes_a_longer_prompt(tmp_path, nano_engine_bundle, capsys):
+    """Two pictures a second are taken, and 4 at least: of 8 pictures 8 at two a second, 5 at 2.7, 4 at 24."""
+    for i in range(8):
+        Image.new("RGB", (64, 64), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    tokens = []
+    for options in (["--fps", "2"], ["--fps", "2.7"], ["--fps", "24"], []):
+        asked = ["--prompt", "What?", "--video", str(tmp_path), "--max-new-tokens", "1", *options]
+        assert main(["run", str(nano_engine_bundle), *asked]) == 0
+        tokens.append(int(re.search(r"(\d+) prompt tokens", capsys.readouterr().err)[1]))
+    assert tokens[0] > tokens[1] > tokens[2] == tokens[3]
+
+
 def test_home_directory_in_chat(broken, nano_engine_bundle, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(broken))
     Image.new("RGB", (64, 64)).save(broken / "fine.png")

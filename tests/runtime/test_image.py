@@ -2,6 +2,7 @@
 
 import io
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -63,11 +64,10 @@ def test_equals_the_reference_in_every_mode(processor, reference, mode):
 
 
 def test_equals_the_reference_on_files(processor, reference, tmp_path):
-    """Files as they come: palette with transparency, 16 bits, CMYK JPEG, turned by EXIF."""
+    """Files as they come: palette with transparency, CMYK JPEG, turned by EXIF."""
     exif = Image.Exif()
     exif[0x0112] = 6
     noise(90, 40, "P").save(tmp_path / "palette.png", transparency=0)
-    Image.fromarray(np.arange(64 * 80, dtype=np.uint16).reshape(64, 80) * 12).save(tmp_path / "deep.png")
     noise(90, 40, "CMYK").save(tmp_path / "cmyk.jpg")
     noise(90, 40).save(tmp_path / "turned.jpg", exif=exif)
     assert load_image(tmp_path / "turned.jpg").size == (40, 90)
@@ -75,6 +75,80 @@ def test_equals_the_reference_on_files(processor, reference, tmp_path):
         expected = reference(ImageOps.exif_transpose(Image.open(path)), return_tensors="np")["pixel_values"]
         patches = processor(load_image(path))
         np.testing.assert_allclose(patches.pixel_values, expected, atol=TOLERANCE, rtol=0, err_msg=path.name)
+
+
+def check_greys(source, expected):
+    np.testing.assert_array_equal(np.asarray(load_image(source)), np.asarray(expected)[..., None].repeat(3, -1))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
+def test_levels_of_16_bits_are_divided_by_257(tmp_path, suffix):
+    """Every level; Hugging Face's processor makes all of them above 255 white."""
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    if suffix == "pgm":  # which older Pillow does not write
+        (tmp_path / "deep.pgm").write_bytes(b"P5 256 256 65535\n" + levels.astype(">u2").tobytes())
+    else:
+        Image.fromarray(levels).save(tmp_path / f"deep.{suffix}")
+    expected = [[round(Fraction(level, 257)) for level in row] for row in levels.tolist()]
+    check_greys(tmp_path / f"deep.{suffix}", expected)
+    assert (expected[0][0], expected[128][0], expected[255][255]) == (0, 128, 255)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_levels_of_16_bits_in_every_byte_order(order):
+    """Of a dark picture, too, which a rule by its own values would take for one of 8 bits."""
+    data = np.array([[0, 100, 128, 129, 250, 514]], f"{order}u2").tobytes()
+    image = Image.frombytes("I;16" if order == "<" else "I;16B", (6, 1), data)
+    check_greys(image, [[0, 0, 0, 1, 1, 2]])
+
+
+def test_transparent_level_of_16_bits_is_white(tmp_path):
+    levels = np.array([[0, 5140, 5141, 65535]], np.uint16)
+    Image.fromarray(levels).save(tmp_path / "deep.png", transparency=5140)
+    check_greys(tmp_path / "deep.png", [[0, 255, 20, 255]])
+
+
+def test_deep_picture_is_turned_by_exif(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.array([[0, 25700, 65535]], np.uint16)).save(tmp_path / "deep.png", exif=exif)
+    check_greys(tmp_path / "deep.png", [[0], [100], [255]])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 1, 128, 255], [0, 1, 128, 255]),  # 8 bits in a wider type
+        ([0, 256, 257, 65535], [0, 1, 1, 255]),  # 16 bits
+        ([0, 1000, 50000, 65536], [0, 4, 195, 255]),  # its own range
+        ([-(2**31), -1, 0, 2**31 - 1], [0, 127, 128, 255]),
+        ([-500, 0, 1500, 1500], [0, 64, 255, 255]),
+        ([70000, 70000, 70000, 70000], [0, 0, 0, 0]),
+    ],
+)
+def test_integers_of_32_bits(tmp_path, values, expected):
+    Image.fromarray(np.array([values], np.int32)).save(tmp_path / "deep.tiff")
+    check_greys(tmp_path / "deep.tiff", [expected])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 0.25, 0.5, 1], [0, 64, 128, 255]),
+        ([0.1, 0.2, 0.2, 0.3], [26, 51, 51, 77]),  # not stretched
+        ([0, 1, 128, 255], [0, 1, 128, 255]),  # 8 bits in a wider type
+        ([0, 1, 2, 255.9], [0, 1, 2, 255]),  # its own range, as of all below
+        ([-1, 0, 0.5, 1], [0, 128, 191, 255]),
+        ([0, 1000, 2000, 10000], [0, 26, 51, 255]),
+        ([-3e38, 0, 0, 3e38], [0, 128, 128, 255]),
+        ([0, np.nan, np.inf, -np.inf], [0, 0, 255, 0]),
+        ([100, np.nan, np.inf, 300], [0, 0, 255, 255]),
+        ([np.nan, np.nan, np.nan, np.nan], [0, 0, 0, 0]),
+    ],
+)
+def test_floats(tmp_path, values, expected):
+    Image.fromarray(np.array([values], np.float32)).save(tmp_path / "deep.tiff")
+    check_greys(tmp_path / "deep.tiff", [expected])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -2,7 +2,10 @@
 
 import functools
 import json
+import logging
+import re
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -24,6 +27,14 @@ TWO_LEVELS = 2 * 2 / 255 + 1e-5
 @pytest.fixture(scope="module")
 def processor(nano_checkpoint):
     return VideoProcessor.from_file(nano_checkpoint / "video_preprocessor_config.json")
+
+
+@pytest.fixture(scope="module")
+def unlimited(nano_checkpoint, tmp_path_factory):
+    """As `processor`, with as many frames as two a second are."""
+    path = tmp_path_factory.mktemp("unlimited") / "video_preprocessor_config.json"
+    path.write_text(json.dumps(json.loads((nano_checkpoint / path.name).read_text()) | {"max_frames": 768}))
+    return VideoProcessor.from_file(path)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +150,59 @@ def test_loads_animations_and_folders(tmp_path):
         assert video.fps == fps
         reds = [load_image(frame).getpixel((5, 5))[0] for frame in video.frames]
         assert reds == pytest.approx([0, 60, 120, 180], abs=8)
+        assert video.times is None
     assert load_video(video) is video
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_frames_of_an_animation_last_as_long_as_it_says(processor, tmp_path, suffix):
+    _, pictures = clip(5)
+    durations = [100, 300, 50, 1050, 2000]
+    pictures[0].save(tmp_path / f"clip.{suffix}", save_all=True, append_images=pictures[1:], duration=durations)
+    video = load_video(tmp_path / f"clip.{suffix}")
+    assert video.times == (0.0, 0.1, 0.4, 0.45, 1.5)
+    assert video.fps == pytest.approx(4 / 1.5)
+    # 5 frames of this rate make 3 at two a second, and 4 is the least: at 0, 0.5, 1 and 1.5 seconds, where twice the
+    # fourth frame is the nearest. So they are taken by number, as few as they are.
+    assert processor(video).timestamps == pytest.approx([(0 + 0.1) / 2, (0.45 + 1.5) / 2])
+
+
+def test_a_held_last_frame_does_not_slow_the_others(tmp_path):
+    _, pictures = clip(6)
+    pictures[0].save(tmp_path / "clip.gif", save_all=True, append_images=pictures[1:], duration=[100] * 5 + [5000])
+    video = load_video(tmp_path / "clip.gif")
+    assert (video.fps, video.times) == (10.0, (0.0, 0.1, 0.2, 0.3, 0.4, 0.5))
+
+
+def test_picture_for_programs_without_animations_is_no_frame(tmp_path):
+    _, (poster, *pictures) = clip(4)
+    poster.save(
+        tmp_path / "clip.png", save_all=True, append_images=pictures, duration=[100, 200, 300], default_image=True
+    )
+    video = load_video(tmp_path / "clip.png")
+    assert video.times == pytest.approx((0, 0.1, 0.3))
+    for frame, picture in zip(video.frames, pictures, strict=True):
+        np.testing.assert_array_equal(np.asarray(frame), np.asarray(picture))
+
+
+def test_pictures_of_a_folder_come_in_the_order_of_their_numbers(tmp_path):
+    ordered = ["2x10.png", "10x2.png", "10x10.png", "frame1.png", "frame02.png", "frame2.png", "frame010.png"]
+    ordered += ["frame99999999999999999999.png", "frames1.png", "last.png"]
+    for name in sorted(ordered):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert [path.name for path in load_video(tmp_path).frames] == ordered
+
+
+def test_a_folder_has_the_rate_that_is_given(processor, tmp_path):
+    _, pictures = clip(12)
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / f"frame{i}.png")
+    patches = processor(load_video(tmp_path, 3.0))
+    expected = processor(Video(pictures, 3.0))
+    assert patches.timestamps == expected.timestamps != processor(load_video(tmp_path)).timestamps
+    np.testing.assert_array_equal(patches.pixel_values, expected.pixel_values)
+    with pytest.raises(UserError, match=r"0\.0 frames a second: expected a positive number"):
+        load_video(tmp_path, 0.0)
 
 
 def test_frames_of_a_folder_are_read_only_if_they_are_taken(processor, tmp_path, monkeypatch):
@@ -162,17 +225,31 @@ def test_frames_may_be_transparent(processor):
     assert processor(clear).pixel_values.min() == 1
 
 
-@pytest.fixture
-def video_file(tmp_path):
+def write_video(path, pictures, rate=5, pts=None, tick=Fraction(1, 1000), codec="mpeg4", **options):
+    """A video file of ``rate`` frames a second, or of frames that are shown at ``pts``, in ticks."""
     av = pytest.importorskip("av")
-    path = tmp_path / "clip.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=5)
-        stream.width, stream.height = 64, 96
-        for picture in clip(23)[1]:
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=rate, options={"g": "12"} if codec == "mpeg4" else {})
+        stream.width, stream.height = pictures[0].size
+        stream.pix_fmt = "yuv420p" if codec == "mpeg4" else "yuvj420p"
+        if pts is not None:
+            stream.codec_context.time_base = tick
+        for i, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_image(picture)
+            if pts is not None:
+                frame.pts, frame.time_base = pts[i], tick
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+@pytest.fixture
+def video_file(tmp_path):
+    return write_video(tmp_path / "clip.mp4", clip(23)[1])
+
+
+def warnings_of(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
 def test_video_files_are_decoded_and_sampled_as_the_reference_does(processor, reference, video_file):
@@ -186,6 +263,173 @@ def test_video_files_are_decoded_and_sampled_as_the_reference_does(processor, re
     selected = Video([Image.fromarray(frame) for frame in frames], 5.0, tuple(metadata.frames_indices))
     np.testing.assert_array_equal(patches.pixel_values, processor(selected).pixel_values)
     assert patches.timestamps == processor(selected).timestamps
+
+
+@pytest.mark.parametrize("rate", [Fraction(30), Fraction(30000, 1001), Fraction(24000, 1001), Fraction(7)])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "ts"])
+def test_constant_rates_are_sampled_as_the_reference_does(processor, reference, tmp_path, caplog, suffix, rate):
+    """Whatever the ticks that the container rounds times to: Matroska's are milliseconds."""
+    video = load_video(write_video(tmp_path / f"clip.{suffix}", clip(70)[1], rate))
+    assert (len(video.frames), video.fps, video.times) == (70, float(rate), None)
+    metadata = VideoMetadata(70, fps=float(rate), width=64, height=96, duration=70 / float(rate))
+    taken = reference.sample_frames(metadata, fps=reference.fps)
+    expected = Qwen3VLProcessor._calculate_timestamps(None, list(taken), float(rate), 2)
+    assert processor(video).timestamps == tuple(expected)
+    assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_frames_are_shown_when_the_file_says(unlimited, tmp_path, suffix):
+    """Ten frames a second, then one: evenly spaced, as their mean rate has it, they would be 0.37 seconds apart."""
+    milliseconds = [*range(500, 2500, 100), *range(2500, 8500, 1000)]
+    _, pictures = clip(len(milliseconds))
+    video = load_video(write_video(tmp_path / f"clip.{suffix}", pictures, 10, milliseconds))
+    assert video.times == pytest.approx([(time - 500) / 1000 for time in milliseconds])
+    assert video.fps == pytest.approx(25 / 7)
+    # 26 frames of this rate are 7.28 seconds, of which two a second are taken: 14 times from 0 to 7, 7/13 apart.
+    taken = [0, 5, 11, 16, 20, 21, 22, 23, 24, 25]
+    distance = np.abs(np.linspace(0, 7, 14)[:, None] - np.array(video.times))
+    assert sorted(set(distance.argmin(1).tolist())) == taken
+    seconds = [0, 0.5, 1.1, 1.6, 2, 3, 4, 5, 6, 7]
+    patches = unlimited(video)
+    assert patches.timestamps == pytest.approx([(a + b) / 2 for a, b in zip(seconds[::2], seconds[1::2], strict=True)])
+    selected = Video([video.frames[i] for i in taken], 1.0, tuple(range(10)))
+    np.testing.assert_array_equal(patches.pixel_values, unlimited(selected).pixel_values)
+
+
+@pytest.mark.parametrize(("count", "fps"), [(96, 24.0), (250, 25.0), (61, 30.0)])
+def test_dropped_frames_change_neither_frames_nor_times(processor, reference, count, fps):
+    """A video whose encoder left out frames that the reference would not take: what it takes of the whole is taken."""
+    _, pictures = clip(count)
+    metadata = VideoMetadata(count, fps=fps, width=64, height=96, duration=count / fps)
+    wanted = reference.sample_frames(metadata, fps=reference.fps)
+    others = np.random.default_rng(count).permutation(np.setdiff1d(range(count), wanted))[: count // 2]
+    kept = sorted({*wanted.tolist(), *others.tolist()})
+    times = tuple(index / fps for index in kept)
+    mean = (len(kept) - 1) / times[-1]
+    varied, whole = Video([pictures[i] for i in kept], mean, times=times), Video(pictures, fps)
+    assert processor(varied).timestamps == pytest.approx(processor(whole).timestamps)
+    np.testing.assert_array_equal(processor(varied).pixel_values, processor(whole).pixel_values)
+
+
+def test_a_frame_that_is_shown_long_is_taken_once(unlimited):
+    """Two a second of 22 seconds: a burst of 20 frames a second, a still of 20 seconds, and another burst."""
+    times = (*np.arange(20) / 20, *(21 + np.arange(20) / 20))
+    _, pictures = clip(40)
+    patches = unlimited(Video(pictures, 39 / times[-1], times=times))
+    seconds = [times[i] for i in (0, 11, 19, 20, 28, 39)]
+    targets = np.linspace(0, times[-1], 40)
+    assert {times[i] for i in np.abs(targets[:, None] - np.array(times)).argmin(1)} == set(seconds)
+    assert patches.timestamps == pytest.approx([(a + b) / 2 for a, b in zip(seconds[::2], seconds[1::2], strict=True)])
+
+
+def test_times_that_run_backwards(tmp_path, caplog):
+    """Two recordings in one file, as MPEG-TS allows: the second begins at the time of the first."""
+    once = write_video(tmp_path / "clip.ts", clip(20)[1], 10).read_bytes()
+    (tmp_path / "clip.ts").write_bytes(once * 2)
+    video = load_video(tmp_path / "clip.ts")
+    assert (len(video.frames), video.times) == (40, None)
+    assert "timestamps that do not ascend: its frames are taken as evenly spaced" in warnings_of(caplog)[-1]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "c", "d"),
+    [(s, 0, 0, t) for s in (1, -1) for t in (1, -1)] + [(0, s, t, 0) for s in (1, -1) for t in (1, -1)],
+)
+def test_frames_are_turned_as_the_file_says(processor, video_file, a, b, c, d):
+    """The matrix of an MP4 file's track header, by which (x, y) goes to (a x + c y, b x + d y)."""
+    plain = np.asarray(load_video(video_file).frames[7])
+    data = bytearray(video_file.read_bytes())
+    start = data.index(b"tkhd") + 44  # the name, version and flags, 20 bytes of times and ids, 16 of others
+    matrix = np.frombuffer(data, ">i4", 9, start)
+    assert matrix.tolist() == [1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30]
+    matrix[[0, 1, 3, 4]] = np.array([a, b, c, d]) << 16
+    video_file.write_bytes(data)
+    height, width, _ = plain.shape
+    y, x = np.mgrid[:height, :width]
+    new_x, new_y = a * x + c * y, b * x + d * y
+    new_x, new_y = new_x - new_x.min(), new_y - new_y.min()
+    expected = np.empty((new_y.max() + 1, new_x.max() + 1, 3), np.uint8)
+    expected[new_y, new_x] = plain
+    video = load_video(video_file)
+    np.testing.assert_array_equal(np.asarray(video.frames[7]), expected)
+    rows, columns = processor(video).grid[1:]
+    assert (rows > columns) == (expected.shape[0] > expected.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options", "reason"),
+    [
+        ("mp4", {"movflags": "faststart"}, "a piece of it is cut off"),
+        ("mkv", {}, r"it ends after \d\.\d of 6\.0 seconds"),
+        ("avi", {}, "a piece of it is cut off"),
+    ],
+)
+def test_video_file_that_breaks_off(tmp_path, caplog, suffix, options, reason):
+    path = write_video(tmp_path / f"clip.{suffix}", clip(60)[1], 10, **options)
+    whole = load_video(path)
+    assert len(whole.frames) == 60
+    assert warnings_of(caplog) == []
+    data = path.read_bytes()
+    cut = tmp_path / f"cut.{suffix}"
+    cut.write_bytes(data[: len(data) * 3 // 5])
+    video = load_video(cut)
+    count = len(video.frames)
+    assert 10 < count < 50
+    (warning,) = warnings_of(caplog)
+    assert re.search(rf"cut\.{suffix} is damaged or breaks off \({reason}\): the {count} frames .* are taken", warning)
+    for index in (0, count - 3):  # the last ones may be damaged
+        np.testing.assert_array_equal(np.asarray(video.frames[index]), np.asarray(whole.frames[index]))
+    cut.write_bytes(data[:200])
+    with pytest.raises(UserError, match=r"cannot be read as a video"):
+        load_video(cut)
+
+
+def test_video_file_with_a_hole(tmp_path, caplog):
+    """Frames after the damage are read, too."""
+    path = write_video(tmp_path / "clip.mkv", clip(60)[1], 10, codec="mjpeg")
+    whole = [np.asarray(frame) for frame in load_video(path).frames]
+    data = path.read_bytes()
+    start = data.index(b"\xff\xd8\xff", len(data) // 2)  # of a picture
+    end = data.index(b"\xff\xd9", start)
+    path.write_bytes(data[:start] + bytes(end - start) + data[end:])
+    video = load_video(path)
+    assert len(video.frames) == 59
+    np.testing.assert_array_equal(np.asarray(video.frames[58]), whole[59])
+    assert video.times[-1] == pytest.approx(5.9)
+    (warning,) = warnings_of(caplog)
+    assert "clip.mkv is damaged or breaks off" in warning
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png"])
+def test_animation_that_breaks_off(tmp_path, caplog, suffix):
+    _, pictures = clip(6)
+    path = tmp_path / f"clip.{suffix}"
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=[100, 200, 300, 400, 500, 600])
+    whole = load_video(path)
+    assert warnings_of(caplog) == []
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 5])
+    video = load_video(path)
+    assert len(video.frames) == 3
+    assert video.times == (0, 0.1, 0.3)
+    for frame, expected in zip(video.frames, whole.frames, strict=False):
+        np.testing.assert_array_equal(np.asarray(frame), np.asarray(expected))
+    (warning,) = warnings_of(caplog)
+    assert re.search(r"is damaged or breaks off \(.*\): the 3 frames that can be read are taken", warning)
+
+
+def test_video_file_that_is_cut_while_it_is_used(tmp_path):
+    path = write_video(tmp_path / "clip.mkv", clip(60)[1], 10)
+    video = load_video(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match="has fewer frames than when it was opened"):
+        video.frames[59]
+
+
+def test_codec_that_is_not_known(video_file):
+    video_file.write_bytes(video_file.read_bytes().replace(b"mp4v", b"none").replace(b"esds", b"free"))
+    with pytest.raises(UserError, match="unknown codec: convert it"):
+        load_video(video_file)
 
 
 def test_frames_of_a_video_file_in_any_order(video_file):
@@ -262,6 +506,21 @@ def test_frame_rates_out_of_range(fps):
         Video([Image.new("RGB", (32, 32))] * 4, fps)
 
 
-def test_indices_that_do_not_fit_the_frames():
-    with pytest.raises(UserError, match="4 frames with 3 frame indices"):
-        Video([Image.new("RGB", (32, 32))] * 4, 2.0, (0, 1, 2))
+def test_a_rate_near_zero(processor):
+    """Of which a second lasts longer than any number can say."""
+    assert processor(Video([Image.new("RGB", (64, 64))] * 4, 5e-324)).grid[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "phrase"),
+    [
+        ({"frame_indices": (0, 1, 2)}, "4 frames with 3 frame indices"),
+        ({"times": (0.0, 1.0, 2.0)}, "4 frames with 3 times"),
+        ({"times": (0.0, 2.0, 1.0, 3.0)}, "times do not ascend"),
+        ({"times": (0.0, 1.0, 2.0, float("nan"))}, "times do not ascend"),
+        ({"times": (0.0, 1.0, 2.0, 3.0), "frame_indices": (0, 1, 2, 3)}, "expected one of them"),
+    ],
+)
+def test_indices_and_times_that_do_not_fit_the_frames(given, phrase):
+    with pytest.raises(UserError, match=phrase):
+        Video([Image.new("RGB", (32, 32))] * 4, 2.0, **given)
