@@ -255,8 +255,8 @@ class Checkpoint:
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise UserError(
-                f"{self.directory / bundle.TOKENIZER} is not a tokenizer that can be read ({error}): download the model "
-                "again."
+                f"{self.directory / bundle.TOKENIZER} is not a tokenizer that can be read ({error}): download the "
+                "model again."
             ) from error
         try:
             known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
