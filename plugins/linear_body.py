@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from pascalvl.plugins.flash_attention import OP_DOMAIN
-from pascalvl.plugins.onnx_body import OPSET, halves
+from pascalvl.plugins.onnx_body import OPSET, half_table, halves
 from pascalvl.plugins.quant_linear import (
     ATTR_ACTIVATION,
     ATTR_BITS,
@@ -62,7 +62,7 @@ class LinearBody:
     @property
     def text(self) -> str:
         if self.bits == 16:
-            return self.function([*halves("weight", "wide"), *product_of_floats()], self.domain)
+            return self.function([*half_table(), *halves("weight", "wide"), *product_of_floats()], self.domain)
         return self.function(_codes(self.bits, self.has_zero), self.domain)
 
     def function(self, product: list[str], domain: str, opset: str = "") -> str:
@@ -134,6 +134,7 @@ def _codes(bits: int, has_zero: bool) -> list[str]:
         "outputs = Shape <start = 0, end = 1> (weight)",
         "of_groups = Concat <axis = 0> (outputs, minus_one, group_of)",
         "grouped_codes = Reshape (codes, of_groups)",
+        *half_table(),
         *_of_outputs("scale"),
     ]
     if has_zero:

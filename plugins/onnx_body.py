@@ -60,6 +60,7 @@ class CausalBody:
         sources = ["past", *["recent"] * self.has_recent, "new"]
         lines = [
             *_CONSTANTS,
+            *(half_table() if self.kv_format is not KVFormat.F32 else ()),
             # Of the capacity, take what the longest sequence fills: the cost follows the past, not the capacity.
             "longest = ReduceMax <keepdims = 1> (past_length)",
             f"most = Cast <to = {_INT64}> (longest)",
@@ -128,8 +129,8 @@ _CONSTANTS = [
 ]
 
 
-def halves(words: str, result: str) -> list[str]:
-    """``result``: the halves in int32 ``words [..., n]`` as floats ``[..., 2 n]``.
+def half_table() -> list[str]:
+    """What `halves` needs, once a body.
 
     Opset 17 cannot take bits as another type, so they are looked up in a table of all halves, which integer arithmetic
     makes of constants alone: a runtime computes it once, when it loads the graph.
@@ -167,15 +168,22 @@ def halves(words: str, result: str) -> list[str]:
         "$minus = Mul ($signs, $minus_two)",
         "$factor = Add ($minus, $unit)",
         "$table = Mul ($magnitude, $factor)",
+    ]
+    return [line.replace("$", "half_") for line in lines]
+
+
+def halves(words: str, result: str) -> list[str]:
+    """``result``: the halves in int32 ``words [..., n]`` as floats ``[..., 2 n]``; after `half_table`."""
+    lines = [
         f"$unsigned = Cast <to = {_UINT32}> ({words})",
-        "$column = Unsqueeze ($unsigned, $last)",
-        '$top = BitShift <direction = "LEFT"> ($column, $up)',
-        '$number = BitShift <direction = "RIGHT"> ($top, $down)',
+        "$column = Unsqueeze ($unsigned, half_last)",
+        '$top = BitShift <direction = "LEFT"> ($column, half_up)',
+        '$number = BitShift <direction = "RIGHT"> ($top, half_down)',
         f"$index = Cast <to = {_INT}> ($number)",
-        "$pairs = Gather ($table, $index)",
+        "$pairs = Gather (half_table, $index)",
         f"$lead = Shape <start = 0, end = -1> ({words})",
         f"$words = Shape <start = -1> ({words})",
-        "$elements = Mul ($words, $pair)",
+        "$elements = Mul ($words, half_pair)",
         "$shape = Concat <axis = 0> ($lead, $elements)",
         f"{result} = Reshape ($pairs, $shape)",
     ]

@@ -11,7 +11,7 @@ from pascalvl.export.onnx_op import IR_VERSION
 from pascalvl.plugins.flash_attention import OP_DOMAIN, OP_NAME, OP_VERSION
 from pascalvl.plugins.kv_format import KVFormat, LayerLayout
 from pascalvl.plugins.kv_rows import compress, expand, hadamard
-from pascalvl.plugins.onnx_body import OPSET, CausalBody, halves, packed_body
+from pascalvl.plugins.onnx_body import OPSET, CausalBody, half_table, halves, packed_body
 from tests.export import reference
 
 TOLERANCE = 2e-6  # as for the torch op
@@ -121,7 +121,7 @@ def test_halves_are_read_from_words_exactly():
     """All 65,536 of them: signs, subnormal numbers, infinities, and what is no number."""
     words = np.arange(1 << 16, dtype=np.uint16).view(np.int32).reshape(4, -1)
     text = f'<ir_version: {IR_VERSION}, opset_import: ["" : {OPSET}]> graph (int32[n, m] words) => (float[n, k] floats)'
-    model = onnx.parser.parse_model("\n".join([text, "{", *halves("words", "floats"), "}"]))
+    model = onnx.parser.parse_model("\n".join([text, "{", *half_table(), *halves("words", "floats"), "}"]))
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"words": words})
     expected = words.view(np.float16)
