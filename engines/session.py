@@ -11,7 +11,7 @@ import numpy as np
 
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bindings import Binding
-from pascalvl.plugins.kv_format import HALVES_PER_WORD, RowFormat
+from pascalvl.plugins.kv_format import RowFormat, capacity_of
 from pascalvl.plugins.kv_rows import compress
 
 if TYPE_CHECKING:
@@ -56,11 +56,11 @@ class Session(abc.ABC):
 
     Args:
         engine: what runs.
-        capacity: slots that there is room for, at least: there is one more where that is odd.
+        capacity: slots that there is room for, at least, see `capacity_of`.
     """
 
     def __init__(self, engine: Engine, capacity: int) -> None:
-        self.capacity = capacity + capacity % HALVES_PER_WORD
+        self.capacity = capacity_of(capacity)
         self.model, self.cache = engine.manifest.model, engine.manifest.kv_cache
         self.layouts = self.cache.layers(self.model.text)
         self.layer_inputs = [bindings.cache_inputs(self.model, self.cache, layer) for layer in range(len(self.layouts))]

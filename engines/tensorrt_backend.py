@@ -35,7 +35,7 @@ from pascalvl.plugins import bindings, flash_attention, quant_linear
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
-from pascalvl.plugins.kv_format import HALVES_PER_WORD, CacheConfig
+from pascalvl.plugins.kv_format import CacheConfig, capacity_of
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.tensorrt import build as plugin_build
 
@@ -260,8 +260,7 @@ def _limits(model: ModelConfig, options: BuildOptions) -> Limits:
     if patches < merged:
         smallest = merged * model.vision.patch_size**2
         raise UserError(f"max_pixels is out of range: expected at least {smallest}, found {options.max_pixels}.")
-    context = min(options.max_context, longest)
-    return Limits(options.prefill_chunk, patches, context + context % HALVES_PER_WORD)
+    return Limits(options.prefill_chunk, patches, capacity_of(min(options.max_context, longest)))
 
 
 def _preview_features(gpu: Gpu, options: BuildOptions) -> tuple[str, ...] | None:

@@ -24,6 +24,13 @@ from pascalvl.plugins.model_config import TextConfig
 ROW_ALIGNMENT = 16
 WORD_BYTES = 4
 HALVES_PER_WORD = 2
+
+
+def capacity_of(slots: int) -> int:
+    """The capacity of a cache of so many slots: an even number, for two scales share a word."""
+    return slots + slots % HALVES_PER_WORD
+
+
 ROTATED_DIM = 128
 """Length of the keys that the kernels rotate (by the Hadamard matrix); shorter ones are stored as they come."""
 RANKS = (64, 96, 112, 128)
@@ -273,11 +280,11 @@ class CacheConfig:
         return min(tokens, self.window.sinks + self.window.length - 1 + pinned)
 
     def nbytes(self, text: TextConfig, tokens: int, pinned: int = 0) -> int:
-        """Bytes of the cache of such a conversation, which has a slot more where they are odd."""
+        """Bytes of the cache of such a conversation."""
         layers = self.layers(text)
-        slots = self.slots(tokens, pinned)
+        capacity = capacity_of(self.slots(tokens, pinned))
         recent = sum(2 * sum(layer.dims) * layer.num_kv_heads for layer in layers) * self.recent
-        return (slots + slots % HALVES_PER_WORD) * sum(layer.bytes_per_token for layer in layers) + recent
+        return capacity * sum(layer.bytes_per_token for layer in layers) + recent
 
 
 def _read_rank(option: str, value: str) -> Rank:
