@@ -102,6 +102,7 @@ class Checkpoint:
             shard = self._open_shard(name)
             self._shard_of.update(dict.fromkeys(shard.keys(), shard))
         self._untie_another_head()
+        self._is_checked = False
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -117,6 +118,12 @@ class Checkpoint:
         """
         with self._config_errors():
             model = meta_model(self.hf_config)
+        if not self._is_checked:
+            self._check_tensors(model)
+            self._is_checked = True
+        return model
+
+    def _check_tensors(self, model: Qwen3VLForConditionalGeneration) -> None:
         used = {LM_HEAD}  # a copy of the embeddings, where it is tied to them
         for name, parameter in model.named_parameters():
             if name not in self:
@@ -138,7 +145,6 @@ class Checkpoint:
                 )
             used.add(name)
         self._check_unused(sorted(self._shard_of.keys() - used))
-        return model
 
     def _check_unused(self, names: list[str]) -> None:
         """Raise `UserError` for tensors that would be left out without a word, though they may mean something."""
@@ -176,7 +182,7 @@ class Checkpoint:
         head, embeddings = self.tensor(LM_HEAD), self.tensor(TOKEN_EMBEDDINGS)
         if head.shape == embeddings.shape and torch.equal(head, embeddings.to(head.dtype)):
             return
-        log.info("the lm_head is stored, and not the embeddings: it is not tied to them")
+        log.info("the stored lm_head is not the embeddings: it is not tied to them")
         for config, data in (
             (self.hf_config, self._config),
             (self.hf_config.text_config, self._config.get("text_config", {})),
