@@ -12,13 +12,16 @@ import json
 import sys
 from pathlib import Path
 
+from pascalvl.engines.gpu import CUBLAS, CUDA_RUNTIME, CUDNN
+
 PACKAGES = {
-    "libcudart.so.12": ("nvidia-cuda-runtime-cu12", "cuda_runtime"),
-    "libcublasLt.so.12": ("nvidia-cublas-cu12", "cublas"),
-    "libcublas.so.12": ("nvidia-cublas-cu12", "cublas"),
-    "libcudnn.so.8": ("nvidia-cudnn-cu12", "cudnn"),
+    "libcudart.so.12": (CUDA_RUNTIME, "cuda_runtime"),
+    "libcublasLt.so.12": (CUBLAS, "cublas"),
+    "libcublas.so.12": (CUBLAS, "cublas"),
+    "libcudnn.so.8": (CUDNN, "cudnn"),
 }
-"""What TensorRT 8.6 needs, in the order in which one needs the other: the package that has it, and its folder there."""
+"""What TensorRT 8.6 needs, in the order in which one needs the other: how pip is asked for the package that has
+it, and its folder there."""
 
 
 def preload() -> None:
@@ -33,10 +36,15 @@ def problems() -> dict[str, str]:
     return {library: _problem(str(_path(library) or library)) for library in PACKAGES}
 
 
+def name(package: str) -> str:
+    """Of a package, without the versions that pip is asked for."""
+    return package.partition("=")[0]
+
+
 def _path(library: str) -> Path | None:
     package, folder = PACKAGES[library]
     try:
-        path = Path(importlib.metadata.distribution(package).locate_file(f"nvidia/{folder}/lib/{library}"))
+        path = Path(importlib.metadata.distribution(name(package)).locate_file(f"nvidia/{folder}/lib/{library}"))
     except importlib.metadata.PackageNotFoundError:
         return None
     return path if path.is_file() else None

@@ -46,12 +46,8 @@ PTX_CUDA, PTX_BRANCH = (12, 9), 575
 TENSORRT_8_CAPABILITY = (9, 0)
 """The highest that TensorRT 8.6 and 9.x know."""
 INSTALL_10 = install("tensorrt-cu12>=10,<11")
-LIBRARIES = {
-    "CUDA runtime": (("libcudart.so.12",), CUDA_RUNTIME),
-    "cuBLAS": (("libcublas.so.12", "libcublasLt.so.12"), CUBLAS),
-    "cuDNN": (("libcudnn.so.8",), CUDNN),
-}
-"""What TensorRT 8.6 needs of CUDA, and the packages that have it."""
+CUDA_PACKAGES = {"CUDA runtime": CUDA_RUNTIME, "cuBLAS": CUBLAS, "cuDNN": CUDNN}
+"""By row: the packages that have what TensorRT 8.6 needs of CUDA."""
 PROBE_SECONDS = 300
 """TensorRT's libraries are gigabytes, which a slow disk takes its time to read."""
 
@@ -295,17 +291,16 @@ def check_memory(gpu: Gpu) -> Row:
 
 
 def check_cuda_bindings(version: str, driver: Driver | None, gpu: Gpu | None) -> Row:
-    name, remedy = "cuda-bindings", install("cuda-bindings>=12.6,<13")
+    name, command = "cuda-bindings", install("cuda-bindings>=12.6,<13")
     if not version:
-        return Row(name, "not installed", State.MISSING, f"Install it: {remedy}.")
+        return Row(name, "not installed", State.MISSING, f"Install it: {command}.")
     runs = (gpu and gpu.driver_cuda) or (driver and driver.cuda)
     major = _numbers(version)[0]
     if runs and major > runs[0]:
-        return Row(
-            name, version, State.MISSING, f"The driver runs CUDA {_dotted(runs)}, these are for CUDA {major}: {remedy}."
-        )
+        remedy = f"The driver runs CUDA {_dotted(runs)}, these are for CUDA {major}: {command}."
+        return Row(name, version, State.MISSING, remedy)
     if major > 12 and gpu and gpu.capability < TENSORRT_10_CAPABILITY:
-        return Row(name, version, State.WARNING, f"CUDA {major} has dropped this card: {remedy}.")
+        return Row(name, version, State.WARNING, f"CUDA {major} has dropped this card: {command}.")
     return Row(name, version)
 
 
@@ -324,8 +319,8 @@ def check_tensorrt(tensorrt: TensorRT, gpu: Gpu | None) -> Row:
         remedy = f"It does not know compute capability {_dotted(gpu.capability)}, TensorRT 10 does: {command}."
         return Row(name, tensorrt.version, State.MISSING, remedy)
     if tensorrt.problem:
-        for libraries, package in LIBRARIES.values():
-            if any(library in tensorrt.problem for library in libraries):
+        for library, (package, _) in cuda_libraries.PACKAGES.items():
+            if library in tensorrt.problem:
                 command = install(package)
         return Row(name, f"{tensorrt.version}, unusable", State.MISSING, f"{_sentence(tensorrt.problem)}: {command}.")
     return Row(name, tensorrt.version)
@@ -340,11 +335,13 @@ def check_numpy(version: str, tensorrt: TensorRT, gpu: Gpu | None) -> Row:
 
 def check_libraries(problems: Mapping[str, str], tensorrt: TensorRT, gpu: Gpu | None) -> Iterator[Row]:
     """What TensorRT 8.6 needs of CUDA, by what `find_libraries` found when it loaded that."""
-    for name, (libraries, package) in LIBRARIES.items():
-        version = installed(package.partition("=")[0])
+    for name, package in CUDA_PACKAGES.items():
+        libraries = sorted(library for library, (owner, _) in cuda_libraries.PACKAGES.items() if owner == package)
+        distribution = cuda_libraries.name(package)
+        version = installed(distribution)
         failed = [problem for library in libraries if (problem := problems[library])]
         if not failed:
-            yield Row(name, ", ".join(libraries) + (f" ({package.partition('=')[0]} {version})" if version else ""))
+            yield Row(name, ", ".join(libraries) + (f" ({distribution} {version})" if version else ""))
         elif _major(tensorrt, gpu) >= 10:
             yield Row(name, f"{version or 'none'}; TensorRT 10 needs none")
         else:
