@@ -6,3 +6,8 @@ class UserError(Exception):
 
     The command line prints the sentence and exits with code 2; it never prints a traceback for it.
     """
+
+
+def reason(error: Exception) -> object:
+    """What went wrong, without the number and the path that the system's errors name besides."""
+    return getattr(error, "strerror", None) or error

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.errors import UserError, reason
 from pascalvl.runtime.template_worker import MOST_CHARACTERS, MOST_SECONDS
 
 Message = dict[str, Any]
@@ -48,9 +48,8 @@ class ChatTemplate:
             self._source = source.decode()
             _worker.ask(self._source, None)
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"the chat template {path} cannot be used ({reason}): download the model again and export it."
+                f"the chat template {path} cannot be used ({reason(error)}): download the model again and export it."
             ) from error
 
     def render(self, messages: Sequence[Message]) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 
 from pascalvl.engines import Session
 from pascalvl.engines.session import ALWAYS_VISIBLE, Placement
-from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.errors import UserError, reason
 from pascalvl.plugins.kv_format import CacheConfig
 
 _EMPTY = -1
@@ -76,9 +76,9 @@ class Prefix:
             with path.open("rb") as file:
                 arrays = _read_checked(file, engine, session)
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"{path} is no saved KV cache ({reason}): choose another file, or remove it to have it written anew."
+                f"{path} is no saved KV cache ({reason(error)}): choose another file, or remove it to have it written "
+                "anew."
             ) from error
         if arrays is None:
             raise UserError(
@@ -104,8 +104,7 @@ def _saving(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"the KV cache cannot be saved to {path} ({reason}): choose another file.") from error
+        raise UserError(f"the KV cache cannot be saved to {path} ({reason(error)}): choose another file.") from error
 
 
 _Layout = dict[str, tuple[np.dtype, tuple[int, ...]]]
