@@ -20,9 +20,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from pascalvl.plugins.bench.timing import COLD_BYTES, Yardstick, seconds_in_turn
+from pascalvl.plugins.bench.timing import COLD_BYTES, Yardstick, open_libraries, seconds_in_turn
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary
 from pascalvl.plugins.kv_format import RowFormat
 
@@ -96,9 +95,7 @@ class Bench:
 
     def __init__(self, quick: bool, baseline: Path | None = None) -> None:
         torch.zeros(1, device="cuda")
-        self._libraries = [KernelLibrary(path) for path in (cached(Target.CUDA), baseline) if path]
-        for library in self._libraries:
-            library.load()
+        self._libraries = open_libraries(baseline)
         self.library = self._libraries[0]
         self.quick = quick
         self.yardstick = Yardstick()

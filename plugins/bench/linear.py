@@ -18,9 +18,8 @@ from pathlib import Path
 import torch
 
 from pascalvl.plugins.bench.attention import markdown, rounded_to_int8
-from pascalvl.plugins.bench.timing import COLD_BYTES, FEW_CALLS, Yardstick, seconds_in_turn
+from pascalvl.plugins.bench.timing import COLD_BYTES, FEW_CALLS, Yardstick, open_libraries, seconds_in_turn
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import KernelLibrary, LinearArgs
 from pascalvl.plugins.quant_linear import GATED_BLOCK, Activation
 from pascalvl.plugins.weight_format import WeightFormat
@@ -130,9 +129,7 @@ class Layer:
 
 def measure(rows_at_once: tuple[int, ...], quick: bool, baseline: Path | None) -> Iterator[Row]:
     torch.zeros(1, device="cuda")
-    libraries = [KernelLibrary(path) for path in (cached(Target.CUDA), baseline) if path]
-    for library in libraries:
-        library.load()
+    libraries = open_libraries(baseline)
     library = libraries[0]
     rates = {}
     if not quick:

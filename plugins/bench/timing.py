@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from pascalvl.plugins.kernels.build import Target, cached, compile_cuda
+from pascalvl.plugins.kernels.library import KernelLibrary
 
 COLD_BYTES = 256 << 20
 """More than any L2 holds: calls that take turns over so many bytes find none of them there."""
@@ -21,8 +22,15 @@ _STEPS, _VALUES = 8, 64  # of a round of the rate kernels, in yardstick.cu
 _PRODUCT = 8192, 8448, 2048
 _TILE = 64, 128
 
-
 Calls = Sequence[Callable[[], object]]
+
+
+def open_libraries(baseline: Path | None) -> list[KernelLibrary]:
+    """The kernels, and those of another build of the library to compare with, loaded."""
+    libraries = [KernelLibrary(path) for path in (cached(Target.CUDA), baseline) if path]
+    for library in libraries:
+        library.load()
+    return libraries
 
 
 def seconds(calls: Calls, least: int = 1) -> float:
