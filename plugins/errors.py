@@ -1,11 +1,23 @@
 """The one exception that is meant for the person at the terminal."""
 
+import re
+
+_MOST_SENTENCE = 800
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
 
 class UserError(Exception):
     """Something the user can put right: one sentence saying what was expected, what was found and what to do.
 
-    The command line prints the sentence and exits with code 2; it never prints a traceback for it.
+    The command line prints the sentence and exits with code 2; it never prints a traceback for it. Whatever a sentence
+    quotes, it is one line of text that a terminal can show, cut short in its middle where it is too long to be read.
     """
+
+    def __init__(self, sentence: str) -> None:
+        line = _UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], sentence)
+        if len(line) > _MOST_SENTENCE:
+            line = f"{line[: _MOST_SENTENCE * 2 // 3]} … {line[-_MOST_SENTENCE // 3 :]}"
+        super().__init__(line)
 
 
 def reason(error: Exception) -> object:

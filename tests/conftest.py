@@ -25,6 +25,11 @@ ALL_WEIGHT_FORMATS = "w4,layer.1=w8,layer.2=f16,layer.3=f32"
 os.environ.setdefault("XDG_CACHE_HOME", str(Path(__file__).parents[1] / "build" / "cache"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-seconds", type=float, default=6.0, help="how long each fuzzer in tests/fuzz runs")
+    parser.addoption("--fuzz-seed", type=int, help="run fuzzers on this seed alone")
+
+
 @pytest.fixture(scope="session")
 def nano_checkpoint() -> Path:
     return NANO / "checkpoint"
