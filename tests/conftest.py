@@ -30,6 +30,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-seed", type=int, help="run fuzzers on this seed alone")
 
 
+@pytest.fixture
+def fuzz_limits(request: pytest.FixtureRequest) -> list[str]:
+    """For fuzzers that are programs: seconds, and the seed if there is one alone."""
+    options = request.config.getoption("--fuzz-seconds"), request.config.getoption("--fuzz-seed")
+    return [str(option) for option in options if option is not None]
+
+
 @pytest.fixture(scope="session")
 def nano_checkpoint() -> Path:
     return NANO / "checkpoint"

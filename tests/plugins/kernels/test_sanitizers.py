@@ -26,7 +26,7 @@ SECONDS = 300
 def sweep(library: Path, sanitizer: str, every: int) -> subprocess.CompletedProcess:
     """Build the emulator's library with a sanitizer, and run small cases on it."""
     build(library, sanitizer)
-    return run("sweep", library, sanitizer, every)
+    return run("plugins.kernels.sweep", library, sanitizer, every)
 
 
 def build(library: Path, sanitizer: str) -> None:
@@ -35,13 +35,13 @@ def build(library: Path, sanitizer: str) -> None:
 
 
 def run(program: str, library: Path, sanitizer: str, *arguments: object) -> subprocess.CompletedProcess:
-    """Run one of this folder's programs on a library that was built with a sanitizer."""
+    """Run a program of the tests on a library that was built with a sanitizer."""
     _, runtime = SANITIZERS[sanitizer]
     command = ["g++", f"-print-file-name={runtime}"]
     preload = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     # Python leaks by design, and NumPy's own threads are none of the sanitizer's business.
     environment = os.environ | {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"tests.plugins.kernels.{program}", str(library), *map(str, arguments)]
+    command = [sys.executable, "-m", f"tests.{program}", str(library), *map(str, arguments)]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS
     )
@@ -55,13 +55,25 @@ def sanitized(request, tmp_path_factory) -> tuple[str, Path]:
     return request.param, library
 
 
-@pytest.mark.parametrize(("program", "arguments"), [("sweep", ()), ("made_up", ("emulator", 1))])
+@pytest.mark.parametrize(
+    ("program", "arguments"), [("plugins.kernels.sweep", ()), ("plugins.kernels.made_up", ("emulator", 1))]
+)
 def test_kernels_are_clean(sanitized, program, arguments):
     """On inputs that mean something, and on made-up ones, which must not make a kernel run for long either."""
     sanitizer, library = sanitized
     every = {"address": 1, "thread": 3}[sanitizer]
     result = run(program, library, sanitizer, every, *arguments)
     assert result.returncode == 0, result.stderr[-4000:]
+
+
+def test_arguments_of_any_size(sanitized, fuzz_limits):
+    """Where nothing is launched; the sanitizer finds sizes that overflow."""
+    sanitizer, library = sanitized
+    if sanitizer == "thread":
+        pytest.skip("a call is of one thread")
+    result = run("fuzz.c_abi", library, sanitizer, *fuzz_limits)
+    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-4000:]
+    assert all(int(count) for count in result.stdout.split()), result.stdout
 
 
 @pytest.mark.skipif(available_target() is not Target.CUDA, reason="needs a GPU")

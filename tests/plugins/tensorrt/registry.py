@@ -23,19 +23,16 @@ def attempt(action) -> str | None:
     return plugin and bytes(plugin.serialize()).hex()
 
 
-def main() -> None:
+def open_registry(library: str):
+    """TensorRT's registry with the plugin library in it, and a function ``create(creator, **attributes)``."""
     folder = Path(importlib.util.find_spec("tensorrt_lean_libs").origin).parent
     ctypes.CDLL(str(folder / "libnvinfer_lean.so.10"), mode=ctypes.RTLD_GLOBAL)
     from tensorrt_lean_bindings import tensorrt_lean as trt
 
-    ctypes.CDLL(sys.argv[1])
-    creator = trt.get_plugin_registry().get_plugin_creator(*OP)
-    if creator is None:
-        print(json.dumps({"found": False}))
-        return
+    ctypes.CDLL(library)
     kinds = trt.PluginFieldType
 
-    def create(creator=creator, **values):
+    def create(creator, **values):
         types = {int: (np.int32, kinds.INT32), float: (np.float32, kinds.FLOAT32)}
         fields = []
         for name, value in values.items():
@@ -46,7 +43,20 @@ def main() -> None:
                 fields.append(trt.PluginField(name, np.array([value], dtype), kind))
         return creator.create_plugin("node", trt.PluginFieldCollection(fields))
 
-    linear = trt.get_plugin_registry().get_plugin_creator(*LINEAR)
+    return trt.get_plugin_registry(), create
+
+
+def main() -> None:
+    registry, create_by = open_registry(sys.argv[1])
+    creator = registry.get_plugin_creator(*OP)
+    if creator is None:
+        print(json.dumps({"found": False}))
+        return
+
+    def create(creator=creator, **values):
+        return create_by(creator, **values)
+
+    linear = registry.get_plugin_creator(*LINEAR)
     sizes = {"in_features": 64, "out_features": 8, "bits": 4, "group": 32, "activation": 0}
     layer = {**sizes, "has_zero": 0, "has_bias": 1, "has_residual": 0}
     of_linear = bytes(create(linear, **layer).serialize())
