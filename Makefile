@@ -111,7 +111,7 @@ $(VENV)/installed: pyproject.toml
 $(VENV)/torchvision: $(VENV)/installed
 	$(PIP) install $(PIP_ARGS) --no-deps --upgrade --target $@ torchvision==$(TORCHVISION)
 
-$(BUNDLE)/manifest.json: $(VENV)/installed $(wildcard $(MODEL)/*) $(wildcard export/*.py plugins/*.py)
+$(BUNDLE)/manifest.json: $(VENV)/installed $(wildcard $(MODEL)/*) $(wildcard export/*.py plugins/*.py plugins/ops/*.py plugins/ops/*/*.py)
 	$(RUN) export $(MODEL) --output $(BUNDLE) --kv '$(KV)' $(if $(W),--weights '$(W)') $(if $(CALIBRATE),--calibrate '$(CALIBRATE)')
 
 $(ENGINE)/manifest.json: $(BUNDLE)/manifest.json $(wildcard engines/*.py)

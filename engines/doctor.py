@@ -34,8 +34,8 @@ from pascalvl.engines.gpu import (
 )
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.flash_attention import OP_NAME, OP_VERSION
 from pascalvl.plugins.kernels.build import NVRTC_PACKAGE, Target
+from pascalvl.plugins.ops.flash_attention.op import OP_NAME, OP_VERSION
 from pascalvl.plugins.tensorrt import build as plugin_build
 
 BACKEND = "tensorrt"

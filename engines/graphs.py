@@ -7,10 +7,10 @@ import onnx.parser
 from onnx import helper
 
 from pascalvl.plugins import bindings
-from pascalvl.plugins.flash_attention import ATTR_KV_FORMAT, ATTR_RECENT, OP_DOMAIN, OP_NAME, OP_VERSION
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
-from pascalvl.plugins.onnx_body import CausalBody
+from pascalvl.plugins.ops.flash_attention.onnx_body import CausalBody
+from pascalvl.plugins.ops.flash_attention.op import ATTR_KV_FORMAT, ATTR_RECENT, OP_DOMAIN, OP_NAME, OP_VERSION
 
 
 def set_cache(decoder: onnx.ModelProto, model: ModelConfig, cache: CacheConfig) -> None:

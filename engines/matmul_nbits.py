@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper, parser
 
-from pascalvl.plugins.linear_body import LinearBody, product_of_floats
-from pascalvl.plugins.quant_linear import (
+from pascalvl.plugins.ops.quant_linear.onnx_body import LinearBody, product_of_floats
+from pascalvl.plugins.ops.quant_linear.op import (
     ATTR_BITS,
     ATTR_GROUP,
     ATTR_IN_FEATURES,

@@ -20,8 +20,8 @@ from pascalvl.engines.backend import Engine
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import ONNX_FILES, Manifest
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.flash_attention import ATTR_CAUSAL, ATTR_SOFTMAX_SCALE, OP_DOMAIN, OP_NAME
 from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.ops.flash_attention.op import ATTR_CAUSAL, ATTR_SOFTMAX_SCALE, OP_DOMAIN, OP_NAME
 
 NAME = "onnxruntime"
 FILES = ONNX_FILES

@@ -23,9 +23,11 @@ from pascalvl.engines import graphs, matmul_nbits
 from pascalvl.engines.device import ALIGNMENT, Buffer, Device, available_target, open_device
 from pascalvl.engines.profiles import Limits, Shapes, profiles
 from pascalvl.engines.tensorrt_engine import Buffers, TensorRTEngine
-from pascalvl.plugins import bindings, flash_attention, quant_linear
+from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import ONNX_FILES, Manifest
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.ops.flash_attention import op as flash_attention
+from pascalvl.plugins.ops.quant_linear import op as quant_linear
 from pascalvl.plugins.tensorrt.host import HostedPlugin, PluginHost, plugin_host
 
 FILES = ()

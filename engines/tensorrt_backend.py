@@ -31,12 +31,14 @@ import tensorrt as trt
 from pascalvl.engines.build_options import BuildOptions
 from pascalvl.engines.gpu import INSTALL_TENSORRT_8, PASCAL, TENSORRT_10_CAPABILITY, Gpu, check, find_gpu
 from pascalvl.engines.profiles import Limits, Shapes, profiles
-from pascalvl.plugins import bindings, flash_attention, quant_linear
+from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
 from pascalvl.plugins.kv_format import CacheConfig, capacity_of
 from pascalvl.plugins.model_config import ModelConfig
+from pascalvl.plugins.ops.flash_attention import op as flash_attention
+from pascalvl.plugins.ops.quant_linear import op as quant_linear
 from pascalvl.plugins.tensorrt import build as plugin_build
 
 if TYPE_CHECKING:

@@ -22,12 +22,12 @@ from transformers import Qwen3VLConfig
 
 from pascalvl.engines.backend import REFERENCE, Engine
 from pascalvl.engines.session import ALWAYS_VISIBLE, RECENT_SLOTS, SLOTS, Placement, Session
-from pascalvl.export import torch_kernels
 from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, meta_model
 from pascalvl.export.modules import Decoder, VisionEncoder
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import CHECKPOINT_CONFIG, TRANSPOSED, Manifest, read_json
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kernels import torch_calls
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 from pascalvl.plugins.weight_format import F32
 
@@ -49,7 +49,7 @@ class TorchEngine(Engine):
     def __init__(self, directory: Path, manifest: Manifest, marked_layers: bool) -> None:
         super().__init__(directory, manifest)
         self.device = _device()
-        self.kernels = torch_kernels.library(self.device)
+        self.kernels = torch_calls.library(self.device)
         torch.set_float32_matmul_precision("highest")  # no TF32: the reference is exact
         try:
             with evaluation("the model's weights"):
@@ -205,10 +205,10 @@ class TorchSession(Session):
         ]
         kernels = self._engine.kernels
         caches = [[self._past[binding.name] for binding in inputs] for inputs in self.layer_inputs]
-        torch_kernels.kv_append(kernels, self.layouts, new, [(*cache[:3], None)[:3] for cache in caches], slots)
+        torch_calls.kv_append(kernels, self.layouts, new, [(*cache[:3], None)[:3] for cache in caches], slots)
         if recent_slots is not None:
             layouts = [dataclasses.replace(layout, kv_format=KVFormat.F16) for layout in self.layouts]
-            torch_kernels.kv_append(kernels, layouts, new, [(*cache[-2:], None) for cache in caches], recent_slots)
+            torch_calls.kv_append(kernels, layouts, new, [(*cache[-2:], None) for cache in caches], recent_slots)
         return outputs
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
@@ -265,7 +265,7 @@ def open_engine(directory: Path, manifest: Manifest, marked_layers: bool) -> Tor
 def evaluation(what: str) -> Iterator[None]:
     """Inside, modules run without autograd and with the kernels; `MemoryError` says ``what`` found no room."""
     try:
-        with torch.inference_mode(), torch_kernels.emulated():
+        with torch.inference_mode(), torch_calls.emulated():
             yield
     except RuntimeError as error:
         if "out of memory" in str(error) or "can't allocate memory" in str(error):

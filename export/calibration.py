@@ -15,10 +15,10 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding, Qwen3VLVisionRotaryEmbedding
 from transformers.utils import logging
 
-from pascalvl.export.attention import attention_forward
 from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint
 from pascalvl.export.transforms import DECODER_LAYERS, LayerStatistics, WeightSource
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.ops.flash_attention.torch_op import attention_forward
 
 LEAST_TOKENS = 128
 """A head's statistics have as many dimensions."""

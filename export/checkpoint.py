@@ -18,11 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from pascalvl.export.attention import ATTN_IMPLEMENTATION
 from pascalvl.export.stored_codes import StoredCodes
 from pascalvl.plugins import bundle
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.model_config import ModelConfig, TextConfig, VisionConfig
+from pascalvl.plugins.ops.flash_attention.torch_op import ATTN_IMPLEMENTATION
 
 log = logging.getLogger(__name__)
 

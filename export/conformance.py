@@ -19,10 +19,11 @@ import onnx
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from pascalvl.export.onnx_op import IR_VERSION
-from pascalvl.plugins import flash_attention, quant_linear
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.flash_attention import OP_DOMAIN
-from pascalvl.plugins.onnx_body import OPSET
+from pascalvl.plugins.ops.flash_attention import op as flash_attention
+from pascalvl.plugins.ops.flash_attention.op import OP_DOMAIN
+from pascalvl.plugins.ops.onnx_text import OPSET
+from pascalvl.plugins.ops.quant_linear import op as quant_linear
 
 MAX_DIMS = 8
 """Of TensorRT's ``Dims``."""

@@ -21,7 +21,6 @@ from pascalvl.export.calibration import CalibrationPrompt, calibrate
 from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint
 from pascalvl.export.fitting import Fit, fit
 from pascalvl.export.modules import Decoder, VisionEncoder
-from pascalvl.export.quant_linear import QuantLinear
 from pascalvl.export.quantised_weights import (
     QuantisedWeights,
     add_stored_zeros,
@@ -35,9 +34,10 @@ from pascalvl.export.trace import TracedGraph, Weight, example_inputs, trace
 from pascalvl.export.transforms import WeightSource, check_ranks, plan_transforms
 from pascalvl.plugins import bindings, onnx_body
 from pascalvl.plugins.bundle import EMBEDDINGS, TRANSPOSED, Manifest, atomic_directory
-from pascalvl.plugins.flash_attention import OP_NAME, OP_VERSION
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 from pascalvl.plugins.model_config import ModelConfig
+from pascalvl.plugins.ops.flash_attention.op import OP_NAME, OP_VERSION
+from pascalvl.plugins.ops.quant_linear.torch_op import QuantLinear
 from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from pascalvl.export import torch_kernels
 from pascalvl.plugins.bench.timing import COLD_BYTES, seconds
+from pascalvl.plugins.kernels import torch_calls
 from pascalvl.plugins.kv_format import LayerLayout
 
 LENGTH = 32_768
@@ -27,7 +27,7 @@ def measure(layouts: Sequence[LayerLayout], num_heads: int, length: int = LENGTH
         cache of the GPU holds.
     """
     device = torch.device("cuda")
-    kernels = torch_kernels.library(device)
+    kernels = torch_calls.library(device)
     torch.zeros(1, device=device)
     kernels.load()
     append = decode = 0.0
@@ -37,15 +37,15 @@ def measure(layouts: Sequence[LayerLayout], num_heads: int, length: int = LENGTH
     return append, decode
 
 
-def _append(kernels: torch_kernels.KernelLibrary, layout: LayerLayout, layers: int) -> float:
+def _append(kernels: torch_calls.KernelLibrary, layout: LayerLayout, layers: int) -> float:
     caches = _caches(layout, layers, _APPENDS)
     new = [torch.randn(layers, 1, layout.num_kv_heads, 1, dim, device="cuda") for dim in layout.dims]
     slots = [torch.tensor([[slot]], dtype=torch.int32, device="cuda") for slot in range(_APPENDS)]
-    calls = [lambda slot=slot: torch_kernels.append_run(kernels, layout, *new, caches, slot) for slot in slots]
+    calls = [lambda slot=slot: torch_calls.append_run(kernels, layout, *new, caches, slot) for slot in slots]
     return 1e6 * seconds(calls)
 
 
-def _decode(kernels: torch_kernels.KernelLibrary, layout: LayerLayout, num_heads: int, length: int) -> float:
+def _decode(kernels: torch_calls.KernelLibrary, layout: LayerLayout, num_heads: int, length: int) -> float:
     size = length * layout.bytes_per_token
     caches = _caches(layout, 2 + COLD_BYTES // size, length)
     q = torch.randn(1, num_heads, 1, layout.key_dim, device="cuda")
@@ -53,7 +53,7 @@ def _decode(kernels: torch_kernels.KernelLibrary, layout: LayerLayout, num_heads
     past_length = torch.tensor([length], dtype=torch.int32, device="cuda")
 
     def attention(key: torch.Tensor, value: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        return torch_kernels.attention(
+        return torch_calls.attention(
             kernels,
             q,
             k,

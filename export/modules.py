@@ -16,10 +16,10 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     apply_rotary_pos_emb,
 )
 
-from pascalvl.export.attention import PACKED_ATTN_IMPLEMENTATION, attention_forward
-from pascalvl.export.quant_linear import QuantLinear
 from pascalvl.plugins.model_config import TextConfig
-from pascalvl.plugins.quant_linear import GATED_BLOCK, Activation
+from pascalvl.plugins.ops.flash_attention.torch_op import PACKED_ATTN_IMPLEMENTATION, attention_forward
+from pascalvl.plugins.ops.quant_linear.op import GATED_BLOCK, Activation
+from pascalvl.plugins.ops.quant_linear.torch_op import QuantLinear
 from pascalvl.plugins.weight_format import F32, FLOAT_WEIGHTS, WeightConfig, WeightFormat
 
 QKV, GATE_UP = "qkv_proj", "gate_up_proj"

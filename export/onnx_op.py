@@ -8,7 +8,9 @@ from onnx import helper
 from onnx.defs import OpSchema
 from onnxscript import values
 
-from pascalvl.plugins.flash_attention import (
+from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.ops.flash_attention.onnx_body import CausalBody, packed_body
+from pascalvl.plugins.ops.flash_attention.op import (
     ATTR_CAUSAL,
     ATTR_KV_FORMAT,
     ATTR_SOFTMAX_SCALE,
@@ -16,10 +18,9 @@ from pascalvl.plugins.flash_attention import (
     OP_NAME,
     OP_VERSION,
 )
-from pascalvl.plugins.kv_format import KVFormat
-from pascalvl.plugins.linear_body import LinearBody
-from pascalvl.plugins.onnx_body import OPSET, CausalBody, packed_body
-from pascalvl.plugins.quant_linear import (
+from pascalvl.plugins.ops.onnx_text import OPSET
+from pascalvl.plugins.ops.quant_linear.onnx_body import LinearBody
+from pascalvl.plugins.ops.quant_linear.op import (
     ATTR_ACTIVATION,
     ATTR_BITS,
     ATTR_GROUP,
@@ -29,8 +30,8 @@ from pascalvl.plugins.quant_linear import (
     ATTR_IN_FEATURES,
     ATTR_OUT_FEATURES,
 )
-from pascalvl.plugins.quant_linear import OP_NAME as LINEAR
-from pascalvl.plugins.quant_linear import OP_VERSION as LINEAR_VERSION
+from pascalvl.plugins.ops.quant_linear.op import OP_NAME as LINEAR
+from pascalvl.plugins.ops.quant_linear.op import OP_VERSION as LINEAR_VERSION
 
 IR_VERSION = 8
 """The last that TensorRT 8.6's parser reads."""

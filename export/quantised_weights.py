@@ -11,12 +11,12 @@ from torch import nn
 
 from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint
 from pascalvl.export.modules import GATE_UP, MERGED, Decoder, VisionEncoder
-from pascalvl.export.quant_linear import QuantLinear
 from pascalvl.export.quantiser import round_to_nearest
 from pascalvl.export.transforms import DECODER_LAYERS, WeightSource
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.model_config import TextConfig
-from pascalvl.plugins.quant_linear import GATED_BLOCK
+from pascalvl.plugins.ops.quant_linear.op import GATED_BLOCK
+from pascalvl.plugins.ops.quant_linear.torch_op import QuantLinear
 from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig, WeightFormat
 from pascalvl.plugins.weight_rows import QuantisedWeight
 
@@ -106,7 +106,7 @@ def _whole(layer: str, module: QuantLinear, tensors: list[torch.Tensor], columns
 
 
 def gated(gate: torch.Tensor, value: torch.Tensor, width: int) -> torch.Tensor:
-    """Rows of gates and values in blocks, as `pascalvl.plugins.quant_linear` has them; padded to ``width`` each."""
+    """Rows of gates and values in blocks, as QuantLinear has them; padded to ``width`` each."""
     rows = torch.zeros(2, width, *gate.shape[1:], dtype=gate.dtype)
     rows[0, : len(gate)], rows[1, : len(value)] = gate, value
     return rows.unflatten(1, (-1, GATED_BLOCK)).transpose(0, 1).flatten(0, 2)

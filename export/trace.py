@@ -23,7 +23,7 @@ from torch import nn
 
 from pascalvl.export import onnx_op
 from pascalvl.plugins.bindings import Binding
-from pascalvl.plugins.onnx_body import OPSET
+from pascalvl.plugins.ops.onnx_text import OPSET
 
 _EXPORTER_OPSET = 18
 """The oldest that torch's exporter writes."""

@@ -23,13 +23,13 @@ from pascalvl.export.evaluation import EvaluationPrompt, Figures, compare
 from pascalvl.export.fitting import Fit, fit
 from pascalvl.export.kv_evaluation import load, q4_0, q8_0
 from pascalvl.export.modules import Decoder, VisionEncoder
-from pascalvl.export.quant_linear import QuantLinear, compute, dense, rounded
 from pascalvl.export.quantised_weights import QuantisedWeights, quant_layers
 from pascalvl.export.quantiser import ALL, Method
 from pascalvl.export.transforms import plan_transforms
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
+from pascalvl.plugins.ops.quant_linear.torch_op import QuantLinear, compute, dense, rounded
 from pascalvl.plugins.weight_format import WeightConfig
 
 DEFAULT_FORMATS = ("f16", "w8", "w4", "w4,group=64", "w4,group=32")

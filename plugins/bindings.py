@@ -4,7 +4,7 @@ Dimensions that vary between calls are strings; equal strings are equal lengths.
 
 The engines are pure functions. The decoder reads the cache (``past_key.i``, ``past_value.i``: the whole capacity, of
 which the first ``past_length`` rows of a sequence are valid) and returns the keys and values of this call's tokens
-for the runtime to append. `pascalvl.plugins.flash_attention` tells what each of the cache's tensors means.
+for the runtime to append. `pascalvl.plugins.ops.flash_attention.op` tells what each of the cache's tensors means.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import numpy as np
 
 from pascalvl.plugins.kv_format import RowFormat
 from pascalvl.plugins.kv_rows import quantise
-from pascalvl.plugins.quant_linear import GATED_BLOCK, Activation
+from pascalvl.plugins.ops.quant_linear.op import GATED_BLOCK, Activation
 from pascalvl.plugins.weight_format import WeightFormat, scale_pitch
 
 _NIBBLES = np.array([0, 4, 1, 5, 2, 6, 3, 7])

@@ -21,7 +21,7 @@ from pascalvl.plugins.bench.attention import markdown, rounded_to_int8
 from pascalvl.plugins.bench.timing import COLD_BYTES, FEW_CALLS, Yardstick, open_libraries, seconds_in_turn
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.library import KernelLibrary, LinearArgs
-from pascalvl.plugins.quant_linear import GATED_BLOCK, Activation
+from pascalvl.plugins.ops.quant_linear.op import GATED_BLOCK, Activation
 from pascalvl.plugins.weight_format import WeightFormat
 
 GROUP = 128

@@ -15,11 +15,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from pascalvl.plugins import flash_attention, kv_format, quant_linear
+from pascalvl.plugins import kv_format
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels import build as kernels_build
 from pascalvl.plugins.kernels.build import Target
 from pascalvl.plugins.kv_format import ROTATED_DIM, KVFormat
+from pascalvl.plugins.ops.flash_attention import op as flash_attention
+from pascalvl.plugins.ops.quant_linear import op as quant_linear
 
 FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / f"{name}.cpp" for name in ("flash_attention", "quant_linear"))

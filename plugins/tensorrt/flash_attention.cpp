@@ -1,4 +1,4 @@
-// FlashAttention2 as a TensorRT plugin over the kernels' C ABI. What the op is: plugins/flash_attention.py.
+// FlashAttention2 as a TensorRT plugin over the kernels' C ABI. What the op is: plugins/ops/flash_attention/op.py.
 #include <algorithm>
 #include <utility>
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.flash_attention import OP_NAME, OP_VERSION
 from pascalvl.plugins.kernels.build import Target, cached_library, compile_library
+from pascalvl.plugins.ops.flash_attention.op import OP_NAME, OP_VERSION
 from pascalvl.plugins.tensorrt.build import FOLDER, cached
 
 _TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.int8): 2, np.dtype(np.int32): 3}

@@ -1,4 +1,4 @@
-// QuantLinear as a TensorRT plugin over the kernels' C ABI. What the op is: plugins/quant_linear.py.
+// QuantLinear as a TensorRT plugin over the kernels' C ABI. What the op is: plugins/ops/quant_linear/op.py.
 #include <algorithm>
 
 #include "plugins/tensorrt/plugin.h"

@@ -18,8 +18,8 @@ from pascalvl.engines.doctor import Driver, Plugin, Row, State, TensorRT
 from pascalvl.engines.gpu import INSTALL_TENSORRT_8, Gpu
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.flash_attention import OP_NAME, OP_VERSION
 from pascalvl.plugins.kernels.build import Target
+from pascalvl.plugins.ops.flash_attention.op import OP_NAME, OP_VERSION
 from pascalvl.plugins.tensorrt import build as plugin_build
 from pascalvl.runtime.cli import main
 

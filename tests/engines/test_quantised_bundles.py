@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from pascalvl.engines import build, open_engine
-from pascalvl.export import torch_kernels
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
+from pascalvl.plugins.kernels import torch_calls
 from pascalvl.plugins.kernels.library import KernelLibrary
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.tensorrt.host import HostedPlugin
@@ -94,4 +94,4 @@ def test_the_torch_backend_reads_what_was_exported(engines, nano_quantised_bundl
     words = [128, 256, 512, 1024, 128, 128]  # of 1,024 inputs: w4, w8, f16; f32; w4
     assert [weight.shape[1] for weight in weights] == words
     assert [weight.dtype for weight in weights] == [torch.float32 if n == 1024 else torch.int32 for n in words]
-    assert torch_kernels.library(engine.device) is engine.kernels
+    assert torch_calls.library(engine.device) is engine.kernels

@@ -11,10 +11,10 @@ import torch
 
 from pascalvl.engines import build, open_engine, torch_backend, validation
 from pascalvl.engines.tolerance import tolerance
-from pascalvl.export import torch_kernels
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import CHECKPOINT_CONFIG, Manifest
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kernels import torch_calls
 from pascalvl.plugins.kernels.library import KernelLibrary
 from pascalvl.runtime import SamplingParams, VisionLanguageModel
 from pascalvl.runtime.cli import main
@@ -142,7 +142,7 @@ def test_an_interrupt_leaves_the_cache_as_it_was(bundle, monkeypatch, appends):
     model = fresh(bundle, prefill_chunk=16)
     expected = answer(model, PICTURE, NEW_TOKENS).token_ids
     model = fresh(bundle, prefill_chunk=16)
-    append, left = torch_kernels.kv_append, appends
+    append, left = torch_calls.kv_append, appends
 
     def interrupted(*arguments):
         nonlocal left
@@ -152,7 +152,7 @@ def test_an_interrupt_leaves_the_cache_as_it_was(bundle, monkeypatch, appends):
         append(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch_kernels, "kv_append", interrupted)
+        patch.setattr(torch_calls, "kv_append", interrupted)
         with pytest.raises(KeyboardInterrupt):
             answer(model, PICTURE, NEW_TOKENS)
     prompt_tokens = len(model.prompt(PICTURE).token_ids)

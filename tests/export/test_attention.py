@@ -11,10 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from pascalvl.export import tiled_attention, torch_kernels
-from pascalvl.export.attention import ATTN_IMPLEMENTATION, flash_attention_2
+from pascalvl.plugins.kernels import torch_calls
 from pascalvl.plugins.kv_format import KVFormat, LayerLayout
 from pascalvl.plugins.kv_rows import compress
+from pascalvl.plugins.ops.flash_attention import tiled
+from pascalvl.plugins.ops.flash_attention.torch_op import ATTN_IMPLEMENTATION, flash_attention_2
 from tests.export import reference
 
 # float32 dot products of up to a few hundred terms of size one, and a softmax: a few units in the last place.
@@ -50,8 +51,8 @@ def test_registration_passes_torchs_own_checks():
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that short sequences have several, with borders of queries and keys that do not coincide."""
-    monkeypatch.setattr(tiled_attention, "QUERY_TILE", 4)
-    monkeypatch.setattr(tiled_attention, "KEY_TILE", 3)
+    monkeypatch.setattr(tiled, "QUERY_TILE", 4)
+    monkeypatch.setattr(tiled, "KEY_TILE", 3)
 
 
 CASES = [
@@ -165,7 +166,7 @@ def test_no_tensor_grows_faster_than_the_length():
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         flash_attention_2(q, k, v, None, *[None] * 8, True, 0.3, "f32").sum().backward()
     largest = max(event.self_cpu_memory_usage for event in profiler.events())
-    tile = heads * tiled_attention.QUERY_TILE * tiled_attention.KEY_TILE * 4
+    tile = heads * tiled.QUERY_TILE * tiled.KEY_TILE * 4
     assert q.nbytes <= largest <= max(q.nbytes, tile) < seq * seq / 8
 
 
@@ -201,7 +202,7 @@ def test_compiles_as_one_graph(case):
 @pytest.mark.parametrize("seq", [1, 20])
 def test_emulated_causal_matches_float64(seq, head_dim, past_dtype):
     case = reference.causal_case(8, 2, seq, [70, 3], capacity=71, past_dtype=past_dtype, head_dim=head_dim)
-    with torch_kernels.emulated():
+    with torch_calls.emulated():
         found = flash_attention_2(*case.arguments)
     np.testing.assert_allclose(found.numpy(), case.expected(), atol=TOLERANCE)
 
@@ -209,7 +210,7 @@ def test_emulated_causal_matches_float64(seq, head_dim, past_dtype):
 @pytest.mark.parametrize("head_dim", [64, 72, 128])
 def test_emulated_packed_matches_float64(head_dim):
     case = reference.packed_case([0, 4, 70], head_dim=head_dim)
-    with torch_kernels.emulated():
+    with torch_calls.emulated():
         found = flash_attention_2(*case.arguments)
     np.testing.assert_allclose(found.numpy(), case.expected(), atol=TOLERANCE)
 
@@ -220,7 +221,7 @@ def test_slots_that_some_tokens_do_not_see(emulated):
     case = reference.causal_case(4, 2, 3, [9], capacity=11, head_dim=64)
     visible = torch.tensor([[9, 9, 2, 3, 0, 1, 2, 9, 1, 9, 9]], dtype=torch.int32)
     arguments = (*case.arguments[:7], visible, *case.arguments[8:])
-    with torch_kernels.emulated() if emulated else contextlib.nullcontext():
+    with torch_calls.emulated() if emulated else contextlib.nullcontext():
         found = flash_attention_2(*arguments)
     pairs = ((case.past_key[:, :, :9], case.k), (case.past_value[:, :, :9], case.v))
     keys, values = (torch.cat(pair, dim=2)[0] for pair in pairs)
@@ -235,7 +236,7 @@ def test_slots_that_some_tokens_do_not_see(emulated):
 def test_non_contiguous_tensors_go_to_the_kernels_too():
     case = reference.causal_case(4, 2, 6, [5], capacity=8, head_dim=64)
     strided = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in case.floats.items()}
-    with torch_kernels.emulated():
+    with torch_calls.emulated():
         found = flash_attention_2(*dataclasses.replace(case, **strided).arguments)
         assert torch.equal(found, flash_attention_2(*case.arguments))
 
@@ -244,7 +245,7 @@ def test_non_contiguous_tensors_go_to_the_kernels_too():
 def test_kv_append_writes_the_new_rows_and_no_others(dtype):
     torch.manual_seed(3)
     layers, batch, heads, seq, capacity = 3, 2, 2, 4, 9
-    kernels = torch_kernels.library(torch.device("cpu"))
+    kernels = torch_calls.library(torch.device("cpu"))
     # As models make them: tokens before heads.
     key, value = (torch.randn(layers, batch, seq, heads, dim).transpose(2, 3) for dim in (64, 128))
     caches = [torch.randn(layers, batch, heads, capacity, dim).to(dtype) for dim in (64, 128)]
@@ -255,7 +256,7 @@ def test_kv_append_writes_the_new_rows_and_no_others(dtype):
         cache[:, 1, :, 7:] = new[:, 1, :, :2].to(dtype)
     layouts = [LayerLayout(FORMATS[dtype], heads, 64, 128)] * layers
     new, past = list(zip(key, value, strict=True)), [(*pair, None) for pair in zip(*caches, strict=True)]
-    torch_kernels.kv_append(kernels, layouts, new, past, slots)
+    torch_calls.kv_append(kernels, layouts, new, past, slots)
     assert all(map(torch.equal, caches, expected))
 
 
@@ -274,7 +275,7 @@ def test_quantised_rows_are_those_of_numpy(kv_format):
     scales = torch.zeros(2, 2, 1, 2, 3, dtype=torch.int32)
     caches = [*zip(*storage, scales, strict=True), *caches]
     slots = torch.tensor([[4, 0, 2]], dtype=torch.int32)
-    torch_kernels.kv_append(torch_kernels.library(torch.device("cpu")), layouts, new, caches, slots)
+    torch_calls.kv_append(torch_calls.library(torch.device("cpu")), layouts, new, caches, slots)
     for layout, rows, cache in zip(layouts, new, caches, strict=True):
         for which, row_format in enumerate(kv_format.rows):
             expected, scale = compress(rows[which].numpy(), row_format, layout.is_rotated and which == 0)
@@ -284,12 +285,12 @@ def test_quantised_rows_are_those_of_numpy(kv_format):
 
 
 def test_kv_append_refuses_a_cache_that_it_could_not_write_in_place():
-    kernels = torch_kernels.library(torch.device("cpu"))
+    kernels = torch_calls.library(torch.device("cpu"))
     new = torch.zeros(1, 2, 1, 64)
     cache = torch.zeros(1, 4, 2, 64).transpose(1, 2)
     layouts = [LayerLayout(KVFormat.F32, 2, 64, 64)]
     with pytest.raises(ValueError, match="the cache must be contiguous; found strides"):
-        torch_kernels.kv_append(kernels, layouts, [(new, new)], [(cache, cache, None)], torch.zeros(1, 1).int())
+        torch_calls.kv_append(kernels, layouts, [(new, new)], [(cache, cache, None)], torch.zeros(1, 1).int())
 
 
 REFUSED = {
@@ -308,14 +309,14 @@ REFUSED = {
 @pytest.mark.parametrize("told", REFUSED)
 def test_what_the_kernels_do_not_support_is_refused_and_tiled_otherwise(told):
     arguments = REFUSED[told].arguments
-    with torch_kernels.emulated(), pytest.raises(ValueError, match=told):
+    with torch_calls.emulated(), pytest.raises(ValueError, match=told):
         flash_attention_2(*arguments)
     np.testing.assert_allclose(flash_attention_2(*arguments).numpy(), REFUSED[told].expected(), atol=TOLERANCE)
 
 
 def test_other_devices_have_no_kernels():
     with pytest.raises(ValueError, match="run on cuda and cpu tensors; found meta"):
-        torch_kernels.library(torch.device("meta"))
+        torch_calls.library(torch.device("meta"))
 
 
 # Transformers ---------------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import Qwen3VLForConditionalGeneration
 
-from pascalvl.export import torch_kernels
-from pascalvl.export.attention import ATTN_IMPLEMENTATION, flash_attention_2
+from pascalvl.plugins.kernels import torch_calls
 from pascalvl.plugins.kv_format import KVFormat, LayerLayout
+from pascalvl.plugins.ops.flash_attention.torch_op import ATTN_IMPLEMENTATION, flash_attention_2
 from tests.export import reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -93,7 +93,7 @@ def test_memory_grows_with_the_length_both_ways():
 @pytest.mark.parametrize("seq", [1, 40])
 def test_a_captured_graph_follows_what_its_tensors_hold(seq):
     """A step of a decoder: append to the cache, attend; the lengths are read on the device."""
-    kernels = torch_kernels.library(DEVICE)
+    kernels = torch_calls.library(DEVICE)
     kernels.load()
     case = on_gpu(reference.causal_case(8, 2, seq, [5, 200], capacity=400, past_dtype=torch.float16, head_dim=128))
 
@@ -101,7 +101,7 @@ def test_a_captured_graph_follows_what_its_tensors_hold(seq):
         out = flash_attention_2(*case.arguments)
         slots = case.past_length[:, None] + torch.arange(seq, dtype=torch.int32, device=DEVICE)
         caches = [(case.past_key, case.past_value, None)]
-        torch_kernels.kv_append(kernels, [LayerLayout(KVFormat.F16, 2, 128, 128)], [(case.k, case.v)], caches, slots)
+        torch_calls.kv_append(kernels, [LayerLayout(KVFormat.F16, 2, 128, 128)], [(case.k, case.v)], caches, slots)
         case.past_length.add_(seq)
         return out
 
@@ -135,7 +135,7 @@ def test_kv_append_writes_the_new_rows_and_no_others(dtype):
     slots = torch.tensor([[2], [70]], dtype=torch.int32, device=DEVICE) + torch.arange(seq, device=DEVICE).int()
     layouts = [LayerLayout(FORMATS[dtype], heads, 64, 128)] * layers
     new, past = list(zip(key, value, strict=True)), [(*pair, None) for pair in zip(*caches, strict=True)]
-    torch_kernels.kv_append(torch_kernels.library(DEVICE), layouts, new, past, slots)
+    torch_calls.kv_append(torch_calls.library(DEVICE), layouts, new, past, slots)
     assert all(map(torch.equal, caches, expected))
 
 

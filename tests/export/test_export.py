@@ -18,7 +18,6 @@ from transformers.vision_utils import (
 
 from pascalvl.engines import build, open_engine
 from pascalvl.export import conformance, export_checkpoint, exporter
-from pascalvl.export.attention import ATTN_IMPLEMENTATION
 from pascalvl.export.calibration import CalibrationPrompt
 from pascalvl.export.checkpoint import Checkpoint, meta_model
 from pascalvl.export.modules import Decoder, VisionEncoder
@@ -26,8 +25,9 @@ from pascalvl.export.transforms import plan_transforms
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.flash_attention import OP_DOMAIN, OP_NAME
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
+from pascalvl.plugins.ops.flash_attention.op import OP_DOMAIN, OP_NAME
+from pascalvl.plugins.ops.flash_attention.torch_op import ATTN_IMPLEMENTATION
 from pascalvl.plugins.weight_format import WeightConfig
 from tests import real_sizes
 

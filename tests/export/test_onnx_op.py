@@ -8,10 +8,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from pascalvl.export.onnx_op import IR_VERSION
-from pascalvl.plugins.flash_attention import OP_DOMAIN, OP_NAME, OP_VERSION
 from pascalvl.plugins.kv_format import KVFormat, LayerLayout
 from pascalvl.plugins.kv_rows import compress, expand, hadamard
-from pascalvl.plugins.onnx_body import OPSET, CausalBody, half_table, halves, packed_body
+from pascalvl.plugins.ops.flash_attention.onnx_body import CausalBody, packed_body
+from pascalvl.plugins.ops.flash_attention.op import OP_DOMAIN, OP_NAME, OP_VERSION
+from pascalvl.plugins.ops.onnx_text import OPSET, half_table, halves
 from tests.export import reference
 
 TOLERANCE = 2e-6  # as for the torch op

@@ -10,12 +10,12 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from pascalvl.engines import matmul_nbits
-from pascalvl.export import torch_kernels
 from pascalvl.export.onnx_op import IR_VERSION
-from pascalvl.export.quant_linear import quant_linear
-from pascalvl.plugins.linear_body import LinearBody
-from pascalvl.plugins.onnx_body import OPSET
-from pascalvl.plugins.quant_linear import OP_NAME, OP_VERSION, Activation
+from pascalvl.plugins.kernels import torch_calls
+from pascalvl.plugins.ops.onnx_text import OPSET
+from pascalvl.plugins.ops.quant_linear.onnx_body import LinearBody
+from pascalvl.plugins.ops.quant_linear.op import OP_NAME, OP_VERSION, Activation
+from pascalvl.plugins.ops.quant_linear.torch_op import quant_linear
 from pascalvl.plugins.weight_format import WeightFormat
 from pascalvl.plugins.weight_rows import QuantisedWeight, linear, quantise_weight
 
@@ -102,7 +102,7 @@ def test_torch_op(case, kernels):
     operands = [tensors.get(name) for name in ("x", "weight", "scale", "zero", "bias", "residual")]
     attributes = case.form.bits, case.form.group, int(case.activation)
     if kernels:
-        with torch_kernels.emulated():
+        with torch_calls.emulated():
             found = quant_linear(*operands, *attributes)
     else:
         found = quant_linear(*operands, *attributes)
@@ -180,7 +180,7 @@ def test_lowering_to_onnx_runtime_and_back(case, tmp_path):
 def test_the_kernels_refusals_come_through():
     x, weight = torch.zeros(1, 64), torch.zeros(4, 16, dtype=torch.int32)
     scale = torch.zeros(1, 4, dtype=torch.int32)
-    with torch_kernels.emulated():
+    with torch_calls.emulated():
         with pytest.raises(ValueError, match=r"take scales as torch.int32 \[2, 4\] on cpu; found torch.int32 \[1, 4\]"):
             quant_linear(x, weight, scale, None, None, None, 8, 32, 0)
         with pytest.raises(ValueError, match="multiple of 128"):

@@ -15,7 +15,7 @@ import numpy as np
 
 from pascalvl.plugins.kernels.build import Target
 from pascalvl.plugins.kernels.library import AttentionArgs, KernelLibrary
-from pascalvl.plugins.quant_linear import Activation
+from pascalvl.plugins.ops.quant_linear.op import Activation
 from pascalvl.plugins.weight_format import WeightFormat
 from pascalvl.plugins.weight_rows import QuantisedWeight
 from tests.plugins.kernels import reference

@@ -11,7 +11,7 @@ from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary, LinearArgs
 from pascalvl.plugins.kv_format import RowFormat
 from pascalvl.plugins.kv_rows import expand, hadamard
-from pascalvl.plugins.quant_linear import Activation
+from pascalvl.plugins.ops.quant_linear.op import Activation
 from pascalvl.plugins.weight_rows import QuantisedWeight
 
 PAIRS = [

@@ -11,7 +11,7 @@ import numpy as np
 
 from pascalvl.plugins.kernels.library import AttentionArgs, KernelLibrary
 from pascalvl.plugins.kv_rows import compress
-from pascalvl.plugins.quant_linear import Activation
+from pascalvl.plugins.ops.quant_linear.op import Activation
 from pascalvl.plugins.weight_format import WeightFormat
 from pascalvl.plugins.weight_rows import linear, quantise_weight
 from tests.plugins.kernels.reference import (

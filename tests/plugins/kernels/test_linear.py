@@ -7,7 +7,7 @@ import pytest
 
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.library import KernelLibrary, LinearArgs
-from pascalvl.plugins.quant_linear import Activation
+from pascalvl.plugins.ops.quant_linear.op import Activation
 from pascalvl.plugins.weight_format import GROUPS, WeightFormat
 from pascalvl.plugins.weight_rows import QuantisedWeight, linear, quantise_inputs, quantise_weight
 from tests.plugins.kernels import reference

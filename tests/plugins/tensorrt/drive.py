@@ -11,13 +11,14 @@ from types import ModuleType
 import numpy as np
 
 from pascalvl.engines.device import open_device
-from pascalvl.plugins import flash_attention, quant_linear
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
 from pascalvl.plugins.kv_format import KVFormat, LayerLayout
 from pascalvl.plugins.kv_rows import compress, expand, hadamard
-from pascalvl.plugins.linear_body import LinearBody
-from pascalvl.plugins.quant_linear import Activation
+from pascalvl.plugins.ops.flash_attention import op as flash_attention
+from pascalvl.plugins.ops.quant_linear import op as quant_linear
+from pascalvl.plugins.ops.quant_linear.onnx_body import LinearBody
+from pascalvl.plugins.ops.quant_linear.op import Activation
 from pascalvl.plugins.tensorrt.host import PluginHost
 from pascalvl.plugins.weight_format import WeightFormat
 from pascalvl.plugins.weight_rows import QuantisedWeight, linear, quantise_weight

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pascalvl.plugins import quant_linear
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.flash_attention import (
+from pascalvl.plugins.kernels.build import Target
+from pascalvl.plugins.ops.flash_attention.op import (
     ATTR_CAUSAL,
     ATTR_KV_FORMAT,
     ATTR_RECENT,
@@ -18,7 +18,7 @@ from pascalvl.plugins.flash_attention import (
     OP_NAME,
     OP_VERSION,
 )
-from pascalvl.plugins.kernels.build import Target
+from pascalvl.plugins.ops.quant_linear import op as quant_linear
 from pascalvl.plugins.tensorrt import build as plugin_build
 
 

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
-from pascalvl.export import torch_kernels
-from pascalvl.export.tiled_attention import TiledAttention
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kernels import torch_calls
 from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.ops.flash_attention.tiled import TiledAttention
 
 ATTN_IMPLEMENTATION = "pascalvl"
 PACKED_ATTN_IMPLEMENTATION = "pascalvl_flash"
@@ -41,11 +41,11 @@ def flash_attention_2(
     softmax_scale: float,
     kv_format: str,
 ) -> torch.Tensor:
-    """Attention as `pascalvl.plugins.flash_attention` defines it.
+    """Attention as `pascalvl.plugins.ops.flash_attention.op` defines it.
 
-    Tensors on CUDA go to the kernels, in float32; others to `pascalvl.export.tiled_attention`, in any float type, with
-    a cache of floats. Differentiable once in q, k, v, past_key and past_value where those are floats, on any device;
-    memory is linear in the length both ways.
+    Tensors on CUDA go to the kernels, in float32; others to `TiledAttention`, in any float type, with a cache of
+    floats. Differentiable once in q, k, v, past_key and past_value where those are floats, on any device; memory is
+    linear in the length both ways.
 
     Args:
         q: ``[batch, num_heads, seq, key_dim]``.
@@ -70,16 +70,16 @@ def flash_attention_2(
         ValueError: the kernels do not support the arguments, for example the head size; says which they do. Or a
             quantised past, without them.
     """
-    if not torch_kernels.serves(q.device):
+    if not torch_calls.serves(q.device):
         if past_scale is not None or recent_key is not None:
             raise ValueError(f"a cache in {kv_format} is for the kernels, on CUDA; found tensors on {q.device}")
         if past_key is not None and past_key.dtype == torch.int32:
             past_key, past_value = past_key.view(torch.float16), past_value.view(torch.float16)
         past = past_key, past_value, past_length, past_visible
         return TiledAttention(q, k, v, cu_seqlens, *past, causal, softmax_scale).forward()
-    kernels = torch_kernels.library(q.device)
+    kernels = torch_calls.library(q.device)
     try:
-        return torch_kernels.attention(
+        return torch_calls.attention(
             kernels,
             q,
             k,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from pascalvl.plugins.flash_attention import (
+from pascalvl.plugins.kv_format import ROTATED_DIM, KVFormat, LayerLayout, RowFormat
+from pascalvl.plugins.ops.flash_attention.op import (
     ATTR_CAUSAL,
     ATTR_KV_FORMAT,
     ATTR_RECENT,
@@ -17,12 +18,7 @@ from pascalvl.plugins.flash_attention import (
     OP_DOMAIN,
     OP_NAME,
 )
-from pascalvl.plugins.kv_format import ROTATED_DIM, KVFormat, LayerLayout, RowFormat
-
-OPSET = 17
-"""The last that TensorRT 8.6's parser reads."""
-_FLOAT, _INT, _INT64, _UINT32 = 1, 6, 7, 12
-"""ONNX's numbers of element types."""
+from pascalvl.plugins.ops.onnx_text import FLOAT, INT, INT64, OPSET, UINT32, half_table, halves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +59,7 @@ class CausalBody:
             *(half_table() if self.kv_format is not KVFormat.F32 else ()),
             # Of the capacity, take what the longest sequence fills: the cost follows the past, not the capacity.
             "longest = ReduceMax <keepdims = 1> (past_length)",
-            f"most = Cast <to = {_INT64}> (longest)",
+            f"most = Cast <to = {INT64}> (longest)",
             "one_more = Add (most, one)",
             "most_words = Div (one_more, two)",
             "queries = Shape <start = 2, end = 3> (q)",
@@ -91,7 +87,7 @@ def packed_body() -> str:
         *_range("tokens", "total"),
         "column = Unsqueeze (tokens, one)",
         "passed = GreaterOrEqual (column, cu_seqlens)",
-        f"bounds_passed = Cast <to = {_INT}> (passed)",
+        f"bounds_passed = Cast <to = {INT}> (passed)",
         "segment = ReduceSum <keepdims = 1> (bounds_passed, one)",
         "other = Transpose <perm = [1, 0]> (segment)",
         "visible = Equal (segment, other)",
@@ -129,73 +125,12 @@ _CONSTANTS = [
 ]
 
 
-def half_table() -> list[str]:
-    """What `halves` needs, once a body.
-
-    Opset 17 cannot take bits as another type, so they are looked up in a table of all halves, which integer arithmetic
-    makes of constants alone: a runtime computes it once, when it loads the graph.
-    """
-    exponents = range(32)
-    bases = ", ".join(repr(2.0 ** (e - 15) if e else 0.0) for e in exponents)
-    units = ", ".join(repr(2.0 ** (max(e, 1) - 25)) for e in exponents)
-    constants = {
-        **{"none": "int32 {0}", "one": "int32 {1}", "exponents": "int32 {32}", "highest": "int32 {31}"},
-        **{"mantissas": "int32 {1024}", "positive": "int32 {32768}", "count": "int32 {65536}"},
-        # By the exponent: the lowest magnitude that has it, and what a mantissa's unit adds.
-        **{"bases": f"float[32] {{{bases}}}", "units": f"float[32] {{{units}}}"},
-        **{"zero": "float {0.0}", "unit": "float {1.0}", "minus_two": "float {-2.0}"},
-        **{"up": "uint32[2] {16, 0}", "down": "uint32 {16}", "last": "int64[1] {-1}", "pair": "int64[1] {2}"},
-    }
-    lines = [
-        *(f"${name} = Constant <value = {value}> ()" for name, value in constants.items()),
-        "$bits = Range ($none, $count, $one)",
-        "$mantissa = Mod ($bits, $mantissas)",
-        "$upper = Div ($bits, $mantissas)",
-        "$exponent = Mod ($upper, $exponents)",
-        "$base = Gather ($bases, $exponent)",
-        "$step = Gather ($units, $exponent)",
-        f"$steps = Cast <to = {_FLOAT}> ($mantissa)",
-        "$more = Mul ($steps, $step)",
-        "$finite = Add ($base, $more)",
-        # The highest exponent: 1 / 0, infinity, where the mantissa is 0, else 0 / 0, no number.
-        "$is_whole = Equal ($steps, $zero)",
-        f"$whole = Cast <to = {_FLOAT}> ($is_whole)",
-        "$infinite = Div ($whole, $zero)",
-        "$is_highest = Equal ($exponent, $highest)",
-        "$magnitude = Where ($is_highest, $infinite, $finite)",
-        "$sign = Div ($bits, $positive)",
-        f"$signs = Cast <to = {_FLOAT}> ($sign)",
-        "$minus = Mul ($signs, $minus_two)",
-        "$factor = Add ($minus, $unit)",
-        "$table = Mul ($magnitude, $factor)",
-    ]
-    return [line.replace("$", "half_") for line in lines]
-
-
-def halves(words: str, result: str) -> list[str]:
-    """``result``: the halves in int32 ``words [..., n]`` as floats ``[..., 2 n]``; after `half_table`."""
-    lines = [
-        f"$unsigned = Cast <to = {_UINT32}> ({words})",
-        "$column = Unsqueeze ($unsigned, half_last)",
-        '$top = BitShift <direction = "LEFT"> ($column, half_up)',
-        '$number = BitShift <direction = "RIGHT"> ($top, half_down)',
-        f"$index = Cast <to = {_INT}> ($number)",
-        "$pairs = Gather (half_table, $index)",
-        f"$lead = Shape <start = 0, end = -1> ({words})",
-        f"$words = Shape <start = -1> ({words})",
-        "$elements = Mul ($words, half_pair)",
-        "$shape = Concat <axis = 0> ($lead, $elements)",
-        f"{result} = Reshape ($pairs, $shape)",
-    ]
-    return [line.replace("$", f"{result}_") for line in lines]
-
-
 def _range(name: str, length: str) -> list[str]:
     """``name`` = 0 to ``length`` - 1, int32; ``length`` has one element, of int64."""
     return [
         f"{name}_end = Squeeze ({length}, zero)",
         f"{name}_wide = Range (first, {name}_end, step)",
-        f"{name} = Cast <to = {_INT}> ({name}_wide)",
+        f"{name} = Cast <to = {INT}> ({name}_wide)",
     ]
 
 
@@ -216,7 +151,7 @@ def _rows(name: str, row: RowFormat, which: int) -> list[str]:
         f"{name}_flipped = Constant <value = uint32 {{{flipped}}}> ()",
         f"{name}_down = Constant <value = uint32 {{{32 - bits}}}> ()",
         f"{name}_centre = Constant <value = float {{{1 << bits - 1}}}> ()",
-        f"{name}_words = Cast <to = {_UINT32}> ({name}_cut)",
+        f"{name}_words = Cast <to = {UINT32}> ({name}_cut)",
     ]
     for plane, shift in zip(planes, shifts, strict=True):
         lines += [
@@ -224,7 +159,7 @@ def _rows(name: str, row: RowFormat, which: int) -> list[str]:
             f'{plane}_upper = BitShift <direction = "LEFT"> ({name}_words, {plane}_up)',
             f"{plane}_positive = Add ({plane}_upper, {name}_flipped)",
             f'{plane}_codes = BitShift <direction = "RIGHT"> ({plane}_positive, {name}_down)',
-            f"{plane} = Cast <to = {_FLOAT}> ({plane}_codes)",
+            f"{plane} = Cast <to = {FLOAT}> ({plane}_codes)",
         ]
     return [
         *lines,

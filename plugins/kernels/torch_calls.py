@@ -14,7 +14,7 @@ import torch
 from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary, LinearArgs
 from pascalvl.plugins.kv_format import HALVES_PER_WORD, KVFormat, LayerLayout
-from pascalvl.plugins.quant_linear import Activation
+from pascalvl.plugins.ops.quant_linear.op import Activation
 from pascalvl.plugins.weight_format import WeightFormat
 
 _TARGETS = {"cuda": Target.CUDA, "cpu": Target.EMULATOR}
@@ -152,7 +152,7 @@ def linear(
     group: int,
     activation: int,
 ) -> torch.Tensor:
-    """Launch a linear layer on torch's current stream; arguments as `pascalvl.export.quant_linear` has them.
+    """Launch a linear layer on torch's current stream; arguments as the op's torch face has them.
 
     Raises:
         ValueError: a tensor's type, shape or device is not as there.

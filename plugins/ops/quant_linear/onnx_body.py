@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from pascalvl.plugins.flash_attention import OP_DOMAIN
-from pascalvl.plugins.onnx_body import OPSET, half_table, halves
-from pascalvl.plugins.quant_linear import (
+from pascalvl.plugins.ops.flash_attention.op import OP_DOMAIN
+from pascalvl.plugins.ops.onnx_text import FLOAT, OPSET, UINT32, half_table, halves
+from pascalvl.plugins.ops.quant_linear.op import (
     ATTR_ACTIVATION,
     ATTR_BITS,
     ATTR_GROUP,
@@ -24,9 +24,6 @@ from pascalvl.plugins.quant_linear import (
     OP_NAME,
     Activation,
 )
-
-_FLOAT, _UINT32 = 1, 12
-"""ONNX's numbers of element types."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +114,7 @@ def _codes(bits: int, has_zero: bool) -> list[str]:
         "group_of = Unsqueeze (group_, zero_)",
         "two = Constant <value_ints = [2]> ()",
         "no_pads = Constant <value_ints = [0, 0, 0]> ()",
-        f"words = Cast <to = {_UINT32}> (weight)",
+        f"words = Cast <to = {UINT32}> (weight)",
     ]
     for plane, shift in zip(planes, shifts, strict=True):
         lines += [
@@ -125,7 +122,7 @@ def _codes(bits: int, has_zero: bool) -> list[str]:
             f'{plane}_upper = BitShift <direction = "LEFT"> (words, {plane}_up)',
             f"{plane}_positive = Add ({plane}_upper, flipped)",
             f'{plane}_codes = BitShift <direction = "RIGHT"> ({plane}_positive, down)',
-            f"{plane}_floats = Cast <to = {_FLOAT}> ({plane}_codes)",
+            f"{plane}_floats = Cast <to = {FLOAT}> ({plane}_codes)",
             f"{plane} = Unsqueeze ({plane}_floats, two)",
         ]
     lines += [

@@ -30,7 +30,7 @@ class _KeyTile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TiledAttention:
-    """One call of the op `pascalvl.export.attention.flash_attention_2`, which tells shapes and meanings."""
+    """One call of the op `torch_op.flash_attention_2`, which tells shapes and meanings."""
 
     q: torch.Tensor
     k: torch.Tensor

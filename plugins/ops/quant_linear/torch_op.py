@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pascalvl.export import torch_kernels
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.quant_linear import GATED_BLOCK, Activation
+from pascalvl.plugins.kernels import torch_calls
+from pascalvl.plugins.ops.quant_linear.op import GATED_BLOCK, Activation
 from pascalvl.plugins.weight_format import WeightFormat
 from pascalvl.plugins.weight_rows import QuantisedWeight
 
@@ -24,7 +24,7 @@ def quant_linear(
     group: int,
     activation: int,
 ) -> torch.Tensor:
-    """A linear layer as `pascalvl.plugins.quant_linear` defines it.
+    """A linear layer as `pascalvl.plugins.ops.quant_linear.op` defines it.
 
     Tensors on CUDA go to the kernels; others are computed by PyTorch, the weight unpacked for the time of the call.
 
@@ -44,10 +44,10 @@ def quant_linear(
     Raises:
         ValueError: the kernels do not support the arguments; says which they do.
     """
-    if torch_kernels.serves(x.device):
+    if torch_calls.serves(x.device):
         try:
-            kernels = torch_kernels.library(x.device)
-            return torch_kernels.linear(kernels, x, weight, scale, zero, bias, residual, bits, group, activation)
+            kernels = torch_calls.library(x.device)
+            return torch_calls.linear(kernels, x, weight, scale, zero, bias, residual, bits, group, activation)
         except UserError as error:
             raise ValueError(str(error)) from None
     form = WeightFormat(bits, group)

@@ -1,0 +1,1 @@
+"""FlashAttention2: see `pascalvl.plugins.ops.flash_attention.op`."""

@@ -1,0 +1,1 @@
+"""QuantLinear: see `pascalvl.plugins.ops.quant_linear.op`."""
