@@ -7,8 +7,6 @@
 
 namespace pascalvl {
 
-constexpr int kAppendWarps = 4;
-
 __device__ __forceinline__ void store_row(float4 x, int dim, int format, unsigned char* row, unsigned short* scale) {
   const int lane = threadIdx.x % kWarp, d = 4 * lane;
   const bool inside = d < dim;
@@ -46,7 +44,7 @@ __device__ __forceinline__ float4 load_row(const float* row, int dim) {
 }
 
 // Grid: (rows of a layer / kAppendWarps, 2 for keys and values, layers).
-extern "C" __global__ void __launch_bounds__(kAppendWarps* kWarp) kv_append(const AppendParams p) {
+extern "C" __global__ void __launch_bounds__(kAppendThreads) kv_append(const AppendParams p) {
   const int index = blockIdx.x * kAppendWarps + threadIdx.x / kWarp;  // over [batch, num_kv_heads, seq]
   const int rows = p.batch * p.num_kv_heads * p.seq;
   if (index >= rows) return;
@@ -68,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(kAppendWarps* kWarp) kv_append(cons
 }
 
 // Grid: rows / kAppendWarps.
-extern "C" __global__ void __launch_bounds__(kAppendWarps* kWarp) quantise_queries(const QuantiseParams p) {
+extern "C" __global__ void __launch_bounds__(kAppendThreads) quantise_queries(const QuantiseParams p) {
   const long long row = (long long)blockIdx.x * kAppendWarps + threadIdx.x / kWarp;
   if (row >= p.rows) return;
   const int lane = threadIdx.x % kWarp;

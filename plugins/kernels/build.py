@@ -30,8 +30,8 @@ from pascalvl.plugins.errors import UserError
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = ("append", "decode", "greedy", "linear", "prefill")
-"""Files of kernels; each becomes one CUDA module."""
+SOURCES = tuple(sorted(path.stem for path in FOLDER.glob("*.cu")))
+"""Files of kernels; each becomes one CUDA module, as ``kernels.h`` lists them."""
 NVRTC_PACKAGE = "nvidia-cuda-nvrtc-cu12>=12.4,<13"
 CXX_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread")
 
@@ -189,35 +189,42 @@ _FUNCTION = re.compile(
     r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
     re.DOTALL,
 )
-_ENTRY = re.compile(r"\.entry (?P<kernel>\w+)\(.*?\n\{(?P<body>.*?)\n\}", re.DOTALL)
+_ENTRY = re.compile(r"\.entry (?P<kernel>\w+)\(.*?\.maxntid (?P<threads>\d+).*?\n\{(?P<body>.*?)\n\}", re.DOTALL)
 _MULTIPLY_ADD, _SHARED_LOAD = re.compile(r"\bfma\.rn\.f32|\bdp4a"), re.compile(r"\bld\.shared")
 _FEW = 64  # multiply-adds: fewer are no inner loop of arithmetic
 
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What a kernel takes of an SM61: registers of a thread, and bytes that it spills; shared memory of a block."""
+    """What a kernel takes of an SM61."""
 
+    threads: int
+    """Of a block."""
     registers: int
+    """Of a thread."""
     spills: int
+    """Bytes that a thread stores and loads for want of registers."""
     shared: int
+    """Bytes of a block's shared memory."""
     multiply_adds_per_load: float | None
     """FFMA and DP4A for each load from shared memory in its inner loops; None: there is no loop of arithmetic."""
 
 
 def resources() -> dict[str, Resources]:
     """What each kernel takes, by ptxas for sm_61 and, for its inner loops, by the PTX, which is unrolled already."""
-    ratios, found = {}, {}
+    entries, found = {}, {}
     for source in SOURCES:
         path = FOLDER / f"{source}.cu"
         for entry in _ENTRY.finditer(compile_cuda(path, cubin=False)[0].decode()):
-            ratios[entry["kernel"]] = _multiply_adds_per_load(entry["body"])
+            entries[entry["kernel"]] = int(entry["threads"]), _multiply_adds_per_load(entry["body"])
         for match in _FUNCTION.finditer(compile_cuda(path, cubin=True)[1]):
+            threads, multiply_adds_per_load = entries[match["kernel"]]
             found[match["kernel"]] = Resources(
+                threads=threads,
                 registers=int(match["registers"]),
                 spills=int(match["stores"]) + int(match["loads"]),
                 shared=int(match["shared"] or 0),
-                multiply_adds_per_load=ratios[match["kernel"]],
+                multiply_adds_per_load=multiply_adds_per_load,
             )
     return found
 

@@ -15,14 +15,11 @@
 // the new token too. Recent tokens, which a quantised cache may have besides in half, are a launch of the kernel for
 // half over further splits. Softmax statistics in FP32, merged at the end.
 #include "plugins/kernels/device.cuh"
+#include "plugins/kernels/kernels.h"
 
 namespace pascalvl {
 
-constexpr int kDecodeWarps = 4;
-constexpr int kDecodeThreads = kDecodeWarps * kWarp;
-constexpr int kDim = 128;       // lanes are laid out for this; shorter rows leave some idle
-constexpr int kLeastKeys = 64;  // of a split
-constexpr int kMergeThreads = 256;
+constexpr int kDim = 128;  // lanes are laid out for this; shorter rows leave some idle
 
 PASCALVL_BOTH_SIDES constexpr int format_bits(int format) {
   return format == kFloat32 ? 32 : format == kFloat16 ? 16 : format == kInt8 ? 8 : 4;
@@ -486,22 +483,12 @@ extern "C" __global__ void __launch_bounds__(kMergeThreads) decode_merge(const D
       make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse);
 }
 
-#define DECODE(GROUP, KEY, VALUE)                                 \
-  extern "C" __global__ void __launch_bounds__(kDecodeThreads, 2) \
-      decode_##GROUP##_##KEY##_##VALUE(const DecodeParams p) {    \
-    __shared__ __align__(16) DecodeShared<GROUP> shared;          \
-    decode<GROUP, KEY, VALUE>(p, shared);                         \
+#define DECODE(GROUP, KEY, VALUE)                                     \
+  extern "C" __global__ void __launch_bounds__(kDecodeThreads, 2)     \
+      PASCALVL_DECODE_NAME(GROUP, KEY, VALUE)(const DecodeParams p) { \
+    __shared__ __align__(16) DecodeShared<GROUP> shared;              \
+    decode<GROUP, KEY, VALUE>(p, shared);                             \
   }
-#define DECODE_FORMATS(GROUP)       \
-  DECODE(GROUP, kFloat32, kFloat32) \
-  DECODE(GROUP, kFloat16, kFloat16) \
-  DECODE(GROUP, kInt8, kInt8)       \
-  DECODE(GROUP, kInt8, kInt4)       \
-  DECODE(GROUP, kInt4, kInt8)       \
-  DECODE(GROUP, kInt4, kInt4)
-DECODE_FORMATS(1)
-DECODE_FORMATS(2)
-DECODE_FORMATS(4)
-DECODE_FORMATS(8)
+PASCALVL_DECODE(DECODE)
 
 }  // namespace pascalvl

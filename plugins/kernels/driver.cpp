@@ -1,29 +1,25 @@
 // Starts kernels through the CUDA driver, which is opened when first needed: the library itself needs no CUDA to load.
 #include <dlfcn.h>
 
-#include <cstring>
 #include <map>
 #include <mutex>
 #include <string>
 
 #include "plugins/kernels/launch.h"
 
-// The images that build.py compiled, put in by images.S: for each source file a cubin for SM61 and PTX for newer GPUs.
-#define IMAGE(NAME)                                \
+// The images that build.py compiled, put in by images.S: for each module a cubin for SM61 and PTX for newer GPUs.
+#define MODULE(NAME)                               \
   extern "C" const char pascalvl_##NAME##_cubin[]; \
   extern "C" const char pascalvl_##NAME##_ptx[];
-IMAGE(append)
-IMAGE(decode)
-IMAGE(greedy)
-IMAGE(linear)
-IMAGE(prefill)
+PASCALVL_ALL_MODULES(MODULE)
+#undef MODULE
 
 namespace pascalvl {
 namespace {
 
 using Result = int;
 using Context = void*;
-using Module = void*;
+using LoadedModule = void*;
 using Function = void*;
 constexpr int kSuccess = 0;
 constexpr int kMultiprocessorCount = 16;  // of enum CUdevice_attribute
@@ -36,8 +32,8 @@ struct Driver {
   Result (*current_context)(Context*);
   Result (*current_device)(int*);
   Result (*device_attribute)(int*, int, int);
-  Result (*load_module)(Module*, const void*);
-  Result (*get_function)(Function*, Module, const char*);
+  Result (*load_module)(LoadedModule*, const void*);
+  Result (*get_function)(Function*, LoadedModule, const char*);
   Result (*resident_blocks)(int*, Function, int, size_t);
   Result (*launch_kernel)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
                           void**);
@@ -82,15 +78,24 @@ const Driver& driver() {
   return instance;
 }
 
-// The modules, in this order, and how the names of their kernels begin; those of the last one as they like.
-constexpr int kModules = 5;
-const char* const kPrefixes[kModules] = {"decode", "prefill", "greedy", "linear", ""};
+#define MODULE(NAME) NAME,
+enum class Module { PASCALVL_ALL_MODULES(MODULE) };
+#undef MODULE
 
-// The kernels in one context.
+#define MODULE(NAME) {pascalvl_##NAME##_cubin, pascalvl_##NAME##_ptx},
+const char* const kImages[][2] = {PASCALVL_ALL_MODULES(MODULE)};
+#undef MODULE
+constexpr int kModules = sizeof kImages / sizeof *kImages;
+
+#define PASCALVL_KERNEL(MODULE, NAME, PARAMS, THREADS) Module::MODULE,
+constexpr Module kModuleOf[] = {PASCALVL_ALL_KERNELS};
+#undef PASCALVL_KERNEL
+
+// The kernels in one context; functions are found when first needed.
 struct Kernels {
-  Module modules[kModules];
-  std::map<std::string, Function> functions;
-  std::map<std::string, int> resident_blocks;
+  LoadedModule modules[kModules];
+  Function functions[kKernels];
+  int resident_blocks[kKernels];
   int multiprocessors;
 };
 
@@ -103,13 +108,8 @@ Kernels load() {
     throw CudaError("The GPU has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
                     "; expected 6.1 or higher.");
   }
-  const bool sm61 = capability == 61;
-  const char* images[kModules] = {
-      sm61 ? pascalvl_decode_cubin : pascalvl_decode_ptx, sm61 ? pascalvl_prefill_cubin : pascalvl_prefill_ptx,
-      sm61 ? pascalvl_greedy_cubin : pascalvl_greedy_ptx, sm61 ? pascalvl_linear_cubin : pascalvl_linear_ptx,
-      sm61 ? pascalvl_append_cubin : pascalvl_append_ptx};
   for (int i = 0; i < kModules; ++i)
-    cuda.check(cuda.load_module(&kernels.modules[i], images[i]), "to load the kernels");
+    cuda.check(cuda.load_module(&kernels.modules[i], kImages[i][capability == 61 ? 0 : 1]), "to load the kernels");
   kernels.multiprocessors = cuda.attribute(kMultiprocessorCount);
   return kernels;
 }
@@ -126,12 +126,13 @@ Kernels& current() {
   return found != all.end() ? found->second : all.emplace(context, load()).first->second;
 }
 
-Function function_of(Kernels& kernels, const char* kernel) {
-  Function& known = kernels.functions[kernel];
-  int module = 0;
-  while (std::strncmp(kernel, kPrefixes[module], std::strlen(kPrefixes[module])) != 0) ++module;
+std::string doing(const char* what, Kernel kernel) { return std::string(what) + kKernelNames[int(kernel)]; }
+
+Function function_of(Kernels& kernels, Kernel kernel) {
+  Function& known = kernels.functions[int(kernel)];
+  const LoadedModule module = kernels.modules[int(kModuleOf[int(kernel)])];
   if (!known)
-    driver().check(driver().get_function(&known, kernels.modules[module], kernel), std::string("to find ") + kernel);
+    driver().check(driver().get_function(&known, module, kKernelNames[int(kernel)]), doing("to find ", kernel));
   return known;
 }
 
@@ -147,25 +148,26 @@ int multiprocessors() {
   return current().multiprocessors;
 }
 
-int resident_blocks(const char* kernel, unsigned threads) {
+int resident_blocks(Kernel kernel) {
   const std::lock_guard<std::mutex> lock(mutex);
   Kernels& kernels = current();
-  int& known = kernels.resident_blocks[kernel];
+  int& known = kernels.resident_blocks[int(kernel)];
   if (!known)
-    driver().check(driver().resident_blocks(&known, function_of(kernels, kernel), int(threads), 0),
-                   std::string("to tell about ") + kernel);
+    driver().check(driver().resident_blocks(&known, function_of(kernels, kernel), int(kKernelThreads[int(kernel)]), 0),
+                   doing("to tell about ", kernel));
   return known;
 }
 
-void launch(const char* kernel, Dim grid, unsigned threads, const void* params, size_t, void* stream) {
+void launch(Kernel kernel, Dim grid, const void* params, void* stream) {
   Function function = nullptr;
   {
     const std::lock_guard<std::mutex> lock(mutex);
     function = function_of(current(), kernel);
   }
   void* arguments[] = {const_cast<void*>(params)};
-  driver().check(driver().launch_kernel(function, grid.x, grid.y, grid.z, threads, 1, 1, 0, stream, arguments, nullptr),
-                 std::string("to start ") + kernel);
+  driver().check(driver().launch_kernel(function, grid.x, grid.y, grid.z, kKernelThreads[int(kernel)], 1, 1, 0, stream,
+                                        arguments, nullptr),
+                 doing("to start ", kernel));
 }
 
 }  // namespace pascalvl

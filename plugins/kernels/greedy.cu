@@ -4,8 +4,6 @@
 
 namespace pascalvl {
 
-constexpr int kGreedyThreads = 512;
-
 struct Choice {
   float logit;
   int token;

@@ -5,7 +5,28 @@
 
 #include <stdexcept>
 
+#include "plugins/kernels/kernels.h"
+#include "plugins/kernels/params.h"
+
 namespace pascalvl {
+
+#define PASCALVL_KERNEL(MODULE, NAME, PARAMS, THREADS) NAME,
+enum class Kernel { PASCALVL_ALL_KERNELS };
+#undef PASCALVL_KERNEL
+
+#define PASCALVL_KERNEL(MODULE, NAME, PARAMS, THREADS) #NAME,
+constexpr const char* kKernelNames[] = {PASCALVL_ALL_KERNELS};
+#undef PASCALVL_KERNEL
+
+#define PASCALVL_KERNEL(MODULE, NAME, PARAMS, THREADS) THREADS,
+constexpr unsigned kKernelThreads[] = {PASCALVL_ALL_KERNELS};  // of a block
+#undef PASCALVL_KERNEL
+
+#define PASCALVL_KERNEL(MODULE, NAME, PARAMS, THREADS) sizeof(PARAMS),
+constexpr size_t kKernelParamBytes[] = {PASCALVL_ALL_KERNELS};
+#undef PASCALVL_KERNEL
+
+constexpr int kKernels = sizeof kKernelNames / sizeof *kKernelNames;
 
 struct Dim {
   unsigned x, y, z;
@@ -19,13 +40,13 @@ struct CudaError : std::runtime_error {
 // Makes the kernels ready in the current context; throws CudaError.
 void load_kernels();
 
-// Starts a kernel that takes one struct by value; throws CudaError.
-void launch(const char* kernel, Dim grid, unsigned threads, const void* params, size_t bytes, void* stream);
+// Starts a kernel with its params; throws CudaError.
+void launch(Kernel kernel, Dim grid, const void* params, void* stream);
 
 // Streaming multiprocessors of the current device; throws CudaError.
 int multiprocessors();
 
-// Blocks of so many threads of a kernel that a multiprocessor runs at once; throws CudaError.
-int resident_blocks(const char* kernel, unsigned threads);
+// Blocks of a kernel that a multiprocessor runs at once; throws CudaError.
+int resident_blocks(Kernel kernel);
 
 }  // namespace pascalvl

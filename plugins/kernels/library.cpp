@@ -11,20 +11,11 @@
 namespace pascalvl {
 namespace {
 
-constexpr int kCodeRow = 128;  // bytes of a quantised query
-constexpr int kPrefillThreads = 128;
-constexpr int kDecodeThreads = 128;
-constexpr int kMergeThreads = 256;
-constexpr int kAppendRows = 4;  // of a block, a warp each
-constexpr int kAppendThreads = 128;
-constexpr int kGreedyThreads = 512;
-constexpr int kFewRows = 8;           // up to which a linear layer is bound by reading its weights
 constexpr int kLinesAhead = 6;        // of weights that a thread of linear_quantise asks for
 constexpr int kMostAhead = 48 << 10;  // bytes of weights that may wait in the L2 for each multiprocessor
 constexpr int kHalvesGroup = 32;      // inputs by which weights in halves are split: as long as a group of 128 codes
 static_assert(kGeluTanh == int(PASCALVL_GELU_TANH) && kSiluGated == int(PASCALVL_SILU_GATED), "numbered as in the ABI");
 constexpr int kMaxDim = 128;
-constexpr int kLeastKeys = 64;               // of a decode split
 constexpr int kBlocksPerMultiprocessor = 2;  // of decode blocks, by their registers
 
 thread_local std::string last_error;
@@ -116,9 +107,6 @@ bool quantises_queries(const pascalvl_attention_args& a) {  // in a launch of it
   return a.causal && a.past_length && is_quantised(a.cache.key_format) && !is_decode(a);
 }
 
-// Query rows of a prefill block.
-int tile_rows(const pascalvl_attention_args& a) { return a.value_dim > 72 ? 64 : 128; }
-
 void check_recent(const pascalvl_attention_args& a) {
   require(a.past_length && is_quantised(a.cache.key_format), "Recent tokens lie beside a quantised cache; found %s.",
           a.past_length ? format_name(a.cache.key_format) : "none");
@@ -206,13 +194,41 @@ AttentionParams to_params(const pascalvl_attention_args& a) {
 }
 
 template <typename Params>
-void launch(const std::string& kernel, Dim grid, unsigned threads, const Params& params, void* stream) {
-  launch(kernel.c_str(), grid, threads, &params, sizeof params, stream);
+void launch(Kernel kernel, Dim grid, const Params& params, void* stream) {
+  if (kKernelParamBytes[int(kernel)] != sizeof params) throw std::logic_error("A kernel was given another's params.");
+  launch(kernel, grid, static_cast<const void*>(&params), stream);
 }
 
-const char* kernel_format(int format) {
-  static const char* const names[] = {"kFloat32", "kFloat16", "kInt8", "kInt4"};
-  return names[format];
+[[noreturn]] void no_kernel(const char* name) {
+  throw std::logic_error(text("There is no kernel %s for these arguments.", name));
+}
+
+Kernel decode_kernel(int group, int key_format, int value_format) {
+#define PASCALVL_CHOICE(GROUP, KEY, VALUE)                            \
+  if (group == GROUP && key_format == KEY && value_format == VALUE) { \
+    return Kernel::PASCALVL_DECODE_NAME(GROUP, KEY, VALUE);           \
+  }
+  PASCALVL_DECODE(PASCALVL_CHOICE)
+#undef PASCALVL_CHOICE
+  no_kernel("of decode");
+}
+
+Kernel prefill_causal_kernel(int dim, int key_format, int value_format) {
+#define PASCALVL_CHOICE(DIM, KEY, VALUE)                          \
+  if (dim == DIM && key_format == KEY && value_format == VALUE) { \
+    return Kernel::PASCALVL_PREFILL_CAUSAL_NAME(DIM, KEY, VALUE); \
+  }
+  PASCALVL_PREFILL_CAUSAL(PASCALVL_CHOICE)
+#undef PASCALVL_CHOICE
+  no_kernel("of causal prefill");
+}
+
+Kernel prefill_packed_kernel(int dim) {
+#define PASCALVL_CHOICE(DIM) \
+  if (dim == DIM) return Kernel::PASCALVL_PREFILL_PACKED_NAME(DIM);
+  PASCALVL_PREFILL_PACKED(PASCALVL_CHOICE)
+#undef PASCALVL_CHOICE
+  no_kernel("of packed prefill");
 }
 
 void decode(const pascalvl_attention_args& a, void* workspace, void* stream) {
@@ -224,9 +240,8 @@ void decode(const pascalvl_attention_args& a, void* workspace, void* stream) {
   p.rotated = a.cache.rotated;
   const auto launch_splits = [&] {
     const Cache& cache = p.attention.cache;
-    const std::string kernel =
-        text("decode_%d_%s_%s", p.attention.group, kernel_format(cache.key_format), kernel_format(cache.value_format));
-    launch(kernel, {unsigned(p.splits), unsigned(a.num_kv_heads), unsigned(a.batch)}, kDecodeThreads, p, stream);
+    launch(decode_kernel(p.attention.group, cache.key_format, cache.value_format),
+           {unsigned(p.splits), unsigned(a.num_kv_heads), unsigned(a.batch)}, p, stream);
   };
   launch_splits();
   if (has_recent(a)) {
@@ -237,30 +252,28 @@ void decode(const pascalvl_attention_args& a, void* workspace, void* stream) {
     p.rotated = false;
     launch_splits();
   }
-  launch("decode_merge", {unsigned(a.num_heads), unsigned(a.batch), 1}, kMergeThreads, p, stream);
+  launch(Kernel::decode_merge, {unsigned(a.num_heads), unsigned(a.batch), 1}, p, stream);
 }
 
 void prefill(const pascalvl_attention_args& a, void* workspace, void* stream) {
   AttentionParams p = to_params(a);
   if (!a.causal) {
-    const unsigned tiles = a.seq / tile_rows(a) + a.num_sequences;
-    return launch(text("prefill_packed_%d", a.value_dim), {tiles, unsigned(a.num_heads), 1}, kPrefillThreads, p,
-                  stream);
+    const unsigned tiles = a.seq / prefill_rows(a.value_dim) + a.num_sequences;
+    return launch(prefill_packed_kernel(a.value_dim), {tiles, unsigned(a.num_heads), 1}, p, stream);
   }
   if (quantises_queries(a)) {
     const int64_t rows = int64_t(a.batch) * a.num_heads * a.seq;
     auto* codes = static_cast<unsigned char*>(workspace);
     auto* scale = reinterpret_cast<float*>(codes + rows * kCodeRow);
     const QuantiseParams quantisation{a.q, codes, scale, rows, a.key_dim, bool(a.cache.rotated)};
-    launch("quantise_queries", {unsigned((rows + kAppendRows - 1) / kAppendRows), 1, 1}, kAppendThreads, quantisation,
-           stream);
+    launch(Kernel::quantise_queries, {unsigned((rows + kAppendWarps - 1) / kAppendWarps), 1, 1}, quantisation, stream);
     p.q_codes = codes;
     p.q_scale = scale;
   }
-  const int64_t rows = int64_t(a.seq) * (a.num_heads / a.num_kv_heads), tiles = (rows - 1) / tile_rows(a) + 1;
-  const std::string kernel = text("prefill_causal_%d_%s_%s", a.value_dim <= 64 ? 64 : 128,
-                                  kernel_format(p.cache.key_format), kernel_format(p.cache.value_format));
-  launch(kernel, {unsigned(a.num_kv_heads), unsigned(tiles), unsigned(a.batch)}, kPrefillThreads, p, stream);
+  const int64_t rows = int64_t(a.seq) * (a.num_heads / a.num_kv_heads),
+                tiles = (rows - 1) / prefill_rows(a.value_dim) + 1;
+  launch(prefill_causal_kernel(a.value_dim <= 64 ? 64 : 128, p.cache.key_format, p.cache.value_format),
+         {unsigned(a.num_kv_heads), unsigned(tiles), unsigned(a.batch)}, p, stream);
 }
 
 int up_to(int count, int multiple) { return (count + multiple - 1) / multiple * multiple; }
@@ -295,14 +308,27 @@ int group_of(const pascalvl_linear_args& a) { return a.bits == 16 ? kHalvesGroup
 // Elements of a weight's row.
 int padded_inputs(const pascalvl_linear_args& a) { return up_to(a.in_features, a.bits == 16 ? 8 : a.group); }
 
-// Rows that a block computes, of many.
-int tile_rows(const pascalvl_linear_args& a) { return a.rows <= 16 ? 16 : a.rows <= 32 ? 32 : 64; }
+// Rows that a block of a GEMM computes.
+int gemm_rows(const pascalvl_linear_args& a) { return a.rows <= 16 ? 16 : a.rows <= 32 ? 32 : 64; }
 
-std::string weight_name(const pascalvl_linear_args& a) { return a.bits == 16 ? "f16" : text("w%d", a.bits); }
+Kernel gemm_kernel(const pascalvl_linear_args& a) {
+  const int rows = gemm_rows(a);
+#define PASCALVL_CHOICE(ROWS, BITS) \
+  if (rows == ROWS && a.bits == BITS) return Kernel::PASCALVL_LINEAR_GEMM_NAME(ROWS, BITS);
+  PASCALVL_LINEAR_GEMM(PASCALVL_CHOICE)
+#undef PASCALVL_CHOICE
+  no_kernel("of a GEMM");
+}
 
-std::string few_rows_kernel(const pascalvl_linear_args& a) {
-  const int of = a.rows > 4 ? 8 : a.rows == 3 ? 4 : a.rows;
-  return text("linear_%d_%s%s", of, weight_name(a).c_str(), a.zero ? "z" : "");
+Kernel gemv_kernel(const pascalvl_linear_args& a) {
+  const int rows = a.rows > 4 ? 8 : a.rows == 3 ? 4 : a.rows, zero = a.zero ? 1 : 0;
+#define PASCALVL_CHOICE(ROWS, BITS, ZERO)                       \
+  if (rows == ROWS && a.bits == BITS && zero == ZERO) {         \
+    return Kernel::PASCALVL_LINEAR_GEMV_NAME(ROWS, BITS, ZERO); \
+  }
+  PASCALVL_LINEAR_GEMV(PASCALVL_CHOICE)
+#undef PASCALVL_CHOICE
+  no_kernel("of a GEMV");
 }
 
 // How a linear layer is cut: blocks (or warps, of few rows) that share the inputs of the same outputs. By the rounds
@@ -311,8 +337,8 @@ int linear_splits(const pascalvl_linear_args& a) {
   const int groups = up_to(a.in_features, group_of(a)) / group_of(a);
   int at_once = multiprocessors(), best = 1;
   double least = 1e300;
-  if (a.rows <= kFewRows) {
-    at_once *= resident_blocks(few_rows_kernel(a).c_str(), kLinearThreads) * kLinearWarps;
+  if (a.rows <= kGemvRows) {
+    at_once *= resident_blocks(gemv_kernel(a)) * kLinearWarps;
     const int warps = (a.out_features + kWarpColumns - 1) / kWarpColumns;
     const int bytes = padded_inputs(a) * a.bits / 8, of_step = 512;
     const int most = a.activation == kSiluGated ? 2 : 4;  // where gated, half of a block's warps compute values
@@ -324,7 +350,7 @@ int linear_splits(const pascalvl_linear_args& a) {
     }
     return best;
   }
-  const int tiles = up_to(a.rows, tile_rows(a)) / tile_rows(a) * (up_to(a.out_features, kTileColumns) / kTileColumns);
+  const int tiles = up_to(a.rows, gemm_rows(a)) / gemm_rows(a) * (up_to(a.out_features, kTileColumns) / kTileColumns);
   for (int splits = 1; splits <= 8 && (splits == 1 || groups / splits >= 2); ++splits) {
     const int rounds = (tiles * splits + at_once - 1) / at_once;
     const double time = double(rounds) * ((groups + splits - 1) / splits) + 0.5 * (splits > 1) * splits;
@@ -336,7 +362,7 @@ int linear_splits(const pascalvl_linear_args& a) {
 // Lines of weights to bring to the L2 while few rows are quantised. Not more than come meanwhile: of a small layer a
 // part, and of a large one what DRAM delivers in 2 to 5 us, which is a third to a half of an SM61's L2.
 int lines_ahead(const pascalvl_linear_args& a) {
-  if (a.rows > kFewRows || a.bits == 16) return 0;
+  if (a.rows > kGemvRows || a.bits == 16) return 0;
   const int64_t bytes = int64_t(a.out_features) * padded_inputs(a) * a.bits / 8;
   return int(std::min<int64_t>(bytes / 8, int64_t(kMostAhead) * multiprocessors()) / kLine);
 }
@@ -361,17 +387,17 @@ LinearParams to_params(const pascalvl_linear_args& a, LinearSizes& sizes) {
   p.padded = padded_inputs(a);
   p.out_features = a.out_features;
   p.group = group_of(a);
-  p.row_pitch = up_to(a.rows, tile_rows(a));
+  p.row_pitch = up_to(a.rows, gemm_rows(a));
   p.scale_pitch = up_to(a.out_features, 8);
   p.splits = linear_splits(a);
   p.activation = a.activation;
   p.lines_ahead = lines_ahead(a);
   if (a.bits < 16) {
-    sizes.codes = size_t(std::max(a.rows, kFewRows)) * p.padded;  // kernels of few rows read some that there are not
+    sizes.codes = size_t(std::max(a.rows, kGemvRows)) * p.padded;  // kernels of few rows read some that there are not
     sizes.x_scale = size_t(p.padded / p.group) * p.row_pitch * sizeof(float);
     sizes.x_sum = a.zero ? sizes.x_scale : 0;
   }
-  sizes.partial = a.rows > kFewRows && p.splits > 1 ? size_t(p.splits) * a.rows * a.out_features * sizeof(float) : 0;
+  sizes.partial = a.rows > kGemvRows && p.splits > 1 ? size_t(p.splits) * a.rows * a.out_features * sizeof(float) : 0;
   return p;
 }
 
@@ -385,19 +411,18 @@ void linear(const pascalvl_linear_args& a, LinearParams p, const LinearSizes& si
   if (a.bits < 16) {
     const int of_blocks = kLinesAhead * kLinearThreads * a.rows;
     const unsigned blocks = up_to(p.padded, 512) / 512 + up_to(p.lines_ahead, of_blocks) / of_blocks;
-    launch("linear_quantise", {blocks, rows, 1}, kLinearThreads, p, stream);
+    launch(Kernel::linear_quantise, {blocks, rows, 1}, p, stream);
   }
-  if (a.rows <= kFewRows) {
+  if (a.rows <= kGemvRows) {
     const int columns = kWarpColumns * (kLinearWarps / p.splits);
     const unsigned blocks = up_to(a.out_features, columns) / columns;
-    return launch(few_rows_kernel(a), {blocks, 1, 1}, kLinearThreads, p, stream);
+    return launch(gemv_kernel(a), {blocks, 1, 1}, p, stream);
   }
   const unsigned columns = up_to(a.out_features, kTileColumns) / kTileColumns;
-  launch(text("linear_tile_%d_%s", tile_rows(a), weight_name(a).c_str()),
-         {columns, unsigned(p.row_pitch / tile_rows(a)), unsigned(p.splits)}, kLinearThreads, p, stream);
+  launch(gemm_kernel(a), {columns, unsigned(p.row_pitch / gemm_rows(a)), unsigned(p.splits)}, p, stream);
   if (p.splits > 1) {
     const int width = a.activation == kSiluGated ? a.out_features / 2 : a.out_features, of_block = 4 * kLinearThreads;
-    launch("linear_sum", {unsigned(up_to(width, of_block) / of_block), rows, 1}, kLinearThreads, p, stream);
+    launch(Kernel::linear_sum, {unsigned(up_to(width, of_block) / of_block), rows, 1}, p, stream);
   }
 }
 
@@ -470,8 +495,7 @@ extern "C" int pascalvl_kv_append(const pascalvl_append_args* args, void* stream
         a.key_stride,   a.value_stride, a.key_scale_stride, a.value_scale_stride, a.batch,
         a.num_kv_heads, a.seq,          a.key_dim,          a.value_dim,          bool(a.cache.rotated)};
     const int64_t rows = int64_t(a.batch) * a.num_kv_heads * a.seq;
-    launch("kv_append", {unsigned((rows + kAppendRows - 1) / kAppendRows), 2, unsigned(a.layers)}, kAppendThreads, p,
-           stream);
+    launch(Kernel::kv_append, {unsigned((rows + kAppendWarps - 1) / kAppendWarps), 2, unsigned(a.layers)}, p, stream);
   });
 }
 
@@ -481,8 +505,7 @@ extern "C" int pascalvl_greedy(const float* logits, int32_t rows, int32_t vocab_
     require(logits && token && logit, "logits, token or logit is a null pointer.");
     require_positive(rows, "rows");
     require_positive(vocab_size, "vocab_size");
-    launch("greedy_choice", {unsigned(rows), 1, 1}, kGreedyThreads, GreedyParams{logits, token, logit, vocab_size},
-           stream);
+    launch(Kernel::greedy_choice, {unsigned(rows), 1, 1}, GreedyParams{logits, token, logit, vocab_size}, stream);
   });
 }
 

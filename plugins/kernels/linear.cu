@@ -11,8 +11,9 @@
 //
 // Halves are widened on their way to shared memory or registers, then multiplied in FP32 by FFMA.
 //
-// Every kernel that has an output's whole sum ends in `finish`.
+// Every kernel that has an output's whole sum ends in `epilogue`.
 #include "plugins/kernels/device.cuh"
+#include "plugins/kernels/kernels.h"
 
 namespace pascalvl {
 
@@ -126,7 +127,8 @@ extern "C" __global__ void __launch_bounds__(kLinearThreads) linear_quantise(con
   if (p.zero) p.x_sum[at] = float(sum);
 }
 
-// What becomes of sums ------------------------------------------------------------------------------------------------
+// Epilogue
+// ---------------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ bool is_gated(const LinearParams& p) { return p.activation == kSiluGated; }
 
@@ -152,7 +154,7 @@ __device__ __forceinline__ float gelu_tanh(float x) {
 // Of a gated layer the sums are gates, and `value` has those of the columns kGatedBlock further on. The sums of a row
 // lie kPitch behind those of the last one.
 template <int kRows, int kCount, int kPitch>
-__device__ __forceinline__ void finish(const LinearParams& p, int row, int column, float* sum, float* value) {
+__device__ __forceinline__ void epilogue(const LinearParams& p, int row, int column, float* sum, float* value) {
   const bool gated = is_gated(p);
   const int width = out_width(p), to = gated ? column / (2 * kGatedBlock) * kGatedBlock + column % kGatedBlock : column;
   if (p.bias) {
@@ -203,7 +205,7 @@ __device__ __forceinline__ void finish(const LinearParams& p, int row, int colum
   }
 }
 
-// Many rows ----------------------------------------------------------------------------------------------------------
+// GEMM: many rows ----------------------------------------------------------------------------------------------------
 
 constexpr int kTileWords = 16;  // words in shared memory at a time: 64 codes, or 16 floats
 constexpr int kGroupWords = 8;  // words after which a group may end
@@ -240,7 +242,7 @@ __device__ __forceinline__ void load_ints(const int* from, int* x) {
 // turn; the next one is on its way in registers. For each word a thread does 64 DP4A (of halves: FFMA) for 4 shared
 // loads of 16 bytes, as in prefill. Bound by their issue.
 template <int kBits, int kTileRows>
-__device__ __forceinline__ void linear_tile(const LinearParams& p, LinearShared<kTileRows>& shared) {
+__device__ __forceinline__ void linear_gemm(const LinearParams& p, LinearShared<kTileRows>& shared) {
   using Quad = WeightQuad<kBits>;
   constexpr int kSlice = Quad::kOfWord * kTileWords;      // elements
   constexpr int kWeightQuads = kSlice / Quad::kElements;  // of a column's slice
@@ -387,8 +389,8 @@ __device__ __forceinline__ void linear_tile(const LinearParams& p, LinearShared<
     }
     return;
   }
-  finish<kRows, 4, 8>(p, to_row, to_column, total[0], total[0] + 4);
-  if (!is_gated(p)) finish<kRows, 4, 8>(p, to_row, to_column + kTileColumns / 2, total[0] + 4, nullptr);
+  epilogue<kRows, 4, 8>(p, to_row, to_column, total[0], total[0] + 4);
+  if (!is_gated(p)) epilogue<kRows, 4, 8>(p, to_row, to_column + kTileColumns / 2, total[0] + 4, nullptr);
 }
 
 // Sums the splits of the inputs, a thread four outputs. Grid: (outputs / 4 / threads, rounded up; rows).
@@ -409,10 +411,10 @@ extern "C" __global__ void __launch_bounds__(kLinearThreads) linear_sum(const Li
   float sum[4], value[4];
   sum_of(column, sum);
   if (is_gated(p)) sum_of(column + kGatedBlock, value);
-  finish<1, 4, 4>(p, row, column, sum, value);
+  epilogue<1, 4, 4>(p, row, column, sum, value);
 }
 
-// Few rows -----------------------------------------------------------------------------------------------------------
+// GEMV: few rows -----------------------------------------------------------------------------------------------------
 
 constexpr int kGateWarps = kLinearWarps / 2;
 
@@ -425,7 +427,7 @@ constexpr int kGateWarps = kLinearWarps / 2;
 // zeros, for which they would take more registers, these are kernels of their own. Grid: columns / kWarpColumns /
 // (kLinearWarps / p.splits), rounded up.
 template <int kBits, bool kZero, int kRows>
-__device__ __forceinline__ void linear_rows(const LinearParams& p) {
+__device__ __forceinline__ void linear_gemv(const LinearParams& p) {
   using Quad = WeightQuad<kBits>;
   constexpr bool kMoves = Quad::kFloats || (kBits == 4 && kRows == 2);
   constexpr int kAhead = kMoves ? 1 : 2;
@@ -549,35 +551,22 @@ __device__ __forceinline__ void linear_rows(const LinearParams& p) {
     sum += shared[warp + i][m][n];
     if (gated) value += shared[warp + kGateWarps + i][m][n];
   }
-  finish<1, 1, 1>(p, m, first + n, &sum, &value);
+  epilogue<1, 1, 1>(p, m, first + n, &sum, &value);
 }
 
-#define LINEAR_TILE(ROWS, BITS, FORMAT)                           \
-  extern "C" __global__ void __launch_bounds__(kLinearThreads, 2) \
-      linear_tile_##ROWS##_##FORMAT(const LinearParams p) {       \
-    __shared__ __align__(16) LinearShared<ROWS> shared;           \
-    linear_tile<BITS, ROWS>(p, shared);                           \
+#define LINEAR_GEMM(ROWS, BITS)                                     \
+  extern "C" __global__ void __launch_bounds__(kLinearThreads, 2)   \
+      PASCALVL_LINEAR_GEMM_NAME(ROWS, BITS)(const LinearParams p) { \
+    __shared__ __align__(16) LinearShared<ROWS> shared;             \
+    linear_gemm<BITS, ROWS>(p, shared);                             \
   }
-#define LINEAR_ROWS(ROWS, BITS, ZERO, FORMAT)                                                                   \
-  extern "C" __global__ void __launch_bounds__(kLinearThreads) linear_##ROWS##_##FORMAT(const LinearParams p) { \
-    linear_rows<BITS, ZERO, ROWS>(p);                                                                           \
+PASCALVL_LINEAR_GEMM(LINEAR_GEMM)
+
+#define LINEAR_GEMV(ROWS, BITS, ZERO)                                     \
+  extern "C" __global__ void __launch_bounds__(kLinearThreads)            \
+      PASCALVL_LINEAR_GEMV_NAME(ROWS, BITS, ZERO)(const LinearParams p) { \
+    linear_gemv<BITS, ZERO, ROWS>(p);                                     \
   }
-#define LINEAR_TILES(BITS, FORMAT) \
-  LINEAR_TILE(64, BITS, FORMAT)    \
-  LINEAR_TILE(32, BITS, FORMAT)    \
-  LINEAR_TILE(16, BITS, FORMAT)
-#define LINEAR_FEW(BITS, ZERO, FORMAT) \
-  LINEAR_ROWS(1, BITS, ZERO, FORMAT)   \
-  LINEAR_ROWS(2, BITS, ZERO, FORMAT)   \
-  LINEAR_ROWS(4, BITS, ZERO, FORMAT)   \
-  LINEAR_ROWS(8, BITS, ZERO, FORMAT)
-LINEAR_TILES(8, w8)
-LINEAR_TILES(4, w4)
-LINEAR_TILES(16, f16)
-LINEAR_FEW(8, false, w8)
-LINEAR_FEW(8, true, w8z)
-LINEAR_FEW(4, false, w4)
-LINEAR_FEW(4, true, w4z)
-LINEAR_FEW(16, false, f16)
+PASCALVL_LINEAR_GEMV(LINEAR_GEMV)
 
 }  // namespace pascalvl

@@ -62,6 +62,16 @@ struct AttentionParams {
   float scale_log2;  // softmax_scale * log2(e): exponentials are powers of two
 };
 
+constexpr int kPrefillThreads = 128;
+constexpr int kCodeRow = 128;  // bytes of a row of quantised queries
+
+// Query rows of a prefill block, where values have up to so many channels.
+PASCALVL_BOTH_SIDES constexpr int prefill_rows(int value_dim) { return value_dim > 72 ? 64 : 128; }
+
+constexpr int kDecodeWarps = 4;
+constexpr int kDecodeThreads = 32 * kDecodeWarps;
+constexpr int kMergeThreads = 256;
+constexpr int kLeastKeys = 64;  // of a decode split
 constexpr int kMaxSplits = 512;
 
 // Floats of what a split leaves: rows start on 16-byte boundaries.
@@ -77,6 +87,9 @@ struct DecodeParams {
   int splits;
   bool rotated;  // the cache's keys
 };
+
+constexpr int kAppendWarps = 4;  // of a block of kv_append and quantise_queries: rows, too
+constexpr int kAppendThreads = 32 * kAppendWarps;
 
 // Writes new keys and values of all layers into their caches.
 struct AppendParams {
@@ -113,8 +126,9 @@ enum Activation : int { kNoActivation = 0, kGeluTanh = 1, kSiluGated = 2 };
 constexpr int kGatedBlock = 64;  // gates that lie together, and the values that they are for
 constexpr int kLinearThreads = 128;
 constexpr int kLinearWarps = kLinearThreads / 32;
-constexpr int kTileColumns = 2 * kGatedBlock;  // that a block computes of many rows
-constexpr int kWarpColumns = 4;                // that a warp computes of few
+constexpr int kTileColumns = 2 * kGatedBlock;  // that a block of a GEMM computes
+constexpr int kWarpColumns = 4;                // that a warp of a GEMV computes
+constexpr int kGemvRows = 8;                   // at most
 constexpr int kLine = 128;                     // bytes that DRAM is asked for at once
 
 // A linear layer, see pascalvl_linear_args; rows are tokens, columns outputs.
@@ -141,6 +155,8 @@ struct LinearParams {
   int activation;
   int lines_ahead;  // of 128 bytes of the weights, which linear_quantise brings to the L2
 };
+
+constexpr int kGreedyThreads = 512;
 
 // The likeliest token of each row of logits.
 struct GreedyParams {

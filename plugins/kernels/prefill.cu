@@ -1,4 +1,5 @@
 // The prefill kernels: which rows a block takes, which tiles of keys it walks over. prefill.cuh does a tile.
+#include "plugins/kernels/kernels.h"
 #include "plugins/kernels/prefill.cuh"
 
 namespace pascalvl {
@@ -111,29 +112,20 @@ __device__ __forceinline__ void prefill_packed(const AttentionParams& p, Prefill
   prefill.store(p, p.out + ((long long)begin * p.num_heads + head) * p.value_dim);
 }
 
-#define PREFILL_CAUSAL(DIM, KEY, VALUE)                                 \
-  extern "C" __global__ void __launch_bounds__(kThreads, 2)             \
-      prefill_causal_##DIM##_##KEY##_##VALUE(const AttentionParams p) { \
-    __shared__ __align__(16) PrefillShared<DIM> shared;                 \
-    prefill_causal<DIM, KEY, VALUE>(p, shared);                         \
+#define PREFILL_CAUSAL(DIM, KEY, VALUE)                                        \
+  extern "C" __global__ void __launch_bounds__(kPrefillThreads, 2)             \
+      PASCALVL_PREFILL_CAUSAL_NAME(DIM, KEY, VALUE)(const AttentionParams p) { \
+    __shared__ __align__(16) PrefillShared<DIM> shared;                        \
+    prefill_causal<DIM, KEY, VALUE>(p, shared);                                \
   }
-#define PREFILL_FORMATS(DIM)              \
-  PREFILL_CAUSAL(DIM, kFloat32, kFloat32) \
-  PREFILL_CAUSAL(DIM, kFloat16, kFloat16) \
-  PREFILL_CAUSAL(DIM, kInt8, kInt8)       \
-  PREFILL_CAUSAL(DIM, kInt8, kInt4)       \
-  PREFILL_CAUSAL(DIM, kInt4, kInt8)       \
-  PREFILL_CAUSAL(DIM, kInt4, kInt4)
-PREFILL_FORMATS(64)
-PREFILL_FORMATS(128)
+PASCALVL_PREFILL_CAUSAL(PREFILL_CAUSAL)
 
-#define PREFILL_PACKED(DIM)                                                                                 \
-  extern "C" __global__ void __launch_bounds__(kThreads, 2) prefill_packed_##DIM(const AttentionParams p) { \
-    __shared__ __align__(16) PrefillShared<DIM> shared;                                                     \
-    prefill_packed(p, shared);                                                                              \
+#define PREFILL_PACKED(DIM)                                        \
+  extern "C" __global__ void __launch_bounds__(kPrefillThreads, 2) \
+      PASCALVL_PREFILL_PACKED_NAME(DIM)(const AttentionParams p) { \
+    __shared__ __align__(16) PrefillShared<DIM> shared;            \
+    prefill_packed(p, shared);                                     \
   }
-PREFILL_PACKED(64)
-PREFILL_PACKED(72)
-PREFILL_PACKED(128)
+PASCALVL_PREFILL_PACKED(PREFILL_PACKED)
 
 }  // namespace pascalvl

@@ -18,13 +18,11 @@
 
 namespace pascalvl {
 
-constexpr int kThreads = 128;
 constexpr int kRowsPerThread = 8;
 constexpr int kKeysPerThread = 8;  // of a tile, in each row
 constexpr int kSlice = 8;          // words of Q and K, or keys of V, in shared memory at a time
-constexpr int kCodeRow = 128;      // bytes of a row of quantised queries
 constexpr int kQuadsPerRow = kSlice / 4;
-constexpr int kRowsAtOnce = kThreads / kQuadsPerRow;  // of a slice of Q or K, loaded by the block
+constexpr int kRowsAtOnce = kPrefillThreads / kQuadsPerRow;  // of a slice of Q or K, loaded by the block
 
 // Where a tile's keys come from: new rows of one kv head, in FP32, or rows of the cache.
 struct Source {
@@ -160,7 +158,8 @@ __device__ __forceinline__ float to_float(float sum) { return sum; }
 template <int kValueDim>
 struct Tile {
   static constexpr int kColumnThreads = kValueDim > 72 ? 16 : 8;  // that share rows
-  static constexpr int kRows = kThreads / kColumnThreads * kRowsPerThread;
+  static constexpr int kRows = kPrefillThreads / kColumnThreads * kRowsPerThread;
+  static_assert(kRows == prefill_rows(kValueDim), "as the host counts tiles");
   static constexpr int kKeys = kColumnThreads * kKeysPerThread;
   static constexpr int kHalf = kKeys / 2;    // a thread scores keys 4 * column and on, and as many a half further on
   static constexpr int kQPitch = kRows + 4;  // words between those of a row: no bank conflicts when a slice is stored
@@ -381,14 +380,14 @@ struct Prefill : Tile<kValueDim> {
 
     using Values = ValueQuads<kValueFormat>;
     constexpr int kLoads = T::kValueQuads / Values::kQuads;  // of the block, in a slice
-    constexpr int kOwnLoads = (kLoads + kThreads - 1) / kThreads;
+    constexpr int kOwnLoads = (kLoads + kPrefillThreads - 1) / kPrefillThreads;
     constexpr int kLoadsOfRow = T::kValuePitch / 4 / Values::kQuads, kChannels = 4 * Values::kQuads;
     typename Values::Raw next_v[kOwnLoads];
     auto fetch = [&](int s) {
 #pragma unroll
       for (int i = 0; i < kOwnLoads; ++i) {
-        const int load = threadIdx.x + i * kThreads;
-        if (kLoads % kThreads && load >= kLoads) continue;
+        const int load = threadIdx.x + i * kPrefillThreads;
+        if (kLoads % kPrefillThreads && load >= kLoads) continue;
         const int key = min2(first + kSlice * s + load / kLoadsOfRow, source.count - 1);
         const int channel = min2(load % kLoadsOfRow * kChannels, p.value_dim - kChannels);
         next_v[i] = Values::load(source.v + (long long)key * source.v_row, channel);
@@ -397,8 +396,8 @@ struct Prefill : Tile<kValueDim> {
     auto put = [&](float* buffer) {
 #pragma unroll
       for (int i = 0; i < kOwnLoads; ++i) {
-        const int load = threadIdx.x + i * kThreads;
-        if (kLoads % kThreads && load >= kLoads) continue;
+        const int load = threadIdx.x + i * kPrefillThreads;
+        if (kLoads % kPrefillThreads && load >= kLoads) continue;
 #pragma unroll
         for (int h = 0; h < Values::kQuads; ++h) {
           *reinterpret_cast<float4*>(buffer + load * kChannels + 4 * h) = Values::convert(next_v[i], h);

@@ -12,9 +12,9 @@ SHARED_BYTES, SHARED_UNIT = 96 << 10, 256
 WARPS, BLOCKS, WARP = 64, 32, 32
 
 
-def resident_warps(kernel: str, use: Resources) -> int:
+def resident_warps(use: Resources) -> int:
     """Warps of a kernel that an SM holds at once, by CUDA's occupancy rules for compute capability 6.1."""
-    warps_of_block = {"decode_merge": 256, "greedy_choice": 512}.get(kernel, 128) // WARP
+    warps_of_block = use.threads // WARP
     registers_of_warp = -(-use.registers * WARP // REGISTER_UNIT) * REGISTER_UNIT
     by_registers = REGISTERS // registers_of_warp // warps_of_block
     by_shared = SHARED_BYTES // (-(-use.shared // SHARED_UNIT) * SHARED_UNIT) if use.shared else BLOCKS
@@ -35,7 +35,7 @@ def table(kernels: dict[str, Resources]) -> str:
     for kernel, use in sorted(kernels.items()):
         ratio = f"{use.multiply_adds_per_load:.1f}" if use.multiply_adds_per_load else ""
         lines.append(
-            f"| {kernel} | {use.registers} | {use.spills} | {use.shared:,} | {resident_warps(kernel, use)} | {ratio} |"
+            f"| {kernel} | {use.registers} | {use.spills} | {use.shared:,} | {resident_warps(use)} | {ratio} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -37,7 +37,7 @@ def test_the_committed_table_is_what_the_compiler_says(resources):
 def test_no_kernel_spills_and_two_blocks_fit(resources):
     for kernel, use in resources.items():
         assert use.spills == 0, kernel
-        assert report.resident_warps(kernel, use) >= 8, kernel
+        assert report.resident_warps(use) >= 8, kernel
 
 
 def test_prefill_does_enough_with_what_it_loads(resources):
