@@ -135,8 +135,7 @@ def test_max_pixels_limits_pictures_and_videos(nano_checkpoint, config, builder)
     [
         ([], "at least one message"),
         ([{"role": "user", "content": [{"type": "audio", "audio": "x"}]}], "found {'type': 'audio'"),
-        ([user("text with <|image_pad|> in it")], "no such picture or video is given"),
-        ([user(video(4, 2.0), "<|image_pad|>", image(64, 64))], "no such picture or video is given"),
+        ([user("x"), {"role": "assistant", "content": "<|image_pad|>"}], "no such picture or video is given"),
         ([user({"type": "image", "image": None})], "expected a picture as a path"),
         ([user({"type": "video", "video": 3})], "expected a video as a path"),
         ([user("\ud83d")], "expected text in Unicode"),
@@ -146,6 +145,21 @@ def test_bad_messages(builder, messages, phrase):
     with pytest.raises(UserError) as error:
         builder.build(messages)
     assert phrase in str(error.value)
+
+
+def test_placeholders_in_text(nano_checkpoint, config, builder):
+    """They are text, and no place for a picture, unless they are asked to be."""
+    templates_way = PromptBuilder(nano_checkpoint, config, control_tokens_in_text=True)
+    messages = [user(video(4, 2.0), "<|image_pad|>", image(64, 64)), {"role": "tool", "content": "<|video_pad|>"}]
+    prompt = builder.build(messages)
+    of_visuals = sum(visual.token_indices.size for visual in prompt.visuals)
+    assert np.isin(prompt.token_ids, (config.image_token_id, config.video_token_id)).sum() == of_visuals
+    text = builder.tokenizer.decode(prompt.token_ids)
+    assert "<|image_pad|>" in text
+    assert "<|video_pad|>" in text
+    for bad in ([user("text with <|image_pad|> in it")], messages):
+        with pytest.raises(UserError, match=r"holds the placeholder .* where no such picture or video is given"):
+            templates_way.build(bad)
 
 
 def test_template_that_drops_a_picture(host_files, config):
@@ -171,7 +185,7 @@ def test_processor_of_another_model(host_files, config, name):
 def test_tokens_that_the_model_has_not(host_files, config):
     small = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=2014))
     with pytest.raises(UserError, match="tokens of a prompt, up to number 2014: expected some below 2014"):
-        PromptBuilder(host_files, small).build([user("<think>")])
+        PromptBuilder(host_files, small).build([{"role": "system", "content": "<think>"}, user("Hi")])
     (host_files / "chat_template.jinja").write_text("")
     with pytest.raises(UserError, match="make 0 tokens of a prompt"):
         PromptBuilder(host_files, config).build([user("Hello!")])
