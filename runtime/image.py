@@ -9,12 +9,11 @@ import functools
 import hashlib
 import io
 import math
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, unquote_to_bytes
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -64,10 +63,10 @@ def local_path(source: str | Path) -> Path:
     """The path that a text or ``file://`` URL names; raises `UserError` for other URLs, of which none is fetched."""
     if isinstance(source, str) and (url := re.match("([a-z][a-z0-9+.-]*)://|data:", source, re.IGNORECASE)):
         host, _, path = source[url.end() :].partition("/")
-        if url[1] != "file" or host not in ("", "localhost"):
+        if (url[1] or "").lower() != "file" or host not in ("", "localhost"):
             raise UserError(f"{shown(source)} is no file here: download or save it first, and give its path.")
-        source = "/" + os.fsdecode(unquote_to_bytes(path))
-    if (length := len(str(source))) > _MAX_PATH:
+        source = "/" + unquote(path, errors="surrogateescape")
+    if not 0 < (length := len(str(source))) <= _MAX_PATH:
         raise UserError(f"expected the path of a file, found {length} characters, {shown(str(source))}.")
     return Path(source)
 

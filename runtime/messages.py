@@ -11,9 +11,9 @@ Message = dict[str, Any]
 """``{"role": ..., "content": text or list of parts}``, a part being ``{"type": "text", "text": ...}``, ``{"type":
 "image", "image": ...}`` or ``{"type": "video", "video": ...}``.
 
-The fields ``url`` and ``path`` may stand for ``image`` and ``video``, and OpenAI's parts ``{"type": "image_url",
-"image_url": {"url": ...}}`` (``video_url``) for these. An assistant's message may have ``tool_calls`` in place of
-content. Further fields are the template's.
+What a picture or video may be, `load_image` and `load_video` say. The fields ``url`` and ``path`` may stand for
+``image`` and ``video``, and OpenAI's parts ``{"type": "image_url", "image_url": {"url": ...}}`` (``video_url``) for
+such parts. An assistant's message may have ``tool_calls`` in place of content. Further fields are the template's.
 """
 
 ROLES = ("system", "user", "assistant", "tool")

@@ -101,8 +101,6 @@ def load_video(source: VideoSource, fps: float | None = None) -> Video:
         return source
     if not isinstance(source, str | Path):
         raise UserError(f"expected a video as a path or a Video, found {shown(source)}.")
-    if source == "":  # which would be the current folder
-        raise UserError("expected the path of a video, found an empty one.")
     path = local_path(source)
     if path.is_dir():
         video = Video(_pictures(path), _DEFAULT_FPS if fps is None else fps)

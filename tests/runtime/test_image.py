@@ -281,9 +281,13 @@ def test_pictures_by_their_urls(tmp_path):
     path = tmp_path / "a picture, 100%#é?.png"
     picture.save(path)
     encoded = base64.b64encode(path.read_bytes()).decode()
-    urls = [path.as_uri(), f"file://localhost{path.as_uri()[7:]}", f"file://{tmp_path}/a picture, 100%25#é?.png"]
+    urls = [path.as_uri(), f"FILE://localhost{path.as_uri()[7:]}", f"file://{tmp_path}/a picture, 100%25#é?.png"]
     urls += [f"data:image/png;base64,{encoded}", f"DATA:;base64,{encoded[:50]}\n{quote(encoded[50:])}"]
     for url in urls:
+        assert load_image(url).tobytes() == picture.tobytes()
+    odd = os.fsdecode(bytes(tmp_path) + b"/\xff.png")  # which is no UTF-8
+    picture.save(odd)
+    for url in (f"file://{tmp_path}/%ff.png", f"file://{odd}", odd):
         assert load_image(url).tobytes() == picture.tobytes()
     assert reference_load_image(urls[3]).tobytes() == picture.tobytes()
 
@@ -295,6 +299,7 @@ def test_pictures_by_their_urls(tmp_path):
         ("s3://bucket/a.png", "is no file here"),
         ("file://elsewhere/a.png", "is no file here"),
         ("file:///nowhere/a.png", "no picture at /nowhere/a.png"),
+        ("file:///\ud800", "/.* cannot be read"),
         ("file:///a%00b", r"cannot be read \(embedded null"),
         ("data:image/png;base64,AAAA", "the picture is not a picture that can be read"),
         ("data:image/png;base64,A===", r"the picture cannot be read \(.*base64"),
