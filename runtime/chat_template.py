@@ -9,19 +9,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pascalvl.plugins.errors import UserError, reason
+from pascalvl.plugins.errors import UserError, reason, shown
+from pascalvl.runtime.literal_text import LiteralText
+from pascalvl.runtime.messages import Message, without_sources
 from pascalvl.runtime.template_worker import MOST_CHARACTERS, MOST_SECONDS
 
-Message = dict[str, Any]
-"""As Hugging Face writes it: ``{"role": ..., "content": text or list of parts}``, a part being ``{"type": "text",
-"text": ...}``, ``{"type": "image", "image": ...}`` or ``{"type": "video", "video": ...}``."""
-
-ROLES = ("system", "user", "assistant", "tool")
-PART_TYPES = ("text", "image", "video")
 _MOST_SOURCE_BYTES = 1 << 20
 _MOST_REQUEST_BYTES = 1 << 26
 _MOST_WAIT_SECONDS = 10 * MOST_SECONDS
@@ -52,19 +48,37 @@ class ChatTemplate:
                 f"the chat template {path} cannot be used ({reason(error)}): download the model again and export it."
             ) from error
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        literal: LiteralText | None = None,
+    ) -> str:
         """The prompt's text up to where the assistant's answer begins, one placeholder for each picture and video.
 
+        Args:
+            messages: as `pascalvl.runtime.messages.normalised` returns them.
+            tools: JSON schemas of functions that may be called.
+            variables: what else the template may ask for, by name.
+            literal: hides control tokens in what users and tools say; None: the text has them.
+
         Raises:
-            UserError: messages of another form, or that the template refuses.
+            UserError: messages, tools or variables that the template refuses, or that are of another form.
         """
-        if not isinstance(messages, Sequence) or not messages:
-            raise UserError(f"expected a list of at least one message, found {messages!r}.")
-        for message in messages:
-            check_message(message)
-        variables = {"tools": None, "documents": None, "add_generation_prompt": True}
+        if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(t, Mapping) for t in tools)):
+            raise UserError(f"expected tools as a list of JSON schemas, found {shown(tools)}.")
+        given = {} if variables is None else variables
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise UserError(f"expected a template's variables by their names, found {shown(variables)}.")
+        if own := [name for name in ("messages", "tools") if name in given]:
+            raise UserError(f"expected a template's other variables, found {own[0]}: give it as the argument {own[0]}.")
         try:
-            return _worker.ask(self._source, {"messages": _plain(messages), **variables})
+            seen = _plain({"documents": None, "add_generation_prompt": True, **given, "tools": tools})
+            seen["messages"] = _plain(without_sources(messages))
+            if literal is not None:
+                seen["messages"] = literal.hide(seen["messages"], json.dumps([self._source, seen]))
+            return _worker.ask(self._source, seen)
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"the chat template refuses the messages: {error}.") from error
 
@@ -140,35 +154,12 @@ _worker = _Worker()
 atexit.register(_worker.end)
 
 
-def check_message(message: Message) -> None:
-    """Raise `UserError` unless ``message`` has a known role and content."""
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        found = message.get("role") if isinstance(message, dict) else message
-        raise UserError(f"expected a message with a role of {', '.join(ROLES)}, found {found!r}.")
-    for part in parts(message):
-        kind = part.get("type") if isinstance(part, dict) else part
-        if kind not in PART_TYPES or kind not in part or (kind == "text" and not isinstance(part["text"], str)):
-            raise UserError(
-                f"expected message parts of type {', '.join(PART_TYPES)} with a field of that name, found {part!r}."
-            )
-
-
-def parts(message: Message) -> list[dict[str, Any]]:
-    """The parts of a message's content; a plain text is one part."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if not isinstance(content, list):
-        raise UserError(f"expected a message's content to be a text or a list of parts, found {content!r}.")
-    return content
-
-
 def _plain(value: Any) -> Any:
     """What a template may see of messages: the types of JSON.
 
     Templates come with checkpoints, from anyone, and the methods of a picture or path write files.
     """
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]

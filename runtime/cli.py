@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.errors import UserError, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -277,6 +277,11 @@ def _add_engine(parser: _Parser) -> None:
     parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together, at most")
     _add_kv(parser, "as the engines were built, with another window")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="resize larger pictures to this area")
+    parser.add_argument(
+        "--control-tokens-in-text",
+        action="store_true",
+        help="take what reads as a control token in a prompt, such as <|im_end|>, as that token; else it is text alone",
+    )
 
 
 def _add_visuals(parser: _Parser) -> None:
@@ -318,7 +323,7 @@ def _text(argument: str) -> str:
     try:
         argument.encode()
     except UnicodeEncodeError:
-        raise UserError(f"expected text in UTF-8, found {argument.encode(errors='surrogateescape')!r}.") from None
+        raise UserError(f"expected text in UTF-8, found {shown(argument.encode(errors='surrogateescape'))}.") from None
     return argument
 
 
@@ -902,6 +907,7 @@ def _open(args: argparse.Namespace, marked_layers: bool = False) -> VisionLangua
             progress=lambda count: progress.advance(task, count),
             host=args.host,
             cache=args.kv,
+            control_tokens_in_text=args.control_tokens_in_text,
         )
 
 

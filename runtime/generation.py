@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pascalvl.plugins.bundle import read_json
-from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.errors import UserError, shown
 from pascalvl.runtime.sampling import SamplingParams
 
 _DEFAULT_TEMPERATURE, _DEFAULT_TOP_K = 1.0, 50
@@ -63,12 +63,16 @@ class GenerationConfig:
 
 
 class StopMatcher:
-    """Finds the first stop string in streamed text, however it is cut into pieces, and lets none of it through."""
+    """Finds where a stop string ends streamed text, however it is cut into pieces, and lets none of it through.
+
+    As if the text came character by character: the first after which any stop string is complete ends it, and the
+    longest that is complete there is cut off. Of ``baaa``, the stop strings ``baaa`` and ``aa`` leave ``b``.
+    """
 
     def __init__(self, stop: str | Sequence[str]) -> None:
         stop = [stop] if isinstance(stop, str) else stop
         if not all(isinstance(text, str) for text in stop):
-            raise UserError(f"expected stop strings as a text or a list of texts, found {stop!r}.")
+            raise UserError(f"expected stop strings as a text or a list of texts, found {shown(stop)}.")
         if not all(stop):
             raise UserError("a stop string is empty: expected at least one character in each.")
         self._stop = stop
@@ -81,10 +85,10 @@ class StopMatcher:
         if self.stopped:
             return ""
         self._held += piece
-        found = [index for stop in self._stop if (index := self._held.find(stop)) >= 0]
+        found = [(index + len(stop), index) for stop in self._stop if (index := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            return self._take(min(found))
+            return self._take(min(found)[1])
         return self._take(min((self._possible_start(stop) for stop in self._stop), default=len(self._held)))
 
     def flush(self) -> str:

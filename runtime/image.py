@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pascalvl.plugins.bundle import read_json
-from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.errors import UserError, reason, shown
 from pascalvl.runtime.positions import Grid
 
 ImageSource = str | Path | bytes | Image.Image
 _MAX_ASPECT_RATIO = 200
+_MAX_PATH = 4096
+"""Characters; Linux takes as many bytes."""
+_MAX_BYTES = 1 << 30
+"""Of a picture's file, which decoders copy."""
+_MAX_PIXELS = 178_956_970
+"""Of a picture before it is decoded: what Pillow itself refuses unless a program says otherwise."""
 _RESCALE = 1 / 255
 _FIXED_SETTINGS = {
     "do_resize": True,
@@ -47,27 +56,41 @@ def picture_errors(name: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise UserError(f"{name} is too large ({error}): make it smaller first.") from error
     except Exception as error:  # each decoder raises kinds of its own on damaged files
-        raise UserError(f"{name} cannot be read ({error}): give an undamaged image file.") from error
+        raise UserError(f"{name} cannot be read ({reason(error)}): give an undamaged image file.") from error
+
+
+def local_path(source: str | Path) -> Path:
+    """The path that a text or ``file://`` URL names; raises `UserError` for other URLs, of which none is fetched."""
+    if isinstance(source, str) and (url := re.match("([a-z][a-z0-9+.-]*)://|data:", source, re.IGNORECASE)):
+        host, _, path = source[url.end() :].partition("/")
+        if (url[1] or "").lower() != "file" or host not in ("", "localhost"):
+            raise UserError(f"{shown(source)} is no file here: download or save it first, and give its path.")
+        source = "/" + unquote(path, errors="surrogateescape")
+    if not 0 < (length := len(str(source))) <= _MAX_PATH:
+        raise UserError(f"expected the path of a file, found {length} characters, {shown(str(source))}.")
+    return Path(source)
 
 
 def load_image(source: ImageSource) -> Image.Image:
-    """Open a picture (path, encoded bytes or PIL image) as RGB on white, turned as its EXIF orientation says.
+    """Open a picture as RGB on white, turned as its EXIF orientation says.
+
+    It is given by its path, a ``file://`` or ``data:`` URL, its encoded bytes, or as a PIL image.
 
     Grey levels of 16 bits are divided by 257, floats from 0 to 1 multiplied by 255, and integers of 32 bits and floats
     beyond 0 to 255 scaled by their range. Hugging Face's processor instead makes white of all above 255, and black of
     floats below 1.
 
     Raises:
-        UserError: missing, unreadable, not a picture, or without pixels.
+        UserError: missing, unreadable, not a picture, too large to be decoded, or without pixels.
     """
     if not isinstance(source, ImageSource):
-        raise UserError(f"expected a picture as a path, bytes or PIL image, found {source!r}.")
-    name = "the picture" if isinstance(source, bytes | Image.Image) else str(source)
+        raise UserError(f"expected a picture as a path, bytes or PIL image, found {shown(source)}.")
+    name = "the picture"
+    if isinstance(source, str | Path) and not _is_data_url(source):
+        source = local_path(source)
+        name = str(source)
     with picture_errors(name):
-        if isinstance(source, Image.Image):
-            image = source
-        else:
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        image = source if isinstance(source, Image.Image) else _opened(source)
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I") or image.mode == "F":
             image = _grey_levels(image)
@@ -78,6 +101,35 @@ def load_image(source: ImageSource) -> Image.Image:
     if not image.width or not image.height:
         raise UserError(f"{name} has no pixels ({image.width}x{image.height}): give a picture of at least 1x1.")
     return image
+
+
+def _opened(source: Path | str | bytes) -> Image.Image:
+    """A picture from a file, ``data:`` URL or bytes, which is not decoded yet, and not too large for that."""
+    if isinstance(source, Path):
+        if source.exists() and not source.is_file():
+            raise ValueError("it is no regular file")
+        size = source.stat().st_size
+    else:
+        data = source if isinstance(source, bytes) else _decoded(source)
+        size, source = len(data), io.BytesIO(data)
+    if size > _MAX_BYTES:
+        raise Image.DecompressionBombError(f"{size} bytes, more than {_MAX_BYTES}")
+    image = Image.open(source)
+    if image.width * image.height > _MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels, more than {_MAX_PIXELS}")
+    return image
+
+
+def _is_data_url(source: str | Path) -> bool:
+    return isinstance(source, str) and source[:5].lower() == "data:"
+
+
+def _decoded(url: str) -> bytes:
+    """What a ``data:`` URL holds."""
+    head, _, data = url.partition(",")
+    if not head.endswith(";base64"):
+        raise ValueError("it is a data: URL, but not in base64")
+    return base64.b64decode("".join(unquote(data).split()), validate=True)
 
 
 def _grey_levels(image: Image.Image) -> Image.Image:

@@ -7,8 +7,9 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,10 +19,10 @@ from pascalvl.plugins.bundle import EMBEDDINGS, GENERATION_CONFIG, Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import TextConfig
-from pascalvl.runtime.chat_template import Message
 from pascalvl.runtime.generation import FinishReason, Generation, GenerationConfig, StopMatcher
 from pascalvl.runtime.image import Patches
 from pascalvl.runtime.kv_cache import KVCache, Prefix
+from pascalvl.runtime.messages import Message
 from pascalvl.runtime.positions import position_grid_taps, rope_tables, vision_cu_seqlens, vision_rope_tables
 from pascalvl.runtime.prompt import Prompt, PromptBuilder, Visual
 from pascalvl.runtime.sampling import Sampler, SamplingParams, check_finite
@@ -52,6 +53,7 @@ class VisionLanguageModel:
         prefill_chunk: int,
         max_pixels: int | None = None,
         cache: CacheConfig | None = None,
+        control_tokens_in_text: bool = False,
     ) -> None:
         self.manifest = engine.manifest
         self.config = self.manifest.model
@@ -67,7 +69,7 @@ class VisionLanguageModel:
         most = [engine.max_prefill, window.length if window else None]
         self._prefill_chunk = min([prefill_chunk, *(limit for limit in most if limit is not None)])
         max_pixels = engine.max_pixels if max_pixels is None else max_pixels
-        self._prompts = PromptBuilder(engine.directory, self.config, max_pixels)
+        self._prompts = PromptBuilder(engine.directory, self.config, max_pixels, control_tokens_in_text)
         self._embeddings = EmbeddingTable(engine.directory / EMBEDDINGS, **self.manifest.embeddings)
         pinned = PINNED_SLOTS if self.cache_config.pin_images else 0
         self._session = engine.open_session(self.cache_config.slots(self.context_length, pinned))
@@ -88,6 +90,7 @@ class VisionLanguageModel:
         progress: Callable[[int], None] = lambda _: None,
         host: str | None = None,
         cache: CacheConfig | None = None,
+        control_tokens_in_text: bool = False,
     ) -> VisionLanguageModel:
         """Open an engine bundle.
 
@@ -105,16 +108,23 @@ class VisionLanguageModel:
             host: ``plugin`` runs the bundle's graphs node by node, attention in the TensorRT plugin's library.
             cache: another window, and whether pictures are pinned; the rest as the engines were built for. By default
                 all is as it was built.
+            control_tokens_in_text: take what reads as a control token in a user's or a tool's message as that token,
+                and not as text; see `pascalvl.runtime.prompt.PromptBuilder`.
 
         Raises:
             UserError: a bundle that cannot be used here, a cache that it is not for, or a context out of range.
         """
         engine = open_engine(Path(directory), backend, marked_layers, progress, host)
-        return cls(engine, context_length, prefill_chunk, max_pixels, cache)
+        return cls(engine, context_length, prefill_chunk, max_pixels, cache, control_tokens_in_text)
 
-    def prompt(self, messages: Sequence[Message]) -> Prompt:
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> Prompt:
         """What `generate` makes of messages before it runs them."""
-        return self._prompts.build(messages)
+        return self._prompts.build(messages, tools, template_variables)
 
     def generate(
         self,
@@ -122,14 +132,18 @@ class VisionLanguageModel:
         sampling: SamplingParams | None = None,
         max_new_tokens: int | None = None,
         stop: str | Sequence[str] = (),
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
     ) -> Generation:
         """Answer messages; the answer is computed while it is iterated over, and ends one that is still under way.
 
         Args:
-            messages: the conversation, as `pascalvl.runtime.chat_template` describes it.
+            messages: the conversation, as `pascalvl.runtime.messages.Message` describes it.
             sampling: how tokens are chosen; by default as the model's authors set.
             max_new_tokens: tokens at most; by default as the model's authors set, or as many as the context holds.
             stop: one text or several that end the answer where they come up in it, and are not part of it.
+            tools: JSON schemas of functions that the model may call, for the chat template.
+            template_variables: what else the chat template may ask for, such as ``{"enable_thinking": False}``.
 
         Raises:
             UserError: messages, pictures or videos that cannot be used, a prompt longer than the context, or a limit
@@ -140,7 +154,7 @@ class VisionLanguageModel:
         if limit is not None and limit < 1:
             raise UserError(f"max_new_tokens is out of range: expected at least 1, found {limit}.")
         self._answering.close()
-        prompt = self.prompt(messages)
+        prompt = self.prompt(messages, tools, template_variables)
         room = self._room(prompt)
         identities = token_identities(prompt)
         reused = self._reuse(identities, self._pinned(prompt))
@@ -150,13 +164,18 @@ class VisionLanguageModel:
         self._answering = generation.pieces = self._answer(prompt, identities, sampler, matcher, limit, generation)
         return generation
 
-    def keep_prefix(self, messages: Sequence[Message]) -> None:
+    def keep_prefix(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> None:
         """Run messages and keep their keys and values on the host, for every later prompt that begins as they do.
 
         What is kept of, for example, a system message and a picture is not computed again, whatever was asked between.
         """
         self._answering.close()
-        prompt = self.prompt(messages)
+        prompt = self.prompt(messages, tools, template_variables)
         self._room(prompt)
         identities = token_identities(prompt)
         self._reuse(identities, self._pinned(prompt))

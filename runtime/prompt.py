@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pascalvl.plugins.bundle import CHAT_TEMPLATE, IMAGE_PROCESSOR, TOKENIZER, VIDEO_PROCESSOR
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.model_config import ModelConfig
-from pascalvl.runtime.chat_template import ChatTemplate, Message, parts
+from pascalvl.runtime.chat_template import ChatTemplate
 from pascalvl.runtime.image import ImageProcessor, Patches, load_image
+from pascalvl.runtime.literal_text import LiteralText
+from pascalvl.runtime.messages import Message, normalised, visual_parts
 from pascalvl.runtime.positions import mrope_position_ids
 from pascalvl.runtime.tokenizer import Tokenizer
 from pascalvl.runtime.video import VideoProcessor, load_video
@@ -45,11 +48,19 @@ class Prompt:
 
 
 class PromptBuilder:
-    """Turns messages into prompts with the tokenizer, template and processors of a bundle."""
+    """Turns messages into prompts with the tokenizer, template and processors of a bundle.
 
-    def __init__(self, directory: Path, config: ModelConfig, max_pixels: int | None = None) -> None:
+    What users and tools say is text alone: what reads there as one of the tokenizer's added tokens (``<|im_end|>``,
+    ``<|image_pad|>``, ``<think>``) is encoded in pieces. ``control_tokens_in_text`` encodes it as that token, which is
+    the templates' way; prompts without such text are the same.
+    """
+
+    def __init__(
+        self, directory: Path, config: ModelConfig, max_pixels: int | None = None, control_tokens_in_text: bool = False
+    ) -> None:
         self.tokenizer = Tokenizer(directory / TOKENIZER)
         self._config = config
+        self._control_tokens_in_text = control_tokens_in_text
         self._template = ChatTemplate(directory / CHAT_TEMPLATE)
         self._image_processor = ImageProcessor.from_file(directory / IMAGE_PROCESSOR, max_pixels)
         self._video_processor = VideoProcessor.from_file(directory / VIDEO_PROCESSOR, max_pixels)
@@ -67,22 +78,28 @@ class PromptBuilder:
         self._vision_start = self.tokenizer.token(config.vision_start_token_id)
         self._vision_end = self.tokenizer.token(config.vision_end_token_id)
 
-    def build(self, messages: Sequence[Message]) -> Prompt:
-        """Render, load, preprocess and tokenise.
+    def build(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """Render (see `ChatTemplate.render` for the arguments), load, preprocess and tokenise.
 
         Raises:
             UserError: messages, pictures or videos that cannot be used.
         """
-        text = self._template.render(messages)
+        messages = normalised(messages)
+        literal = LiteralText(self.tokenizer)
+        hidden = None if self._control_tokens_in_text else literal
+        text = self._template.render(messages, tools, template_variables, hidden)
         visuals = [
             self._image_processor(load_image(part["image"]))
             if part["type"] == "image"
             else self._video_processor(load_video(part["video"]))
-            for message in messages
-            for part in parts(message)
-            if part["type"] != "text"
+            for part in visual_parts(messages)
         ]
-        token_ids = self.tokenizer.encode(self._expand(text, visuals))
+        token_ids = literal.encode(self._expand(text, visuals))
         highest, vocab_size = int(token_ids.max(initial=-1)), self._config.text.vocab_size
         if not 0 <= highest < vocab_size:
             raise UserError(

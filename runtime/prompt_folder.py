@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pascalvl.plugins.errors import UserError
-from pascalvl.runtime.chat_template import Message
+from pascalvl.plugins.errors import UserError, shown
+from pascalvl.runtime.messages import Message
 
 PROMPTS = "prompts.jsonl"
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
@@ -87,14 +87,14 @@ def _parse(line: str, where: str) -> tuple[str, list[str], str | None]:
     if not isinstance(data, dict):
         raise UserError(f"{where} is no JSON object but a {type(data).__name__}: expected {_LINE}.")
     if unknown := [name for name in data if name not in _FIELDS]:
-        raise UserError(f"{where} has an unknown field {unknown[0]!r}: expected {', '.join(_FIELDS)}.")
+        raise UserError(f"{where} has an unknown field {shown(unknown[0])}: expected {', '.join(_FIELDS)}.")
     prompt, images, answer = data.get("prompt"), data.get("images", []), data.get("answer")
     if not isinstance(prompt, str):
-        raise UserError(f"{where} has no prompt, found {prompt!r}: expected {_LINE}.")
+        raise UserError(f"{where} has no prompt, found {shown(prompt)}: expected {_LINE}.")
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-        raise UserError(f"{where} has images {images!r}: expected a list of file names.")
+        raise UserError(f"{where} has images {shown(images)}: expected a list of file names.")
     if not isinstance(answer, str | None):
-        raise UserError(f"{where} has the answer {answer!r}: expected a text.")
+        raise UserError(f"{where} has the answer {shown(answer)}: expected a text.")
     return prompt, images, answer
 
 

@@ -8,7 +8,7 @@ import numbers
 
 import numpy as np
 
-from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.errors import UserError, shown
 
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 1e-6, 1e6
 """Of logits: far from what changes an answer any more, and from where float32 overflows."""
@@ -57,7 +57,7 @@ class SamplingParams:
             ("seed", "a whole number from 0", self.seed is None or (type(self.seed) is int and self.seed >= 0)),
         ):
             if not valid:
-                raise UserError(f"{name} is out of range: expected {accepted}, found {getattr(self, name)!r}.")
+                raise UserError(f"{name} is out of range: expected {accepted}, found {shown(getattr(self, name))}.")
 
     @property
     def takes_likeliest(self) -> bool:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
+from tokenizers import AddedToken
 from tokenizers.decoders import DecodeStream
+from tokenizers.models import BPE
 
-from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.errors import UserError, shown
 
 
 class Tokenizer:
@@ -28,18 +30,51 @@ class Tokenizer:
             raise UserError(
                 f"{path} is not a tokenizer that can be read ({error}): download the model again and export it."
             ) from error
+        # As training left them in the file; Hugging Face ignores them, too.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        added = list(self._tokenizer.get_added_tokens_decoder().values())
+        self.added_tokens = tuple(token.content for token in added)
+        """Texts of the tokens that were added to the vocabulary, special or not."""
+        self._without_added = tokenizers.Tokenizer(self._tokenizer.model)
+        self._without_added.pre_tokenizer = self._tokenizer.pre_tokenizer
+        self._without_added.normalizer = self._tokenizer.normalizer
+        self._only_added = self._finder(added)
+        # Their texts wherever they stand, as they are and in normal form.
+        self._texts_of_added = [
+            self._finder([AddedToken(text, normalized=normalized) for text in self.added_tokens])
+            for normalized in (False, True)
+        ]
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids ``[n]``; special tokens in the text are recognised, none are added.
+        """Token ids ``[n]``; added tokens in the text are recognised, none besides.
 
         Raises:
             UserError: halves of surrogate pairs, which are no text.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"expected text in Unicode, found {text[error.start : error.end]!r}: correct it.") from None
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+        return np.array(_encoded(self._tokenizer, text).ids, np.int64)
+
+    def encode_without_added(self, text: str) -> list[int]:
+        """Token ids of a text in which nothing is an added token; raises `UserError` as `encode` does."""
+        return _encoded(self._without_added, text).ids
+
+    def find_added(self, text: str) -> list[tuple[int, int, int]]:
+        """The added tokens that `encode` recognises: first character, the one after the last, and token id of each.
+
+        Raises:
+            UserError: as `encode` does.
+        """
+        found = _encoded(self._only_added, text)
+        ids = (self._tokenizer.token_to_id(self._only_added.id_to_token(number)) for number in found.ids)
+        return [(*span, token_id) for span, token_id in zip(found.offsets, ids, strict=True)]
+
+    def starts_of_added(self, text: str) -> set[int]:
+        """Characters at which the texts of added tokens begin, even within words; of two that overlap, the first.
+
+        Raises:
+            UserError: as `encode` does.
+        """
+        return {start for finder in self._texts_of_added for start, _ in _encoded(finder, text).offsets}
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, special ones left out."""
@@ -52,9 +87,25 @@ class Tokenizer:
             raise UserError(f"the tokenizer has no token {token_id}, which the model's config names: files do not fit.")
         return token
 
+    def _finder(self, added: list[AddedToken]) -> tokenizers.Tokenizer:
+        """Encodes added tokens alone, and leaves out all else."""
+        finder = tokenizers.Tokenizer(BPE())
+        finder.normalizer = self._tokenizer.normalizer
+        finder.add_tokens(added)
+        return finder
+
     def stream(self) -> TextStream:
         """A decoder that takes tokens one at a time."""
         return TextStream(self._tokenizer)
+
+
+def _encoded(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = shown(text[error.start : error.end])
+        raise UserError(f"expected text in Unicode, found {found}: correct it.") from None
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 class TextStream:

@@ -14,8 +14,16 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageSequence
 
-from pascalvl.plugins.errors import UserError
-from pascalvl.runtime.image import ImageSource, Patches, PatchParameters, load_image, picture_errors, resized_size
+from pascalvl.plugins.errors import UserError, shown
+from pascalvl.runtime.image import (
+    ImageSource,
+    Patches,
+    PatchParameters,
+    load_image,
+    local_path,
+    picture_errors,
+    resized_size,
+)
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +87,8 @@ VideoSource = str | Path | Video
 def load_video(source: VideoSource, fps: float | None = None) -> Video:
     """Open a video: a folder of pictures, an animated GIF, WebP or PNG, or (with PyAV installed) a video file.
 
+    It is given by its path or a ``file://`` URL.
+
     A folder's pictures are taken in the order of the numbers in their names, ``fps`` of them a second (24); other
     videos have times of their own. A video file's frames are turned as its display matrix says. Frames of folders and
     video files are read when they are used: those of a minute would fill gigabytes. Of a file that is damaged or breaks
@@ -90,10 +100,8 @@ def load_video(source: VideoSource, fps: float | None = None) -> Video:
     if isinstance(source, Video):
         return source
     if not isinstance(source, str | Path):
-        raise UserError(f"expected a video as a path or a Video, found {source!r}.")
-    if source == "":  # which would be the current folder
-        raise UserError("expected the path of a video, found an empty one.")
-    path = Path(source)
+        raise UserError(f"expected a video as a path or a Video, found {shown(source)}.")
+    path = local_path(source)
     if path.is_dir():
         video = Video(_pictures(path), _DEFAULT_FPS if fps is None else fps)
     elif not path.is_file():

@@ -88,6 +88,14 @@ def test_options_that_the_model_refuses(refused, nano_engine_bundle, options, ma
     refused(match, "run", nano_engine_bundle, "--prompt", "Hello!", *options)
 
 
+def test_placeholders_in_a_prompt(refused, nano_engine_bundle, capsys):
+    """They are text, unless they are asked to be what they stand for."""
+    run = ["run", str(nano_engine_bundle), "--max-new-tokens", "1", "--prompt", "<|image_pad|>"]
+    assert main(run) == 0
+    assert "prompt tokens" in capsys.readouterr().err
+    refused("the messages' text holds the placeholder '<|image_pad|>'", *run, "--control-tokens-in-text")
+
+
 def test_prompt_longer_than_the_context(refused, nano_engine_bundle):
     prompt = "The old farmer watched the lamp. " * 40
     match = r"the prompt has \d+ tokens, but the context holds 100 with the answer: shorten the prompt, limit its"
@@ -121,8 +129,8 @@ def broken(tmp_path):
         ("--image", "thin.png", "4000x4 pixels is too thin"),
         ("--video", "absent.mp4", "no video at .*absent.mp4"),
         ("--video", "folder", "folder holds no frames"),
-        ("--video", "", "expected the path of a video, found an empty one"),
-        ("--image", "", "no picture at : give"),
+        ("--video", "", "expected the path of a file, found 0 characters"),
+        ("--image", "", "expected the path of a file, found 0 characters"),
         ("--video", "text.png", "text.png cannot be read as an animation"),
     ],
 )

@@ -281,20 +281,27 @@ def test_missing_and_unreadable_templates(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("messages", "phrase"),
+    ("arguments", "phrase"),
     [
-        ([], "at least one message, found []"),
-        (None, "at least one message, found None"),
-        (["hi"], "expected a message with a role"),
-        ([{"role": "robot", "content": "hi"}], "role of system, user, assistant, tool, found 'robot'"),
-        ([{"role": "user"}], "a text or a list of parts, found None"),
-        ([{"role": "user", "content": ["hi"]}], "found 'hi'"),
-        ([{"role": "user", "content": [{"type": "audio", "audio": "x"}]}], "found {'type': 'audio'"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "with a field of that name"),
-        ([{"role": "user", "content": [text(None)]}], "found {'type': 'text', 'text': None}"),
+        ({"tools": "look"}, "expected tools as a list of JSON schemas, found 'look'"),
+        ({"tools": [print]}, "expected tools as a list of JSON schemas, found [<built-in"),
+        ({"tools": ["x" * 10**6]}, "expected tools as a list of JSON schemas, found ['xxx"),
+        ({"variables": ["x"]}, "expected a template's variables by their names, found ['x']"),
+        ({"variables": {3: "x" * 10**6}}, "expected a template's variables by their names, found {3: 'xxx"),
+        ({"variables": {"tools": []}}, "found tools: give it as the argument tools"),
+        ({"variables": {"messages": []}}, "found messages: give it as the argument messages"),
     ],
 )
-def test_bad_messages(template, messages, phrase):
+def test_bad_arguments(template, arguments, phrase):
     with pytest.raises(UserError) as error:
-        template("{{ messages }}").render(messages)
+        template("{{ messages }}").render(HI, **arguments)
     assert phrase in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def test_variables(template):
+    """They may also be those that have a value else; all are of JSON's types."""
+    source = "{{ add_generation_prompt }} {{ documents }} {{ path }} {{ tools[0].f.x }} {{ enable_thinking is false }}"
+    variables = {"add_generation_prompt": False, "documents": [{"a": 1}], "path": Path("x"), "enable_thinking": False}
+    made = template(source).render(HI, [{"f": {"x": 2}}], variables)
+    assert made == "False [{'a': 1}] <PosixPath> 2 True"

@@ -101,6 +101,8 @@ def _cuts(text):
         ("nothing", (), "nothing"),
         ("no stop", ("stop!", "q"), "no stop"),
         ("é…日本", ("日本",), "é…"),
+        ("xbaaa", ("baaa", "aa"), "xb"),
+        ("xbaaa", ("aa", "baa"), "x"),
     ],
 )
 def test_stop_strings_across_pieces(text, stop, expected):
@@ -114,6 +116,26 @@ def test_stop_strings_across_pieces(text, stop, expected):
         shown.append(matcher.flush())
         assert "".join(shown) == expected
         assert matcher.stopped == (expected != text)
+
+
+def _until_stopped(text, stop):
+    """By definition: the first character after which any stop string is complete; the longest of these is cut off."""
+    for end in range(1, len(text) + 1):
+        if complete := [s for s in stop if text[:end].endswith(s)]:
+            return text[: end - max(map(len, complete))]
+    return text
+
+
+def test_stop_strings_that_overlap():
+    """Every text of up to 7 letters in every cut, with stop strings that lie in each other or begin in each other."""
+    for stop in (("baaa", "aa"), ("aa", "baaa"), ("ab", "ba"), ("aab", "ab", "b"), ("abab", "ba"), ("bb", "abba")):
+        for length in range(1, 8):
+            for letters in itertools.product("ab", repeat=length):
+                text = "".join(letters)
+                expected = _until_stopped(text, stop)
+                for pieces in _cuts(text):
+                    matcher = StopMatcher(stop)
+                    assert "".join([*map(matcher.push, pieces), matcher.flush()]) == expected
 
 
 def test_only_a_possible_stop_string_is_held_back():
@@ -140,6 +162,9 @@ def test_one_stop_string():
 def test_stop_strings_that_are_no_text():
     with pytest.raises(UserError, match=r"expected stop strings as a text or a list of texts, found \[3\]"):
         StopMatcher([3])
+    with pytest.raises(UserError, match=r"found \[3, 'xxx.*…\.$") as error:
+        StopMatcher([3, "x" * 10**6])
+    assert len(str(error.value)) < 200
 
 
 def test_empty_stop_string():

@@ -1,8 +1,12 @@
 """Pictures preprocessed as Hugging Face does it."""
 
+import base64
 import io
 import json
+import os
+import struct
 from fractions import Fraction
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -249,13 +253,14 @@ def test_what_is_no_source(source):
 
 
 @pytest.mark.parametrize("error", [IndexError("index"), RuntimeError("codec"), EOFError("end"), ZeroDivisionError("0")])
-def test_damage_of_which_decoders_raise_other_errors(monkeypatch, error):
+def test_damage_of_which_decoders_raise_other_errors(tmp_path, monkeypatch, error):
     def fail(_):
         raise error
 
     monkeypatch.setattr(Image, "open", fail)
+    (tmp_path / "bad.avif").touch()
     with pytest.raises(UserError, match=rf"bad\.avif cannot be read \({error}\)"):
-        load_image("bad.avif")
+        load_image(tmp_path / "bad.avif")
 
 
 def test_picture_without_pixels():
@@ -268,6 +273,73 @@ def test_decompression_bomb(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(UserError, match="too large"):
         load_image(tmp_path / "bomb.png")
+
+
+def test_pictures_by_their_urls(tmp_path):
+    """A file and a ``data:`` URL; that is as Hugging Face reads it."""
+    picture = noise(40, 30)
+    path = tmp_path / "a picture, 100%#é?.png"
+    picture.save(path)
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    urls = [path.as_uri(), f"FILE://localhost{path.as_uri()[7:]}", f"file://{tmp_path}/a picture, 100%25#é?.png"]
+    urls += [f"data:image/png;base64,{encoded}", f"DATA:;base64,{encoded[:50]}\n{quote(encoded[50:])}"]
+    for url in urls:
+        assert load_image(url).tobytes() == picture.tobytes()
+    odd = os.fsdecode(bytes(tmp_path) + b"/\xff.png")  # which is no UTF-8
+    picture.save(odd)
+    for url in (f"file://{tmp_path}/%ff.png", f"file://{odd}", odd):
+        assert load_image(url).tobytes() == picture.tobytes()
+    assert reference_load_image(urls[3]).tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("url", "phrase"),
+    [
+        ("https://example.org/a.png", "'https://example.org/a.png' is no file here: download or save it first"),
+        ("s3://bucket/a.png", "is no file here"),
+        ("file://elsewhere/a.png", "is no file here"),
+        ("file:///nowhere/a.png", "no picture at /nowhere/a.png"),
+        ("file:///\ud800", "/.* cannot be read"),
+        ("file:///a%00b", r"cannot be read \(embedded null"),
+        ("data:image/png;base64,AAAA", "the picture is not a picture that can be read"),
+        ("data:image/png;base64,A===", r"the picture cannot be read \(.*base64"),
+        ("data:image/png;base64,_-!?", r"the picture cannot be read \(.*base64"),
+        ("data:image/png,AAAA", r"the picture cannot be read \(it is a data: URL, but not in base64\)"),
+        ("data:", "not in base64"),
+        ("https://example.org/" + "a" * 10**6, "is no file here"),
+        ("iVBORw0KGgo" * 10**5, "expected the path of a file, found 1100000 characters, 'iVBORw0KGgo.*…"),
+        (["a" * 10**6], "expected a picture as a path, bytes or PIL image, found .'aaa.*…"),
+    ],
+)
+def test_urls_that_cannot_be_read(url, phrase):
+    with pytest.raises(UserError, match=phrase) as error:
+        load_image(url)
+    assert len(str(error.value)) < 300
+
+
+def test_limits_before_decoding(tmp_path, monkeypatch):
+    """Whatever Pillow's own limit is; of a file whose pixels are missing nothing but the header can be read."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    path = tmp_path / "large.bmp"
+    Image.new("1", (8, 8)).save(path)
+    header = bytearray(path.read_bytes())
+    for width, height in ((13_378, 13_378), (200_000, 900)):
+        header[18:26] = struct.pack("<ii", width, height)
+        path.write_bytes(header)
+        for source in (path, str(path), path.as_uri(), bytes(header)):
+            with pytest.raises(UserError, match=rf"too large \({width}x{height} pixels, more than 178956970\)"):
+                load_image(source)
+    with path.open("wb") as file:
+        file.truncate((1 << 30) + 1)
+    with pytest.raises(UserError, match=r"large\.bmp is too large \(1073741825 bytes, more than 1073741824\)"):
+        load_image(path)
+
+
+def test_special_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        with pytest.raises(UserError, match=r"cannot be read \(it is no regular file\)"):
+            load_image(path)
 
 
 def test_too_thin(processor):

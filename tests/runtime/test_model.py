@@ -162,6 +162,18 @@ def test_limits_out_of_range(nano_engine_bundle):
         scripted(nano_engine_bundle, [7], prefill_chunk=0)
 
 
+def test_tools_and_variables_reach_the_template(nano_engine_bundle):
+    model, _ = scripted(nano_engine_bundle, [7])
+    whole = model.generate(HELLO).prompt_tokens
+    given = {"template_variables": {"add_generation_prompt": False}}
+    assert model.generate(HELLO, **given).prompt_tokens == len(model.prompt(HELLO, **given).token_ids) < whole
+    for take in (model.generate, model.prompt, model.keep_prefix):
+        with pytest.raises(UserError, match="expected tools as a list of JSON schemas, found 'look'"):
+            take(HELLO, tools="look")
+        with pytest.raises(UserError, match="expected a template's variables by their names, found 3"):
+            take(HELLO, template_variables=3)
+
+
 # What the cache may not change ----------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Whole prompts equal to Hugging Face's processor and model: token ids with placeholders expanded, positions."""
 
+import base64
 import dataclasses
 import json
 import shutil
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, AutoTokenizer
+from transformers.image_utils import load_image
 from transformers.video_utils import VideoMetadata
 
 from pascalvl.export.checkpoint import Checkpoint
@@ -110,6 +112,167 @@ def test_tokens_and_positions_equal_the_reference(builder, processor, nano_refer
     assert sorted(visual.tolist()) == torch.nonzero(expected["mm_token_type_ids"][0])[:, 0].tolist()
 
 
+TOOLS_TEMPLATE = """{%- if tools %}<|im_start|>system
+{%- if messages[0].role == 'system' %}
+{{ messages[0].content }}{% endif %}
+
+Functions:{% for tool in tools %}
+{{ tool | tojson }}{% endfor %}<|im_end|>
+{% elif messages[0].role == 'system' %}<|im_start|>system
+{{ messages[0].content }}<|im_end|>
+{% endif %}
+{%- set ns = namespace(asked=-1) %}
+{%- for m in messages %}
+    {%- if m.role == 'user' and not (m.content is string and m.content.startswith('<tool_response>')) %}
+        {%- set ns.asked = loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- macro shown(content) %}
+    {%- if content is string %}{{ content }}{% else %}
+        {%- for part in content %}
+            {%- if 'image' in part or 'image_url' in part or part.type == 'image' -%}
+                <|vision_start|><|image_pad|><|vision_end|>
+            {%- else %}{{ part.text }}{% endif %}
+        {%- endfor %}
+    {%- endif %}
+{%- endmacro %}
+{%- for m in messages %}
+    {%- if m.role == 'user' -%}
+        <|im_start|>user{{ '\\n' + shown(m.content) }}<|im_end|>
+{% elif m.role == 'tool' %}
+        {%- if not loop.previtem or loop.previtem.role != 'tool' %}<|im_start|>user{% endif %}
+<tool_response>
+{{ shown(m.content) }}
+</tool_response>
+        {%- if loop.last or loop.nextitem.role != 'tool' %}<|im_end|>
+{% endif %}
+    {%- elif m.role == 'assistant' %}
+        {%- set text = shown(m.content) | trim %}
+        {%- set thought = m.reasoning_content if m.reasoning_content is string else '' %}
+        {%- if not thought and '</think>' in text %}
+            {%- set thought = text.split('</think>')[0].split('<think>')[-1].strip() %}
+            {%- set text = text.split('</think>')[-1].strip() %}
+        {%- endif -%}
+        <|im_start|>assistant
+{% if thought and loop.index0 > ns.asked %}<think>
+{{ thought }}
+</think>
+
+{% endif %}{{ text }}
+        {%- for call in m.tool_calls %}{% set f = call.function or call %}
+<tool_call>
+{"name": "{{ f.name }}", "arguments": {{ f.arguments if f.arguments is string else f.arguments | tojson }}}
+</tool_call>
+        {%- endfor %}<|im_end|>
+{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+"""Looks at messages, tools and a variable in every way that templates of models with tools do."""
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "What's the weather like at a <place>?",
+            "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
+        },
+    },
+    {"type": "function", "function": {"name": "now", "parameters": {}}},
+]
+
+
+def calls(*arguments):
+    return [
+        {"id": str(i), "type": "function", "function": {"name": "weather", "arguments": given}}
+        for i, given in enumerate(arguments)
+    ]
+
+
+TOOL_CONVERSATIONS = {
+    "asked": [{"role": "user", "content": "How is the weather in Łódź?"}],
+    "system": [{"role": "system", "content": "Be brief."}, user("Weather?")],
+    "called": [
+        user("Weather?"),
+        {"role": "assistant", "content": None, "tool_calls": calls({"place": "Łódź"}, '{"place": "here"}')},
+        {"role": "tool", "content": "18 °C", "tool_call_id": "0", "name": None},
+        {"role": "tool", "content": [{"type": "text", "text": '{"C": 3}'}], "tool_call_id": "1"},
+    ],
+    "no content": [
+        user("Weather?"),
+        {"role": "assistant", "tool_calls": [{"name": "now", "arguments": {}}], "reasoning": "Let me see."},
+        {"role": "tool", "content": "12:00"},
+        {"role": "assistant", "content": "<think>\nWell.\n</think>\n\nNoon.", "tool_calls": None},
+    ],
+    "both": [
+        user("Now?"),
+        {"role": "assistant", "content": "<think>Hm.</think> I look.", "tool_calls": calls({})},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "One.", "reasoning_content": "Easy."},
+        user("Sure?"),
+    ],
+    "a user's response": [user("Now?"), {"role": "user", "content": "<tool_response>12</tool_response>"}],
+}
+
+
+@pytest.mark.parametrize("variables", [{}, {"enable_thinking": False}, {"add_generation_prompt": False}], ids=str)
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["", "tools"])
+@pytest.mark.parametrize("name", TOOL_CONVERSATIONS)
+def test_tools_equal_the_reference(host_files, config, name, tools, variables):
+    (host_files / "chat_template.jinja").write_text(TOOLS_TEMPLATE, encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(host_files)
+    expected = tokenizer.apply_chat_template(
+        TOOL_CONVERSATIONS[name], tools=tools, return_dict=True, **{"add_generation_prompt": True, **variables}
+    )
+    found = PromptBuilder(host_files, config).build(TOOL_CONVERSATIONS[name], tools, variables)
+    assert found.token_ids.tolist() == expected["input_ids"]
+
+
+def test_pictures_in_every_form_equal_the_reference(builder, processor, tmp_path):
+    path = tmp_path / "a b.png"
+    picture(90, 60).save(path)
+    url = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    expected = builder.build([user({"type": "image", "image": picture(90, 60)}, "What is it?")])
+    for part, source in (
+        ({"type": "image", "image": str(path)}, str(path)),
+        ({"type": "image", "path": str(path)}, str(path)),
+        ({"type": "image", "url": url}, url),
+        ({"type": "image", "image": url}, url),
+        ({"type": "image_url", "image_url": {"url": url, "detail": "low"}}, url),
+        ({"type": "image_url", "image_url": path.as_uri()}, str(path)),  # of which Hugging Face reads no file: URLs
+        ({"type": "image", "image": path}, str(path)),
+    ):
+        messages = [user(part, "What is it?")]
+        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        reference = processor(text=[text], images=[load_image(source)])
+        found = builder.build(messages)
+        assert found.token_ids.tolist() == reference["input_ids"][0] == expected.token_ids.tolist()
+        assert found.visuals[0].patches.digest == expected.visuals[0].patches.digest
+
+
+def test_videos_in_every_form(builder, tmp_path):
+    path = tmp_path / "a b.gif"
+    frames = [picture(64 + i, 64).resize((64, 64)) for i in range(4)]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=250)
+    expected = builder.build([user({"type": "video", "video": path})])
+    for part in (
+        {"type": "video", "path": str(path)},
+        {"type": "video", "url": path.as_uri()},
+        {"type": "video_url", "video_url": {"url": path.as_uri()}},
+    ):
+        found = builder.build([user(part)])
+        assert found.token_ids.tolist() == expected.token_ids.tolist()
+        assert found.visuals[0].patches.digest == expected.visuals[0].patches.digest
+    for url in ("https://example.org/a.mp4", "data:video/mp4;base64," + "A" * 10**6):
+        with pytest.raises(UserError, match="is no file here: download or save it first") as error:
+            builder.build([user({"type": "video_url", "video_url": {"url": url}})])
+        assert len(str(error.value)) < 300
+
+
 def test_visual_tokens_are_where_their_placeholders_are(builder, config):
     prompt = builder.build(CONVERSATIONS["video and picture"])
     kinds = [config.video_token_id, config.image_token_id, config.video_token_id]
@@ -135,8 +298,7 @@ def test_max_pixels_limits_pictures_and_videos(nano_checkpoint, config, builder)
     [
         ([], "at least one message"),
         ([{"role": "user", "content": [{"type": "audio", "audio": "x"}]}], "found {'type': 'audio'"),
-        ([user("text with <|image_pad|> in it")], "no such picture or video is given"),
-        ([user(video(4, 2.0), "<|image_pad|>", image(64, 64))], "no such picture or video is given"),
+        ([user("x"), {"role": "assistant", "content": "<|image_pad|>"}], "no such picture or video is given"),
         ([user({"type": "image", "image": None})], "expected a picture as a path"),
         ([user({"type": "video", "video": 3})], "expected a video as a path"),
         ([user("\ud83d")], "expected text in Unicode"),
@@ -146,6 +308,21 @@ def test_bad_messages(builder, messages, phrase):
     with pytest.raises(UserError) as error:
         builder.build(messages)
     assert phrase in str(error.value)
+
+
+def test_placeholders_in_text(nano_checkpoint, config, builder):
+    """They are text, and no place for a picture, unless they are asked to be."""
+    templates_way = PromptBuilder(nano_checkpoint, config, control_tokens_in_text=True)
+    messages = [user(video(4, 2.0), "<|image_pad|>", image(64, 64)), {"role": "tool", "content": "<|video_pad|>"}]
+    prompt = builder.build(messages)
+    of_visuals = sum(visual.token_indices.size for visual in prompt.visuals)
+    assert np.isin(prompt.token_ids, (config.image_token_id, config.video_token_id)).sum() == of_visuals
+    text = builder.tokenizer.decode(prompt.token_ids)
+    assert "<|image_pad|>" in text
+    assert "<|video_pad|>" in text
+    for bad in ([user("text with <|image_pad|> in it")], messages):
+        with pytest.raises(UserError, match=r"holds the placeholder .* where no such picture or video is given"):
+            templates_way.build(bad)
 
 
 def test_template_that_drops_a_picture(host_files, config):
@@ -171,7 +348,7 @@ def test_processor_of_another_model(host_files, config, name):
 def test_tokens_that_the_model_has_not(host_files, config):
     small = dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=2014))
     with pytest.raises(UserError, match="tokens of a prompt, up to number 2014: expected some below 2014"):
-        PromptBuilder(host_files, small).build([user("<think>")])
+        PromptBuilder(host_files, small).build([{"role": "system", "content": "<think>"}, user("Hi")])
     (host_files / "chat_template.jinja").write_text("")
     with pytest.raises(UserError, match="make 0 tokens of a prompt"):
         PromptBuilder(host_files, config).build([user("Hello!")])

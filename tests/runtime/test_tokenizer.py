@@ -1,5 +1,6 @@
 """The tokenizer equals Hugging Face's, and streams whole characters."""
 
+import json
 import random
 
 import numpy as np
@@ -84,6 +85,17 @@ def test_streams_are_independent(tokenizer):
     begun, other = tokenizer.stream(), tokenizer.stream()
     begun.push(tokenizer.encode("🚀").tolist()[0])
     assert "".join(map(other.push, tokenizer.encode("plain").tolist())) == "plain"
+
+
+def test_what_training_left_in_the_file(nano_checkpoint, tmp_path, tokenizer):
+    """Hugging Face neither cuts off nor fills up, whatever the file says."""
+    content = json.loads((nano_checkpoint / "tokenizer.json").read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    fill = {"pad_id": 2000, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    content["padding"] = {"strategy": {"Fixed": 90}, "direction": "Right", "pad_to_multiple_of": None, **fill}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    text = "One, two, three, four, five."
+    assert Tokenizer(tmp_path / "tokenizer.json").encode(text).tolist() == tokenizer.encode(text).tolist()
 
 
 def test_names_of_tokens(tokenizer, reference):
