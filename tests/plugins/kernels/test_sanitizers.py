@@ -64,6 +64,12 @@ def test_kernels_are_clean(sanitized, program, arguments):
     assert result.returncode == 0, result.stderr[-4000:]
 
 
+def test_sizes_of_any_int32_are_refused_or_right(sanitized):
+    sanitizer, library = sanitized
+    result = run("extremes", library, sanitizer)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
 @pytest.mark.skipif(available_target() is not Target.CUDA, reason="needs a GPU")
 def test_made_up_inputs_on_a_gpu():
     """compute-sanitizer can be run over the same command."""
