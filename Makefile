@@ -86,16 +86,17 @@ eval: setup $(VENV)/torchvision ## what formats of the cache (EVAL=kv) or weight
 test: setup $(VENV)/torchvision ## the tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-kernels: setup ## the CUDA kernels' library, build/lib/libpascalvl.so
-	$(BIN)/python -m pascalvl.plugins.kernels.build build/lib/libpascalvl.so
+# Not in build/lib: what lies there, setuptools packs into wheels.
+kernels: setup ## the CUDA kernels' library, build/native/libpascalvl.so
+	$(BIN)/python -m pascalvl.plugins.kernels.build build/native/libpascalvl.so
 
-plugin: setup ## the TensorRT plugin's library, build/lib/libpascalvl_plugin.so, for TENSORRT_MAJOR
-	$(BIN)/python -m pascalvl.plugins.tensorrt.build build/lib/libpascalvl_plugin.so $(PLUGIN_ARGS)
+plugin: setup ## the TensorRT plugin's library, build/native/libpascalvl_plugin.so, for TENSORRT_MAJOR
+	$(BIN)/python -m pascalvl.plugins.tensorrt.build build/native/libpascalvl_plugin.so $(PLUGIN_ARGS)
 
 lint: setup ## ruff and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard plugins/*/*.c* plugins/*/*.h tests/plugins/*/*.cu)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard plugins/*/*.c* plugins/*/*.h tests/*.cpp tests/plugins/*/*.cu)
 
 clean: ## remove what was built, and the environment
 	rm -rf build $(VENV)

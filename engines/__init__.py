@@ -1,7 +1,14 @@
 """ONNX model bundle to engine bundle, and engine bundle to something that runs; one module a backend."""
 
+import os
+
 from pascalvl.engines.backend import Engine, build, open_engine
 from pascalvl.engines.build_options import BuildOptions
 from pascalvl.engines.session import Session
 
 __all__ = ["BuildOptions", "Engine", "Session", "build", "open_engine"]
+
+# ONNX Runtime tells its vendor how it is used, and keeps a device id and a queue of events in the user's cache folder,
+# unless this is set before its first import. Whatever imports it here is a module below this package, or polygraphy,
+# which these modules import.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

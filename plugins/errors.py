@@ -14,7 +14,7 @@ class UserError(Exception):
     """
 
     def __init__(self, sentence: str) -> None:
-        line = _UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], sentence)
+        line = _UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], re.sub(r"\s", " ", sentence))
         if len(line) > _MOST_SENTENCE:
             line = f"{line[: _MOST_SENTENCE * 2 // 3]} … {line[-_MOST_SENTENCE // 3 :]}"
         super().__init__(line)

@@ -73,8 +73,15 @@ def compile_library(output: Path, sources: Sequence[Path], flags: Sequence[str] 
         files = [f"-I{FOLDER.parents[1]}", *map(str, sources), "-ldl", "-o", str(made)]
         result = subprocess.run([compiler, *CXX_FLAGS, *flags, *files], capture_output=True, text=True, check=False)
         if result.returncode:
-            raise UserError(f"{compiler} failed to build {output.name}:\n{result.stderr}")
+            raise UserError(f"{compiler} failed to build {output.name} ({first_error(result.stderr)}).")
         made.replace(output)
+
+
+def first_error(report: str) -> str:
+    """The line of a compiler's report that says what is wrong; the whole is logged."""
+    log.info("%s", report)
+    lines = report.splitlines()
+    return next((line for line in lines if "error" in line), lines[0] if lines else "it does not say why").strip()
 
 
 def _compiler() -> str:
@@ -167,11 +174,11 @@ def compile_cuda(path: Path, cubin: bool) -> tuple[bytes, str]:
         options.append("--ptxas-options=-v")
     arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     failed = nvrtc.nvrtcCompileProgram(program, len(options), arguments)
-    log = _read(nvrtc, program, "ProgramLog").decode().rstrip("\0\n")
+    report = _read(nvrtc, program, "ProgramLog").decode().rstrip("\0\n")
     try:
         if failed:
-            raise UserError(f"NVRTC refused {path.name}:\n{log}")
-        return _read(nvrtc, program, "CUBIN" if cubin else "PTX"), log
+            raise UserError(f"NVRTC refused {path.name} ({first_error(report)}).")
+        return _read(nvrtc, program, "CUBIN" if cubin else "PTX"), report
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 

@@ -16,7 +16,8 @@ constexpr int kMostAhead = 48 << 10;  // bytes of weights that may wait in the L
 constexpr int kHalvesGroup = 32;      // inputs by which weights in halves are split: as long as a group of 128 codes
 static_assert(kGeluTanh == int(PASCALVL_GELU_TANH) && kSiluGated == int(PASCALVL_SILU_GATED), "numbered as in the ABI");
 constexpr int kMaxDim = 128;
-constexpr int kBlocksPerMultiprocessor = 2;  // of decode blocks, by their registers
+constexpr int64_t kMaxStride = int64_t(1) << 47;  // bytes: times a number of layers still 64 bits
+constexpr int kBlocksPerMultiprocessor = 2;       // of decode blocks, by their registers
 
 thread_local std::string last_error;
 
@@ -56,8 +57,24 @@ void require_pointer(const void* pointer, const char* name) {
   require(reinterpret_cast<uintptr_t>(pointer) % 16 == 0, "%s is not aligned to 16 bytes.", name);
 }
 
-void require_positive(int value, const char* name) {
+// The sizes that are multiplied below are within these bounds; products that may leave 32 bits are made in 64.
+void require_size(int value, const char* name, int most = PASCALVL_MAX_SIZE) {
   require(value > 0, "%s is %d; it must be at least 1.", name, value);
+  require(value <= most, "%s is %d; it must be at most %d.", name, value, most);
+}
+
+// Of q, or of a layer's new keys: the kernels number them.
+void require_rows(int batch, int heads, int seq) {
+  const int64_t rows = int64_t(batch) * heads * seq;
+  require(rows <= PASCALVL_MAX_ROWS, "batch %d, %d heads and seq %d make %lld rows; expected at most %d.", batch, heads,
+          seq, static_cast<long long>(rows), int(PASCALVL_MAX_ROWS));
+}
+
+// From a layer's rows (or scales) to the next one's.
+void require_stride(int64_t bytes, int multiple) {
+  require(bytes % multiple == 0 && bytes >= -kMaxStride && bytes <= kMaxStride,
+          "A layer's stride is %lld bytes; expected a multiple of %d, and 2^47 at most.", static_cast<long long>(bytes),
+          multiple);
 }
 
 void require_dim(int dim, const char* name) {
@@ -78,7 +95,7 @@ void check_cache(const pascalvl_cache& cache, int key_dim) {
       is_quantised(cache.key_format) ? is_quantised(cache.value_format) : cache.key_format == cache.value_format,
       "A cache of %s keys and %s values is not supported; expected both float32, both float16, or each int8 or int4.",
       format_name(cache.key_format), format_name(cache.value_format));
-  require_positive(cache.capacity, "The cache's capacity");
+  require_size(cache.capacity, "The cache's capacity");
   require_pointer(cache.key, "The cache of keys");
   require_pointer(cache.value, "The cache of values");
   if (is_quantised(cache.key_format)) {
@@ -107,6 +124,12 @@ bool quantises_queries(const pascalvl_attention_args& a) {  // in a launch of it
   return a.causal && a.past_length && is_quantised(a.cache.key_format) && !is_decode(a);
 }
 
+// Tiles of a kv head's rows.
+int64_t causal_tiles(const pascalvl_attention_args& a) {
+  const int64_t rows = int64_t(a.seq) * (a.num_heads / a.num_kv_heads);
+  return (rows - 1) / prefill_rows(a.value_dim) + 1;
+}
+
 void check_recent(const pascalvl_attention_args& a) {
   require(a.past_length && is_quantised(a.cache.key_format), "Recent tokens lie beside a quantised cache; found %s.",
           a.past_length ? format_name(a.cache.key_format) : "none");
@@ -115,7 +138,7 @@ void check_recent(const pascalvl_attention_args& a) {
   require(recent.key_format == kFloat16 && recent.value_format == kFloat16 && !recent.rotated,
           "Recent keys and values are %s%s and %s; expected float16.", recent.rotated ? "rotated " : "",
           format_name(recent.key_format), format_name(recent.value_format));
-  require_positive(recent.capacity, "The recent rows' capacity");
+  require_size(recent.capacity, "The recent rows' capacity");
   require_pointer(recent.key, "The cache of recent keys");
   require_pointer(recent.value, "The cache of recent values");
 }
@@ -125,13 +148,16 @@ void check(const pascalvl_attention_args& a) {
   require_pointer(a.k, "k");
   require_pointer(a.v, "v");
   require_pointer(a.out, "out");
-  require_positive(a.batch, "batch");
-  require_positive(a.num_heads, "num_heads");
-  require_positive(a.num_kv_heads, "num_kv_heads");
-  require_positive(a.seq, "seq");
+  require_size(a.batch, "batch", PASCALVL_MAX_GRID);
+  require_size(a.num_heads, "num_heads", PASCALVL_MAX_GRID);
+  require_size(a.num_kv_heads, "num_kv_heads", PASCALVL_MAX_GRID);
+  require_size(a.seq, "seq");
+  require_rows(a.batch, a.num_heads, a.seq);
   require(a.num_heads % a.num_kv_heads == 0, "num_heads %d is not a multiple of num_kv_heads %d.", a.num_heads,
           a.num_kv_heads);
-  require(std::isfinite(a.softmax_scale), "softmax_scale is not a finite number.");
+  require(std::fabs(a.softmax_scale) <= PASCALVL_MAX_SOFTMAX_SCALE,
+          "softmax_scale is %g; expected a number between -%g and %g.", double(a.softmax_scale),
+          double(PASCALVL_MAX_SOFTMAX_SCALE), double(PASCALVL_MAX_SOFTMAX_SCALE));
   if (!a.causal) {
     require(a.key_dim == a.value_dim && (a.key_dim == 64 || a.key_dim == 72 || a.key_dim == 128),
             "Packed attention has head sizes 64, 72 and 128; found key_dim %d and value_dim %d.", a.key_dim,
@@ -139,7 +165,7 @@ void check(const pascalvl_attention_args& a) {
     require(a.batch == 1, "Packed attention has batch 1; found %d.", a.batch);
     require(a.num_heads == a.num_kv_heads, "Packed attention has as many kv heads as heads; found %d and %d.",
             a.num_kv_heads, a.num_heads);
-    require_positive(a.num_sequences, "num_sequences");
+    require_size(a.num_sequences, "num_sequences");
     require(a.cu_seqlens, "cu_seqlens is a null pointer.");
     return;
   }
@@ -151,14 +177,19 @@ void check(const pascalvl_attention_args& a) {
     const int group = a.num_heads / a.num_kv_heads;
     require(group == 1 || group == 2 || group == 4 || group == 8,
             "Decode has 1, 2, 4 or 8 query heads a kv head; found %d.", group);
+  } else {
+    require(causal_tiles(a) <= PASCALVL_MAX_GRID,
+            "seq %d with %d query heads a kv head makes %lld tiles of %d rows; expected at most %d.", a.seq,
+            a.num_heads / a.num_kv_heads, static_cast<long long>(causal_tiles(a)), prefill_rows(a.value_dim),
+            int(PASCALVL_MAX_GRID));
   }
 }
 
 // Of a cache's rows: as many splits as the card runs at once, none shorter than it pays.
 int decode_splits(const pascalvl_attention_args& a, int capacity) {
-  const int blocks = a.batch * a.num_kv_heads, wanted = multiprocessors() * kBlocksPerMultiprocessor;
+  const int64_t blocks = int64_t(a.batch) * a.num_kv_heads, wanted = multiprocessors() * kBlocksPerMultiprocessor;
   const int most = (capacity - 1) / kLeastKeys + 1;
-  return std::max(1, std::min({most, wanted / blocks, kMaxSplits}));
+  return std::max(1, std::min({most, int(wanted / blocks), kMaxSplits}));
 }
 
 int recent_splits(const pascalvl_attention_args& a) { return has_recent(a) ? decode_splits(a, a.recent.capacity) : 0; }
@@ -270,10 +301,8 @@ void prefill(const pascalvl_attention_args& a, void* workspace, void* stream) {
     p.q_codes = codes;
     p.q_scale = scale;
   }
-  const int64_t rows = int64_t(a.seq) * (a.num_heads / a.num_kv_heads),
-                tiles = (rows - 1) / prefill_rows(a.value_dim) + 1;
   launch(prefill_causal_kernel(a.value_dim <= 64 ? 64 : 128, p.cache.key_format, p.cache.value_format),
-         {unsigned(a.num_kv_heads), unsigned(tiles), unsigned(a.batch)}, p, stream);
+         {unsigned(a.num_kv_heads), unsigned(causal_tiles(a)), unsigned(a.batch)}, p, stream);
 }
 
 int up_to(int count, int multiple) { return (count + multiple - 1) / multiple * multiple; }
@@ -284,10 +313,9 @@ void check(const pascalvl_linear_args& a) {
   require_pointer(a.out, "out");
   if (a.bias) require_pointer(a.bias, "bias");
   if (a.residual) require_pointer(a.residual, "residual");
-  require_positive(a.rows, "rows");
-  require_positive(a.in_features, "in_features");
-  require_positive(a.out_features, "out_features");
-  require(a.rows <= 65535, "%d rows are too many; expected at most 65535.", a.rows);
+  require_size(a.rows, "rows", PASCALVL_MAX_GRID);
+  require_size(a.in_features, "in_features");
+  require_size(a.out_features, "out_features");
   require(a.activation >= kNoActivation && a.activation <= kSiluGated,
           "The activation is %d; expected 0 (none), 1 (GELU by tanh) or 2 (SiLU, gated).", a.activation);
   require(a.activation != kSiluGated || a.out_features % (2 * kGatedBlock) == 0,
@@ -478,17 +506,22 @@ extern "C" int pascalvl_kv_append(const pascalvl_append_args* args, void* stream
     const pascalvl_append_args& a = *args;
     require_pointer(a.key, "key");
     require_pointer(a.value, "value");
-    require_positive(a.layers, "layers");
-    require_positive(a.batch, "batch");
-    require_positive(a.num_kv_heads, "num_kv_heads");
-    require_positive(a.seq, "seq");
+    require_size(a.layers, "layers", PASCALVL_MAX_GRID);
+    require_size(a.batch, "batch", PASCALVL_MAX_GRID);
+    require_size(a.num_kv_heads, "num_kv_heads", PASCALVL_MAX_GRID);
+    require_size(a.seq, "seq");
+    require_rows(a.batch, a.num_kv_heads, a.seq);
     require_dim(a.key_dim, "key_dim");
     require_dim(a.value_dim, "value_dim");
     require(a.past_length || a.slots, "past_length and slots are null pointers; expected one of them.");
     check_cache(a.cache, a.key_dim);
-    for (const int64_t stride : {a.key_stride, a.value_stride}) {
-      require(a.layers == 1 || stride % 16 == 0, "A layer's stride is %lld bytes; expected a multiple of 16.",
-              static_cast<long long>(stride));
+    if (a.layers > 1) {
+      require_stride(a.key_stride, 16);
+      require_stride(a.value_stride, 16);
+      if (is_quantised(a.cache.key_format)) {
+        require_stride(a.key_scale_stride, 2);
+        require_stride(a.value_scale_stride, 2);
+      }
     }
     const AppendParams p{
         a.key,          a.value,        to_cache(a.cache),  a.past_length,        a.slots,
@@ -503,8 +536,8 @@ extern "C" int pascalvl_greedy(const float* logits, int32_t rows, int32_t vocab_
                                void* stream) {
   return guarded([&] {
     require(logits && token && logit, "logits, token or logit is a null pointer.");
-    require_positive(rows, "rows");
-    require_positive(vocab_size, "vocab_size");
+    require_size(rows, "rows");
+    require_size(vocab_size, "vocab_size");
     launch(Kernel::greedy_choice, {unsigned(rows), 1, 1}, GreedyParams{logits, token, logit, vocab_size}, stream);
   });
 }

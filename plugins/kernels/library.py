@@ -15,6 +15,15 @@ class _Struct(ctypes.Structure):
         if unknown:
             raise TypeError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}")
         super().__init__(**fields)
+        for name, kind in self._fields_:
+            if kind in (ctypes.c_int32, ctypes.c_int64) and name in fields:
+                _check_fits(name, fields[name], kind)
+
+
+def _check_fits(name: str, value: int, kind: type = ctypes.c_int32) -> None:
+    """ctypes drops the bits that a number has too many."""
+    if kind(value).value != value:
+        raise UserError(f"{name} is {value}: the kernels take numbers of {8 * ctypes.sizeof(kind)} bits.")
 
 
 def _fields(kind: type, names: str) -> list[tuple[str, type]]:
@@ -90,6 +99,7 @@ class KernelLibrary:
 
     def row_bytes(self, row_format: RowFormat, dim: int) -> int:
         """Bytes of a cache row of ``dim`` elements."""
+        _check_fits("dim", dim)
         return self._library.pascalvl_row_bytes(int(row_format), dim)
 
     def attention_workspace(self, args: AttentionArgs) -> int:
@@ -126,6 +136,8 @@ class KernelLibrary:
 
     def greedy(self, logits: int, rows: int, vocab_size: int, token: int, logit: int, stream: int = 0) -> None:
         """Launch the choice of each row's likeliest token."""
+        _check_fits("rows", rows)
+        _check_fits("vocab_size", vocab_size)
         pointers = [ctypes.c_void_p(pointer) for pointer in (logits, token, logit, stream)]
         self._call("pascalvl_greedy", pointers[0], rows, vocab_size, *pointers[1:])
 

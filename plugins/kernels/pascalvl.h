@@ -26,6 +26,17 @@ enum pascalvl_status {
   PASCALVL_CUDA_ERROR = 2,
 };
 
+// How large sizes may be: far more than models have, and so little that no number of elements, bytes or blocks that a
+// call takes overflows, here or in a kernel.
+enum pascalvl_limit {
+  PASCALVL_MAX_SIZE = 1 << 24,  // tokens, slots, features, entries of a vocabulary, rows of logits
+  PASCALVL_MAX_GRID = 65535,    // what CUDA counts blocks of in 16 bits: batch, heads, layers, rows of a linear layer,
+                                // tiles of 64 rows (128 with values of up to 72 channels) of a kv head in prefill
+  PASCALVL_MAX_ROWS = 1 << 30,  // rows of q, and new ones of a layer: batch * heads * seq
+};
+
+#define PASCALVL_MAX_SOFTMAX_SCALE 1e6f  // or its negative
+
 enum pascalvl_format { PASCALVL_FLOAT32 = 0, PASCALVL_FLOAT16 = 1, PASCALVL_INT8 = 2, PASCALVL_INT4 = 3 };
 
 // One layer's cache of keys and values: rows [batch, num_kv_heads, capacity, row bytes], see params.h; of quantised

@@ -116,11 +116,11 @@ def attention(
             shape = batch, past_key.shape[2]
             tensors["past_visible"] = _checked("past_visible", past_visible, [torch.int32], shape, q.device)
         tensors_of_past = past_key.contiguous(), past_value.contiguous(), past_scale
-        options["cache"] = cache_view(layout, *tensors_of_past)
+        options["cache"] = cache_view(layout, batch, *tensors_of_past)
         if recent_key is not None:
             tensors["recent_length"] = _checked("recent_length", recent_length, [torch.int32], (batch,), q.device)
             options["recent"] = cache_view(
-                dataclasses.replace(layout, kv_format=KVFormat.F16), recent_key, recent_value
+                dataclasses.replace(layout, kv_format=KVFormat.F16), batch, recent_key, recent_value
             )
     args = AttentionArgs(
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
@@ -232,6 +232,9 @@ def append_run(
     """`kv_append` of layers with the same layout: keys and values of all, ``[layers, batch, num_kv_heads, seq, dim]``,
     and the caches of at least the first two."""
     count, batch, _, seq, _ = key.shape
+    lead = count, batch, layout.num_kv_heads, seq
+    key = _checked("new keys", key, [torch.float32], (*lead, layout.key_dim), key.device)
+    value = _checked("new values", value, [torch.float32], (*lead, layout.value_dim), key.device)
     slots = _checked("slots", slots, [torch.int32], (batch, seq), key.device)
     first, second = caches[0], caches[min(1, count - 1)]
     strides = [0 if a is None else b.data_ptr() - a.data_ptr() for a, b in zip(first, second, strict=True)]
@@ -245,7 +248,7 @@ def append_run(
         key_dim=layout.key_dim,
         value_dim=layout.value_dim,
         slots=slots.data_ptr(),
-        cache=cache_view(layout, *first),
+        cache=cache_view(layout, batch, *first),
         key_stride=strides[0],
         value_stride=strides[1],
         key_scale_stride=strides[2],
@@ -255,11 +258,13 @@ def append_run(
         kernels.kv_append(args, stream)
 
 
-def cache_view(layout: LayerLayout, key: torch.Tensor, value: torch.Tensor, scale: torch.Tensor | None = None) -> Cache:
-    """One layer's cache as the kernels take it, halves in words or as they are; raises `ValueError` for tensors of
-    another layout."""
+def cache_view(
+    layout: LayerLayout, batch: int, key: torch.Tensor, value: torch.Tensor, scale: torch.Tensor | None = None
+) -> Cache:
+    """One layer's cache of ``batch`` sequences as the kernels take it, halves in words or as they are; raises
+    `ValueError` for tensors of another layout."""
     key, value = _words(key), _words(value)
-    batch, _, capacity, _ = key.shape
+    capacity = key.shape[2]
     shape = batch, layout.num_kv_heads, capacity
     rows = zip(("keys", "values"), (key, value), layout.kv_format.rows, layout.row_elements, strict=True)
     for name, tensor, row, elements in rows:

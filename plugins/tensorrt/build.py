@@ -83,7 +83,7 @@ def layout(major: int, headers: Sequence[Path] = ()) -> dict[str, list[str]]:
             command += [f"-fdump-lang-class={dump}", "-o", f"{folder}/plugin.o"]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode:
-                raise UserError(f"g++ refused {source.name}:\n{result.stderr}")
+                raise UserError(f"g++ refused {source.name} ({kernels_build.first_error(result.stderr)}).")
             text += dump.read_text(encoding="utf-8")
     found = {}
     for name, full in _CLASSES.items():

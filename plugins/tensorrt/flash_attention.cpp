@@ -1,5 +1,6 @@
 // FlashAttention2 as a TensorRT plugin over the kernels' C ABI. What the op is: plugins/ops/flash_attention/op.py.
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "plugins/tensorrt/plugin.h"
@@ -84,12 +85,19 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
     return attributes;
   }
 
+  // What the kernels would refuse, in whatever bytes claim to be a plugin too.
   static void validate(const Attributes& a) {
-    require((a.causal == 0 || a.causal == 1) && a.kv_format >= 0 && a.kv_format < kNumFormats,
+    require((a.causal == 0 || a.causal == 1) && a.kv_format >= 0 && a.kv_format < (a.causal ? kNumFormats : 1),
             "the serialised plugin's attributes are out of range: build the engine again");
-    require(a.recent >= 0 && (!a.recent || is_quantised(kFormats[a.kv_format])),
+    require(std::fabs(a.softmax_scale) <= PASCALVL_MAX_SOFTMAX_SCALE,
+            "attribute " PASCALVL_ATTR_SOFTMAX_SCALE " is " + std::to_string(a.softmax_scale) +
+                "; expected a number of " + std::to_string(int(PASCALVL_MAX_SOFTMAX_SCALE)) + " at most");
+    require(!a.recent || a.causal,
+            "attribute " PASCALVL_ATTR_RECENT " is " + std::to_string(a.recent) + " without a cache; expected 0");
+    require(a.recent >= 0 && a.recent <= PASCALVL_MAX_SIZE && (!a.recent || is_quantised(kFormats[a.kv_format])),
             "attribute " PASCALVL_ATTR_RECENT " is " + std::to_string(a.recent) + " with a cache in " +
-                kFormats[a.kv_format].name + "; expected 0, or a number of slots beside a quantised cache");
+                kFormats[a.kv_format].name + "; expected 0, or a number of slots (" +
+                std::to_string(PASCALVL_MAX_SIZE) + " at most) beside a quantised cache");
   }
 
   // q [batch, num_heads, seq, head_dim] to [batch, seq, num_heads, value_dim].
@@ -131,6 +139,9 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
                   void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
     return guarded<int32_t>(kName, 1, [&] {
       pascalvl_attention_args args = sizes(descriptions);
+      size_t bytes = 0;
+      check(pascalvl_attention_workspace(&args, &bytes));  // before the sizes are multiplied here
+      require_workspace();
       args.q = static_cast<const float*>(inputs[kQuery]);
       args.k = static_cast<const float*>(inputs[kKey]);
       args.v = static_cast<const float*>(inputs[kValue]);
@@ -154,9 +165,6 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
       } else {
         args.cu_seqlens = lengths;
       }
-      size_t bytes = 0;
-      check(pascalvl_attention_workspace(&args, &bytes));
-      require_workspace();
       check(pascalvl_attention(&args, workspace, bytes, stream));
       return 0;
     });
@@ -190,6 +198,13 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
     require(same, std::string(name) + " has shape " + text(dims) + "; expected " + text(expected) + or_else);
   }
 
+  // TensorRT 10 has sizes of 64 bits.
+  static int32_t size(const Dims& dims, int32_t axis) {
+    const auto result = int32_t(dims.d[axis]);
+    require(result == dims.d[axis], "a tensor has shape " + text(dims) + "; expected sizes of 32 bits");
+    return result;
+  }
+
   // Elements of a row in its tensor's type: floats or words.
   static int32_t row_elements(int32_t format, int32_t dim) {
     return int32_t(pascalvl_row_bytes(format, dim) / sizeof(uint32_t));
@@ -210,12 +225,12 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
     pascalvl_attention_args args{};
     args.q = args.k = args.v = values;
     args.out = reinterpret_cast<float*>(somewhere);
-    args.batch = int32_t(q.d[0]);
-    args.num_heads = int32_t(q.d[1]);
-    args.num_kv_heads = int32_t(k.d[1]);
-    args.seq = int32_t(q.d[2]);
-    args.key_dim = int32_t(q.d[3]);
-    args.value_dim = int32_t(v.d[3]);
+    args.batch = size(q, 0);
+    args.num_heads = size(q, 1);
+    args.num_kv_heads = size(k, 1);
+    args.seq = size(q, 2);
+    args.key_dim = size(q, 3);
+    args.value_dim = size(v, 3);
     args.softmax_scale = attributes_.softmax_scale;
     args.causal = attributes_.causal;
     if (args.causal) {
@@ -238,7 +253,7 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
       args.cache.key = args.cache.value = somewhere;
       args.cache.key_format = format().key;
       args.cache.value_format = format().value;
-      args.cache.capacity = int32_t(capacity);
+      args.cache.capacity = size(past, 2);
       if (is_quantised(format())) {
         require(capacity % 2 == 0, "a quantised cache has an even capacity; found " + std::to_string(capacity));
         expect(inputs[kPastScale].dims, {4, {2, k.d[0], k.d[1], capacity / 2}}, "past_scale");
@@ -256,7 +271,7 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
       }
     } else {
       args.cu_seqlens = lengths;
-      args.num_sequences = int32_t(inputs[kLengths].dims.d[0]) - 1;
+      args.num_sequences = std::max(size(inputs[kLengths].dims, 0), 1) - 1;
     }
     return args;
   }

@@ -1,5 +1,6 @@
 // QuantLinear as a TensorRT plugin over the kernels' C ABI. What the op is: plugins/ops/quant_linear/op.py.
 #include <algorithm>
+#include <utility>
 
 #include "plugins/tensorrt/plugin.h"
 
@@ -58,25 +59,34 @@ class QuantLinear final : public Plugin<QuantLinear, Attributes> {
     return attributes;
   }
 
-  // What the kernels do not check themselves.
+  // What the kernels would refuse, in whatever bytes claim to be a plugin too.
   static void validate(const Attributes& a) {
-    const auto expect = [](bool condition, const char* name, int32_t value, const char* expected) {
+    const auto expect = [](bool condition, const char* name, int32_t value, const std::string& expected) {
       require(condition, std::string("attribute ") + name + " is " + std::to_string(value) + "; expected " + expected);
     };
-    expect(a.in_features > 0, PASCALVL_LINEAR_ATTR_IN_FEATURES, a.in_features, "at least 1");
-    expect(a.out_features > 0, PASCALVL_LINEAR_ATTR_OUT_FEATURES, a.out_features, "at least 1");
+    const auto expect_features = [&](const char* name, int32_t value) {
+      expect(value > 0 && value <= PASCALVL_MAX_SIZE, name, value, "1 to " + std::to_string(PASCALVL_MAX_SIZE));
+    };
+    expect_features(PASCALVL_LINEAR_ATTR_IN_FEATURES, a.in_features);
+    expect_features(PASCALVL_LINEAR_ATTR_OUT_FEATURES, a.out_features);
     expect(a.bits == 16 || a.bits == 8 || a.bits == 4, PASCALVL_LINEAR_ATTR_BITS, a.bits, "16, 8 or 4");
     expect(a.bits == 16 || a.group == 32 || a.group == 64 || a.group == 128, PASCALVL_LINEAR_ATTR_GROUP, a.group,
            "32, 64 or 128");
     expect(a.activation >= PASCALVL_NO_ACTIVATION && a.activation <= PASCALVL_SILU_GATED,
            PASCALVL_LINEAR_ATTR_ACTIVATION, a.activation, "0, 1 or 2");
+    expect(a.activation != PASCALVL_SILU_GATED || a.out_features % 128 == 0, PASCALVL_LINEAR_ATTR_OUT_FEATURES,
+           a.out_features, "a multiple of 128 where gated");
+    for (const auto& [name, value] :
+         {std::pair(PASCALVL_LINEAR_ATTR_HAS_ZERO, a.has_zero), std::pair(PASCALVL_LINEAR_ATTR_HAS_BIAS, a.has_bias),
+          std::pair(PASCALVL_LINEAR_ATTR_HAS_RESIDUAL, a.has_residual)})
+      expect(value == 0 || value == 1, name, value, "0 or 1");
     expect(a.bits < 16 || !a.has_zero, PASCALVL_LINEAR_ATTR_HAS_ZERO, a.has_zero, "0 with 16 bits");
   }
 
   // x [..., in_features] to [..., results].
   DimsExprs getOutputDimensions(int32_t, const DimsExprs* inputs, int32_t, IExprBuilder& builder) noexcept override {
     DimsExprs out = inputs[0];
-    out.d[out.nbDims - 1] = builder.constant(results());
+    if (out.nbDims > 0) out.d[out.nbDims - 1] = builder.constant(results());  // without dimensions it is refused later
     return out;
   }
 
@@ -144,7 +154,11 @@ class QuantLinear final : public Plugin<QuantLinear, Attributes> {
             "the weight has shape " + text(weight) + "; expected [" + std::to_string(a.out_features) + ", " +
                 std::to_string(words) + "]");
     int64_t rows = 1;
-    for (int i = 0; i + 1 < x.nbDims; ++i) rows *= x.d[i];
+    for (int i = 0; i + 1 < x.nbDims; ++i) {
+      const int64_t size = x.d[i];
+      require(size > 0 && size <= PASCALVL_MAX_GRID && (rows *= size) <= PASCALVL_MAX_GRID,
+              "x has shape " + text(x) + "; expected 1 to " + std::to_string(PASCALVL_MAX_GRID) + " rows");
+    }
     if (operands_.residual >= 0) {
       const Dims& residual = inputs[operands_.residual].dims;
       const bool fits = residual.nbDims == x.nbDims && std::equal(x.d, x.d + x.nbDims - 1, residual.d) &&

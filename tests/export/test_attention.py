@@ -293,6 +293,35 @@ def test_kv_append_refuses_a_cache_that_it_could_not_write_in_place():
         torch_calls.kv_append(kernels, layouts, [(new, new)], [(cache, cache, None)], torch.zeros(1, 1).int())
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"cache": torch.zeros(1, 2, 4, 64)}, r"the cache of keys as torch.float32 \[2, 2, 4, 64\] .* \[1, 2, 4, 64\]"),
+        ({"key": torch.zeros(2, 1, 1, 64)}, r"new keys as torch.float32 \[1, 2, 2, 1, 64\] .* \[1, 2, 1, 1, 64\]"),
+        ({"value": torch.zeros(2, 2, 1, 64).half()}, r"new values as torch.float32 .* found torch.float16"),
+        ({"value": torch.zeros(2, 2, 2, 64)}, r"new values as torch.float32 .* found torch.float32 \[1, 2, 2, 2, 64\]"),
+    ],
+)
+def test_kv_append_refuses_tensors_of_other_shapes(change, told):
+    """Memory that is not there would be read or written."""
+    tensors = dict.fromkeys(("key", "value"), torch.zeros(2, 2, 1, 64)) | {"cache": torch.zeros(2, 2, 4, 64)} | change
+    kernels, layouts = torch_calls.library(torch.device("cpu")), [LayerLayout(KVFormat.F32, 2, 64, 64)]
+    new, caches = [(tensors["key"], tensors["value"])], [(tensors["cache"], tensors["cache"], None)]
+    with pytest.raises(ValueError, match=told):
+        torch_calls.kv_append(kernels, layouts, new, caches, torch.zeros(2, 1).int())
+
+
+def test_a_past_of_fewer_sequences_is_refused():
+    case = reference.causal_case(4, 2, 3, [2, 4], capacity=4, head_dim=64)
+    of_one = {name: case.floats[name][:1] for name in ("past_key", "past_value")}
+    arguments = dataclasses.replace(case, **of_one).arguments
+    with (
+        torch_calls.emulated(),
+        pytest.raises(ValueError, match=r"the cache of keys as torch.float32 \[2, 2, 4, 64\]"),
+    ):
+        flash_attention_2(*arguments)
+
+
 REFUSED = {
     "key_dim is 16; expected 64, 96, 112 or 128": reference.causal_case(4, 2, 3, [2], capacity=2, head_dim=16),
     "Packed attention has head sizes 64, 72 and 128": reference.packed_case([0, 3], head_dim=80),

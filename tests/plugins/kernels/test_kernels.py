@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kernels.library import AttentionArgs, KernelLibrary
+from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, KernelLibrary
 from pascalvl.plugins.kv_format import RowFormat
 from pascalvl.plugins.kv_rows import compress, expand, hadamard
 from tests.plugins.kernels import reference
@@ -352,6 +352,19 @@ def test_bad_recent_tokens_are_refused_in_words(library, change, told):
     assert not out.any()
 
 
+@pytest.mark.parametrize("seq", [1 << 31, -(1 << 31) - 1, (1 << 32) + 5])
+def test_numbers_that_the_abi_has_no_room_for_are_refused(library, seq):
+    """ctypes would cut them off."""
+    with pytest.raises(UserError, match=f"seq is {seq}: the kernels take numbers of 32 bits"):
+        AttentionArgs(seq=seq)
+    with pytest.raises(UserError, match=f"key_stride is {seq << 32}: the kernels take numbers of 64 bits"):
+        AppendArgs(key_stride=seq << 32)
+    with pytest.raises(UserError, match=f"vocab_size is {seq}: the kernels take numbers of 32 bits"):
+        library.greedy(0, 1, seq, 0, 0)
+    with pytest.raises(UserError, match=f"dim is {seq}: the kernels take numbers of 32 bits"):
+        library.row_bytes(RowFormat.INT8, seq)
+
+
 # Combinations ---------------------------------------------------------------------------------------------------------
 
 
@@ -474,7 +487,7 @@ def test_greedy_takes_the_first_of_the_largest(library, vocab_size):
         ({"num_heads": 3}, "num_heads 3 is not a multiple of num_kv_heads 2."),
         ({"num_heads": 6}, "Decode has 1, 2, 4 or 8 query heads a kv head; found 3."),
         ({"key_dim": 80}, "key_dim is 80; expected 64, 96, 112 or 128."),
-        ({"softmax_scale": float("nan")}, "softmax_scale is not a finite number."),
+        ({"softmax_scale": float("nan")}, "softmax_scale is nan; expected a number between -1e+06 and 1e+06."),
         ({"key_format": 9}, "The cache's formats are 9 and 1; expected 0 (float32)"),
         ({"rotated": 1}, "Only quantised keys are rotated; found float16."),
         ({"key_format": 2}, "A cache of int8 keys and float16 values is not supported"),

@@ -4,6 +4,7 @@ In a process of its own, because a process can have one host.
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 from types import ModuleType
@@ -25,11 +26,13 @@ from pascalvl.plugins.weight_rows import QuantisedWeight, linear, quantise_weigh
 from tests.plugins.kernels.reference import attention, relative_error
 
 F32, F16, I32 = np.float32, np.float16, np.int32
+LEAST, MOST = np.iinfo(I32).min, np.iinfo(I32).max
 
 
 def main() -> None:
     target = Target(sys.argv[1])
-    host = PluginHost(target, int(sys.argv[2]))
+    major = int(sys.argv[2])
+    host = PluginHost(target, major)
     device = open_device(target, host.plugin)
     rng = np.random.default_rng(0)
 
@@ -205,6 +208,38 @@ def main() -> None:
             return str(error)
         return ""
 
+    def sizes_refused() -> dict[str, str]:
+        """Of calls in which a size is what would overflow, wherever it stands; TensorRT 10 has sizes of 64 bits."""
+        strange = [LEAST, -1, 0, 1 << 25, 1 << 30, MOST] + [(1 << 32) + 1, 1 << 62] * (major == 10)
+        told = {}
+
+        def check(case: str, attributes: dict, op: ModuleType, shapes: list) -> None:
+            plugin = host.create(attributes, op.OP_NAME, op.OP_VERSION)
+            assert plugin.prepare(shapes)[1] == 0, case
+            try:
+                plugin.enqueue(shapes, [0] * len(shapes), (F32, (1,)), 0, 0, device.stream)
+                told[case] = ""
+            except UserError as error:
+                told[case] = str(error)
+
+        usual = {"batch": 1, "heads": 4, "kv": 2, "seq": 3, "capacity": 16, "bounds": 2, "rows": 7}
+        for name, value in itertools.product(usual, strange):
+            batch, heads, kv, seq, capacity, bounds, rows = (usual | {name: value}).values()
+            q, new = (F32, (batch, heads, seq, 128)), (F32, (batch, kv, seq, 128))
+            row, case = (I32, (batch, kv, capacity, 32)), f"{name} {value}"
+            if name in ("batch", "heads", "kv", "seq", "capacity"):
+                past = [(I32, (batch,)), (I32, (batch, 1)), row, row, (I32, (2, batch, kv, capacity // 2))]
+                check(case, {**text, "kv_format": "k8v8"}, flash_attention, [q, new, new, *past])
+            if name in ("heads", "seq", "bounds"):
+                packed = F32, (1, heads, seq, 64)
+                check(f"packed {case}", vision, flash_attention, [packed, packed, packed, (I32, (bounds,))])
+            if name == "rows":
+                attributes, inputs = layer(8)
+                weight = [(array.dtype, array.shape) for array in inputs[1:]]
+                check(case, attributes, quant_linear, [(F32, (rows, 100)), *weight])
+                check(f"{case} twice", attributes, quant_linear, [(F32, (rows, rows, 100)), *weight])
+        return told
+
     def refused(attributes: dict, *inputs: np.ndarray, op: ModuleType = flash_attention) -> str:
         try:
             run(attributes, *inputs, recorded=False, op=op)
@@ -239,6 +274,7 @@ def main() -> None:
                         ("fewer sequences", (1, 3, 1), [(1, 2, 1), (1, 1, 1)], ()),
                     )
                 },
+                "sizes": sizes_refused(),
                 "refused": {
                     "k": causal_refused("k8v8", {1: normal(1, 2, 2, 128)}),
                     "mask": causal_refused("k8v8", {4: np.ones((1, 5), I32)}),

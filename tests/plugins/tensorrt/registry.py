@@ -1,17 +1,38 @@
 """Loads a plugin's library into TensorRT's own registry and tries its creator: ``python registry.py LIBRARY``.
 
-Prints JSON. In a process of its own, because what is loaded stays loaded.
+Prints JSON, which has also what became of made-up bytes. In a process of its own, because what is loaded stays loaded.
 """
 
 import ctypes
+import functools
 import importlib.util
+import itertools
 import json
+import struct
 import sys
 from pathlib import Path
 
 import numpy as np
 
 OP, LINEAR = ("FlashAttention2", "1", ""), ("QuantLinear", "1", "")
+
+
+NUMBERS = [-(1 << 31), -1, 0, 1, 2, 5, 64, 1 << 15, 1 << 24, (1 << 24) + 1, 1 << 30, (1 << 31) - 1]
+NUMBERS += [struct.unpack("<i", struct.pack("<f", x))[0] for x in (0.5, 1e30, float("inf"), float("nan"))]
+
+
+def made_up(data: bytes) -> list[bytes]:
+    """A serialised plugin with two other numbers behind magic and layout, or any bits there; bytes of any length."""
+    rng, words, found = np.random.default_rng(0), len(data) // 4, []
+    for first, second in itertools.combinations(range(2, words), 2):
+        for numbers in itertools.product(NUMBERS, repeat=2):
+            blob = bytearray(data)
+            for word, number in zip((first, second), numbers, strict=True):
+                blob[4 * word : 4 * word + 4] = struct.pack("<i", number)
+            found.append(bytes(blob))
+    found += [data[:8] + rng.bytes(len(data) - 8) for _ in range(500)]
+    found += [rng.bytes(int(length)) for length in rng.integers(1, 100, 500)]
+    return found
 
 
 def attempt(action) -> str | None:
@@ -62,10 +83,17 @@ def main() -> None:
     of_linear = bytes(create(linear, **layer).serialize())
     plugin = create(causal=1, softmax_scale=0.125, kv_format="f16")
     data = bytes(plugin.serialize())
+    taken = {}
+    for name, maker, serialised in (("attention", creator, data), ("linear", linear, of_linear)):
+        blobs = made_up(serialised)
+        copies = {blob.hex(): attempt(functools.partial(maker.deserialize_plugin, "node", blob)) for blob in blobs}
+        assert all(copy in (None, blob) for blob, copy in copies.items())
+        taken[name] = {blob: copy is not None for blob, copy in copies.items()}
     print(
         json.dumps(
             {
                 "found": True,
+                "made up": taken,
                 "fields": [field.name for field in creator.field_names],
                 "identity": [plugin.plugin_type, plugin.plugin_version, plugin.plugin_namespace],
                 "outputs": plugin.num_outputs,
@@ -89,6 +117,11 @@ def main() -> None:
                     "causal": attempt(lambda: create(causal=2, softmax_scale=0.125)),
                     "type": attempt(lambda: create(causal=1.0, softmax_scale=0.125)),
                     "kv format": attempt(lambda: create(causal=1, softmax_scale=0.125, kv_format="k8")),
+                    "no number": attempt(lambda: create(causal=0, softmax_scale=float("nan"))),
+                    "infinite": attempt(lambda: create(causal=0, softmax_scale=float("-inf"))),
+                    "many": attempt(lambda: create(causal=1, softmax_scale=0.1, kv_format="k8v8", recent=1 << 25)),
+                    "recent": attempt(lambda: create(causal=0, softmax_scale=0.1, recent=8)),
+                    "features": attempt(lambda: create(linear, **{**layer, "in_features": (1 << 31) - 1})),
                 },
             }
         )

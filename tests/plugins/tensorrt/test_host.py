@@ -1,6 +1,7 @@
 """The plugin computes attention through TensorRT's plugin interface: of TensorRT 8.6 and 9.x, and of 10."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,12 @@ def test_workspace_is_enough_for_all_that_a_profile_takes(driven):
 )
 def test_bad_input_is_told(driven, what, sentence):
     assert sentence in driven["refused"][what]
+
+
+def test_sizes_that_would_overflow_are_told(driven):
+    assert len(driven["sizes"]) >= 60
+    for case, sentence in driven["sizes"].items():
+        assert re.search(r"; expected|; it must be|is not a multiple of|has an even capacity", sentence), (
+            case,
+            sentence,
+        )

@@ -62,8 +62,41 @@ def test_what_is_not_understood_is_refused_in_words(tried):
         "attribute causal is 2; expected 0 or 1",
         "attribute causal must be one int32",
         "attribute kv_format is 'k8'; expected one of f32, f16, k8v8, k8v4, k4v4",
+        "attribute softmax_scale is nan; expected a number of 1000000 at most",
+        "attribute softmax_scale is -inf; expected a number of 1000000 at most",
+        "attribute recent is 33554432 with a cache in k8v8; expected 0, or a number of slots (16777216 at most)",
+        "attribute recent is 8 without a cache; expected 0",
     ):
         assert f"{OP_NAME}: {sentence}" in told
+
+
+def test_made_up_bytes_are_a_plugin_or_refused(tried):
+    """Those that are taken are what the kernels take, too."""
+    made_up = tried[0]["made up"]
+
+    def is_attention(causal, scale, kv_format, recent):
+        cached = kv_format in range(5) if causal else kv_format == 0
+        quantised = bool(causal) and kv_format >= 2  # f32, f16, then those in codes
+        slots = range((1 << 24) + 1) if quantised else (0,)
+        return causal in (0, 1) and abs(scale) <= 1e6 and cached and recent in slots
+
+    def is_linear(inputs, outputs, bits, group, activation, has_zero, has_bias, has_residual):
+        sizes = inputs in range(1, (1 << 24) + 1) and outputs in range(1, (1 << 24) + 1)
+        codes = bits == 16 or (bits in (8, 4) and group in (32, 64, 128))
+        flags = {has_zero, has_bias, has_residual} <= {0, 1} and not (bits == 16 and has_zero)
+        return sizes and codes and flags and (activation in (0, 1) or (activation == 2 and outputs % 128 == 0))
+
+    for name, form, is_right in (("attention", "4sIifii", is_attention), ("linear", "4sI8i", is_linear)):
+        head = struct.unpack_from(
+            "<4sI", bytes.fromhex(tried[0]["linear"]["bytes"] if name == "linear" else tried[0]["bytes"])
+        )
+        taken = 0
+        for text, is_taken in made_up[name].items():
+            blob = bytes.fromhex(text)
+            whole = len(blob) == struct.calcsize(f"<{form}") and struct.unpack_from("<4sI", blob) == head
+            assert is_taken == (whole and is_right(*struct.unpack(f"<{form}", blob)[2:])), text
+            taken += is_taken
+        assert 10 < taken < len(made_up[name]) / 2
 
 
 def test_the_second_creator(tried):
@@ -75,6 +108,7 @@ def test_the_second_creator(tried):
     assert [linear[what] for what in ("foreign", "bits", "incomplete")] == [None] * 3
     assert "attribute bits is 5; expected 16, 8 or 4" in told
     assert "attribute has_zero is missing" in told
+    assert "attribute in_features is 2147483647; expected 1 to 16777216" in told
 
 
 def test_a_library_for_version_8_is_invisible_to_version_10(tmp_path, monkeypatch):
