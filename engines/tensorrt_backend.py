@@ -40,6 +40,7 @@ from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.ops.flash_attention import op as flash_attention
 from pascalvl.plugins.ops.quant_linear import op as quant_linear
 from pascalvl.plugins.tensorrt import build as plugin_build
+from pascalvl.plugins.user_cache import cache_folder, open_cache_folder
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -306,10 +307,12 @@ def _members(enum: str, meaning: str, names: tuple[str, ...] | None) -> list[Any
 def _timing_cache(gpu: Gpu, options: BuildOptions) -> Path:
     """The timing cache's path, which can be written; TensorRT itself refuses the times of another model of card."""
     card = re.sub(r"\W+", "-", gpu.name)
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pascalvl"
-    path = options.timing_cache or folder / f"tensorrt-{trt.__version__}-{gpu.sm}-{card}.timing"
+    path = options.timing_cache or cache_folder() / f"tensorrt-{trt.__version__}-{gpu.sm}-{card}.timing"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if options.timing_cache:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            open_cache_folder()
         with path.open("ab"):  # as the build's end would find out
             pass
     except OSError as error:

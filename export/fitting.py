@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from pascalvl.export.quantiser import ALL, Method, compensated, input_scale, rou
 from pascalvl.export.transforms import DECODER_LAYERS, LayerTransform, TransformedWeights, WeightSource, plan_layer
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
+from pascalvl.plugins.user_cache import open_cache_folder
 from pascalvl.plugins.weight_format import F32, WeightConfig, WeightFormat
 
 _O_PROJ, _DOWN = "o_proj", "down_proj"
@@ -124,10 +124,7 @@ def _folder(checkpoint: Checkpoint, prompts: Sequence[CalibrationPrompt], *optio
         digest.update(prompt.token_ids.tobytes())
         for visual in prompt.visuals:
             digest.update(repr((visual.grid, visual.is_video)).encode() + visual.pixel_values.tobytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "pascalvl" / f"fit-{digest.hexdigest()[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return open_cache_folder(f"fit-{digest.hexdigest()[:16]}")
 
 
 def _fit_layer(

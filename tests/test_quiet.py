@@ -79,7 +79,9 @@ def test_no_command_opens_a_connection_or_leaves_files(
     engine = nano_engine("k8v4")
     # Doctor finds the plugin compiled, which is the one thing that is kept in the user's cache folder.
     plugin = plugin_build.cached(8, Target.CUDA).parent
-    shutil.copytree(plugin, watched.home / ".cache" / "pascalvl" / plugin.name)
+    cache = watched.home / ".cache" / "pascalvl"
+    cache.mkdir(mode=0o700, parents=True)
+    shutil.copytree(plugin, cache / plugin.name)
     commands = {
         "export": (nano_checkpoint, "--output", tmp_path / "model"),
         "build": (nano_model_bundle, "--output", tmp_path / "engine", "--backend", "auto"),

@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.user_cache import cache_folder, locked, open_cache_folder, require_private
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +69,19 @@ def compile_library(output: Path, sources: Sequence[Path], flags: Sequence[str] 
     """Compile C++ files to a shared library, which appears at ``output`` complete; for errors see `build`."""
     compiler = _compiler()
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as work:
+    with tempfile.TemporaryDirectory(prefix=_partial_prefix(output.name), dir=output.parent) as work:
         made = Path(work) / output.name
         files = [f"-I{FOLDER.parents[1]}", *map(str, sources), "-ldl", "-o", str(made)]
         result = subprocess.run([compiler, *CXX_FLAGS, *flags, *files], capture_output=True, text=True, check=False)
         if result.returncode:
             raise UserError(f"{compiler} failed to build {output.name} ({first_error(result.stderr)}).")
+        made.chmod(0o755)  # whatever the umask: others must not be able to write it
         made.replace(output)
+
+
+def _partial_prefix(name: str) -> str:
+    """How the folder is called in which a library of this name is made."""
+    return f".{name}.partial-"
 
 
 def first_error(report: str) -> str:
@@ -106,25 +113,31 @@ def cached_library(name: str, sources: Sequence[Path], make: Callable[[Path], No
     """The path of what ``make`` wrote for these sources, in the user's cache folder.
 
     ``$XDG_CACHE_HOME`` (or ``~/.cache``) ``/pascalvl/kernels-<hash of the sources>/``. What compiles is not hashed, so
-    that a library carried from another machine serves where NVRTC and g++ are missing.
+    that a library carried from another machine serves where NVRTC and g++ are missing. Of several processes that want
+    it at once, one makes it and the others wait.
 
     Raises:
-        UserError: see `build`; or there is no room.
+        UserError: see `build`; or there is no room; or others could have written there.
     """
     digest = hashlib.sha256()
     for source in sorted(sources, key=lambda path: path.name):
         digest.update(source.name.encode() + b"\0" + hashlib.sha256(source.read_bytes()).digest())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    library = cache / "pascalvl" / f"kernels-{digest.hexdigest()[:16]}" / name
-    if not library.exists():
-        log.info("Compiling %s; this takes about a minute, once.", library)
-        try:
-            make(library)
-        except OSError as error:
-            raise UserError(
-                f"{name} cannot be written to {library.parent} ({error.strerror}): set XDG_CACHE_HOME to a folder with "
-                "10 MB free that can be written."
-            ) from error
+    folder = f"kernels-{digest.hexdigest()[:16]}"
+    try:
+        library = open_cache_folder(folder) / name
+        if not library.exists():
+            with locked(library.with_name(f".{name}.lock")):
+                if not library.exists():  # nobody made it while this process waited
+                    for partial in library.parent.glob(f"{_partial_prefix(name)}*"):  # of a process that was killed
+                        shutil.rmtree(partial, ignore_errors=True)
+                    log.info("Compiling %s; this takes about a minute, once.", library)
+                    make(library)
+        require_private(library)
+    except OSError as error:
+        raise UserError(
+            f"{name} cannot be written to {cache_folder() / folder} ({error.strerror}): set XDG_CACHE_HOME to a folder "
+            "with 10 MB free that can be written."
+        ) from error
     return library
 
 
