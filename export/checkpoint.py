@@ -8,17 +8,16 @@ import hashlib
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from pascalvl.export.attention import ATTN_IMPLEMENTATION
+from pascalvl.export.host_files import HostFiles
 from pascalvl.export.stored_codes import StoredCodes
 from pascalvl.plugins import bundle
 from pascalvl.plugins.errors import UserError
@@ -28,7 +27,6 @@ log = logging.getLogger(__name__)
 
 _CONFIG = bundle.CHECKPOINT_CONFIG
 _MODELOPT_CONFIG = "hf_quant_config.json"
-_TOKENIZER_CONFIG = "tokenizer_config.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MODEL_TYPE = "qwen3_vl"
@@ -39,8 +37,6 @@ _FLOATS = ("F32", "F16", "BF16")
 _HARMLESS = re.compile(r"(^|\.)(rotary_emb|rotary_pos_emb)\.inv_freq$")
 """Tensors that a model computes itself, which some checkpoints hold all the same."""
 _ADAPTER = re.compile(r"\.lora_[a-zA-Z_]+(\.|$)")
-_COPIED_FILES = (bundle.TOKENIZER, bundle.GENERATION_CONFIG, bundle.IMAGE_PROCESSOR, bundle.VIDEO_PROCESSOR)
-"""JSON that the runtime reads as it is."""
 _STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 """Rope types whose frequencies do not depend on the length of the prompt."""
 
@@ -93,9 +89,7 @@ class Checkpoint:
         self.codes = StoredCodes.parse(quantization, directory, self) if quantization else None
         with self._config_errors():
             self.hf_config = Qwen3VLConfig.from_dict(data)
-        for name in _COPIED_FILES:
-            self._read_json(name)
-        self._chat_template = self._find_chat_template()
+        self._host_files = HostFiles(directory, self._read_json)
         self._files = contextlib.ExitStack()
         self._shard_of: dict[str, Any] = {}
         for name in self._shard_names():
@@ -246,39 +240,8 @@ class Checkpoint:
 
     def copy_host_files(self, target: Path) -> None:
         """Put the config, and the files that the runtime's tokenizer and processors read, into ``target``."""
-        for name in _COPIED_FILES:
-            shutil.copyfile(self.directory / name, target / name)
+        self._host_files.write(target)
         (target / _CONFIG).write_text(json.dumps(self._config, indent=2) + "\n", encoding="utf-8")
-        self._add_tokens(target / bundle.TOKENIZER)
-        (target / bundle.CHAT_TEMPLATE).write_text(self._chat_template, encoding="utf-8")
-
-    def _add_tokens(self, path: Path) -> None:
-        """Add to a copy of the tokenizer the tokens that only its config has, as transformers does when it loads it."""
-        if not (self.directory / _TOKENIZER_CONFIG).is_file():
-            return
-        added = self._read_json(_TOKENIZER_CONFIG).get("added_tokens_decoder") or {}
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(
-                f"{self.directory / bundle.TOKENIZER} is not a tokenizer that can be read ({error}): download the "
-                "model again."
-            ) from error
-        try:
-            known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-            for _, fields in sorted((int(number), dict(fields)) for number, fields in added.items()):
-                if fields["content"] not in known:
-                    is_special = bool(fields.pop("special", False))
-                    token = tokenizers.AddedToken(**fields, special=is_special)
-                    (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)([token])
-        except Exception as error:  # the library raises bare Exception
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(
-                f"the tokens that {self.directory / _TOKENIZER_CONFIG} adds cannot be read ({reason}): download the "
-                "model again."
-            ) from error
-        if len(tokenizer.get_added_tokens_decoder()) != len(known):
-            tokenizer.save(str(path))
 
     @contextlib.contextmanager
     def _config_errors(self) -> Iterator[None]:
@@ -298,21 +261,6 @@ class Checkpoint:
                 f"{self.directory} lacks {name}: give the whole folder of a Qwen3-VL model, as its authors publish it."
             )
         return bundle.read_json(path, "download the model again")
-
-    def _find_chat_template(self) -> str:
-        """Checkpoints of different ages keep it in a file of its own, plain or JSON, or in the tokenizer's config."""
-        path = self.directory / bundle.CHAT_TEMPLATE
-        if path.is_file():
-            try:
-                return path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{path} cannot be read ({error}): download the model again.") from error
-        for name in ("chat_template.json", "tokenizer_config.json"):
-            if (self.directory / name).is_file() and isinstance(
-                template := self._read_json(name).get("chat_template"), str
-            ):
-                return template
-        raise UserError(f"{self.directory} has no chat template: add the model's {bundle.CHAT_TEMPLATE}.")
 
     def _shard_names(self) -> list[str]:
         if (self.directory / _SINGLE).is_file():
