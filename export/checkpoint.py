@@ -19,6 +19,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from pascalvl.export.attention import ATTN_IMPLEMENTATION
 from pascalvl.export.host_files import HostFiles
 from pascalvl.export.stored_codes import StoredCodes
+from pascalvl.export.tensor_names import resolve, transformers_reads
 from pascalvl.plugins import bundle
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.model_config import ModelConfig, TextConfig, VisionConfig
@@ -29,6 +30,8 @@ _CONFIG = bundle.CHECKPOINT_CONFIG
 _MODELOPT_CONFIG = "hf_quant_config.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_PICKLES = ("pytorch_model*.*", "model*.bin*", "model*.pt*", "consolidated*.pt*")
+"""Names of weights, and their index, in PyTorch's own format."""
 _MODEL_TYPE = "qwen3_vl"
 TOKEN_EMBEDDINGS = "model.language_model.embed_tokens.weight"
 """The one tensor that is in no graph, unless it is the lm_head too: the runtime looks it up on the host."""
@@ -51,14 +54,29 @@ def meta_model(config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
 
 
 def load_model(directory: Path) -> Qwen3VLForConditionalGeneration:
-    """Hugging Face's model in float32 on the CPU; of a checkpoint in codes, with the weights that they stand for."""
+    """Hugging Face's model in float32 on the CPU; where it cannot read the checkpoint, with the weights read here."""
     with Checkpoint(directory) as checkpoint:
-        if checkpoint.codes is None:
+        if checkpoint.is_plain:
             return Qwen3VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
         tensors = {name: checkpoint.tensor(name) for name, _ in checkpoint.meta_model().named_parameters()}
         return Qwen3VLForConditionalGeneration.from_pretrained(
             None, config=checkpoint.hf_config, state_dict=tensors, dtype=torch.float32
         ).eval()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A tensor, and the name that it has in its file."""
+
+    shard: Any
+    name: str
+
+    @property
+    def slice(self) -> Any:
+        return self.shard.get_slice(self.name)
+
+    def tensor(self) -> torch.Tensor:
+        return self.shard.get_tensor(self.name)
 
 
 class Checkpoint:
@@ -89,12 +107,14 @@ class Checkpoint:
         self.codes = StoredCodes.parse(quantization, directory, self) if quantization else None
         with self._config_errors():
             self.hf_config = Qwen3VLConfig.from_dict(data)
-        self._host_files = HostFiles(directory, self._read_json)
+        self._host_files = HostFiles(directory, self._config, self._read_json)
         self._files = contextlib.ExitStack()
-        self._shard_of: dict[str, Any] = {}
+        shard_of: dict[str, Any] = {}
+        self._refuse_pickles()
         for name in self._shard_names():
             shard = self._open_shard(name)
-            self._shard_of.update(dict.fromkeys(shard.keys(), shard))
+            shard_of.update(dict.fromkeys(shard.keys(), shard))
+        self._stored = {name: _Stored(shard_of[s], s) for name, s in resolve(shard_of, directory).items()}
         self._untie_another_head()
         self._is_checked = False
 
@@ -103,6 +123,12 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self._files.close()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether transformers takes the same weights from the files by itself, on a CPU and without other packages."""
+        names = [(tensor.name, name) for name, tensor in self._stored.items() if not _ADAPTER.search(name)]
+        return self.codes is None and all(transformers_reads(stored, name) for stored, name in names)
 
     def meta_model(self) -> Qwen3VLForConditionalGeneration:
         """The model that `meta_model` makes of the config; each of its tensors is on disk, and no others are.
@@ -132,13 +158,13 @@ class Checkpoint:
             if layer := self._layer_in_codes(name):
                 self.codes.check(layer)
                 used.update(self.codes.names(layer))
-            elif (kind := self._shard_of[name].get_slice(name).get_dtype()) not in _FLOATS:
+            elif (kind := self._stored[name].slice.get_dtype()) not in _FLOATS:
                 raise UserError(
                     f"tensor {name} of {self.directory} has type {kind}, expected {', '.join(_FLOATS)}: give the "
                     "checkpoint with the original weights."
                 )
             used.add(name)
-        self._check_unused(sorted(self._shard_of.keys() - used))
+        self._check_unused(sorted(self._stored[name].name for name in self._stored.keys() - used))
 
     def _check_unused(self, names: list[str]) -> None:
         """Raise `UserError` for tensors that would be left out without a word, though they may mean something."""
@@ -166,6 +192,16 @@ class Checkpoint:
                 "which is not supported: give the checkpoint with the original weights."
             )
 
+    def _refuse_pickles(self) -> None:
+        """Raise `UserError` for a checkpoint that has its weights in PyTorch's own format alone."""
+        if any((self.directory / name).exists() for name in (_SINGLE, _INDEX)):
+            return
+        if found := [path.name for names in _PICKLES for path in sorted(self.directory.glob(names))]:
+            raise UserError(
+                f"{self.directory} holds its weights as {found[0]}, in PyTorch's own format, expected {_SINGLE}: load "
+                "them with transformers' Qwen3VLForConditionalGeneration and save that with its save_pretrained."
+            )
+
     def _untie_another_head(self) -> None:
         """Take a stored lm_head that is not the embeddings for what it is, whatever the config says of ties.
 
@@ -184,19 +220,19 @@ class Checkpoint:
             config.tie_word_embeddings = data["tie_word_embeddings"] = False
 
     def __contains__(self, name: str) -> bool:
-        return name in self._shard_of or self._layer_in_codes(name) is not None
+        return name in self._stored or self._layer_in_codes(name) is not None
 
     def shape(self, name: str) -> list[int]:
         """Of one tensor."""
         if layer := self._layer_in_codes(name):
             return self.codes.shape(layer)
-        return self._shard_of[name].get_slice(name).get_shape()
+        return self._stored[name].slice.get_shape()
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor, in the type it has on disk; a weight that is there in codes in float32."""
         if layer := self._layer_in_codes(name):
             return torch.from_numpy(self.codes.read(layer).dense())
-        return self._shard_of[name].get_tensor(name)
+        return self._stored[name].tensor()
 
     def _layer_in_codes(self, name: str) -> str | None:
         """The layer whose weight a tensor of this name is, if that is in codes."""
