@@ -18,7 +18,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from pascalvl.export.attention import ATTN_IMPLEMENTATION
 from pascalvl.export.host_files import HostFiles
-from pascalvl.export.stored_codes import StoredCodes
+from pascalvl.export.quantization import read_quantization
 from pascalvl.export.tensor_names import resolve, transformers_reads
 from pascalvl.plugins import bundle
 from pascalvl.plugins.errors import UserError
@@ -104,7 +104,7 @@ class Checkpoint:
         quantization = data.pop("quantization_config", None)
         if not quantization:
             self._check_modelopt()
-        self.codes = StoredCodes.parse(quantization, directory, self) if quantization else None
+        self.codes = read_quantization(quantization, directory, self) if quantization else None
         with self._config_errors():
             self.hf_config = Qwen3VLConfig.from_dict(data)
         self._host_files = HostFiles(directory, self._config, self._read_json)
