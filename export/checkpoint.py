@@ -19,6 +19,8 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from pascalvl.export.attention import ATTN_IMPLEMENTATION
 from pascalvl.export.host_files import HostFiles
 from pascalvl.export.quantization import read_quantization
+from pascalvl.export.scaled_weights import ScaledWeights
+from pascalvl.export.stored_codes import StoredCodes
 from pascalvl.export.tensor_names import resolve, transformers_reads
 from pascalvl.plugins import bundle
 from pascalvl.plugins.errors import UserError
@@ -104,7 +106,9 @@ class Checkpoint:
         quantization = data.pop("quantization_config", None)
         if not quantization:
             self._check_modelopt()
-        self.codes = read_quantization(quantization, directory, self) if quantization else None
+        stored = read_quantization(quantization, directory, self) if quantization else None
+        self.codes = stored if isinstance(stored, StoredCodes) else None
+        self._scaled = stored if isinstance(stored, ScaledWeights) else None
         with self._config_errors():
             self.hf_config = Qwen3VLConfig.from_dict(data)
         self._host_files = HostFiles(directory, self._config, self._read_json)
@@ -128,7 +132,7 @@ class Checkpoint:
     def is_plain(self) -> bool:
         """Whether transformers takes the same weights from the files by itself, on a CPU and without other packages."""
         names = [(tensor.name, name) for name, tensor in self._stored.items() if not _ADAPTER.search(name)]
-        return self.codes is None and all(transformers_reads(stored, name) for stored, name in names)
+        return self.codes is self._scaled is None and all(transformers_reads(stored, name) for stored, name in names)
 
     def meta_model(self) -> Qwen3VLForConditionalGeneration:
         """The model that `meta_model` makes of the config; each of its tensors is on disk, and no others are.
@@ -158,7 +162,10 @@ class Checkpoint:
             if layer := self._layer_in_codes(name):
                 self.codes.check(layer)
                 used.update(self.codes.names(layer))
-            elif (kind := self._stored[name].slice.get_dtype()) not in _FLOATS:
+            elif self._scaled and self._scaled.has(name):
+                self._scaled.check(name)
+                used.add(self._scaled.scale_name(name))
+            elif (kind := self.stored_type(name)) not in _FLOATS:
                 raise UserError(
                     f"tensor {name} of {self.directory} has type {kind}, expected {', '.join(_FLOATS)}: give the "
                     "checkpoint with the original weights."
@@ -228,10 +235,16 @@ class Checkpoint:
             return self.codes.shape(layer)
         return self._stored[name].slice.get_shape()
 
+    def stored_type(self, name: str) -> str:
+        """Of one tensor on disk, as safetensors calls it."""
+        return self._stored[name].slice.get_dtype()
+
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor, in the type it has on disk; a weight that is there in codes in float32."""
         if layer := self._layer_in_codes(name):
             return torch.from_numpy(self.codes.read(layer).dense())
+        if self._scaled and self._scaled.has(name):
+            return self._scaled.read(name, self._stored[name].tensor())
         return self._stored[name].tensor()
 
     def _layer_in_codes(self, name: str) -> str | None:
