@@ -85,8 +85,8 @@ class Checkpoint:
     """A dense Qwen3-VL checkpoint directory: its config, its tensors and the files its processor needs.
 
     Attributes:
-        codes: its linear layers that are in codes, in place of whose weights `tensor` gives what they stand for; None:
-            there are none.
+        codes: its linear layers that are in codes of 4 bits, in place of whose weights `tensor` gives what they stand
+            for, as it does for weights in 8 bits; None: there are none.
 
     Raises:
         UserError: no such directory, another architecture, or files that are missing, truncated or do not fit.

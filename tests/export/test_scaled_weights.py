@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -109,9 +110,8 @@ def refused(phrase, checkpoint):
     assert "\n" not in str(error.value)
 
 
-def changed_config(nano_checkpoint, tmp_path, kind, change):
-    checkpoint = tmp_path / "checkpoint"
-    scaled_checkpoint.write(nano_checkpoint, checkpoint, kind)
+def changed_config(original, tmp_path, change):
+    checkpoint = shutil.copytree(original, tmp_path / "checkpoint")
     config = json.loads((checkpoint / "config.json").read_text())
     change(config["quantization_config"])
     (checkpoint / "config.json").write_text(json.dumps(config))
@@ -133,8 +133,8 @@ def changed_config(nano_checkpoint, tmp_path, kind, change):
         ({"quant_method": "torchao"}, "found 'torchao'"),
     ],
 )
-def test_other_fp8(change, phrase, nano_checkpoint, tmp_path):
-    refused(phrase, changed_config(nano_checkpoint, tmp_path, "fp8", lambda config: config.update(change)))
+def test_other_fp8(change, phrase, scaled, tmp_path):
+    refused(phrase, changed_config(scaled("fp8")[0], tmp_path, lambda config: config.update(change)))
 
 
 @pytest.mark.parametrize(
@@ -156,12 +156,12 @@ def test_other_fp8(change, phrase, nano_checkpoint, tmp_path):
         (None, {"rotation": "hadamard"}, "has the field 'rotation'"),
     ],
 )
-def test_other_compressed_tensors(part, change, phrase, nano_checkpoint, tmp_path):
+def test_other_compressed_tensors(part, change, phrase, scaled, tmp_path):
     def apply(config):
         group = config["config_groups"]["group_0"]
         (group if part is None else group[part]).update(change)
 
-    refused(phrase, changed_config(nano_checkpoint, tmp_path, "int8 by output", apply))
+    refused(phrase, changed_config(scaled("int8 by output")[0], tmp_path, apply))
 
 
 def with_value(tensor, value):
@@ -184,9 +184,8 @@ def with_value(tensor, value):
         ("", lambda x: x.float().to(torch.int8), "has type I8, expected F32, F16, BF16"),
     ],
 )
-def test_damaged_weights(name, change, phrase, nano_checkpoint, tmp_path):
-    checkpoint = tmp_path / "checkpoint"
-    scaled_checkpoint.write(nano_checkpoint, checkpoint, "fp8")
+def test_damaged_weights(name, change, phrase, scaled, tmp_path):
+    checkpoint = shutil.copytree(scaled("fp8")[0], tmp_path / "checkpoint")
     shard = next(path for path in checkpoint.glob("*.safetensors") if WEIGHT in load_file(path))
     tensors = load_file(shard)
     changed = change(tensors.pop(f"{WEIGHT}{name}"))
