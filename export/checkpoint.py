@@ -87,6 +87,7 @@ class Checkpoint:
     Attributes:
         codes: its linear layers that are in codes of 4 bits, in place of whose weights `tensor` gives what they stand
             for, as it does for weights in 8 bits; None: there are none.
+        host_files: what `copy_host_files` puts beside the config.
 
     Raises:
         UserError: no such directory, another architecture, or files that are missing, truncated or do not fit.
@@ -111,7 +112,7 @@ class Checkpoint:
         self._scaled = stored if isinstance(stored, ScaledWeights) else None
         with self._config_errors():
             self.hf_config = Qwen3VLConfig.from_dict(data)
-        self._host_files = HostFiles(directory, self._config, self._read_json)
+        self.host_files = HostFiles(directory, self._config, self._read_json)
         self._files = contextlib.ExitStack()
         shard_of: dict[str, Any] = {}
         self._refuse_pickles()
@@ -289,7 +290,7 @@ class Checkpoint:
 
     def copy_host_files(self, target: Path) -> None:
         """Put the config, and the files that the runtime's tokenizer and processors read, into ``target``."""
-        self._host_files.write(target)
+        self.host_files.write(target)
         (target / _CONFIG).write_text(json.dumps(self._config, indent=2) + "\n", encoding="utf-8")
 
     @contextlib.contextmanager

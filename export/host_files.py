@@ -6,11 +6,12 @@ Transformers has written them in several: processors each in a file of its own, 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class HostFiles:
         self._read_json = read_json
         read_json(bundle.TOKENIZER)
         self._processors = read_json(_PROCESSORS) if self._has(_PROCESSORS) else {}
+        # By the file that they are written to: the file that they are from, and what it says.
         self._settings = {
             bundle.GENERATION_CONFIG: self._generation_config(),
             bundle.IMAGE_PROCESSOR: self._image_processor(),
@@ -59,15 +61,26 @@ class HostFiles:
         """Put them into the folder ``target``; raises `UserError` for a tokenizer that cannot be read."""
         shutil.copyfile(self._directory / bundle.TOKENIZER, target / bundle.TOKENIZER)
         self._add_tokens(target / bundle.TOKENIZER)
-        for name, settings in self._settings.items():
+        for name, (_, settings) in self._settings.items():
             text = json.dumps(_with_whole_numbers(settings), indent=2)
             (target / name).write_text(text + "\n", encoding="utf-8")
         (target / bundle.CHAT_TEMPLATE).write_text(self._chat_template, encoding="utf-8")
 
+    @contextlib.contextmanager
+    def errors_name_sources(self, target: Path) -> Iterator[None]:
+        """Raise `UserError` about files that were written to ``target`` as one about those that they are from."""
+        try:
+            yield
+        except UserError as error:
+            text = str(error)
+            for name, (source, _) in self._settings.items():
+                text = text.replace(str(target / name), str(self._directory / source))
+            raise UserError(text.replace(str(target), str(self._directory))) from error
+
     def _has(self, name: str) -> bool:
         return (self._directory / name).exists()
 
-    def _generation_config(self) -> dict[str, Any]:
+    def _generation_config(self) -> tuple[str, dict[str, Any]]:
         """The file, or what transformers' `generate` takes of the model's config where there is none.
 
         The tokens that end an answer are the config's too where the file names none: the reference would never end.
@@ -75,7 +88,7 @@ class HostFiles:
         has_file = self._has(bundle.GENERATION_CONFIG)
         settings = self._read_json(bundle.GENERATION_CONFIG) if has_file else {}
         if settings.get("eos_token_id") not in (None, []):
-            return settings
+            return bundle.GENERATION_CONFIG, settings
         try:
             of_model = GenerationConfig.from_model_config(copy.deepcopy(self._config)).to_diff_dict()
         except Exception as error:  # many kinds, all of them about values in that file
@@ -90,19 +103,23 @@ class HostFiles:
                 f"neither {bundle.GENERATION_CONFIG} nor {bundle.CHECKPOINT_CONFIG} of {self._directory} has an "
                 f"eos_token_id, the token that ends an answer: add the model's {bundle.GENERATION_CONFIG}."
             )
-        return {**settings, "eos_token_id": of_model["eos_token_id"]} if has_file else of_model
+        if has_file:
+            return bundle.GENERATION_CONFIG, {**settings, "eos_token_id": of_model["eos_token_id"]}
+        return bundle.CHECKPOINT_CONFIG, of_model
 
-    def _image_processor(self) -> dict[str, Any]:
-        settings = self._of_processors("image_processor")
-        return self._read_json(bundle.IMAGE_PROCESSOR) if settings is None else settings
+    def _image_processor(self) -> tuple[str, dict[str, Any]]:
+        if (settings := self._of_processors("image_processor")) is not None:
+            return _PROCESSORS, settings
+        return bundle.IMAGE_PROCESSOR, self._read_json(bundle.IMAGE_PROCESSOR)
 
-    def _video_processor(self) -> dict[str, Any]:
+    def _video_processor(self) -> tuple[str, dict[str, Any]]:
         """As the runtime knows it: by its rate, or, where that is null, by its limits of frames."""
-        settings = self._of_processors("video_processor")
-        if settings is None and self._has(bundle.VIDEO_PROCESSOR):
-            settings = self._read_json(bundle.VIDEO_PROCESSOR)
-        if settings is None:
-            settings = self._read_json(bundle.IMAGE_PROCESSOR)
+        if (settings := self._of_processors("video_processor")) is not None:
+            source = _PROCESSORS
+        else:
+            source = bundle.VIDEO_PROCESSOR if self._has(bundle.VIDEO_PROCESSOR) else bundle.IMAGE_PROCESSOR
+            settings = self._read_json(source)
+        if source == bundle.IMAGE_PROCESSOR:
             log.warning(
                 "%s has no %s: videos get the sizes of pictures, and Qwen3-VL's defaults for all else",
                 *(self._directory, bundle.VIDEO_PROCESSOR),
@@ -115,7 +132,7 @@ class HostFiles:
             settings = {**settings, "fps": None, "num_frames": None, "min_frames": 1, "max_frames": _ALL_FRAMES}
         elif settings.get("fps", 0) is None and (count := settings.get("num_frames")) is not None:
             settings = {**settings, "num_frames": None, "min_frames": count, "max_frames": count}
-        return {**settings, "do_sample_frames": True}
+        return source, {**settings, "do_sample_frames": True}
 
     def _of_processors(self, name: str) -> dict[str, Any] | None:
         """One processor's part of the file that has several, if it has that."""
