@@ -15,10 +15,10 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from pascalvl.engines import build
 from pascalvl.export import export_checkpoint
 from pascalvl.export.checkpoint import Checkpoint, load_model
-from pascalvl.plugins.bundle import Manifest
+from pascalvl.export.quantised_weights import check_stored, stored_config, stored_values
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
-from pascalvl.plugins.weight_format import WeightConfig
+from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig
 from pascalvl.runtime import VisionLanguageModel
 from tests.engines.torch_reference import answer, reference_answer, scene, user
 from tests.export import scaled_checkpoint
@@ -81,16 +81,23 @@ def test_weights_are_what_transformers_makes_of_them(scaled):
             assert torch.equal(checkpoint.tensor(name), expected)
 
 
-@pytest.mark.parametrize(("kind", "weights"), [("fp8", None), ("int8 by output", "w8")])
-def test_a_picture_question(kind, weights, scaled, references, tmp_path):
-    """As Hugging Face's model with the same weights in float32: exported in that, or in what is asked for."""
-    asked = WeightConfig.parse(weights) if weights else None
-    export_checkpoint(scaled(kind)[0], tmp_path / "model", weights=asked)
-    assert Manifest.read(tmp_path / "model", "model").weights == WeightConfig.parse(weights or "f32")
+def test_a_picture_question(scaled, references, tmp_path):
+    """As Hugging Face's model with the same weights in float32."""
+    export_checkpoint(scaled("fp8")[0], tmp_path / "model")
     build(tmp_path / "model", tmp_path / "engine", "onnxruntime", CacheConfig.parse("f32"))
     model = VisionLanguageModel.open(tmp_path / "engine", context_length=256)
-    expected = reference_answer(references(kind), model.prompt(PICTURE), 20)[0]
+    expected = reference_answer(references("fp8"), model.prompt(PICTURE), 20)[0]
     assert answer(model, PICTURE, 20).token_ids == expected
+
+
+def test_any_format_can_be_asked_for(scaled):
+    """The weights are as good as floats; nothing is kept as it is stored."""
+    with Checkpoint(scaled("int8 by output")[0]) as checkpoint:
+        text = checkpoint.model_config().text
+        assert stored_config(checkpoint, text) == FLOAT_WEIGHTS
+        for weights in (WeightConfig.parse("w8"), WeightConfig.parse("w4,group=32")):
+            check_stored(checkpoint, weights, text)
+            assert not stored_values(checkpoint, weights, text)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8 by output"])
