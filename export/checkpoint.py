@@ -8,17 +8,19 @@ import hashlib
 import json
 import logging
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from pascalvl.export.host_files import HostFiles
+from pascalvl.export.quantization import read_quantization
+from pascalvl.export.scaled_weights import ScaledWeights
 from pascalvl.export.stored_codes import StoredCodes
+from pascalvl.export.tensor_names import resolve, transformers_reads
 from pascalvl.plugins import bundle
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.model_config import ModelConfig, TextConfig, VisionConfig
@@ -28,9 +30,10 @@ log = logging.getLogger(__name__)
 
 _CONFIG = bundle.CHECKPOINT_CONFIG
 _MODELOPT_CONFIG = "hf_quant_config.json"
-_TOKENIZER_CONFIG = "tokenizer_config.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_PICKLES = ("pytorch_model*.*", "model*.bin*", "model*.pt*", "consolidated*.pt*")
+"""Names of weights, and their index, in PyTorch's own format."""
 _MODEL_TYPE = "qwen3_vl"
 TOKEN_EMBEDDINGS = "model.language_model.embed_tokens.weight"
 """The one tensor that is in no graph, unless it is the lm_head too: the runtime looks it up on the host."""
@@ -39,8 +42,6 @@ _FLOATS = ("F32", "F16", "BF16")
 _HARMLESS = re.compile(r"(^|\.)(rotary_emb|rotary_pos_emb)\.inv_freq$")
 """Tensors that a model computes itself, which some checkpoints hold all the same."""
 _ADAPTER = re.compile(r"\.lora_[a-zA-Z_]+(\.|$)")
-_COPIED_FILES = (bundle.TOKENIZER, bundle.GENERATION_CONFIG, bundle.IMAGE_PROCESSOR, bundle.VIDEO_PROCESSOR)
-"""JSON that the runtime reads as it is."""
 _STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 """Rope types whose frequencies do not depend on the length of the prompt."""
 
@@ -55,9 +56,9 @@ def meta_model(config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
 
 
 def load_model(directory: Path) -> Qwen3VLForConditionalGeneration:
-    """Hugging Face's model in float32 on the CPU; of a checkpoint in codes, with the weights that they stand for."""
+    """Hugging Face's model in float32 on the CPU; where it cannot read the checkpoint, with the weights read here."""
     with Checkpoint(directory) as checkpoint:
-        if checkpoint.codes is None:
+        if checkpoint.is_plain:
             return Qwen3VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
         tensors = {name: checkpoint.tensor(name) for name, _ in checkpoint.meta_model().named_parameters()}
         return Qwen3VLForConditionalGeneration.from_pretrained(
@@ -65,12 +66,28 @@ def load_model(directory: Path) -> Qwen3VLForConditionalGeneration:
         ).eval()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A tensor, and the name that it has in its file."""
+
+    shard: Any
+    name: str
+
+    @property
+    def slice(self) -> Any:
+        return self.shard.get_slice(self.name)
+
+    def tensor(self) -> torch.Tensor:
+        return self.shard.get_tensor(self.name)
+
+
 class Checkpoint:
     """A dense Qwen3-VL checkpoint directory: its config, its tensors and the files its processor needs.
 
     Attributes:
-        codes: its linear layers that are in codes, in place of whose weights `tensor` gives what they stand for; None:
-            there are none.
+        codes: its linear layers that are in codes of 4 bits, in place of whose weights `tensor` gives what they stand
+            for, as it does for weights in 8 bits; None: there are none.
+        host_files: what `copy_host_files` puts beside the config.
 
     Raises:
         UserError: no such directory, another architecture, or files that are missing, truncated or do not fit.
@@ -90,17 +107,19 @@ class Checkpoint:
         quantization = data.pop("quantization_config", None)
         if not quantization:
             self._check_modelopt()
-        self.codes = StoredCodes.parse(quantization, directory, self) if quantization else None
+        stored = read_quantization(quantization, directory, self) if quantization else None
+        self.codes = stored if isinstance(stored, StoredCodes) else None
+        self._scaled = stored if isinstance(stored, ScaledWeights) else None
         with self._config_errors():
             self.hf_config = Qwen3VLConfig.from_dict(data)
-        for name in _COPIED_FILES:
-            self._read_json(name)
-        self._chat_template = self._find_chat_template()
+        self.host_files = HostFiles(directory, self._config, self._read_json)
         self._files = contextlib.ExitStack()
-        self._shard_of: dict[str, Any] = {}
+        shard_of: dict[str, Any] = {}
+        self._refuse_pickles()
         for name in self._shard_names():
             shard = self._open_shard(name)
-            self._shard_of.update(dict.fromkeys(shard.keys(), shard))
+            shard_of.update(dict.fromkeys(shard.keys(), shard))
+        self._stored = {name: _Stored(shard_of[s], s) for name, s in resolve(shard_of, directory).items()}
         self._untie_another_head()
         self._is_checked = False
 
@@ -109,6 +128,12 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self._files.close()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether transformers takes the same weights from the files by itself, on a CPU and without other packages."""
+        names = [(tensor.name, name) for name, tensor in self._stored.items() if not _ADAPTER.search(name)]
+        return self.codes is self._scaled is None and all(transformers_reads(stored, name) for stored, name in names)
 
     def meta_model(self) -> Qwen3VLForConditionalGeneration:
         """The model that `meta_model` makes of the config; each of its tensors is on disk, and no others are.
@@ -138,13 +163,16 @@ class Checkpoint:
             if layer := self._layer_in_codes(name):
                 self.codes.check(layer)
                 used.update(self.codes.names(layer))
-            elif (kind := self._shard_of[name].get_slice(name).get_dtype()) not in _FLOATS:
+            elif self._scaled and self._scaled.has(name):
+                self._scaled.check(name)
+                used.add(self._scaled.scale_name(name))
+            elif (kind := self.stored_type(name)) not in _FLOATS:
                 raise UserError(
                     f"tensor {name} of {self.directory} has type {kind}, expected {', '.join(_FLOATS)}: give the "
                     "checkpoint with the original weights."
                 )
             used.add(name)
-        self._check_unused(sorted(self._shard_of.keys() - used))
+        self._check_unused(sorted(self._stored[name].name for name in self._stored.keys() - used))
 
     def _check_unused(self, names: list[str]) -> None:
         """Raise `UserError` for tensors that would be left out without a word, though they may mean something."""
@@ -172,6 +200,16 @@ class Checkpoint:
                 "which is not supported: give the checkpoint with the original weights."
             )
 
+    def _refuse_pickles(self) -> None:
+        """Raise `UserError` for a checkpoint that has its weights in PyTorch's own format alone."""
+        if any((self.directory / name).exists() for name in (_SINGLE, _INDEX)):
+            return
+        if found := [path.name for names in _PICKLES for path in sorted(self.directory.glob(names))]:
+            raise UserError(
+                f"{self.directory} holds its weights as {found[0]}, in PyTorch's own format, expected {_SINGLE}: load "
+                "them with transformers' Qwen3VLForConditionalGeneration and save that with its save_pretrained."
+            )
+
     def _untie_another_head(self) -> None:
         """Take a stored lm_head that is not the embeddings for what it is, whatever the config says of ties.
 
@@ -190,19 +228,25 @@ class Checkpoint:
             config.tie_word_embeddings = data["tie_word_embeddings"] = False
 
     def __contains__(self, name: str) -> bool:
-        return name in self._shard_of or self._layer_in_codes(name) is not None
+        return name in self._stored or self._layer_in_codes(name) is not None
 
     def shape(self, name: str) -> list[int]:
         """Of one tensor."""
         if layer := self._layer_in_codes(name):
             return self.codes.shape(layer)
-        return self._shard_of[name].get_slice(name).get_shape()
+        return self._stored[name].slice.get_shape()
+
+    def stored_type(self, name: str) -> str:
+        """Of one tensor on disk, as safetensors calls it."""
+        return self._stored[name].slice.get_dtype()
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor, in the type it has on disk; a weight that is there in codes in float32."""
         if layer := self._layer_in_codes(name):
             return torch.from_numpy(self.codes.read(layer).dense())
-        return self._shard_of[name].get_tensor(name)
+        if self._scaled and self._scaled.has(name):
+            return self._scaled.read(name, self._stored[name].tensor())
+        return self._stored[name].tensor()
 
     def _layer_in_codes(self, name: str) -> str | None:
         """The layer whose weight a tensor of this name is, if that is in codes."""
@@ -246,39 +290,8 @@ class Checkpoint:
 
     def copy_host_files(self, target: Path) -> None:
         """Put the config, and the files that the runtime's tokenizer and processors read, into ``target``."""
-        for name in _COPIED_FILES:
-            shutil.copyfile(self.directory / name, target / name)
+        self.host_files.write(target)
         (target / _CONFIG).write_text(json.dumps(self._config, indent=2) + "\n", encoding="utf-8")
-        self._add_tokens(target / bundle.TOKENIZER)
-        (target / bundle.CHAT_TEMPLATE).write_text(self._chat_template, encoding="utf-8")
-
-    def _add_tokens(self, path: Path) -> None:
-        """Add to a copy of the tokenizer the tokens that only its config has, as transformers does when it loads it."""
-        if not (self.directory / _TOKENIZER_CONFIG).is_file():
-            return
-        added = self._read_json(_TOKENIZER_CONFIG).get("added_tokens_decoder") or {}
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(
-                f"{self.directory / bundle.TOKENIZER} is not a tokenizer that can be read ({error}): download the "
-                "model again."
-            ) from error
-        try:
-            known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-            for _, fields in sorted((int(number), dict(fields)) for number, fields in added.items()):
-                if fields["content"] not in known:
-                    is_special = bool(fields.pop("special", False))
-                    token = tokenizers.AddedToken(**fields, special=is_special)
-                    (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)([token])
-        except Exception as error:  # the library raises bare Exception
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(
-                f"the tokens that {self.directory / _TOKENIZER_CONFIG} adds cannot be read ({reason}): download the "
-                "model again."
-            ) from error
-        if len(tokenizer.get_added_tokens_decoder()) != len(known):
-            tokenizer.save(str(path))
 
     @contextlib.contextmanager
     def _config_errors(self) -> Iterator[None]:
@@ -298,21 +311,6 @@ class Checkpoint:
                 f"{self.directory} lacks {name}: give the whole folder of a Qwen3-VL model, as its authors publish it."
             )
         return bundle.read_json(path, "download the model again")
-
-    def _find_chat_template(self) -> str:
-        """Checkpoints of different ages keep it in a file of its own, plain or JSON, or in the tokenizer's config."""
-        path = self.directory / bundle.CHAT_TEMPLATE
-        if path.is_file():
-            try:
-                return path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{path} cannot be read ({error}): download the model again.") from error
-        for name in ("chat_template.json", "tokenizer_config.json"):
-            if (self.directory / name).is_file() and isinstance(
-                template := self._read_json(name).get("chat_template"), str
-            ):
-                return template
-        raise UserError(f"{self.directory} has no chat template: add the model's {bundle.CHAT_TEMPLATE}.")
 
     def _shard_names(self) -> list[str]:
         if (self.directory / _SINGLE).is_file():

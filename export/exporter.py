@@ -89,7 +89,8 @@ def export_checkpoint(
         model = checkpoint.meta_model()
         with atomic_directory(output, "model") as directory:
             checkpoint.copy_host_files(directory)
-            check_host_files(directory, config)
+            with checkpoint.host_files.errors_name_sources(directory):
+                check_host_files(directory, config)
             prompts = calibration(directory, config) if calibration else None
             done = progress.add_task("calibrating", total=config.text.num_hidden_layers, visible=prompts is not None)
             fitted = _fit(checkpoint, config, prompts, cache, weights, kept_values, lambda: progress.advance(done))

@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from pascalvl.export.transforms import WeightSource
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.weight_format import GROUPS, WeightFormat
+from pascalvl.plugins.weight_format import WeightFormat
 from pascalvl.plugins.weight_rows import QuantisedWeight
 
 log = logging.getLogger(__name__)
 
-_BITS = 4
-_OF_WORD = 32 // _BITS
-_MIDDLE = 1 << _BITS - 1
+BITS = 4
+_OF_WORD = 32 // BITS
+_MIDDLE = 1 << BITS - 1
 """What codes of 0 to 15 lose to become those of -8 to 7."""
-_REMEDY = "give another checkpoint, or the one with the original weights"
+REMEDY = "give another checkpoint, or the one with the original weights"
 
 
 class TensorSource(WeightSource, Protocol):
@@ -37,7 +36,7 @@ class TensorSource(WeightSource, Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Layout:
+class Layout:
     """A way to store a layer.
 
     Attributes:
@@ -61,43 +60,12 @@ class _Layout:
     size: str = ""
 
 
-_AWQ = _Layout("qweight", "scales", "qzeros", "g_idx", True, True, order=(0, 2, 4, 6, 1, 3, 5, 7))
-_GPTQ_V2 = _Layout("qweight", "scales", "qzeros", "g_idx", True, False)
-_GPTQ = dataclasses.replace(_GPTQ_V2, zero_offset=0x11111111)
-_PACKED = _Layout(
+AWQ = Layout("qweight", "scales", "qzeros", "g_idx", True, True, order=(0, 2, 4, 6, 1, 3, 5, 7))
+GPTQ_V2 = Layout("qweight", "scales", "qzeros", "g_idx", True, False)
+GPTQ = dataclasses.replace(GPTQ_V2, zero_offset=0x11111111)
+PACKED = Layout(
     *("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"), False, False, size="weight_shape"
 )
-_METHODS = {
-    "awq": {"gemm": _AWQ},
-    "gptq": {"gptq": _GPTQ, "gptq_v2": _GPTQ_V2},
-    "compressed-tensors": {"pack-quantized": _PACKED},
-}
-"""By ``quant_method`` and its variants, of which the first is meant where none is named."""
-_FIELDS = {
-    "awq": (
-        "quant_method bits group_size version zero_point backend do_fuse exllama_config fuse_max_seq_len "
-        "modules_to_fuse modules_to_not_convert"
-    ),
-    "gptq": (
-        "quant_method bits group_size checkpoint_format format desc_act sym lm_head static_groups true_sequential "
-        "damp_percent damp_auto_increment dataset tokenizer meta model_name_or_path model_file_base_name model_seqlen "
-        "block_name_to_quantize modules_in_block_to_quantize module_name_preceding_first_block batch_size pad_token_id "
-        "use_cuda_fp16 use_exllama disable_exllama exllama_config max_input_length cache_block_outputs pack_dtype "
-        "is_marlin_format backend mse"
-    ),
-    "compressed-tensors": (
-        "quant_method format version config_groups ignore quantization_status global_compression_ratio run_compressed"
-    ),
-}
-"""Fields of a config whose meaning is in the tensors, or of no matter to who reads them."""
-_MUST_BE_EMPTY = ("dynamic", "kv_cache_scheme", "sparsity_config", "transform_config")
-"""Fields that ask for more than codes, scales and zeros."""
-_SCHEME = (
-    "num_bits type symmetric group_size strategy dynamic actorder observer observer_kwargs block_structure scale_dtype "
-    "zp_dtype"
-)
-"""Fields of compressed-tensors' weights."""
-_GROUP = "targets weights input_activations output_activations format"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,57 +73,8 @@ class StoredCodes:
     """The linear layers of a checkpoint that are in codes: their format, their tensors' layout, and these."""
 
     form: WeightFormat
-    layout: _Layout
+    layout: Layout
     source: TensorSource
-
-    @classmethod
-    def parse(cls, quantization: Any, where: object, source: TensorSource) -> StoredCodes:
-        """Read a config's ``quantization_config``; ``where`` is what errors call the checkpoint.
-
-        Raises:
-            UserError: another method, or one of its variants that `QuantLinear` cannot express.
-        """
-        data = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
-        method, schemes, bits = data.get("quant_method"), [data], "bits"
-
-        def check(what: str, found: object, accepted: tuple[object, ...]) -> Any:
-            if found not in accepted:
-                raise UserError(
-                    f"{where} holds weights quantised with {method!r}: expected {what} "
-                    f"{' or '.join(map(repr, accepted))}, found {found!r}; {_REMEDY}."
-                )
-            return found
-
-        def check_fields(found: Mapping[str, Any], known: str) -> None:
-            if unknown := sorted(found.keys() - known.split()):
-                raise UserError(
-                    f"{where} holds weights quantised with {method!r}, whose config has the field {unknown[0]!r}, "
-                    f"which is not known here: {_REMEDY}."
-                )
-
-        variants = _METHODS[check("quant_method", str(method), tuple(_METHODS))]
-        kind = next((data[key] for key in ("checkpoint_format", "format", "version") if data.get(key)), None)
-        for name in _MUST_BE_EMPTY:
-            check(f"no {name}", data.get(name) or None, (None,))
-        check_fields(data, f"{_FIELDS[method]} {' '.join(_MUST_BE_EMPTY)}")
-        layout = variants[check("the layout", str(kind or next(iter(variants))).lower(), tuple(variants))]
-        if layout is _PACKED:
-            named = data.get("config_groups")
-            groups = _objects(named.values() if isinstance(named, dict) else ())
-            for group in groups:
-                check_fields(group, _GROUP)
-                for activations in ("input_activations", "output_activations"):
-                    check(activations, group.get(activations), (None,))
-            schemes, bits = _objects(group.get("weights") for group in groups), "num_bits"
-            for scheme in schemes:
-                check_fields(scheme, _SCHEME)
-                check("type", scheme.get("type", "int"), ("int",))
-        for scheme in schemes:
-            check("bits", scheme.get(bits), (_BITS,))
-            check("group_size", scheme.get("group_size"), GROUPS)
-        sizes = {scheme["group_size"] for scheme in schemes}
-        check("groups of one size, of which there are", len(sizes), (1,))
-        return cls(WeightFormat(_BITS, *sizes), layout, source)
 
     def __contains__(self, layer: str) -> bool:
         return f"{layer}.{self.layout.codes}" in self.source
@@ -195,7 +114,7 @@ class StoredCodes:
         if name in self.source and not torch.equal(self.source.tensor(name).long(), in_order):
             raise UserError(
                 f"the inputs of {layer} have an order of their own (desc_act or actorder), which is not supported: "
-                f"{_REMEDY}."
+                f"{REMEDY}."
             )
 
     def has_zero(self, layer: str) -> bool:
@@ -238,8 +157,3 @@ class StoredCodes:
         nibbles = np.stack([pairs & 15, pairs >> 4], -1).reshape(*words.shape, _OF_WORD)
         elements = nibbles[..., np.argsort(self.layout.order)].reshape(len(words), -1)
         return elements.T if of_outputs else elements
-
-
-def _objects(values: Iterable[Any]) -> list[dict[str, Any]]:
-    """Those of JSON's values that are objects."""
-    return [value for value in values if isinstance(value, dict)]

@@ -382,12 +382,6 @@ def _sampling(model: VisionLanguageModel, given: dict[str, Any]) -> SamplingPara
 def _export(args: argparse.Namespace) -> int:
     from pascalvl.export import export_checkpoint
 
-    def check(directory: Path, config: Any) -> None:
-        try:
-            _check_host_files(directory, config)
-        except UserError as error:
-            raise UserError(str(error).replace(str(directory), str(args.checkpoint))) from error
-
     weights = _fitting_weights(args) if args.weights == _AUTO else args.weights
     options = {name: value for name, value in (("cache", args.kv), ("weights", weights)) if value}
     if args.calibrate:
@@ -395,7 +389,7 @@ def _export(args: argparse.Namespace) -> int:
 
         cases = read_prompts(args.calibrate)
         options["calibration"] = lambda directory, config: _calibration_prompts(cases, directory, config)
-    _report(args.output, export_checkpoint(args.checkpoint, args.output, check, **options))
+    _report(args.output, export_checkpoint(args.checkpoint, args.output, _check_host_files, **options))
     return 0
 
 

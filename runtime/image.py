@@ -30,16 +30,13 @@ _MAX_BYTES = 1 << 30
 """Of a picture's file, which decoders copy."""
 _MAX_PIXELS = 178_956_970
 """Of a picture before it is decoded: what Pillow itself refuses unless a program says otherwise."""
-_RESCALE = 1 / 255
 _FIXED_SETTINGS = {
     "do_resize": True,
     "do_rescale": True,
     "do_normalize": True,
-    "do_convert_rgb": True,
     "resample": Image.Resampling.BICUBIC.value,
-    "rescale_factor": _RESCALE,
 }
-"""What a processor's file may say, but not otherwise."""
+"""What a processor's file may say, but not otherwise; null, to the reference, is not the default, but false."""
 
 
 @contextlib.contextmanager
@@ -201,6 +198,8 @@ class PatchParameters:
     max_pixels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    rescale_factor: float
+    """What levels of 0 to 255 are multiplied by before mean and std."""
 
     @classmethod
     def read(
@@ -218,7 +217,7 @@ class PatchParameters:
         try:
             settings = {name: data.get(name, default) for name, default in defaults.items()}
             for name, expected in {**_FIXED_SETTINGS, **fixed}.items():
-                if (found := data.get(name)) not in (None, expected):
+                if (found := data.get(name, expected)) != expected:
                     raise UserError(f"{path} sets {name} to {found!r}: only {expected!r} is supported.")
             smallest = int(settings.get("min_pixels") or settings["size"]["shortest_edge"])
             largest = int(settings.get("max_pixels") or settings["size"]["longest_edge"])
@@ -226,6 +225,8 @@ class PatchParameters:
             mean, std = (tuple(map(float, settings[name])) for name in ("image_mean", "image_std"))
             if min(*sizes, smallest, largest) < 1 or not len(mean) == len(std) == 3 or 0 in std:
                 raise ValueError("sizes below 1, or colours that are not three")
+            if not 0 < (rescale_factor := float(data.get("rescale_factor", 1 / 255))) <= 1:
+                raise ValueError("a rescale_factor that is not above 0 and at most 1")
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise UserError(f"{path} cannot be read ({error!r}): download the model again and export it.") from error
         if max_pixels is not None:
@@ -234,7 +235,7 @@ class PatchParameters:
                     f"a limit of {max_pixels} pixels is out of range: expected at least {token}, one token."
                 )
             largest = min(largest, max_pixels)
-        return cls(*sizes, min(smallest, largest), largest, mean, std), settings
+        return cls(*sizes, min(smallest, largest), largest, mean, std, rescale_factor), settings
 
     @property
     def factor(self) -> int:
@@ -254,7 +255,7 @@ class PatchParameters:
         levels = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, channels, -1)
         # Rescaling is a float64 product rounded to float32, then normalising in float32: the reference's rounding. Done
         # once for each of a byte's values: the float arrays of a large picture would take gigabytes.
-        rescaled = (np.arange(256) * _RESCALE).astype(np.float32)
+        rescaled = (np.arange(256) * self.rescale_factor).astype(np.float32)
         pixel_values = np.empty(levels.shape, np.float32)
         for channel in range(channels):
             normalised = (rescaled - np.float32(self.mean[channel])) / np.float32(self.std[channel])

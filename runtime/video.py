@@ -275,8 +275,8 @@ class VideoProcessor:
     """Picks frames, resizes them to whole patches within the checkpoint's limits of volume, and cuts them."""
 
     parameters: PatchParameters
-    fps: float
-    """Frames to take from each second."""
+    fps: float | None
+    """Frames to take from each second; None: as many as ``max_frames`` allows, at any rate."""
     min_frames: int
     max_frames: int
     max_frame_tokens: int | None
@@ -301,11 +301,8 @@ class VideoProcessor:
         fixed = {"do_sample_frames": True, "num_frames": None}
         parameters, settings = PatchParameters.read(path, defaults, fixed, max_pixels)
         fps, *counts = [settings[name] for name in ("fps", "min_frames", "max_frames", "max_video_tokens")]
-        if (
-            not isinstance(fps, int | float)
-            or not 0 < fps < math.inf
-            or any(type(n) is not int or n < 1 for n in counts)
-        ):
+        is_rate = fps is None or (isinstance(fps, int | float) and 0 < fps < math.inf)
+        if not is_rate or any(type(n) is not int or n < 1 for n in counts):
             raise UserError(
                 f"{path} has a frame rate or a limit that is not positive: download the model again and export it."
             )
@@ -340,9 +337,13 @@ class VideoProcessor:
         """Indices of evenly spaced frames, first and last among them.
 
         Where the frame rate varies, they are those nearest to evenly spaced times, none taken twice; by number, where
-        these would be fewer than ``min_frames``.
+        these would be fewer than ``min_frames``. Without ``fps``, always by number, and those of a video that has fewer
+        than ``min_frames`` several times: so does the reference.
         """
         total = len(video.frames)
+        if self.fps is None:
+            count = min(max(total, self.min_frames), self.max_frames)
+            return np.linspace(0, total - 1, count).round().astype(int).tolist()
         least = min(self.min_frames, self.max_frames, total)
         count = int(min(max(total / video.fps * self.fps, least), self.max_frames, total))
         if video.times is not None:

@@ -324,7 +324,18 @@ def _shards(checkpoint):
         (lambda c: (c / "chat_template.jinja").write_text("{% break %}"), "cannot be used .'break' outside loop"),
         (lambda c: (c / "chat_template.jinja").write_text("{{ 'x' * 10**10 }}"), "it needs more than 1 GB of memory"),
         (lambda c: (c / "chat_template.jinja").write_text("Hello"), "has no place for one of the pictures"),
-        (lambda c: (c / "generation_config.json").write_text("{}"), "checkpoint/generation_config.json is of no use"),
+        (
+            lambda c: (c / "generation_config.json").write_text('{"eos_token_id": "end"}'),
+            "checkpoint/generation_config.json is of no use",
+        ),
+        (
+            lambda c: (c / "processor_config.json").write_text('{"image_processor": {"do_resize": false}}'),
+            "checkpoint/processor_config.json sets do_resize to False",
+        ),
+        (
+            lambda c: (c / "processor_config.json").write_text('{"video_processor": {"patch_size": 14}}'),
+            "checkpoint/processor_config.json makes patches",
+        ),
     ],
 )
 def test_damaged_checkpoints(refused, nano_checkpoint, tmp_path, damage, match):

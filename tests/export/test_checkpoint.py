@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from pascalvl.engines import build, open_engine
 from pascalvl.export import export_checkpoint
-from pascalvl.export.checkpoint import Checkpoint
+from pascalvl.export.checkpoint import Checkpoint, load_model
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.runtime.tokenizer import Tokenizer
@@ -88,7 +88,7 @@ def test_config_that_is_no_json(copy, text):
     refused(copy, "config.json cannot be read")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json"])
 def test_missing_processor_file(copy, name):
     (copy / name).unlink()
     refused(copy, f"lacks {name}")
@@ -268,6 +268,96 @@ def test_one_file_beside_old_shards_is_what_counts(copy, caplog):
     path.unlink()  # an index whose shards are gone
     with Checkpoint(copy) as checkpoint:
         assert checkpoint.digest() == digest
+
+
+@pytest.mark.parametrize(
+    ("name", "is_advised"),
+    [
+        ("pytorch_model.bin", True),
+        ("pytorch_model.bin.index.json", True),
+        ("model.pt", True),
+        ("training_args.bin", False),
+        ("optimizer.pt", False),
+    ],
+)
+def test_weights_in_pytorchs_own_format(copy, name, is_advised):
+    """Beside what a trainer leaves; what is advised then works, where transformers reads the file."""
+    as_one_file(copy)
+    tensors = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    for path in [*shards(copy), copy / "model.safetensors.index.json"]:
+        path.unlink()
+    torch.save(tensors, copy / name)
+    if not is_advised:
+        refused(copy, "lacks its weight file model.safetensors")
+        return
+    refused(copy, f"holds its weights as {name}, in PyTorch's own format, expected model.safetensors: load them with")
+    if name == "pytorch_model.bin":
+        Qwen3VLForConditionalGeneration.from_pretrained(copy).save_pretrained(copy)
+        with Checkpoint(copy) as checkpoint:
+            checkpoint.meta_model()
+            assert all(torch.equal(checkpoint.tensor(key), tensor) for key, tensor in tensors.items())
+
+
+# Names of tensors -----------------------------------------------------------------------------------------------------
+
+
+def renamed(checkpoint, rename, **more):
+    """Write the weights as one file, under other names."""
+    tensors = as_one_file(checkpoint)
+    stored = {rename(name): tensor for name, tensor in tensors.items()}
+    save_file({**stored, **more}, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+def as_vllm(name):
+    name = name.replace("model.visual.", "visual.").replace("model.language_model.", "language_model.model.")
+    return name.replace("lm_head.", "language_model.lm_head.")
+
+
+RENAMES = {
+    "the inner model's": lambda name: name.removeprefix("model."),
+    "of a model in a model": lambda name: f"model.{name}",
+    "DataParallel": lambda name: f"module.{name}",
+    "PEFT": lambda name: f"base_model.model.{name}",
+    "PEFT in DDP": lambda name: f"module.base_model.model.{name}",
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "FSDP": lambda name: name.replace("layers.3.", "layers.3._fsdp_wrapped_module._checkpoint_wrapped_module."),
+    "of Qwen2-VL": lambda name: name.replace("model.visual.", "visual.").replace("model.language_model.", "model."),
+    "vLLM": as_vllm,
+}
+
+
+@pytest.mark.parametrize("kind", RENAMES)
+def test_names_that_tools_write(copy, kind):
+    """Of which transformers reads the first two itself, and then is the reference of a validation."""
+    head = {RENAMES[kind]("lm_head.weight"): torch.randn(2048, 256)}
+    tensors = renamed(copy, RENAMES[kind], **head)
+    with Checkpoint(copy) as checkpoint:
+        checkpoint.meta_model()
+        assert all(torch.equal(checkpoint.tensor(name), tensor) for name, tensor in tensors.items())
+        assert torch.equal(checkpoint.tensor("lm_head.weight"), *head.values())
+        is_plain = checkpoint.is_plain
+    _, loading = Qwen3VLForConditionalGeneration.from_pretrained(copy, output_loading_info=True)
+    assert is_plain == (not loading["missing_keys"]) == (kind in list(RENAMES)[:2])
+    state = load_model(copy).state_dict()
+    assert all(torch.equal(state[name], tensor.float()) for name, tensor in tensors.items())
+    assert torch.equal(state["lm_head.weight"], *head.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "phrase"),
+    [
+        ("visual.pos_embed.weight", "which are the same tensor of Qwen3-VL"),
+        ("module.model.language_model.norm.weight", "which are the same tensor of Qwen3-VL"),
+        ("model.language_model.layers.0.mlp.up_proj.base_layer.weight", "merge it (merge_and_unload of PEFT)"),
+        ("visual.layers.0.mlp.up_proj.weight", "has no use for, such as visual.layers.0"),
+        ("transformer.model.language_model.norm.weight", "has no use for, such as transformer.model"),
+    ],
+)
+def test_names_that_are_not_clear(copy, name, phrase):
+    renamed(copy, str, **{name: torch.zeros(2)})
+    refused(copy, phrase)
 
 
 # Added tokens ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Checkpoints in codes of 4 bits, as AWQ, GPTQ and llm-compressor write them: read, exported and answering, exactly."""
 
+import copy
 import functools
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -171,12 +173,61 @@ def refused(phrase, checkpoint, output, **options):
     ],
 )
 def test_other_quantisations(kind, change, phrase, nano_checkpoint, tmp_path):
-    checkpoint = tmp_path / "checkpoint"
-    coded_checkpoint.write(nano_checkpoint, checkpoint, kind)
+    refused(phrase, configured(nano_checkpoint, tmp_path, kind, change), tmp_path)
+
+
+def configured(nano_checkpoint, tmp_path, kind, change):
+    """A folder whose config says that its weights are quantised; that is read before they are."""
+    checkpoint = shutil.copytree(nano_checkpoint, tmp_path / "checkpoint")
     config = json.loads((checkpoint / "config.json").read_text())
-    config["quantization_config"] = {**config["quantization_config"], **change}
+    config["quantization_config"] = {**coded_checkpoint.CONFIGS[kind], **change}
     (checkpoint / "config.json").write_text(json.dumps(config))
-    refused(phrase, checkpoint, tmp_path)
+    return checkpoint
+
+
+@pytest.mark.parametrize("kind", ["awq", "gptq", "packed"])
+@pytest.mark.parametrize(
+    ("change", "phrase"),
+    [
+        ({"dynamic": {"+:.*down_proj": {"bits": 8}}}, "config sets 'dynamic', which is not supported"),
+        ({"dynamic": {"-:.*down_proj": {}, "+:.*up_proj": {"bits": 8}}}, "config sets 'dynamic'"),
+        ({"dynamic": ["-:.*down_proj"]}, "config sets 'dynamic'"),
+        ({"kv_cache_scheme": {"num_bits": 8}}, "config sets 'kv_cache_scheme'"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "config sets 'sparsity_config'"),
+        ({"transform_config": {"config_groups": {"R4": {"type": "hadamard"}}}}, "config sets 'transform_config'"),
+        ({"rotation": "hadamard"}, "config has the field 'rotation', which is not known here"),
+    ],
+)
+def test_fields_that_ask_for_more(kind, change, phrase, nano_checkpoint, tmp_path):
+    refused(phrase, configured(nano_checkpoint, tmp_path, kind, change), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("of_weights", "change", "phrase"),
+    [
+        (True, {"type": "float"}, "expected type 'int', found 'float'"),
+        (True, {"rotation": "hadamard"}, "config has the field 'rotation', which is not known here"),
+        (False, {"rotation": "hadamard"}, "config has the field 'rotation', which is not known here"),
+        (False, {"input_activations": {"num_bits": 8, "dynamic": True}}, "expected input_activations None"),
+        (False, {"output_activations": {"num_bits": 8}}, "expected output_activations None"),
+    ],
+)
+def test_groups_that_ask_for_more(of_weights, change, phrase, nano_checkpoint, tmp_path):
+    group = copy.deepcopy(coded_checkpoint.CONFIGS["packed"]["config_groups"]["group_0"])
+    (group["weights"] if of_weights else group).update(change)
+    change = {"config_groups": {"group_0": group}}
+    refused(phrase, configured(nano_checkpoint, tmp_path, "packed", change), tmp_path)
+
+
+def test_layers_that_gptqmodel_left_out(coded, tmp_path):
+    """Its ``dynamic`` names them, and their weights are there as they were."""
+    checkpoint = shutil.copytree(coded("gptq")[0], tmp_path / "checkpoint")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"]["dynamic"] = {"-:.*visual.*": {}, "-:lm_head": {}}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with Checkpoint(checkpoint) as opened:
+        opened.meta_model()
+        assert opened.codes.form == WeightFormat(4, 128)
 
 
 @pytest.mark.parametrize(

@@ -352,7 +352,10 @@ def test_too_thin(processor):
     [
         ('{"do_normalize": false}', "sets do_normalize to False: only True is supported"),
         ('{"resample": 2}', "sets resample to 2: only 3"),
-        ('{"rescale_factor": 1}', "sets rescale_factor to 1"),
+        ('{"do_normalize": null}', "sets do_normalize to None: only True"),
+        ('{"rescale_factor": 0}', "cannot be read .*rescale_factor"),
+        ('{"rescale_factor": 255}', "cannot be read .*rescale_factor"),
+        ('{"rescale_factor": null}', "cannot be read"),
         ("[", "cannot be read"),
         ("[" * 100_000, "cannot be read"),
         ("[]", "expected a JSON object"),
@@ -369,7 +372,16 @@ def test_processor_files_that_cannot_be_used(tmp_path, content, phrase):
         ImageProcessor.from_file(path)
 
 
-def test_steps_that_are_not_set_are_done(tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_normalize": True, "rescale_factor": 0.00392156862745098, "resample": 3, "do_resize": True},
+        {"do_convert_rgb": None},
+        {"rescale_factor": 0.00392157},
+        {"rescale_factor": 0.0078},
+    ],
+)
+def test_settings_mean_what_they_do_to_the_reference(tmp_path, settings):
     path = tmp_path / "preprocessor_config.json"
-    path.write_text('{"do_normalize": null, "rescale_factor": 0.00392156862745098, "resample": 3, "do_resize": true}')
-    check_equal(ImageProcessor.from_file(path), Qwen2VLImageProcessorPil(), noise(70, 90))
+    path.write_text(json.dumps(settings))
+    check_equal(ImageProcessor.from_file(path), Qwen2VLImageProcessorPil.from_pretrained(tmp_path), noise(70, 90))

@@ -97,6 +97,9 @@ def test_defaults_are_the_references(tmp_path):
         {"cap_pixels_per_frame": True, "size": {"shortest_edge": 5000, "longest_edge": 5100}},
         {"min_pixels": 10**6, "max_pixels": 2 * 10**6},  # the older names mean nothing here
         {"fps": 5, "min_frames": 2, "max_frames": 5},
+        {"fps": None},
+        {"fps": None, "min_frames": 20, "max_frames": 24},
+        {"rescale_factor": 0.00392157},
         {"temporal_patch_size": 3},
     ],
 )
@@ -118,7 +121,6 @@ def test_settings_mean_what_they_do_to_the_reference(nano_checkpoint, tmp_path, 
     [
         ({"do_sample_frames": False}, "sets do_sample_frames to False: only True is supported"),
         ({"num_frames": 6}, "sets num_frames to 6: only None"),
-        ({"fps": None}, "not positive"),
         ({"fps": float("inf")}, "not positive"),
         ({"max_frames": 0}, "not positive"),
         ({"min_frames": 4.5}, "not positive"),
