@@ -23,7 +23,7 @@ from transformers import Qwen3VLConfig
 from pascalvl.engines.backend import REFERENCE, Engine
 from pascalvl.engines.session import ALWAYS_VISIBLE, RECENT_SLOTS, SLOTS, Placement, Session
 from pascalvl.export import torch_kernels
-from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, meta_model
+from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, meta_model, read_config
 from pascalvl.export.modules import Decoder, VisionEncoder
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import CHECKPOINT_CONFIG, TRANSPOSED, Manifest, read_json
@@ -293,7 +293,7 @@ def _device() -> torch.device:
 
 def _load(directory: Path, manifest: Manifest, device: torch.device) -> dict[str, nn.Module]:
     """The modules by graph, their weights mapped from the bundle and, one by one, copied to a GPU."""
-    config = Qwen3VLConfig.from_dict(read_json(directory / CHECKPOINT_CONFIG, _REMEDY))
+    config = read_config(read_json(directory / CHECKPOINT_CONFIG, _REMEDY))
     _check(directory, manifest, config)
     model = meta_model(config)
     modules = {

@@ -22,7 +22,7 @@ from pascalvl.export.attention import ATTN_IMPLEMENTATION
 from pascalvl.export.stored_codes import StoredCodes
 from pascalvl.plugins import bundle
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.model_config import ModelConfig, TextConfig, VisionConfig
+from pascalvl.plugins.model_config import TOKEN_IDS, ModelConfig, TextConfig, VisionConfig, check_sizes
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,12 @@ _COPIED_FILES = (bundle.TOKENIZER, bundle.GENERATION_CONFIG, bundle.IMAGE_PROCES
 """JSON that the runtime reads as it is."""
 _STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 """Rope types whose frequencies do not depend on the length of the prompt."""
+
+
+def read_config(data: dict[str, Any]) -> Qwen3VLConfig:
+    """Hugging Face's config of what is in ``config.json``; raises `ValueError` for sizes that no model has."""
+    check_sizes(data)
+    return Qwen3VLConfig.from_dict(data)
 
 
 def meta_model(config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
@@ -92,7 +98,8 @@ class Checkpoint:
             self._check_modelopt()
         self.codes = StoredCodes.parse(quantization, directory, self) if quantization else None
         with self._config_errors():
-            self.hf_config = Qwen3VLConfig.from_dict(data)
+            self.hf_config = read_config(data)
+        self.model_config()  # what it has to say comes before anything is built
         for name in _COPIED_FILES:
             self._read_json(name)
         self._chat_template = self._find_chat_template()
@@ -231,10 +238,7 @@ class Checkpoint:
                     value_dims=(text.head_dim,) * text.num_hidden_layers,
                 ),
                 vision=_take(VisionConfig, vision, rope_inv_freq=tuple(vision_rope.inv_freq.tolist())),
-                image_token_id=self.hf_config.image_token_id,
-                video_token_id=self.hf_config.video_token_id,
-                vision_start_token_id=self.hf_config.vision_start_token_id,
-                vision_end_token_id=self.hf_config.vision_end_token_id,
+                **{name: getattr(self.hf_config, name) for name in TOKEN_IDS},
             )
 
     def digest(self) -> str:

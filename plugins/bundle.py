@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from pascalvl.plugins import bindings
-from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.errors import UserError, shown
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig
@@ -97,20 +97,24 @@ class Manifest:
         """Read the manifest in ``directory``; raises `UserError` unless it is a bundle of one of ``kinds``."""
         path = directory / MANIFEST
         expected = " or ".join(f"the {kind} bundle that {_WRITTEN_BY[kind]!r} wrote" for kind in kinds)
-        rewrite = f"write it again with {_WRITTEN_BY[kinds[0]]!r}"
+        rewrite = f"write it again with {' or '.join(repr(_WRITTEN_BY[kind]) for kind in kinds)}"
         if not directory.is_dir():
             raise UserError(f"no directory {directory}: expected {expected}.")
         if not path.exists():
             raise UserError(f"{directory} is not a bundle (it has no {MANIFEST}): expected {expected}.")
         data = read_json(path, rewrite)
         if (found := data.get("kind")) not in kinds:
-            raise UserError(f"{directory} is a bundle of kind {found!r}: expected {expected}.")
-        if data.get("version") != BUNDLE_VERSION:
+            raise UserError(f"{directory} is a bundle of kind {shown(found)}: expected {expected}.")
+        rewrite = f"write it again with {_WRITTEN_BY[found]!r}"
+        version = data.get("version")
+        if type(version) is not int or version != BUNDLE_VERSION:
             raise UserError(
-                f"{directory} has bundle version {data.get('version')}, this PascalVL reads version {BUNDLE_VERSION}: "
+                f"{directory} has bundle version {shown(version)}, this PascalVL reads version {BUNDLE_VERSION}: "
                 f"{rewrite}."
             )
         try:
+            if unknown := sorted(data.keys() - {field.name for field in dataclasses.fields(cls)}):
+                raise ValueError(f"it has the field {shown(unknown[0])}")
             manifest = cls(
                 **{
                     **data,
@@ -119,17 +123,16 @@ class Manifest:
                     "weights": WeightConfig.parse(data["weights"]),
                 }
             )
-            manifest._check_types()
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not complete ({error}): {rewrite}.") from error
+            manifest._check_fields()
+        except KeyError as error:
+            raise UserError(f"{path} cannot be used (it lacks {shown(error.args[0])}): {rewrite}.") from error
+        except (UserError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} cannot be used ({str(error).rstrip('.')}): {rewrite}.") from error
         manifest.require(HOST_FILES if manifest.kind == "engine" else MODEL_FILES)
-        if manifest.files[EMBEDDINGS]["bytes"] != manifest._embedding_bytes:
-            raise UserError(f"{path} is not complete ({EMBEDDINGS} is of another size): {rewrite}.")
+        size = math.prod(manifest.embeddings["shape"]) * _EMBEDDING_BYTES[manifest.embeddings["dtype"]]
+        if manifest.files[EMBEDDINGS]["bytes"] != size:
+            raise UserError(f"{path} cannot be used ({EMBEDDINGS} is of another size): {rewrite}.")
         return manifest
-
-    @property
-    def _embedding_bytes(self) -> int:
-        return math.prod(self.embeddings["shape"]) * _EMBEDDING_BYTES[self.embeddings["dtype"]]
 
     def require(self, names: Iterable[str]) -> None:
         """Raise `UserError` unless the manifest lists the files ``names``."""
@@ -139,26 +142,27 @@ class Manifest:
                 f"{_WRITTEN_BY[self.kind]!r}."
             )
 
-    def _check_types(self) -> None:
-        """Raise `TypeError` or `KeyError` for a field of another form than the runtime relies on."""
+    def _check_fields(self) -> None:
+        """Raise an error, `UserError` for formats of layers, for what is of another form than the runtime relies on."""
         text = self.model.text
+        self.kv_cache.layers(text)
+        self.weights.layers(text.num_hidden_layers)
         if not all(isinstance(self.source[key], str) for key in ("name", "sha256")):
             raise TypeError("source is not a name and a hash")
         if set(self.embeddings) != {"dtype", "shape"} or self.embeddings["dtype"] not in tuple(_EMBEDDING_BYTES):
-            raise TypeError(f"embeddings are {self.embeddings!r}")
+            raise TypeError(f"embeddings are {shown(self.embeddings)}")
         if self.embeddings["shape"] != [text.vocab_size, text.hidden_size]:
-            raise TypeError(f"embeddings of shape {self.embeddings['shape']!r}")
-        if not all(
-            isinstance(graph["ops"], dict) and all(key in graph for key in ("opset", "ir_version", "plugin"))
-            for graph in self.graphs.values()
-        ):
-            raise TypeError("graphs without their operators")
+            raise ValueError(f"embeddings of shape {shown(self.embeddings['shape'])}")
+        for name, graph in self.graphs.items():
+            counts = graph["opset"], graph["ir_version"], *graph["ops"].values()
+            if not all(_is_count(count) for count in counts) or not isinstance(graph["plugin"], str):
+                raise TypeError(f"the graph {shown(name)} is {shown(graph)}")
         if not all(isinstance(value, str) for value in self.backend.values()):
             raise TypeError("backend is no object of texts")
-        if not all(type(file["bytes"]) is int and isinstance(file["sha256"], str) for file in self.files.values()):
+        if not all(_is_count(file["bytes"]) and isinstance(file["sha256"], str) for file in self.files.values()):
             raise TypeError("files without sizes or hashes")
         if not all(name == Path(name).name for name in self.files):
-            raise TypeError("files outside the bundle")
+            raise ValueError("files outside the bundle")
 
     def verify(self, directory: Path, progress: Callable[[int], None] = lambda _: None) -> None:
         """Check every file's size and hash; raises `UserError` naming the first that is missing or altered.
@@ -193,6 +197,10 @@ class Manifest:
         manifest = dataclasses.replace(self, files=files)
         (directory / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
         return manifest
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Engine bundles: built, loaded, cross-checked and refused."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -12,10 +11,11 @@ import pytest
 from onnx import TensorProto
 
 from pascalvl.engines import build, open_engine
-from pascalvl.plugins import bindings, bundle
+from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
+from tests.manifests import edit_manifest
 
 
 def test_build_sets_the_cache_format(nano_engine):
@@ -50,8 +50,7 @@ def test_model_bundle_is_not_an_engine_bundle(nano_model_bundle, nano_engine_bun
 def _copy_with_manifest(directory, target, **changes):
     """A copy whose manifest says something else but still fits its files."""
     shutil.copytree(directory, target)
-    path = target / bundle.MANIFEST
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    edit_manifest(target, lambda data: data.update(changes))
     return target
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from pascalvl.plugins import bundle
 from pascalvl.plugins.bundle import Manifest, atomic_directory
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
-from pascalvl.plugins.model_config import ModelConfig, TextConfig, VisionConfig
+from pascalvl.plugins.model_config import TOKEN_IDS, ModelConfig, TextConfig, VisionConfig
+from tests.manifests import OUT_OF_RANGE, edit_manifest, integers, put
 
 MODEL = ModelConfig(
     TextConfig(
@@ -28,7 +30,7 @@ MANIFEST = Manifest(
     {"name": "x", "sha256": "0"},
     MODEL,
     {"dtype": "float16", "shape": [512, 64]},
-    {},
+    {"decoder": {"opset": 17, "ir_version": 8, "plugin": "FlashAttention2 1", "ops": {"MatMul": 3}}},
     CacheConfig(KVFormat.F16),
 )
 
@@ -75,36 +77,68 @@ def test_altered_files_are_found(written, alter, phrase):
         ({"kind": "engine"}, "is a bundle of kind 'engine'"),
         ({"version": 99}, "has bundle version 99"),
         ({"kv_cache": "k3v3"}, "unknown KV cache format 'k3v3'"),
-        ({"model": {"text": {}}}, "does not fit this version"),
-        ({"colour": 1}, "is not complete"),
+        ({"model": {"text": {}}}, "lacks 'vocab_size'"),
+        ({"colour": 1}, "cannot be used"),
         ({"files": {}}, "does not list the file embeddings.bin"),
         ({"files": {"../x": {"bytes": 1, "sha256": ""}}}, "files outside the bundle"),
-        ({"source": "x"}, "is not complete"),
-        ({"graphs": {"decoder": {}}}, "is not complete"),
-        ({"graphs": {"decoder": {"ops": {}}}}, "is not complete"),
-        ({"backend": "onnxruntime"}, "is not complete"),
-        ({"backend": {"name": []}}, "is not complete"),
+        ({"source": "x"}, "cannot be used"),
+        ({"graphs": {"decoder": {}}}, "cannot be used"),
+        ({"graphs": {"decoder": {"ops": {}}}}, "cannot be used"),
+        ({"backend": "onnxruntime"}, "cannot be used"),
+        ({"backend": {"name": []}}, "cannot be used"),
         ({"embeddings": {"dtype": "int8", "shape": [512, 64]}}, "embeddings are .*'int8'"),
         ({"embeddings": {"dtype": "float16", "shape": [512, 64], "offset": 1}}, "embeddings are .*'offset'"),
         ({"embeddings": {"dtype": "float16", "shape": [511, 64]}}, "embeddings of shape"),
         ({"embeddings": {"dtype": "float32", "shape": [512, 64]}}, "embeddings.bin is of another size"),
         ({"model": {**MODEL.to_json(), "image_token_id": "1"}}, "image_token_id is '1'"),
-        ({"files": {"decoder.onnx": {"bytes": "5"}}}, "is not complete"),
+        ({"files": {"decoder.onnx": {"bytes": "5"}}}, "cannot be used"),
     ],
 )
 def test_manifests_that_do_not_fit_are_refused(written, change, phrase):
-    path = written / bundle.MANIFEST
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    edit_manifest(written, lambda data: data.update(change))
     with pytest.raises(UserError, match=phrase):
+        Manifest.read(written, "model")
+
+
+def test_numbers_out_of_range(written):
+    """In every field, in a sentence and at once."""
+    original = (written / bundle.MANIFEST).read_text()
+    fields = list(integers(json.loads(original)))
+    assert ("version",) in fields
+    assert ("model", "text", "mrope_section") in fields
+    start = time.monotonic()
+    for field in fields:
+        free = {0} if field[-1] in TOKEN_IDS else {0, 2**31, 2**32, 10**9} if "graphs" in field else set()
+        for value in (value for value in OUT_OF_RANGE if not isinstance(value, int) or value not in free):
+            (written / bundle.MANIFEST).write_text(original)
+            edit_manifest(written, lambda data, field=field, value=value: put(data, field, value))
+            with pytest.raises(UserError) as error:
+                Manifest.read(written, "model").verify(written)
+            assert "\n" not in str(error.value), (field, value)
+            assert len(str(error.value)) < 500 + len(str(written))
+    assert time.monotonic() - start < 0.1 * len(fields) * len(OUT_OF_RANGE)
+
+
+@pytest.mark.parametrize("kv", ["k8v4,recent=" + "9" * 5000, "k8v4,rk=" + "9" * 5000, "f16" + ",layer.0=f16" * 10**5])
+def test_formats_without_end(written, kv):
+    edit_manifest(written, lambda data: data.update(kv_cache=kv))
+    with pytest.raises(UserError, match=r"manifest.json cannot be used \(the KV cache .*…") as error:
+        Manifest.read(written, "model")
+    assert len(str(error.value)) < 500 + len(str(written))
+
+
+@pytest.mark.parametrize(
+    ("field", "text"), [("kv_cache", "f16,layer.0-9999=f32"), ("weights", "w8,layer.0-9999=w4,layer.1=w8")]
+)
+def test_formats_of_layers_that_the_model_has_not(written, field, text):
+    edit_manifest(written, lambda data: data.update({field: text}))
+    with pytest.raises(UserError, match=r"layer.9999 is out of range: this model has layers 0-1\): write it again"):
         Manifest.read(written, "model")
 
 
 @pytest.mark.parametrize("name", bundle.MODEL_FILES)
 def test_files_that_the_manifest_does_not_list(written, name):
-    path = written / bundle.MANIFEST
-    data = json.loads(path.read_text())
-    del data["files"][name]
-    path.write_text(json.dumps(data))
+    edit_manifest(written, lambda data: data["files"].pop(name))
     with pytest.raises(UserError, match=f"does not list the file {name}"):
         Manifest.read(written, "model")
 
@@ -136,7 +170,7 @@ def test_files_that_the_manifest_does_not_list(written, name):
 )
 def test_models_that_cannot_be(part, change):
     data = json.loads(json.dumps(MODEL.to_json()))
-    with pytest.raises(UserError, match=next(iter(change))):
+    with pytest.raises((ValueError, TypeError), match=next(iter(change))):
         ModelConfig.from_json({**data, part: {**data[part], **change}})
 
 
