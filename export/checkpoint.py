@@ -21,7 +21,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from pascalvl.export.attention import ATTN_IMPLEMENTATION
 from pascalvl.export.stored_codes import StoredCodes
 from pascalvl.plugins import bundle
-from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.errors import UserError, reason, shown
 from pascalvl.plugins.model_config import TOKEN_IDS, ModelConfig, TextConfig, VisionConfig, check_sizes
 
 log = logging.getLogger(__name__)
@@ -324,21 +324,28 @@ class Checkpoint:
             if (self.directory / _INDEX).is_file():
                 log.warning("of %s, %s is read, and %s with its files is not", self.directory, _SINGLE, _INDEX)
             return [_SINGLE]
-        if (self.directory / _INDEX).is_file():
+        if (self.directory / _INDEX).exists():
             weight_map = self._read_json(_INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise UserError(f"{self.directory / _INDEX} names no weight files: download the model again.")
-            return sorted(set(weight_map.values()))
+            names = list(weight_map.values()) if isinstance(weight_map, dict) else [{"weight_map": weight_map}]
+            if others := [name for name in names if not isinstance(name, str) or not bundle.is_file_name(name)]:
+                raise UserError(
+                    f"{self.directory / _INDEX} names {shown(others[0])}: expected weight files in the same folder; "
+                    "download the model again."
+                )
+            return sorted(set(names))
         return [_SINGLE]
 
     def _open_shard(self, name: str) -> Any:
         path = self.directory / name
         try:
+            bundle.open_regular(path).close()
             return self._files.enter_context(safe_open(path, framework="pt"))
         except FileNotFoundError:
             raise UserError(f"{self.directory} lacks its weight file {name}: download the model again.") from None
         except (OSError, SafetensorError) as error:
-            raise UserError(f"weight file {path} is truncated or damaged ({error}): download it again.") from error
+            raise UserError(
+                f"weight file {path} is truncated or damaged ({reason(error)}): download it again."
+            ) from error
 
 
 def _take(kind: type, config: Any, **computed: Any) -> Any:

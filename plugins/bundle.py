@@ -28,13 +28,14 @@ import hashlib
 import json
 import math
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pascalvl.plugins import bindings
-from pascalvl.plugins.errors import UserError, shown
+from pascalvl.plugins.errors import UserError, reason, shown
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig
@@ -67,6 +68,9 @@ _OUT_OF_ROOM = {
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
 }
 _CHUNK = 1 << 22
+_MOST_JSON_BYTES = 1 << 25
+"""32 MiB: the largest JSON of a checkpoint is its tokenizer, of 12 MB for Qwen3-VL."""
+_LONGEST_NAME = 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +165,8 @@ class Manifest:
             raise TypeError("backend is no object of texts")
         if not all(_is_count(file["bytes"]) and isinstance(file["sha256"], str) for file in self.files.values()):
             raise TypeError("files without sizes or hashes")
-        if not all(name == Path(name).name for name in self.files):
-            raise ValueError("files outside the bundle")
+        if outside := [name for name in self.files if not is_file_name(name)]:
+            raise ValueError(f"it lists {shown(outside[0])}, which is no name of a file in the bundle")
 
     def verify(self, directory: Path, progress: Callable[[int], None] = lambda _: None) -> None:
         """Check every file's size and hash; raises `UserError` naming the first that is missing or altered.
@@ -172,8 +176,10 @@ class Manifest:
         remedy = f"write the bundle again with {_WRITTEN_BY[self.kind]!r}"
         for name, expected in self.files.items():
             path = directory / name
-            if not path.is_file():
+            if not path.exists():
                 raise UserError(f"{directory} lacks the file {name}: {remedy}.")
+            if not path.is_file():
+                raise UserError(f"{path} was altered: it is no regular file; {remedy}.")
             if (size := path.stat().st_size) != expected["bytes"]:
                 raise UserError(f"{path} was altered: expected {expected['bytes']} bytes, found {size}; {remedy}.")
         with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -204,20 +210,40 @@ def _is_count(value: object) -> bool:
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """Read a JSON object; raises `UserError`, which ends with what to do, for what is none."""
+    """Read a JSON object; raises `UserError`, which ends with what to do, for what is none, or is too large."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            content = file.read(_MOST_JSON_BYTES + 1)
+        if len(content) > _MOST_JSON_BYTES:
+            raise ValueError(f"it has more than {_MOST_JSON_BYTES >> 20} MiB")
+        data = json.loads(content.decode())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}): {remedy}.") from error
+        raise UserError(f"{path} cannot be read ({reason(error)}): {remedy}.") from error
     if not isinstance(data, dict):
         raise UserError(f"expected a JSON object in {path}, found a {type(data).__name__}: {remedy}.")
     return data
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read.
+
+    Raises:
+        OSError: that cannot be done, or it is something else: a pipe would wait for its writer, a device may never end.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path.open("rb")
+
+
+def is_file_name(name: str) -> bool:
+    """Whether text from a file names a file of the same folder: no path, and nothing that a file system may refuse."""
+    return name == Path(name).name and name.isprintable() and name != ".." and 0 < len(name.encode()) <= _LONGEST_NAME
+
+
 def sha256(path: Path, progress: Callable[[int], None] = lambda _: None) -> str:
     """SHA-256 of a file, read in pieces."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             progress(len(chunk))
@@ -269,9 +295,9 @@ def _check_replaceable(target: Path, kind: str) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     try:
-        data = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        data = read_json(target / MANIFEST, "")
         found, own = data["kind"], {MANIFEST, *data.get("files", ())}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (UserError, LookupError, TypeError):
         found, own = None, set()
     if found != kind:
         raise UserError(f"{target} exists and is no {kind} bundle: choose another output directory, or remove it.")

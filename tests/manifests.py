@@ -1,6 +1,7 @@
-"""Manifests that say something else, and numbers that no field of one or of a config may have."""
+"""Damage to bundles and checkpoints: altered manifests, numbers out of range, files that are none."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,22 @@ from pascalvl.plugins import bundle
 
 OUT_OF_RANGE = (0, -1, 2**31, 2**32, 2**63, 10**9, 10**30, 1.5, True, "3", None, [], float("nan"))
 """For a size; each is refused."""
+
+
+FILE_NAMES = ("../x", "/etc/passwd", "a/b", "..", ".", "", "a\0b", "\ud800", "\udc80", "a\nb", "n" * 256)
+"""Each is no name of a file in a folder itself."""
+SPECIAL = ("pipe", "device", "folder")
+
+
+def make_special(path: Path, kind: str) -> None:
+    """Put something that is no regular file in a file's place."""
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
 
 
 def edit_manifest(directory: Path, edit: Callable[[dict[str, Any]], object]) -> None:

@@ -21,7 +21,7 @@ from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.runtime.tokenizer import Tokenizer
 from tests.conftest import NANO
 from tests.engines.decoder import decoder_feeds
-from tests.manifests import OUT_OF_RANGE, integers, put
+from tests.manifests import FILE_NAMES, OUT_OF_RANGE, SPECIAL, integers, make_special, put
 
 
 @pytest.fixture
@@ -283,6 +283,33 @@ def test_another_lm_head_gives_its_own_logits(copy, backend, tmp_path):
     feeds["deepstack_embeds"][:] = 0
     found = engine.run("decoder", feeds)["logits"][0]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+# Files that are none, or elsewhere -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", "tokenizer.json", "model-00002-of-00002.safetensors"]
+)
+def test_what_is_no_regular_file(copy, name, kind):
+    make_special(copy / name, kind)
+    refused(copy, "(it is no regular file): download")
+
+
+@pytest.mark.parametrize("name", [*FILE_NAMES, None, 3, ["x"]])
+def test_weight_files_outside_the_folder(copy, name):
+    index = copy / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    data["weight_map"]["model.language_model.norm.weight"] = name
+    index.write_text(json.dumps(data))
+    refused(copy, "expected weight files in the same folder; download the model again.")
+
+
+def test_an_index_without_names(copy):
+    for weights in (None, 3, ["x"], "model.safetensors"):
+        (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+        refused(copy, "expected weight files in the same folder; download the model again.")
 
 
 # Which file counts ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pascalvl.plugins.bundle import Manifest, atomic_directory
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 from pascalvl.plugins.model_config import TOKEN_IDS, ModelConfig, TextConfig, VisionConfig
-from tests.manifests import OUT_OF_RANGE, edit_manifest, integers, put
+from tests.manifests import FILE_NAMES, OUT_OF_RANGE, SPECIAL, edit_manifest, integers, make_special, put
 
 MODEL = ModelConfig(
     TextConfig(
@@ -80,7 +80,6 @@ def test_altered_files_are_found(written, alter, phrase):
         ({"model": {"text": {}}}, "lacks 'vocab_size'"),
         ({"colour": 1}, "cannot be used"),
         ({"files": {}}, "does not list the file embeddings.bin"),
-        ({"files": {"../x": {"bytes": 1, "sha256": ""}}}, "files outside the bundle"),
         ({"source": "x"}, "cannot be used"),
         ({"graphs": {"decoder": {}}}, "cannot be used"),
         ({"graphs": {"decoder": {"ops": {}}}}, "cannot be used"),
@@ -183,6 +182,37 @@ def test_what_is_no_bundle_is_refused(tmp_path):
         (tmp_path / bundle.MANIFEST).write_text(text)
         with pytest.raises(UserError, match=phrase):
             Manifest.read(tmp_path, "model")
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_what_is_no_regular_file(written, kind):
+    make_special(written / "decoder.onnx", kind)
+    with pytest.raises(
+        UserError, match=r"decoder.onnx was altered: it is no regular file; write the bundle again with"
+    ):
+        Manifest.read(written, "model").verify(written)
+    make_special(written / bundle.MANIFEST, kind)
+    with pytest.raises(UserError, match=r"manifest.json cannot be read \(it is no regular file\): write it again with"):
+        Manifest.read(written, "model")
+    with pytest.raises(UserError, match="is no model bundle"), atomic_directory(written, "model"):
+        pass
+
+
+@pytest.mark.parametrize("name", FILE_NAMES)
+def test_files_outside_the_bundle(written, name):
+    edit_manifest(written, lambda data: data["files"].update({name: {"bytes": 1, "sha256": ""}}))
+    with pytest.raises(UserError, match="which is no name of a file in the bundle") as error:
+        Manifest.read(written, "model")
+    assert str(error.value).isprintable()
+
+
+def test_json_has_a_largest_size(written):
+    with (written / bundle.MANIFEST).open("r+b") as file:
+        file.truncate((32 << 20) + 1)
+    with pytest.raises(
+        UserError, match=r"manifest.json cannot be read \(it has more than 32 MiB\): write it again with"
+    ):
+        Manifest.read(written, "model")
 
 
 def test_a_failed_write_leaves_the_earlier_bundle(tmp_path):
