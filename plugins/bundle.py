@@ -15,6 +15,7 @@ kv_cache   `CacheConfig` that the graphs are for (of a model bundle's, a build c
 weights    `WeightConfig` of the graphs
 backend    engine bundles: backend name, its version, and what else its engines depend on
 files      per file: size in bytes and SHA-256
+sha256     of all of the above, see `manifest_digest`
 ========== ===========================================================================================================
 """
 
@@ -40,7 +41,7 @@ from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig
 
-BUNDLE_VERSION = 4
+BUNDLE_VERSION = 5
 MANIFEST = "manifest.json"
 EMBEDDINGS = "embeddings.bin"
 TOKENIZER = "tokenizer.json"
@@ -89,34 +90,42 @@ class Manifest:
     version: int = BUNDLE_VERSION
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        data = {
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             "model": self.model.to_json(),
             "kv_cache": str(self.kv_cache),
             "weights": str(self.weights),
         }
+        return {**data, "sha256": manifest_digest(data)}
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a bundle that is damaged."""
+        return _remedy(self.kind)
 
     @classmethod
     def read(cls, directory: Path, *kinds: str) -> Manifest:
         """Read the manifest in ``directory``; raises `UserError` unless it is a bundle of one of ``kinds``."""
         path = directory / MANIFEST
         expected = " or ".join(f"the {kind} bundle that {_WRITTEN_BY[kind]!r} wrote" for kind in kinds)
-        rewrite = f"write it again with {' or '.join(repr(_WRITTEN_BY[kind]) for kind in kinds)}"
+        remedy = _remedy(*kinds)
         if not directory.is_dir():
             raise UserError(f"no directory {directory}: expected {expected}.")
         if not path.exists():
             raise UserError(f"{directory} is not a bundle (it has no {MANIFEST}): expected {expected}.")
-        data = read_json(path, rewrite)
+        data = read_json(path, remedy)
         if (found := data.get("kind")) not in kinds:
             raise UserError(f"{directory} is a bundle of kind {shown(found)}: expected {expected}.")
-        rewrite = f"write it again with {_WRITTEN_BY[found]!r}"
+        remedy = _remedy(found)
         version = data.get("version")
         if type(version) is not int or version != BUNDLE_VERSION:
             raise UserError(
                 f"{directory} has bundle version {shown(version)}, this PascalVL reads version {BUNDLE_VERSION}: "
-                f"{rewrite}."
+                f"{remedy}."
             )
         try:
+            if (stated := data.pop("sha256", None)) != (digest := manifest_digest(data)):
+                raise ValueError(f"it was altered: expected SHA-256 {shown(stated)}, found {digest!r}")
             if unknown := sorted(data.keys() - {field.name for field in dataclasses.fields(cls)}):
                 raise ValueError(f"it has the field {shown(unknown[0])}")
             manifest = cls(
@@ -129,29 +138,26 @@ class Manifest:
             )
             manifest._check_fields()
         except KeyError as error:
-            raise UserError(f"{path} cannot be used (it lacks {shown(error.args[0])}): {rewrite}.") from error
-        except (UserError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} cannot be used ({str(error).rstrip('.')}): {rewrite}.") from error
+            raise UserError(f"{path} cannot be used (it lacks {shown(error.args[0])}): {remedy}.") from error
+        except (UserError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path} cannot be used ({str(error).rstrip('.')}): {remedy}.") from error
         manifest.require(HOST_FILES if manifest.kind == "engine" else MODEL_FILES)
         size = math.prod(manifest.embeddings["shape"]) * _EMBEDDING_BYTES[manifest.embeddings["dtype"]]
         if manifest.files[EMBEDDINGS]["bytes"] != size:
-            raise UserError(f"{path} cannot be used ({EMBEDDINGS} is of another size): {rewrite}.")
+            raise UserError(f"{path} cannot be used ({EMBEDDINGS} is of another size): {remedy}.")
         return manifest
 
     def require(self, names: Iterable[str]) -> None:
         """Raise `UserError` unless the manifest lists the files ``names``."""
         if missing := [name for name in names if name not in self.files]:
-            raise UserError(
-                f"the {self.kind} bundle's {MANIFEST} does not list the file {missing[0]}: write the bundle again with "
-                f"{_WRITTEN_BY[self.kind]!r}."
-            )
+            raise UserError(f"the {self.kind} bundle's {MANIFEST} does not list the file {missing[0]}: {self.remedy}.")
 
     def _check_fields(self) -> None:
         """Raise an error, `UserError` for formats of layers, for what is of another form than the runtime relies on."""
         text = self.model.text
         self.kv_cache.layers(text)
         self.weights.layers(text.num_hidden_layers)
-        if not all(isinstance(self.source[key], str) for key in ("name", "sha256")):
+        if not all(_is_short(self.source[key]) for key in ("name", "sha256")):
             raise TypeError("source is not a name and a hash")
         if set(self.embeddings) != {"dtype", "shape"} or self.embeddings["dtype"] not in tuple(_EMBEDDING_BYTES):
             raise TypeError(f"embeddings are {shown(self.embeddings)}")
@@ -161,8 +167,8 @@ class Manifest:
             counts = graph["opset"], graph["ir_version"], *graph["ops"].values()
             if not all(_is_count(count) for count in counts) or not isinstance(graph["plugin"], str):
                 raise TypeError(f"the graph {shown(name)} is {shown(graph)}")
-        if not all(isinstance(value, str) for value in self.backend.values()):
-            raise TypeError("backend is no object of texts")
+        if not all(_is_short(value) for value in self.backend.values()):
+            raise TypeError("backend is no object of short texts")
         if not all(_is_count(file["bytes"]) and isinstance(file["sha256"], str) for file in self.files.values()):
             raise TypeError("files without sizes or hashes")
         if outside := [name for name in self.files if not is_file_name(name)]:
@@ -173,22 +179,21 @@ class Manifest:
 
         ``progress`` is called with the number of bytes hashed since the last call (from several threads).
         """
-        remedy = f"write the bundle again with {_WRITTEN_BY[self.kind]!r}"
         for name, expected in self.files.items():
             path = directory / name
             if not path.exists():
-                raise UserError(f"{directory} lacks the file {name}: {remedy}.")
+                raise UserError(f"{directory} lacks the file {name}: {self.remedy}.")
             if not path.is_file():
-                raise UserError(f"{path} was altered: it is no regular file; {remedy}.")
+                raise UserError(f"{path} was altered: it is no regular file; {self.remedy}.")
             if (size := path.stat().st_size) != expected["bytes"]:
-                raise UserError(f"{path} was altered: expected {expected['bytes']} bytes, found {size}; {remedy}.")
+                raise UserError(f"{path} was altered: expected {expected['bytes']} bytes, found {size}; {self.remedy}.")
         with concurrent.futures.ThreadPoolExecutor() as pool:
             digests = pool.map(lambda name: sha256(directory / name, progress), self.files)
             for (name, expected), digest in zip(self.files.items(), digests, strict=True):
                 if digest != expected["sha256"]:
                     raise UserError(
                         f"{directory / name} was altered: expected SHA-256 {expected['sha256'][:12]}…, "
-                        f"found {digest[:12]}…; {remedy}."
+                        f"found {digest[:12]}…; {self.remedy}."
                     )
 
     def write(self, directory: Path) -> Manifest:
@@ -203,6 +208,20 @@ class Manifest:
         manifest = dataclasses.replace(self, files=files)
         (directory / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
         return manifest
+
+
+def manifest_digest(data: dict[str, Any]) -> str:
+    """SHA-256 over what `manifest.json` says besides it: as JSON without blanks, its names sorted, in ASCII."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _remedy(*kinds: str) -> str:
+    """What to do about a bundle, of one of ``kinds``, that is damaged."""
+    return f"write the bundle again with {' or '.join(repr(_WRITTEN_BY[kind]) for kind in kinds)}"
+
+
+def _is_short(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= _LONGEST_NAME
 
 
 def _is_count(value: object) -> bool:

@@ -1,5 +1,11 @@
 """The one exception that is meant for the person at the terminal."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
 
 class UserError(Exception):
     """Something the user can put right: one sentence saying what was expected, what was found and what to do.
@@ -11,6 +17,26 @@ class UserError(Exception):
 def reason(error: Exception) -> object:
     """What went wrong, without the number and the path that the system's errors name besides."""
     return getattr(error, "strerror", None) or error
+
+
+@contextlib.contextmanager
+def reading(path: Path, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Inside, a bundle's file is read, which may be anything, if only its hash is right.
+
+    Raises `UserError`, which ends with what to do, for Python's errors and for ``kinds``, those of libraries.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StopIteration, *kinds) as error:
+        raise UserError(
+            f"{path} cannot be used ({type(error).__name__}: {library_reason(error)}): {remedy}."
+        ) from error
+
+
+def library_reason(error: Exception) -> str:
+    """What a library's error says, on one line and cut off: it may quote anything, and be no UTF-8."""
+    text = error.object.decode(errors="replace") if isinstance(error, UnicodeDecodeError) else str(error)
+    return shown(" ".join(text.split()), 300)
 
 
 def shown(value: object, most: int = 100) -> str:

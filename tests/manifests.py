@@ -33,6 +33,8 @@ def edit_manifest(directory: Path, edit: Callable[[dict[str, Any]], object]) -> 
     path = directory / bundle.MANIFEST
     data = json.loads(path.read_text(encoding="utf-8"))
     edit(data)
+    del data["sha256"]
+    data["sha256"] = bundle.manifest_digest(data)
     path.write_text(json.dumps(data), encoding="utf-8")
 
 

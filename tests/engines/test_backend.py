@@ -98,6 +98,45 @@ def test_damaged_graph_whose_hash_was_renewed(nano_engine_bundle, tmp_path):
         open_engine(other)
 
 
+def _replace(directory, kind, graph, old, new):
+    """Alter a graph, so that messages about it are no UTF-8, and renew its hash."""
+    path = directory / f"{graph}.onnx"
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+    Manifest.read(directory, kind).write(directory)
+
+
+@pytest.mark.parametrize("graph", ["vision", "decoder"])
+@pytest.mark.parametrize("options", [{}, {"marked_layers": True}, {"host": "plugin"}])
+def test_graphs_whose_operators_names_are_no_text(nano_engine_bundle, tmp_path, capfd, graph, options):
+    other = shutil.copytree(nano_engine_bundle, tmp_path / "garbled")
+    _replace(other, "engine", graph, b"Gather", b"Gath\xffr")
+    with pytest.raises(UserError, match=r"write the bundle again with 'pascalvl build'\.$") as error:
+        open_engine(other, **options)
+    assert str(error.value).isprintable()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("backend", "old", "new"),
+    [
+        ("onnxruntime", b"pascalvl", b""),
+        ("onnxruntime", b"Gather", b"Gath\xffr"),
+        ("torch", b"pascalvl", b""),
+        ("torch", b"model.visual.blocks.0.attn.qkv.bias", b"model.visual.blocks.0.attn.qkv.bia\xff"),
+    ],
+)
+def test_builds_from_altered_graphs(nano_model_bundle, tmp_path, backend, old, new):
+    other = shutil.copytree(nano_model_bundle, tmp_path / "model")
+    _replace(other, "model", "vision", old, new)
+    with pytest.raises(UserError, match=r"write the bundle again with 'pascalvl export'\.$") as error:
+        build(other, tmp_path / "engine", backend)
+    assert str(error.value).isprintable()
+    assert str(other) in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_bundle_of_links(nano_engine_bundle, tmp_path):
     for path in nano_engine_bundle.iterdir():
         (tmp_path / path.name).symlink_to(path)

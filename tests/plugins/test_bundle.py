@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import re
 import time
 from pathlib import Path
 
@@ -131,8 +132,46 @@ def test_formats_without_end(written, kv):
 )
 def test_formats_of_layers_that_the_model_has_not(written, field, text):
     edit_manifest(written, lambda data: data.update({field: text}))
-    with pytest.raises(UserError, match=r"layer.9999 is out of range: this model has layers 0-1\): write it again"):
+    with pytest.raises(
+        UserError, match=r"layer.9999 is out of range: this model has layers 0-1\): write the bundle again"
+    ):
         Manifest.read(written, "model")
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda text: text.replace('"hidden_size": 64', '"hidden_size": 65', 1),
+        lambda text: text.replace('"sha256"', '"sha257"'),
+        lambda text: re.sub(r',\s*"sha256": "[0-9a-f]{64}"\s*}\s*$', "}", text),
+        lambda text: re.sub(r'"sha256": "[0-9a-f]{64}"\s*}\s*$', '"sha256": ["' + "0" * 10**6 + '"]}', text),
+    ],
+)
+def test_an_altered_manifest_is_noticed(written, alter):
+    path = written / bundle.MANIFEST
+    text = path.read_text()
+    path.write_text(json.dumps(json.loads(text), indent=4))  # only what it says counts
+    Manifest.read(written, "model")
+    path.write_text(alter(text))
+    assert path.read_text() != text
+    with pytest.raises(UserError, match=r"json cannot be used \(it was altered: expected SHA-256 .* found '") as error:
+        Manifest.read(written, "model")
+    assert len(str(error.value)) < 400 + len(str(written))
+
+
+@pytest.mark.parametrize(("kind", "command"), [("model", "export"), ("engine", "build")])
+def test_the_remedy_is_that_of_the_bundles_kind(written, kind, command):
+    edit_manifest(written, lambda data: data.update(kind=kind))
+    read = Manifest.read(written, "model", "engine")
+    (written / bundle.EMBEDDINGS).unlink()
+    with pytest.raises(UserError, match=f"write the bundle again with 'pascalvl {command}'\\.$"):
+        read.verify(written)
+    edit_manifest(written, lambda data: data["model"].update(image_token_id=-1))
+    with pytest.raises(UserError, match=f"image_token_id .*write the bundle again with 'pascalvl {command}'\\.$"):
+        Manifest.read(written, "model", "engine")
+    (written / bundle.MANIFEST).write_text("{")
+    with pytest.raises(UserError, match=r"with 'pascalvl export' or 'pascalvl build'"):
+        Manifest.read(written, "model", "engine")
 
 
 @pytest.mark.parametrize("name", bundle.MODEL_FILES)
@@ -192,7 +231,9 @@ def test_what_is_no_regular_file(written, kind):
     ):
         Manifest.read(written, "model").verify(written)
     make_special(written / bundle.MANIFEST, kind)
-    with pytest.raises(UserError, match=r"manifest.json cannot be read \(it is no regular file\): write it again with"):
+    with pytest.raises(
+        UserError, match=r"manifest.json cannot be read \(it is no regular file\): write the bundle again"
+    ):
         Manifest.read(written, "model")
     with pytest.raises(UserError, match="is no model bundle"), atomic_directory(written, "model"):
         pass
@@ -210,7 +251,7 @@ def test_json_has_a_largest_size(written):
     with (written / bundle.MANIFEST).open("r+b") as file:
         file.truncate((32 << 20) + 1)
     with pytest.raises(
-        UserError, match=r"manifest.json cannot be read \(it has more than 32 MiB\): write it again with"
+        UserError, match=r"manifest.json cannot be read \(it has more than 32 MiB\): write the bundle again with"
     ):
         Manifest.read(written, "model")
 
