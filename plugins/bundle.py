@@ -23,11 +23,15 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
 import math
+import os
+import re
 import shutil
 import stat
 import tempfile
@@ -69,6 +73,11 @@ _OUT_OF_ROOM = {
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
 }
 _CHUNK = 1 << 22
+_PARTIAL, _OLD = ".partial", ".old"
+"""What names of folders end with that are beside a bundle while it is written: its new files, and an earlier one."""
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+"""Linux's, for `renameat2`."""
+_CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 _MOST_JSON_BYTES = 1 << 25
 """32 MiB: the largest JSON of a checkpoint is its tokenizer, of 12 MB for Qwen3-VL."""
 _LONGEST_NAME = 255
@@ -274,13 +283,15 @@ def atomic_directory(target: Path, kind: str) -> Iterator[Path]:
     """Yield an empty directory that becomes ``target`` if the block ends well, and vanishes if it does not.
 
     An earlier bundle of the same ``kind`` at ``target`` is replaced, if it holds nothing but its own files; anything
-    else there raises `UserError`, as do a mount point and a full disk.
+    else there raises `UserError`, as do a mount point and a full disk. What processes that were killed left of this is
+    cleared away first.
     """
     target = target.resolve()
+    _clear_leftovers(target)
     _check_replaceable(target, kind)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        partial, lock = _new_partial(target)
     except OSError as error:
         raise UserError(
             f"cannot write to {target.parent} ({error.strerror}): choose another output directory."
@@ -289,10 +300,7 @@ def atomic_directory(target: Path, kind: str) -> Iterator[Path]:
         partial.chmod(0o755)
         yield partial
         _check_replaceable(target, kind)  # building takes long enough for something to have been put there
-        if target.exists():
-            _swap(partial, target)
-        else:
-            partial.rename(target)
+        _replace(partial, target)
     except OSError as error:
         if error.errno in _OUT_OF_ROOM:
             written = sum(path.stat().st_size for path in partial.iterdir())
@@ -303,6 +311,8 @@ def atomic_directory(target: Path, kind: str) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def _check_replaceable(target: Path, kind: str) -> None:
@@ -327,15 +337,86 @@ def _check_replaceable(target: Path, kind: str) -> None:
         )
 
 
-def _swap(partial: Path, target: Path) -> None:
-    """Put ``partial`` in the place of ``target``, which comes back if that fails."""
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+def _new_partial(target: Path) -> tuple[Path, int | None]:
+    """An empty folder beside ``target``, and the lock that tells other processes that it is in use, see `_lock`."""
+    while True:
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent))
+        with contextlib.suppress(FileNotFoundError):
+            lock = _lock(partial, wait=True)
+            if partial.exists():
+                return partial, lock
+            os.close(lock)  # another process took it for a leftover before it was locked
+
+
+def _lock(folder: Path, wait: bool = False) -> int | None:
+    """Lock a folder until the file descriptor that this returns is closed, as the process's end does, too.
+
+    None: another process has it, or the file system knows no locks; ``wait`` for the former to end.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        target.rename(old / target.name)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Remove what killed processes left beside ``target``; a bundle that one had moved away from there comes back."""
+    ours = re.compile(rf"{re.escape(f'.{target.name}.')}[a-z0-9_]{{8}}({re.escape(_PARTIAL)}|{re.escape(_OLD)})")
+    try:
+        found = [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]
+    except OSError:
+        return
+    for path in found:
+        with contextlib.suppress(OSError):  # of another user, or gone
+            if (lock := _lock(path)) is None:
+                continue
+            try:
+                if path.suffix == _OLD and not target.exists():
+                    path.rename(target)
+                else:
+                    shutil.rmtree(path)
+            finally:
+                os.close(lock)
+
+
+def _replace(partial: Path, target: Path) -> None:
+    """Put ``partial`` in the place of ``target``; what was there, if anything, is in that of ``partial`` then."""
+    try:
+        partial.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if not _exchange(partial, target):
+            _exchange_in_steps(partial, target)
+
+
+def _exchange(partial: Path, target: Path) -> bool:
+    """Let two folders change places in one step; returns whether the C library, kernel and file system can do that."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(partial), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE) == 0:
+        return True
+    if (number := ctypes.get_errno()) in _CANNOT_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(partial), None, str(target))
+
+
+def _exchange_in_steps(partial: Path, target: Path) -> None:
+    """The same where it takes several: what is killed in between, `_clear_leftovers` undoes."""
+    old, lock = partial.with_suffix(_OLD), _lock(target)  # in use, wherever it is
+    try:
+        target.rename(old)
         try:
             partial.rename(target)
         except BaseException:
-            (old / target.name).rename(target)
+            with contextlib.suppress(OSError):  # there may be a bundle of another process, or this one after all
+                old.rename(target)
             raise
+        old.rename(partial)
     finally:
-        shutil.rmtree(old)
+        if lock is not None:
+            os.close(lock)

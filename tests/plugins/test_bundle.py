@@ -4,6 +4,9 @@ import dataclasses
 import errno
 import json
 import re
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -309,6 +312,7 @@ def test_what_lies_beside_a_bundle_is_not_lost(when, written):
 
 
 def test_a_target_that_cannot_be_moved_leaves_nothing(written, monkeypatch):
+    monkeypatch.setattr(bundle, "_exchange", lambda *_: False)
     rename = Path.rename
 
     def busy(self, target):
@@ -321,6 +325,131 @@ def test_a_target_that_cannot_be_moved_leaves_nothing(written, monkeypatch):
         pass
     assert [path.name for path in written.parent.iterdir()] == [written.name]
     Manifest.read(written, "model").verify(written)
+
+
+def write(directory, content):
+    """A bundle that can be told from another, and is whole or not."""
+    (directory / "data").write_text(content)
+    (directory / bundle.MANIFEST).write_text(json.dumps({"kind": "model", "files": ["data"], "content": content}))
+
+
+def content(target):
+    """Of such a bundle, which is whole."""
+    assert {path.name for path in target.iterdir()} == {"data", bundle.MANIFEST}
+    assert (target / "data").read_text() == json.loads((target / bundle.MANIFEST).read_text())["content"]
+    return (target / "data").read_text()
+
+
+REPLACE = """
+import os, shutil, signal, sys
+from pathlib import Path
+from pascalvl.plugins import bundle
+from tests.plugins.test_bundle import write
+
+rename, rmtree, renames = Path.rename, shutil.rmtree, 0
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def die_after_renames(path, target):
+    global renames
+    try:
+        rename(path, target)
+    finally:
+        renames += 1
+        if f"after rename {renames}" == sys.argv[2]:
+            die()
+
+match sys.argv[2]:
+    case "before the exchange":
+        bundle._exchange = die
+    case "after the exchange":
+        shutil.rmtree = die
+    case "in the removal of the old":
+        shutil.rmtree = lambda path, **_: (Path(path, "data").unlink(), die())
+    case after if after.startswith("after rename"):
+        bundle._exchange = lambda *_: False
+        Path.rename = die_after_renames
+with bundle.atomic_directory(Path(sys.argv[1]), "model") as directory:
+    write(directory, "second")
+    if sys.argv[2] == "while it writes":
+        die()
+    if sys.argv[2] == "not at all":
+        print("writing", flush=True)
+        sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "left"),
+    [
+        ("while it writes", "first"),
+        ("before the exchange", "first"),
+        ("after the exchange", "second"),
+        ("in the removal of the old", "second"),
+        ("after rename 1", "first"),  # which fails: the place is taken
+        ("after rename 2", "first"),  # the old one is away, the new one is not yet there
+        ("after rename 3", "second"),
+        ("after rename 4", "second"),
+    ],
+)
+def test_a_process_killed_at_any_step_leaves_one_bundle_whole(tmp_path, when, left):
+    target = tmp_path / "bundle"
+    with atomic_directory(target, "model") as directory:
+        write(directory, "first")
+    killed = subprocess.run([sys.executable, "-c", REPLACE, target, when], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2
+
+    def failing():
+        with atomic_directory(target, "model"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        failing()
+    assert content(target) == left
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    with atomic_directory(target, "model") as directory:
+        write(directory, "third")
+    assert content(target) == "third"
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_the_exchange_is_one_step_where_the_file_system_has_it(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if not bundle._exchange(tmp_path / "one", tmp_path / "other"):
+        pytest.skip("no RENAME_EXCHANGE here")
+    assert (tmp_path / "one" / "other").exists()
+    assert (tmp_path / "other" / "one").exists()
+    with pytest.raises(FileNotFoundError):
+        bundle._exchange(tmp_path / "one", tmp_path / "absent")
+
+
+def test_a_process_killed_before_there_is_a_bundle(tmp_path):
+    subprocess.run([sys.executable, "-c", REPLACE, tmp_path / "bundle", "while it writes"], check=False)
+    (tmp_path / ".bundle.settings").mkdir()  # is somebody's
+    assert len(list(tmp_path.iterdir())) == 2
+    with atomic_directory(tmp_path / "bundle", "model") as directory:
+        write(directory, "first")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".bundle.settings", "bundle"]
+
+
+def test_processes_that_write_to_the_same_place_at_once(tmp_path):
+    """Neither takes the other's files for left over; the last one's bundle stays."""
+    command = [sys.executable, "-c", REPLACE, tmp_path / "bundle", "not at all"]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"writing\n"
+    for _ in range(2):
+        with atomic_directory(tmp_path / "bundle", "model") as directory:
+            write(directory, "first")
+        assert content(tmp_path / "bundle") == "first"
+        assert len(list(tmp_path.iterdir())) == 2
+    other.communicate(b"\n")
+    assert other.returncode == 0
+    assert content(tmp_path / "bundle") == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
 @pytest.mark.parametrize(
