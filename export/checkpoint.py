@@ -21,7 +21,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from pascalvl.export.attention import ATTN_IMPLEMENTATION
 from pascalvl.export.stored_codes import StoredCodes
 from pascalvl.plugins import bundle
-from pascalvl.plugins.errors import UserError, reason, shown
+from pascalvl.plugins.errors import UserError, library_reason, reason, shown
 from pascalvl.plugins.model_config import TOKEN_IDS, ModelConfig, TextConfig, VisionConfig, check_sizes
 
 log = logging.getLogger(__name__)
@@ -290,9 +290,9 @@ class Checkpoint:
         try:
             yield
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            told = f"{type(error).__name__}: {library_reason(error)}"
             raise UserError(
-                f"{self.directory / _CONFIG} is not a valid Qwen3-VL config ({reason}): download the model again."
+                f"{self.directory / _CONFIG} is not a valid Qwen3-VL config ({told}): download the model again."
             ) from error
 
     def _read_json(self, name: str) -> dict[str, Any]:
