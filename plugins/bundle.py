@@ -73,8 +73,8 @@ _OUT_OF_ROOM = {
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
 }
 _CHUNK = 1 << 22
-_PARTIAL, _OLD = ".partial", ".old"
-"""What names of folders end with that are beside a bundle while it is written: its new files, and an earlier one."""
+_PARTIAL, _OLD, _LOCK = ".partial", ".old", ".lock"
+"""Ends of names beside a bundle that is being written: the new one, an earlier one, what tells that they are in use."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 """Linux's, for `renameat2`."""
 _CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
@@ -289,30 +289,19 @@ def atomic_directory(target: Path, kind: str) -> Iterator[Path]:
     target = target.resolve()
     _clear_leftovers(target)
     _check_replaceable(target, kind)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial, lock = _new_partial(target)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {target.parent} ({error.strerror}): choose another output directory."
-        ) from error
-    try:
-        partial.chmod(0o755)
-        yield partial
-        _check_replaceable(target, kind)  # building takes long enough for something to have been put there
-        _replace(partial, target)
-    except OSError as error:
-        if error.errno in _OUT_OF_ROOM:
-            written = sum(path.stat().st_size for path in partial.iterdir())
-            raise UserError(
-                f"{target} needs more than the {written / 1e6:.0f} MB that could be written ({error.strerror}): "
-                f"{_OUT_OF_ROOM[error.errno]}, or choose another output directory."
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+    with _partial_folder(target) as partial:
+        try:
+            yield partial
+            _check_replaceable(target, kind)  # building takes long enough for something to have been put there
+            _replace(partial, target)
+        except OSError as error:
+            if error.errno in _OUT_OF_ROOM:
+                written = sum(path.stat().st_size for path in partial.iterdir())
+                raise UserError(
+                    f"{target} needs more than the {written / 1e6:.0f} MB that could be written ({error.strerror}): "
+                    f"{_OUT_OF_ROOM[error.errno]}, or choose another output directory."
+                ) from error
+            raise
 
 
 def _check_replaceable(target: Path, kind: str) -> None:
@@ -321,7 +310,11 @@ def _check_replaceable(target: Path, kind: str) -> None:
         raise UserError(
             f"{target} is a mount point, which cannot be replaced: choose an output directory in it, {target / kind}."
         )
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    try:
+        names = sorted(path.name for path in target.iterdir()) if target.is_dir() else [target.name]
+    except FileNotFoundError:  # another process replaces it just now
+        return
+    if not target.exists() or not names:
         return
     try:
         data = read_json(target / MANIFEST, "")
@@ -330,67 +323,95 @@ def _check_replaceable(target: Path, kind: str) -> None:
         found, own = None, set()
     if found != kind:
         raise UserError(f"{target} exists and is no {kind} bundle: choose another output directory, or remove it.")
-    if others := sorted(path.name for path in target.iterdir() if path.name not in own):
+    if others := [name for name in names if name not in own]:
         raise UserError(
             f"{target} holds {others[0]!r} beside its {kind} bundle, which would be lost: choose another output "
             "directory, or move that away."
         )
 
 
-def _new_partial(target: Path) -> tuple[Path, int | None]:
-    """An empty folder beside ``target``, and the lock that tells other processes that it is in use, see `_lock`."""
-    while True:
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent))
-        with contextlib.suppress(FileNotFoundError):
-            lock = _lock(partial, wait=True)
-            if partial.exists():
-                return partial, lock
-            os.close(lock)  # another process took it for a leftover before it was locked
-
-
-def _lock(folder: Path, wait: bool = False) -> int | None:
-    """Lock a folder until the file descriptor that this returns is closed, as the process's end does, too.
-
-    None: another process has it, or the file system knows no locks; ``wait`` for the former to end.
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+@contextlib.contextmanager
+def _partial_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside ``target``, which is removed at the end."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock, descriptor = _new_lock(target)
+        partial = lock.with_suffix(_PARTIAL)
+        partial.mkdir()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {target.parent} ({error.strerror}): choose another output directory."
+        ) from error
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(lock.with_suffix(_OLD), ignore_errors=True)
+        if not lock.with_suffix(_OLD).exists():  # else the next process finds it by the lock
+            lock.unlink(missing_ok=True)
         os.close(descriptor)
-        return None
-    return descriptor
+
+
+def _new_lock(target: Path) -> tuple[Path, int]:
+    """A new file beside ``target``, locked until its file descriptor is closed, as the process's end does, too."""
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_LOCK, dir=target.parent)
+        with contextlib.suppress(OSError):  # a file system without locks; nobody can then tell that it is left over
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.path.exists(name):
+            return Path(name), descriptor
+        os.close(descriptor)  # another process took it for left over before it was locked
 
 
 def _clear_leftovers(target: Path) -> None:
     """Remove what killed processes left beside ``target``; a bundle that one had moved away from there comes back."""
-    ours = re.compile(rf"{re.escape(f'.{target.name}.')}[a-z0-9_]{{8}}({re.escape(_PARTIAL)}|{re.escape(_OLD)})")
+    ours = re.compile(rf"{re.escape(f'.{target.name}.')}[a-z0-9_]{{8}}{re.escape(_LOCK)}")
     try:
-        found = [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]
+        locks = [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]
     except OSError:
         return
-    for path in found:
-        with contextlib.suppress(OSError):  # of another user, or gone
-            if (lock := _lock(path)) is None:
-                continue
+    for lock in locks:
+        with contextlib.suppress(OSError):  # in use, of another user, or gone
+            descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
             try:
-                if path.suffix == _OLD and not target.exists():
-                    path.rename(target)
-                else:
-                    shutil.rmtree(path)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                old = lock.with_suffix(_OLD)
+                if old.exists() and not target.exists():
+                    old.rename(target)
+                for folder in (old, lock.with_suffix(_PARTIAL)):
+                    shutil.rmtree(folder, ignore_errors=True)
+                lock.unlink()
             finally:
-                os.close(lock)
+                os.close(descriptor)
 
 
 def _replace(partial: Path, target: Path) -> None:
-    """Put ``partial`` in the place of ``target``; what was there, if anything, is in that of ``partial`` then."""
+    """Put ``partial`` in the place of ``target``; what was there, if anything, is beside it then.
+
+    In one step where that can be done. Where it takes two, `_clear_leftovers` undoes what is killed in between.
+    """
+    old = partial.with_suffix(_OLD)
+    try:
+        while not _rename_to_free(partial, target) and not _exchange(partial, target):
+            shutil.rmtree(old, ignore_errors=True)  # there was another process in between
+            with contextlib.suppress(FileNotFoundError):  # there is
+                target.rename(old)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            old.rename(target)
+        raise
+
+
+def _rename_to_free(partial: Path, target: Path) -> bool:
+    """Rename a folder; returns whether there was nothing, or an empty folder, in its way."""
     try:
         partial.rename(target)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        if not _exchange(partial, target):
-            _exchange_in_steps(partial, target)
+        return False
+    return True
 
 
 def _exchange(partial: Path, target: Path) -> bool:
@@ -403,20 +424,3 @@ def _exchange(partial: Path, target: Path) -> bool:
     if (number := ctypes.get_errno()) in _CANNOT_EXCHANGE:
         return False
     raise OSError(number, os.strerror(number), str(partial), None, str(target))
-
-
-def _exchange_in_steps(partial: Path, target: Path) -> None:
-    """The same where it takes several: what is killed in between, `_clear_leftovers` undoes."""
-    old, lock = partial.with_suffix(_OLD), _lock(target)  # in use, wherever it is
-    try:
-        target.rename(old)
-        try:
-            partial.rename(target)
-        except BaseException:
-            with contextlib.suppress(OSError):  # there may be a bundle of another process, or this one after all
-                old.rename(target)
-            raise
-        old.rename(partial)
-    finally:
-        if lock is not None:
-            os.close(lock)

@@ -390,7 +390,6 @@ with bundle.atomic_directory(Path(sys.argv[1]), "model") as directory:
         ("after rename 1", "first"),  # which fails: the place is taken
         ("after rename 2", "first"),  # the old one is away, the new one is not yet there
         ("after rename 3", "second"),
-        ("after rename 4", "second"),
     ],
 )
 def test_a_process_killed_at_any_step_leaves_one_bundle_whole(tmp_path, when, left):
@@ -399,7 +398,7 @@ def test_a_process_killed_at_any_step_leaves_one_bundle_whole(tmp_path, when, le
         write(directory, "first")
     killed = subprocess.run([sys.executable, "-c", REPLACE, target, when], check=False)
     assert killed.returncode == -signal.SIGKILL
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3  # a folder and its lock are left over
 
     def failing():
         with atomic_directory(target, "model"):
@@ -430,7 +429,7 @@ def test_the_exchange_is_one_step_where_the_file_system_has_it(tmp_path):
 def test_a_process_killed_before_there_is_a_bundle(tmp_path):
     subprocess.run([sys.executable, "-c", REPLACE, tmp_path / "bundle", "while it writes"], check=False)
     (tmp_path / ".bundle.settings").mkdir()  # is somebody's
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
     with atomic_directory(tmp_path / "bundle", "model") as directory:
         write(directory, "first")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".bundle.settings", "bundle"]
@@ -445,7 +444,7 @@ def test_processes_that_write_to_the_same_place_at_once(tmp_path):
         with atomic_directory(tmp_path / "bundle", "model") as directory:
             write(directory, "first")
         assert content(tmp_path / "bundle") == "first"
-        assert len(list(tmp_path.iterdir())) == 2
+        assert len(list(tmp_path.iterdir())) == 3
     other.communicate(b"\n")
     assert other.returncode == 0
     assert content(tmp_path / "bundle") == "second"
