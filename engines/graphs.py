@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
+
 import onnx
 import onnx.parser
+from google.protobuf.message import Error as ProtobufError
 from onnx import helper
+from onnx.checker import ValidationError
 
-from pascalvl.plugins import bindings
+from pascalvl.plugins import bindings, errors
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.ops.flash_attention.onnx_body import CausalBody
 from pascalvl.plugins.ops.flash_attention.op import ATTR_KV_FORMAT, ATTR_RECENT, OP_DOMAIN, OP_NAME, OP_VERSION
+
+
+def reading(path: Path, remedy: str) -> contextlib.AbstractContextManager[None]:
+    """`pascalvl.plugins.errors.reading` of a graph."""
+    return errors.reading(path, remedy, ProtobufError, ValidationError)
 
 
 def set_cache(decoder: onnx.ModelProto, model: ModelConfig, cache: CacheConfig) -> None:

@@ -19,7 +19,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from pascalvl.engines.backend import Engine
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import ONNX_FILES, Manifest
-from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.errors import UserError, library_reason, shown
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.ops.flash_attention.op import ATTR_CAUSAL, ATTR_SOFTMAX_SCALE, OP_DOMAIN, OP_NAME
 
@@ -36,6 +36,7 @@ _FAILURES = (
     ort_errors.NoSuchFile,
     ort_errors.RuntimeException,
     ort_errors.NotImplemented,
+    UnicodeDecodeError,  # a message that is no text
 )
 _PACKED_ATTENTION = f"""
 <opset_import: ["" : 17, "com.microsoft" : 1], domain: "{OP_DOMAIN}">
@@ -85,8 +86,8 @@ class OnnxRuntimeEngine(Engine):
         model = manifest.model
         decoder = _with_marked_layers(directory, manifest) if marked_layers else _path(directory, bindings.DECODER)
         self._sessions = {
-            bindings.VISION: _session(directory, _path(directory, bindings.VISION)),
-            bindings.DECODER: _session(directory, decoder),
+            graph: _session(directory, path, f"the engine in {directory}", manifest.remedy)
+            for graph, path in ((bindings.VISION, _path(directory, bindings.VISION)), (bindings.DECODER, decoder))
         }
         self._check(bindings.VISION, bindings.vision_inputs(model))
         self._check(bindings.DECODER, bindings.decoder_inputs(model, manifest.kv_cache))
@@ -101,7 +102,10 @@ class OnnxRuntimeEngine(Engine):
         except _FAILURES as error:
             if "allocate memory" in str(error) or "bad_alloc" in str(error):
                 raise MemoryError(f"the {graph} engine") from error
-            raise
+            raise UserError(
+                f"ONNX Runtime {ort.__version__} cannot run the {graph} engine of {self.directory} "
+                f"({library_reason(error)}): {self.manifest.remedy}."
+            ) from error
 
     def _check(self, graph: str, expected: list[bindings.Binding]) -> None:
         """Compare a session's inputs with the manifest's model, so that mixed-up files fail here and not in a run."""
@@ -113,12 +117,12 @@ class OnnxRuntimeEngine(Engine):
                 what = f"{value.type} {value.shape}" if value else "none"
                 raise UserError(
                     f"the {graph} engine of {self.directory} is for another model: expected input {binding.name} "
-                    f"{binding.dtype.name} {list(binding.shape)}, found {what}; build the bundle again."
+                    f"{binding.dtype.name} {list(binding.shape)}, found {what}; {self.manifest.remedy}."
                 )
         if found:
             raise UserError(
                 f"the {graph} engine of {self.directory} is for another model: it has the further inputs "
-                f"{', '.join(found)}; build the bundle again."
+                f"{shown(', '.join(found))}; {self.manifest.remedy}."
             )
 
 
@@ -129,14 +133,15 @@ def build(model_bundle: Path, directory: Path, manifest: Manifest, cache: CacheC
     from pascalvl.engines import graphs, matmul_nbits
 
     for graph in (bindings.VISION, bindings.DECODER):
-        proto = onnx.load(_path(model_bundle, graph), load_external_data=False)
-        if graph == bindings.DECODER:
-            graphs.set_cache(proto, manifest.model, cache)
-        else:
-            _use_blocked_attention(proto, manifest.model.vision.num_heads)
-        matmul_nbits.lower(proto, model_bundle / f"{graph}.onnx.data", directory / f"{graph}.onnx.data")
-        onnx.save(proto, _path(directory, graph))
-        _session(directory, _path(directory, graph))
+        with graphs.reading(_path(model_bundle, graph), manifest.remedy):
+            proto = onnx.load(_path(model_bundle, graph), load_external_data=False)
+            if graph == bindings.DECODER:
+                graphs.set_cache(proto, manifest.model, cache)
+            else:
+                _use_blocked_attention(proto, manifest.model.vision.num_heads)
+            matmul_nbits.lower(proto, model_bundle / f"{graph}.onnx.data", directory / f"{graph}.onnx.data")
+            onnx.save(proto, _path(directory, graph))
+        _session(directory, _path(directory, graph), f"what was made of {model_bundle}", manifest.remedy)
     return {"name": NAME, "version": ort.__version__}
 
 
@@ -149,20 +154,23 @@ def _path(directory: Path, graph: str) -> Path:
     return directory / f"{graph}.onnx"
 
 
-def _session(directory: Path, model: Path | bytes) -> ort.InferenceSession:
+def _session(directory: Path, model: Path | bytes, what: str, remedy: str) -> ort.InferenceSession:
+    """Load a graph, whose weights are in ``directory``; the rest is for errors: what is loaded, and what to do."""
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
     providers = [name for name in _PROVIDERS if name in ort.get_available_providers()]
     try:
-        return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=providers)
+        # Trying again on the CPU would be told on stdout.
+        source = model if isinstance(model, bytes) else str(model)
+        return ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
     except _FAILURES as error:
         # It reads weights through no link that leads out of the folder.
-        linked = any(path.is_symlink() for path in directory.iterdir())
-        remedy = "copy the files that its links point to into it (cp -rL)" if linked else "build it again"
+        if any(path.is_symlink() for path in directory.iterdir()):
+            remedy = "copy the files that its links point to into it (cp -rL)"
         raise UserError(
-            f"ONNX Runtime {ort.__version__} cannot load the engine in {directory} ({error}): {remedy}."
+            f"ONNX Runtime {ort.__version__} cannot load {what} ({library_reason(error)}): {remedy}."
         ) from error
 
 
@@ -182,6 +190,7 @@ def _with_marked_layers(directory: Path, manifest: Manifest) -> bytes:
 
     from pascalvl.engines import graphs
 
-    proto = onnx.load(_path(directory, bindings.DECODER), load_external_data=False)
-    graphs.mark_layers(proto, manifest.model)
-    return proto.SerializeToString()
+    with graphs.reading(_path(directory, bindings.DECODER), manifest.remedy):
+        proto = onnx.load(_path(directory, bindings.DECODER), load_external_data=False)
+        graphs.mark_layers(proto, manifest.model)
+        return proto.SerializeToString()

@@ -213,10 +213,11 @@ def open_engine(directory: Path, manifest: Manifest, marked_layers: bool) -> Ten
     plugins = _Plugins(host, device)
     plans = {}
     for graph in (bindings.VISION, bindings.DECODER):
-        proto = onnx.load(directory / f"{graph}.onnx")
-        matmul_nbits.restore(proto)
-        if marked_layers and graph == bindings.DECODER:
-            graphs.mark_layers(proto, manifest.model)
         ranges = profiles(graph, manifest.model, manifest.kv_cache, _LIMITS)
-        plans[graph] = ReferencePlan(proto, ranges, plugins, device)
+        with graphs.reading(directory / f"{graph}.onnx", manifest.remedy):
+            proto = onnx.load(directory / f"{graph}.onnx")
+            matmul_nbits.restore(proto)
+            if marked_layers and graph == bindings.DECODER:
+                graphs.mark_layers(proto, manifest.model)
+            plans[graph] = ReferencePlan(proto, ranges, plugins, device)
     return TensorRTEngine(directory, manifest, plans, device, marked_layers)

@@ -100,7 +100,7 @@ def build(
     for graph in _GRAPHS:
         ranges = profiles(graph, manifest.model, cache, limits)
         log.info("building %s for %s with TensorRT %s, profiles %s", graph, gpu.sm, trt.__version__, ranges)
-        _write_plan(model_bundle, directory, graph, manifest.model, cache, ranges, settings, timing_cache)
+        _write_plan(model_bundle, directory, graph, manifest, cache, ranges, settings, timing_cache)
     return {
         "name": NAME,
         "version": trt.__version__,
@@ -388,7 +388,7 @@ def _write_plan(
     model_bundle: Path,
     directory: Path,
     graph: str,
-    model: ModelConfig,
+    manifest: Manifest,
     cache: CacheConfig,
     ranges: list[Shapes],
     settings: Mapping[str, Any],
@@ -399,7 +399,7 @@ def _write_plan(
 
     logger = _logger()
     with tempfile.TemporaryDirectory() as folder, _progress(f"building {graph}", logger) as monitor:
-        network = _parse(_prepare(model_bundle, Path(folder), graph, model, cache), logger)
+        network = _parse(_prepare(model_bundle, Path(folder), graph, manifest, cache), logger)
         with logger.attempt(f"build the {graph} engine"):
             wanted = []
             for shapes in ranges:
@@ -422,18 +422,19 @@ def _write_plan(
                 )
 
 
-def _prepare(model_bundle: Path, folder: Path, graph: str, model: ModelConfig, cache: CacheConfig) -> Path:
+def _prepare(model_bundle: Path, folder: Path, graph: str, manifest: Manifest, cache: CacheConfig) -> Path:
     """Write a graph as TensorRT takes it into ``folder``, beside a link to its weights; returns its path."""
     import onnx
 
     from pascalvl.engines import graphs
 
     name = f"{graph}.onnx"
-    proto = onnx.load(model_bundle / name, load_external_data=False)
-    if graph == bindings.DECODER:
-        graphs.set_cache(proto, model, cache)
-    graphs.strip_functions(proto)
-    onnx.save(proto, folder / name)
+    with graphs.reading(model_bundle / name, manifest.remedy):
+        proto = onnx.load(model_bundle / name, load_external_data=False)
+        if graph == bindings.DECODER:
+            graphs.set_cache(proto, manifest.model, cache)
+        graphs.strip_functions(proto)
+        onnx.save(proto, folder / name)
     (folder / f"{name}.data").symlink_to((model_bundle / f"{name}.data").resolve())
     return folder / name
 

@@ -22,11 +22,11 @@ from transformers import Qwen3VLConfig
 
 from pascalvl.engines.backend import REFERENCE, Engine
 from pascalvl.engines.session import ALWAYS_VISIBLE, RECENT_SLOTS, SLOTS, Placement, Session
-from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, meta_model
+from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, meta_model, read_config
 from pascalvl.export.modules import Decoder, VisionEncoder
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import CHECKPOINT_CONFIG, TRANSPOSED, Manifest, read_json
-from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.errors import UserError, reading
 from pascalvl.plugins.kernels import torch_calls
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 from pascalvl.plugins.weight_format import F32
@@ -39,7 +39,6 @@ _DATA = {graph: f"{graph}.onnx.data" for graph in _GRAPHS}
 _WEIGHTS = "weights.json"
 """By graph and name (as `TRANSPOSED` says): where in the graph's data a weight starts, its type and shape there."""
 FILES = (CHECKPOINT_CONFIG, _WEIGHTS, *_DATA.values())
-_REMEDY = "build the bundle again"
 _ALIGNMENT = 256
 
 
@@ -237,21 +236,27 @@ def build(model_bundle: Path, directory: Path, manifest: Manifest, cache: CacheC
     """
     import onnx
 
+    from pascalvl.engines import graphs
+
     weights = {}
     for graph, data in _DATA.items():
-        proto = onnx.load(model_bundle / f"{graph}.onnx", load_external_data=False)
-        weights[graph] = {
-            tensor.doc_string: {
-                "offset": next(int(entry.value) for entry in tensor.external_data if entry.key == "offset"),
-                "dtype": onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name,
-                "shape": list(tensor.dims),
+        path = model_bundle / f"{graph}.onnx"
+        with graphs.reading(path, manifest.remedy):
+            proto = onnx.load(path, load_external_data=False)
+            weights[graph] = {
+                tensor.doc_string: {
+                    "offset": next(int(entry.value) for entry in tensor.external_data if entry.key == "offset"),
+                    "dtype": onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name,
+                    "shape": list(tensor.dims),
+                }
+                for tensor in proto.graph.initializer
+                if tensor.data_location == onnx.TensorProto.EXTERNAL
             }
-            for tensor in proto.graph.initializer
-            if tensor.data_location == onnx.TensorProto.EXTERNAL
-        }
         shutil.copyfile(model_bundle / data, directory / data)
     shutil.copyfile(model_bundle / CHECKPOINT_CONFIG, directory / CHECKPOINT_CONFIG)
-    (directory / _WEIGHTS).write_text(json.dumps(weights, indent=1) + "\n", encoding="utf-8")
+    with graphs.reading(model_bundle, manifest.remedy):  # names may be no text
+        places = json.dumps(weights, indent=1) + "\n"
+    (directory / _WEIGHTS).write_text(places, encoding="utf-8")
     _load(directory, manifest, torch.device("cpu"))
     return {"name": NAME, "version": torch.__version__}
 
@@ -293,29 +298,31 @@ def _device() -> torch.device:
 
 def _load(directory: Path, manifest: Manifest, device: torch.device) -> dict[str, nn.Module]:
     """The modules by graph, their weights mapped from the bundle and, one by one, copied to a GPU."""
-    config = Qwen3VLConfig.from_dict(read_json(directory / CHECKPOINT_CONFIG, _REMEDY))
-    _check(directory, manifest, config)
-    model = meta_model(config)
-    modules = {
-        bindings.VISION: VisionEncoder(model, manifest.weights.vision),
-        bindings.DECODER: Decoder(model, manifest.model.text, manifest.weights),
-    }
+    remedy = manifest.remedy
+    with reading(directory / CHECKPOINT_CONFIG, remedy):
+        config = read_config(read_json(directory / CHECKPOINT_CONFIG, remedy))
+        _check(directory, manifest, config)
+        model = meta_model(config)
+        modules = {
+            bindings.VISION: VisionEncoder(model, manifest.weights.vision),
+            bindings.DECODER: Decoder(model, manifest.model.text, manifest.weights),
+        }
     weights = {}
-    for graph, places in read_json(directory / _WEIGHTS, _REMEDY).items():
-        for note, place in places.items():
-            # Copy on write: PyTorch knows no tensors that cannot be written. None is.
-            array = np.memmap(directory / _DATA[graph], place["dtype"], "c", place["offset"], tuple(place["shape"]))
-            tensor = torch.from_numpy(array)
-            name = note.removesuffix(TRANSPOSED)
-            if (layer := name.removesuffix(".zero")) != name:
-                model.get_submodule(layer).add_zero()
-            tensor = (tensor.T if note != name else tensor).reshape(model.get_parameter(name).shape)
-            weights[name] = tensor.to(device)
+    with reading(directory / _WEIGHTS, remedy):
+        for graph, places in read_json(directory / _WEIGHTS, remedy).items():
+            for note, place in places.items():
+                # Copy on write: PyTorch knows no tensors that cannot be written. None is.
+                array = np.memmap(directory / _DATA[graph], place["dtype"], "c", place["offset"], tuple(place["shape"]))
+                name = note.removesuffix(TRANSPOSED)
+                if (layer := name.removesuffix(".zero")) != name:
+                    model.get_submodule(layer).add_zero()
+                array = (array.T if note != name else array).reshape(model.get_parameter(name).shape)
+                weights[name] = torch.from_numpy(array).to(device)
     model.load_state_dict(weights, strict=False, assign=True)
     if manifest.weights.lm_head.bits == F32.bits:  # else it is no longer the embeddings
         model.tie_weights()
     if missing := [n for n, p in model.named_parameters() if p.is_meta and n != TOKEN_EMBEDDINGS]:
-        raise UserError(f"{directory} lacks the weight {missing[0]}: {_REMEDY}.")
+        raise UserError(f"{directory} lacks the weight {missing[0]}: {remedy}.")
     return {graph: module.eval() for graph, module in modules.items()}
 
 
@@ -331,5 +338,5 @@ def _check(directory: Path, manifest: Manifest, config: Qwen3VLConfig) -> None:
             if value != getattr(expected, field.name):
                 raise UserError(
                     f"{directory / CHECKPOINT_CONFIG} is for another model: expected {field.name} "
-                    f"{getattr(expected, field.name)}, found {value}; {_REMEDY}."
+                    f"{getattr(expected, field.name)}, found {value}; {manifest.remedy}."
                 )

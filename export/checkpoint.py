@@ -22,8 +22,8 @@ from pascalvl.export.scaled_weights import ScaledWeights
 from pascalvl.export.stored_codes import StoredCodes
 from pascalvl.export.tensor_names import resolve, transformers_reads
 from pascalvl.plugins import bundle
-from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.model_config import ModelConfig, TextConfig, VisionConfig
+from pascalvl.plugins.errors import UserError, library_reason, reason, shown
+from pascalvl.plugins.model_config import TOKEN_IDS, ModelConfig, TextConfig, VisionConfig, check_sizes
 from pascalvl.plugins.ops.flash_attention.torch_op import ATTN_IMPLEMENTATION
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,12 @@ _HARMLESS = re.compile(r"(^|\.)(rotary_emb|rotary_pos_emb)\.inv_freq$")
 _ADAPTER = re.compile(r"\.lora_[a-zA-Z_]+(\.|$)")
 _STATIC_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 """Rope types whose frequencies do not depend on the length of the prompt."""
+
+
+def read_config(data: dict[str, Any]) -> Qwen3VLConfig:
+    """Hugging Face's config of what is in ``config.json``; raises `ValueError` for sizes that no model has."""
+    check_sizes(data)
+    return Qwen3VLConfig.from_dict(data)
 
 
 def meta_model(config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
@@ -111,7 +117,8 @@ class Checkpoint:
         self.codes = stored if isinstance(stored, StoredCodes) else None
         self._scaled = stored if isinstance(stored, ScaledWeights) else None
         with self._config_errors():
-            self.hf_config = Qwen3VLConfig.from_dict(data)
+            self.hf_config = read_config(data)
+        self.model_config()  # what it has to say comes before anything is built
         self.host_files = HostFiles(directory, self._config, self._read_json)
         self._files = contextlib.ExitStack()
         shard_of: dict[str, Any] = {}
@@ -275,10 +282,7 @@ class Checkpoint:
                     value_dims=(text.head_dim,) * text.num_hidden_layers,
                 ),
                 vision=_take(VisionConfig, vision, rope_inv_freq=tuple(vision_rope.inv_freq.tolist())),
-                image_token_id=self.hf_config.image_token_id,
-                video_token_id=self.hf_config.video_token_id,
-                vision_start_token_id=self.hf_config.vision_start_token_id,
-                vision_end_token_id=self.hf_config.vision_end_token_id,
+                **{name: getattr(self.hf_config, name) for name in TOKEN_IDS},
             )
 
     def digest(self) -> str:
@@ -299,9 +303,9 @@ class Checkpoint:
         try:
             yield
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            told = f"{type(error).__name__}: {library_reason(error)}"
             raise UserError(
-                f"{self.directory / _CONFIG} is not a valid Qwen3-VL config ({reason}): download the model again."
+                f"{self.directory / _CONFIG} is not a valid Qwen3-VL config ({told}): download the model again."
             ) from error
 
     def _read_json(self, name: str) -> dict[str, Any]:
@@ -318,21 +322,28 @@ class Checkpoint:
             if (self.directory / _INDEX).is_file():
                 log.warning("of %s, %s is read, and %s with its files is not", self.directory, _SINGLE, _INDEX)
             return [_SINGLE]
-        if (self.directory / _INDEX).is_file():
+        if (self.directory / _INDEX).exists():
             weight_map = self._read_json(_INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise UserError(f"{self.directory / _INDEX} names no weight files: download the model again.")
-            return sorted(set(weight_map.values()))
+            names = list(weight_map.values()) if isinstance(weight_map, dict) else [{"weight_map": weight_map}]
+            if others := [name for name in names if not isinstance(name, str) or not bundle.is_file_name(name)]:
+                raise UserError(
+                    f"{self.directory / _INDEX} names {shown(others[0])}: expected weight files in the same folder; "
+                    "download the model again."
+                )
+            return sorted(set(names))
         return [_SINGLE]
 
     def _open_shard(self, name: str) -> Any:
         path = self.directory / name
         try:
+            bundle.open_regular(path).close()
             return self._files.enter_context(safe_open(path, framework="pt"))
         except FileNotFoundError:
             raise UserError(f"{self.directory} lacks its weight file {name}: download the model again.") from None
         except (OSError, SafetensorError) as error:
-            raise UserError(f"weight file {path} is truncated or damaged ({error}): download it again.") from error
+            raise UserError(
+                f"weight file {path} is truncated or damaged ({reason(error)}): download it again."
+            ) from error
 
 
 def _take(kind: type, config: Any, **computed: Any) -> Any:

@@ -19,7 +19,7 @@ import tokenizers
 from transformers import GenerationConfig
 
 from pascalvl.plugins import bundle
-from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.errors import UserError, library_reason, panics
 
 log = logging.getLogger(__name__)
 
@@ -92,10 +92,10 @@ class HostFiles:
         try:
             of_model = GenerationConfig.from_model_config(copy.deepcopy(self._config)).to_diff_dict()
         except Exception as error:  # many kinds, all of them about values in that file
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            told = f"{type(error).__name__}: {library_reason(error)}"
             raise UserError(
                 f"{self._directory} has no {bundle.GENERATION_CONFIG} with an eos_token_id, and its "
-                f"{bundle.CHECKPOINT_CONFIG} does not serve instead ({reason}): add the model's "
+                f"{bundle.CHECKPOINT_CONFIG} does not serve instead ({told}): add the model's "
                 f"{bundle.GENERATION_CONFIG}."
             ) from error
         if "eos_token_id" not in of_model:
@@ -150,11 +150,12 @@ class HostFiles:
             return
         added = self._read_json(_TOKENIZER_CONFIG).get("added_tokens_decoder") or {}
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            with panics():
+                tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise UserError(
-                f"{self._directory / bundle.TOKENIZER} is not a tokenizer that can be read ({error}): download the "
-                "model again."
+                f"{self._directory / bundle.TOKENIZER} is not a tokenizer that can be read ({library_reason(error)}): "
+                "download the model again."
             ) from error
         try:
             known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
@@ -164,9 +165,9 @@ class HostFiles:
                     token = tokenizers.AddedToken(**fields, special=is_special)
                     (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)([token])
         except Exception as error:  # the library raises bare Exception
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            told = f"{type(error).__name__}: {library_reason(error)}"
             raise UserError(
-                f"the tokens that {self._directory / _TOKENIZER_CONFIG} adds cannot be read ({reason}): download the "
+                f"the tokens that {self._directory / _TOKENIZER_CONFIG} adds cannot be read ({told}): download the "
                 "model again."
             ) from error
         if len(tokenizer.get_added_tokens_decoder()) != len(known):

@@ -15,6 +15,7 @@ kv_cache   `CacheConfig` that the graphs are for (of a model bundle's, a build c
 weights    `WeightConfig` of the graphs
 backend    engine bundles: backend name, its version, and what else its engines depend on
 files      per file: size in bytes and SHA-256
+sha256     of all of the above, see `manifest_digest`
 ========== ===========================================================================================================
 """
 
@@ -22,24 +23,29 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
 import math
+import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pascalvl.plugins import bindings
-from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.errors import UserError, reason, shown
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig
 
-BUNDLE_VERSION = 4
+BUNDLE_VERSION = 5
 MANIFEST = "manifest.json"
 EMBEDDINGS = "embeddings.bin"
 TOKENIZER = "tokenizer.json"
@@ -67,6 +73,14 @@ _OUT_OF_ROOM = {
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
 }
 _CHUNK = 1 << 22
+_PARTIAL, _OLD, _LOCK = ".partial", ".old", ".lock"
+"""Ends of names beside a bundle that is being written: the new one, an earlier one, what tells that they are in use."""
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+"""Linux's, for `renameat2`."""
+_CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+_MOST_JSON_BYTES = 1 << 25
+"""32 MiB: the largest JSON of a checkpoint is its tokenizer, of 12 MB for Qwen3-VL."""
+_LONGEST_NAME = 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,32 +99,44 @@ class Manifest:
     version: int = BUNDLE_VERSION
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        data = {
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             "model": self.model.to_json(),
             "kv_cache": str(self.kv_cache),
             "weights": str(self.weights),
         }
+        return {**data, "sha256": manifest_digest(data)}
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a bundle that is damaged."""
+        return _remedy(self.kind)
 
     @classmethod
     def read(cls, directory: Path, *kinds: str) -> Manifest:
         """Read the manifest in ``directory``; raises `UserError` unless it is a bundle of one of ``kinds``."""
         path = directory / MANIFEST
         expected = " or ".join(f"the {kind} bundle that {_WRITTEN_BY[kind]!r} wrote" for kind in kinds)
-        rewrite = f"write it again with {_WRITTEN_BY[kinds[0]]!r}"
+        remedy = _remedy(*kinds)
         if not directory.is_dir():
             raise UserError(f"no directory {directory}: expected {expected}.")
         if not path.exists():
             raise UserError(f"{directory} is not a bundle (it has no {MANIFEST}): expected {expected}.")
-        data = read_json(path, rewrite)
+        data = read_json(path, remedy)
         if (found := data.get("kind")) not in kinds:
-            raise UserError(f"{directory} is a bundle of kind {found!r}: expected {expected}.")
-        if data.get("version") != BUNDLE_VERSION:
+            raise UserError(f"{directory} is a bundle of kind {shown(found)}: expected {expected}.")
+        remedy = _remedy(found)
+        version = data.get("version")
+        if type(version) is not int or version != BUNDLE_VERSION:
             raise UserError(
-                f"{directory} has bundle version {data.get('version')}, this PascalVL reads version {BUNDLE_VERSION}: "
-                f"{rewrite}."
+                f"{directory} has bundle version {shown(version)}, this PascalVL reads version {BUNDLE_VERSION}: "
+                f"{remedy}."
             )
         try:
+            if (stated := data.pop("sha256", None)) != (digest := manifest_digest(data)):
+                raise ValueError(f"it was altered: expected SHA-256 {shown(stated)}, found {digest!r}")
+            if unknown := sorted(data.keys() - {field.name for field in dataclasses.fields(cls)}):
+                raise ValueError(f"it has the field {shown(unknown[0])}")
             manifest = cls(
                 **{
                     **data,
@@ -119,66 +145,64 @@ class Manifest:
                     "weights": WeightConfig.parse(data["weights"]),
                 }
             )
-            manifest._check_types()
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not complete ({error}): {rewrite}.") from error
+            manifest._check_fields()
+        except KeyError as error:
+            raise UserError(f"{path} cannot be used (it lacks {shown(error.args[0])}): {remedy}.") from error
+        except (UserError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path} cannot be used ({str(error).rstrip('.')}): {remedy}.") from error
         manifest.require(HOST_FILES if manifest.kind == "engine" else MODEL_FILES)
-        if manifest.files[EMBEDDINGS]["bytes"] != manifest._embedding_bytes:
-            raise UserError(f"{path} is not complete ({EMBEDDINGS} is of another size): {rewrite}.")
+        size = math.prod(manifest.embeddings["shape"]) * _EMBEDDING_BYTES[manifest.embeddings["dtype"]]
+        if manifest.files[EMBEDDINGS]["bytes"] != size:
+            raise UserError(f"{path} cannot be used ({EMBEDDINGS} is of another size): {remedy}.")
         return manifest
-
-    @property
-    def _embedding_bytes(self) -> int:
-        return math.prod(self.embeddings["shape"]) * _EMBEDDING_BYTES[self.embeddings["dtype"]]
 
     def require(self, names: Iterable[str]) -> None:
         """Raise `UserError` unless the manifest lists the files ``names``."""
         if missing := [name for name in names if name not in self.files]:
-            raise UserError(
-                f"the {self.kind} bundle's {MANIFEST} does not list the file {missing[0]}: write the bundle again with "
-                f"{_WRITTEN_BY[self.kind]!r}."
-            )
+            raise UserError(f"the {self.kind} bundle's {MANIFEST} does not list the file {missing[0]}: {self.remedy}.")
 
-    def _check_types(self) -> None:
-        """Raise `TypeError` or `KeyError` for a field of another form than the runtime relies on."""
+    def _check_fields(self) -> None:
+        """Raise an error, `UserError` for formats of layers, for what is of another form than the runtime relies on."""
         text = self.model.text
-        if not all(isinstance(self.source[key], str) for key in ("name", "sha256")):
+        self.kv_cache.layers(text)
+        self.weights.layers(text.num_hidden_layers)
+        if not all(_is_short(self.source[key]) for key in ("name", "sha256")):
             raise TypeError("source is not a name and a hash")
         if set(self.embeddings) != {"dtype", "shape"} or self.embeddings["dtype"] not in tuple(_EMBEDDING_BYTES):
-            raise TypeError(f"embeddings are {self.embeddings!r}")
+            raise TypeError(f"embeddings are {shown(self.embeddings)}")
         if self.embeddings["shape"] != [text.vocab_size, text.hidden_size]:
-            raise TypeError(f"embeddings of shape {self.embeddings['shape']!r}")
-        if not all(
-            isinstance(graph["ops"], dict) and all(key in graph for key in ("opset", "ir_version", "plugin"))
-            for graph in self.graphs.values()
-        ):
-            raise TypeError("graphs without their operators")
-        if not all(isinstance(value, str) for value in self.backend.values()):
-            raise TypeError("backend is no object of texts")
-        if not all(type(file["bytes"]) is int and isinstance(file["sha256"], str) for file in self.files.values()):
+            raise ValueError(f"embeddings of shape {shown(self.embeddings['shape'])}")
+        for name, graph in self.graphs.items():
+            counts = graph["opset"], graph["ir_version"], *graph["ops"].values()
+            if not all(_is_count(count) for count in counts) or not isinstance(graph["plugin"], str):
+                raise TypeError(f"the graph {shown(name)} is {shown(graph)}")
+        if not all(_is_short(value) for value in self.backend.values()):
+            raise TypeError("backend is no object of short texts")
+        if not all(_is_count(file["bytes"]) and isinstance(file["sha256"], str) for file in self.files.values()):
             raise TypeError("files without sizes or hashes")
-        if not all(name == Path(name).name for name in self.files):
-            raise TypeError("files outside the bundle")
+        if outside := [name for name in self.files if not is_file_name(name)]:
+            raise ValueError(f"it lists {shown(outside[0])}, which is no name of a file in the bundle")
 
     def verify(self, directory: Path, progress: Callable[[int], None] = lambda _: None) -> None:
         """Check every file's size and hash; raises `UserError` naming the first that is missing or altered.
 
         ``progress`` is called with the number of bytes hashed since the last call (from several threads).
         """
-        remedy = f"write the bundle again with {_WRITTEN_BY[self.kind]!r}"
         for name, expected in self.files.items():
             path = directory / name
+            if not path.exists():
+                raise UserError(f"{directory} lacks the file {name}: {self.remedy}.")
             if not path.is_file():
-                raise UserError(f"{directory} lacks the file {name}: {remedy}.")
+                raise UserError(f"{path} was altered: it is no regular file; {self.remedy}.")
             if (size := path.stat().st_size) != expected["bytes"]:
-                raise UserError(f"{path} was altered: expected {expected['bytes']} bytes, found {size}; {remedy}.")
+                raise UserError(f"{path} was altered: expected {expected['bytes']} bytes, found {size}; {self.remedy}.")
         with concurrent.futures.ThreadPoolExecutor() as pool:
             digests = pool.map(lambda name: sha256(directory / name, progress), self.files)
             for (name, expected), digest in zip(self.files.items(), digests, strict=True):
                 if digest != expected["sha256"]:
                     raise UserError(
                         f"{directory / name} was altered: expected SHA-256 {expected['sha256'][:12]}…, "
-                        f"found {digest[:12]}…; {remedy}."
+                        f"found {digest[:12]}…; {self.remedy}."
                     )
 
     def write(self, directory: Path) -> Manifest:
@@ -195,21 +219,59 @@ class Manifest:
         return manifest
 
 
+def manifest_digest(data: dict[str, Any]) -> str:
+    """SHA-256 over what `manifest.json` says besides it: as JSON without blanks, its names sorted, in ASCII."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _remedy(*kinds: str) -> str:
+    """What to do about a bundle, of one of ``kinds``, that is damaged."""
+    return f"write the bundle again with {' or '.join(repr(_WRITTEN_BY[kind]) for kind in kinds)}"
+
+
+def _is_short(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= _LONGEST_NAME
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """Read a JSON object; raises `UserError`, which ends with what to do, for what is none."""
+    """Read a JSON object; raises `UserError`, which ends with what to do, for what is none, or is too large."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            content = file.read(_MOST_JSON_BYTES + 1)
+        if len(content) > _MOST_JSON_BYTES:
+            raise ValueError(f"it has more than {_MOST_JSON_BYTES >> 20} MiB")
+        data = json.loads(content.decode())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}): {remedy}.") from error
+        raise UserError(f"{path} cannot be read ({reason(error)}): {remedy}.") from error
     if not isinstance(data, dict):
         raise UserError(f"expected a JSON object in {path}, found a {type(data).__name__}: {remedy}.")
     return data
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read.
+
+    Raises:
+        OSError: that cannot be done, or it is something else: a pipe would wait for its writer, a device may never end.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path.open("rb")
+
+
+def is_file_name(name: str) -> bool:
+    """Whether text from a file names a file of the same folder: no path, and nothing that a file system may refuse."""
+    return name == Path(name).name and name.isprintable() and name != ".." and 0 < len(name.encode()) <= _LONGEST_NAME
+
+
 def sha256(path: Path, progress: Callable[[int], None] = lambda _: None) -> str:
     """SHA-256 of a file, read in pieces."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             progress(len(chunk))
@@ -221,35 +283,25 @@ def atomic_directory(target: Path, kind: str) -> Iterator[Path]:
     """Yield an empty directory that becomes ``target`` if the block ends well, and vanishes if it does not.
 
     An earlier bundle of the same ``kind`` at ``target`` is replaced, if it holds nothing but its own files; anything
-    else there raises `UserError`, as do a mount point and a full disk.
+    else there raises `UserError`, as do a mount point and a full disk. What processes that were killed left of this is
+    cleared away first.
     """
     target = target.resolve()
+    _clear_leftovers(target)
     _check_replaceable(target, kind)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {target.parent} ({error.strerror}): choose another output directory."
-        ) from error
-    try:
-        partial.chmod(0o755)
-        yield partial
-        _check_replaceable(target, kind)  # building takes long enough for something to have been put there
-        if target.exists():
-            _swap(partial, target)
-        else:
-            partial.rename(target)
-    except OSError as error:
-        if error.errno in _OUT_OF_ROOM:
-            written = sum(path.stat().st_size for path in partial.iterdir())
-            raise UserError(
-                f"{target} needs more than the {written / 1e6:.0f} MB that could be written ({error.strerror}): "
-                f"{_OUT_OF_ROOM[error.errno]}, or choose another output directory."
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with _partial_folder(target) as partial:
+        try:
+            yield partial
+            _check_replaceable(target, kind)  # building takes long enough for something to have been put there
+            _replace(partial, target)
+        except OSError as error:
+            if error.errno in _OUT_OF_ROOM:
+                written = sum(path.stat().st_size for path in partial.iterdir())
+                raise UserError(
+                    f"{target} needs more than the {written / 1e6:.0f} MB that could be written ({error.strerror}): "
+                    f"{_OUT_OF_ROOM[error.errno]}, or choose another output directory."
+                ) from error
+            raise
 
 
 def _check_replaceable(target: Path, kind: str) -> None:
@@ -258,31 +310,117 @@ def _check_replaceable(target: Path, kind: str) -> None:
         raise UserError(
             f"{target} is a mount point, which cannot be replaced: choose an output directory in it, {target / kind}."
         )
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    try:
+        names = sorted(path.name for path in target.iterdir()) if target.is_dir() else [target.name]
+    except FileNotFoundError:  # another process replaces it just now
+        return
+    if not target.exists() or not names:
         return
     try:
-        data = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        data = read_json(target / MANIFEST, "")
         found, own = data["kind"], {MANIFEST, *data.get("files", ())}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (UserError, LookupError, TypeError):
         found, own = None, set()
     if found != kind:
         raise UserError(f"{target} exists and is no {kind} bundle: choose another output directory, or remove it.")
-    if others := sorted(path.name for path in target.iterdir() if path.name not in own):
+    if others := [name for name in names if name not in own]:
         raise UserError(
             f"{target} holds {others[0]!r} beside its {kind} bundle, which would be lost: choose another output "
             "directory, or move that away."
         )
 
 
-def _swap(partial: Path, target: Path) -> None:
-    """Put ``partial`` in the place of ``target``, which comes back if that fails."""
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+@contextlib.contextmanager
+def _partial_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside ``target``, which is removed at the end."""
     try:
-        target.rename(old / target.name)
-        try:
-            partial.rename(target)
-        except BaseException:
-            (old / target.name).rename(target)
-            raise
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock, descriptor = _new_lock(target)
+        partial = lock.with_suffix(_PARTIAL)
+        partial.mkdir()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {target.parent} ({error.strerror}): choose another output directory."
+        ) from error
+    try:
+        yield partial
     finally:
-        shutil.rmtree(old)
+        shutil.rmtree(partial, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(lock.with_suffix(_OLD), ignore_errors=True)
+        if not lock.with_suffix(_OLD).exists():  # else the next process finds it by the lock
+            lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _new_lock(target: Path) -> tuple[Path, int]:
+    """A new file beside ``target``, locked until its file descriptor is closed, as the process's end does, too."""
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_LOCK, dir=target.parent)
+        with contextlib.suppress(OSError):  # a file system without locks; nobody can then tell that it is left over
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.path.exists(name):
+            return Path(name), descriptor
+        os.close(descriptor)  # another process took it for left over before it was locked
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Remove what killed processes left beside ``target``; a bundle that one had moved away from there comes back."""
+    ours = re.compile(rf"{re.escape(f'.{target.name}.')}[a-z0-9_]{{8}}{re.escape(_LOCK)}")
+    try:
+        locks = [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]
+    except OSError:
+        return
+    for lock in locks:
+        with contextlib.suppress(OSError):  # in use, of another user, or gone
+            descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                old = lock.with_suffix(_OLD)
+                if old.exists() and not target.exists():
+                    old.rename(target)
+                for folder in (old, lock.with_suffix(_PARTIAL)):
+                    shutil.rmtree(folder, ignore_errors=True)
+                lock.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _replace(partial: Path, target: Path) -> None:
+    """Put ``partial`` in the place of ``target``; what was there, if anything, is beside it then.
+
+    In one step where that can be done. Where it takes two, `_clear_leftovers` undoes what is killed in between.
+    """
+    old = partial.with_suffix(_OLD)
+    try:
+        while not _rename_to_free(partial, target) and not _exchange(partial, target):
+            shutil.rmtree(old, ignore_errors=True)  # there was another process in between
+            with contextlib.suppress(FileNotFoundError):  # there is
+                target.rename(old)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            old.rename(target)
+        raise
+
+
+def _rename_to_free(partial: Path, target: Path) -> bool:
+    """Rename a folder; returns whether there was nothing, or an empty folder, in its way."""
+    try:
+        partial.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
+
+
+def _exchange(partial: Path, target: Path) -> bool:
+    """Let two folders change places in one step; returns whether the C library, kernel and file system can do that."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(partial), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE) == 0:
+        return True
+    if (number := ctypes.get_errno()) in _CANNOT_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(partial), None, str(target))

@@ -1,6 +1,11 @@
 """The one exception that is meant for the person at the terminal."""
 
+from __future__ import annotations
+
+import contextlib
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 _MOST_SENTENCE = 800
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -23,6 +28,37 @@ class UserError(Exception):
 def reason(error: Exception) -> object:
     """What went wrong, without the number and the path that the system's errors name besides."""
     return getattr(error, "strerror", None) or error
+
+
+@contextlib.contextmanager
+def reading(path: Path, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Inside, a bundle's file is read, which may be anything, if only its hash is right.
+
+    Raises `UserError`, which ends with what to do, for Python's errors and for ``kinds``, those of libraries.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StopIteration, *kinds) as error:
+        raise UserError(
+            f"{path} cannot be used ({type(error).__name__}: {library_reason(error)}): {remedy}."
+        ) from error
+
+
+@contextlib.contextmanager
+def panics() -> Iterator[None]:
+    """Inside, a panic of a library in Rust is a `RuntimeError`: as Python gets it, it is no `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(str(error)) from error
+
+
+def library_reason(error: Exception) -> str:
+    """What a library's error says, on one line and cut off: it may quote anything, and be no UTF-8."""
+    text = error.object.decode(errors="replace") if isinstance(error, UnicodeDecodeError) else str(error)
+    return shown(" ".join(text.split()), 300)
 
 
 def shown(value: object, most: int = 100) -> str:

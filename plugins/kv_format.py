@@ -18,8 +18,8 @@ import re
 
 import numpy as np
 
-from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.model_config import TextConfig
+from pascalvl.plugins.errors import UserError, shown
+from pascalvl.plugins.model_config import LONGEST_GRAMMAR, TextConfig
 
 ROW_ALIGNMENT = 16
 WORD_BYTES = 4
@@ -89,7 +89,7 @@ class KVFormat(enum.Enum):
             return cls(text)
         except ValueError:
             known = ", ".join(f.value for f in cls)
-            raise UserError(f"unknown KV cache format {text!r}: expected one of {known}.") from None
+            raise UserError(f"unknown KV cache format {shown(text)}: expected one of {known}.") from None
 
     @property
     def rows(self) -> tuple[RowFormat, RowFormat]:
@@ -198,6 +198,8 @@ class CacheConfig:
         Raises:
             UserError: the text is none of that; names what is.
         """
+        if len(text) > LONGEST_GRAMMAR:
+            raise UserError(f"the KV cache {shown(text)} is too long: expected {LONGEST_GRAMMAR} characters at most.")
         first, *options = (part.strip() for part in text.split(","))
         found: dict[str, object] = {"kv_format": KVFormat.parse(first)}
         overrides = []
@@ -207,10 +209,12 @@ class CacheConfig:
                 start = int(layers[1])
                 overrides.append((start, int(layers[2] or start), KVFormat.parse(value)))
                 if overrides[-1][0] > overrides[-1][1]:
-                    raise UserError(f"the KV cache option {option!r} names no layers: expected the first one first.")
+                    raise UserError(
+                        f"the KV cache option {shown(option)} names no layers: expected the first one first."
+                    )
                 continue
             if name not in _OPTIONS:
-                raise UserError(f"unknown KV cache option {option!r}: expected {cls.GRAMMAR}.")
+                raise UserError(f"unknown KV cache option {shown(option)}: expected {cls.GRAMMAR}.")
             field, read = _OPTIONS[name]
             if field in found:
                 raise UserError(f"the KV cache option {name} is given twice: expected it once.")
@@ -288,13 +292,13 @@ class CacheConfig:
 
 
 def _read_rank(option: str, value: str) -> Rank:
-    if value.isdecimal() and int(value) in RANKS:
+    if value in map(str, RANKS):
         return int(value)
     if (error := re.fullmatch(r"auto:(0?\.\d+)", value)) and float(error[1]) > 0:
         return float(error[1])
     raise UserError(
-        f"the KV cache option {option!r} is no rank: expected one of {', '.join(map(str, RANKS))}, or auto:0.01 for "
-        "the lowest with up to that error."
+        f"the KV cache option {shown(option)} is no rank: expected one of {', '.join(map(str, RANKS))}, or auto:0.01 "
+        "for the lowest with up to that error."
     )
 
 
@@ -302,21 +306,21 @@ def _read_window(option: str, value: str) -> Window:
     parts = re.fullmatch(r"(\d{1,9})\+(\d{1,9})", value)
     if not parts or int(parts[2]) < _LEAST_WINDOW:
         raise UserError(
-            f"the KV cache option {option!r} is no window: expected first and last tokens, at least {_LEAST_WINDOW} of "
-            "those, as in window=64+8192."
+            f"the KV cache option {shown(option)} is no window: expected first and last tokens, at least "
+            f"{_LEAST_WINDOW} of those, as in window=64+8192."
         )
     return Window(int(parts[1]), int(parts[2]))
 
 
 def _read_pin(option: str, value: str) -> bool:
     if value != "image":
-        raise UserError(f"unknown KV cache option {option!r}: expected pin=image.")
+        raise UserError(f"unknown KV cache option {shown(option)}: expected pin=image.")
     return True
 
 
 def _read_recent(option: str, value: str) -> int:
-    if not value.isdecimal() or not 1 <= int(value) <= 4096:
-        raise UserError(f"the KV cache option {option!r} is no number of tokens: expected 1 to 4096.")
+    if not re.fullmatch(r"\d{1,4}", value) or not 1 <= int(value) <= 4096:
+        raise UserError(f"the KV cache option {shown(option)} is no number of tokens: expected 1 to 4096.")
     return int(value)
 
 

@@ -6,10 +6,48 @@ import dataclasses
 import math
 from typing import Any
 
-from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.errors import shown
 
-_MOST_LAYERS = 1000
-"""Each has bindings of its own, which a damaged manifest must not make endless."""
+LARGEST = {
+    "depth": 1000,
+    "head_dim": 1 << 12,
+    "hidden_size": 1 << 16,
+    "in_channels": 3,
+    "intermediate_size": 1 << 20,
+    "max_position_embeddings": 1 << 24,
+    "num_attention_heads": 1 << 10,
+    "num_heads": 1 << 10,
+    "num_hidden_layers": 1000,
+    "num_key_value_heads": 1 << 10,
+    "num_labels": 1 << 16,
+    "num_position_embeddings": 1 << 20,
+    "out_hidden_size": 1 << 16,
+    "patch_size": 1 << 7,
+    "spatial_merge_size": 1 << 3,
+    "temporal_patch_size": 1 << 3,
+    "vocab_size": 1 << 22,
+}
+"""By a size's name in a config: the most that it may be, which is more than any model has.
+
+Loops and arrays are made of them, which a damaged config or manifest must not make endless.
+"""
+LONGEST_GRAMMAR = 10_000
+"""Characters in which a cache or weights are described, at most: their parts are loops over layers, too."""
+TOKEN_IDS = "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"
+"""Of a config and of `ModelConfig`: numbers of the vocabulary's tokens."""
+
+
+def check_sizes(config: Any) -> None:
+    """Raise `ValueError` for a size in a checkpoint's ``config.json``, as read, that no model has.
+
+    What is left out or null is up to whoever fills it in.
+    """
+    for part in (config, *(config.get(name, {}) for name in ("text_config", "vision_config"))):
+        if not isinstance(part, dict):
+            raise ValueError(f"text_config or vision_config is {shown(part)}, expected an object")
+        for name in LARGEST.keys() & part.keys():
+            if part[name] is not None:
+                _check_size(name, part[name])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +72,7 @@ class VisionConfig:
     """Inverse frequencies of the axial rotary embedding, shared by rows and columns: ``[head_dim / 4]``."""
 
     def __post_init__(self) -> None:
-        _check_positive(self)
+        _check_sizes(self)
         levels = self.deepstack_visual_indexes
         _check(self, "num_heads", self.hidden_size % (4 * self.num_heads) == 0, f"a divisor of {self.hidden_size} / 4")
         _check(self, "in_channels", self.in_channels == 3, "3, for RGB")
@@ -86,8 +124,7 @@ class TextConfig:
     value_dims: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _check_positive(self)
-        _check(self, "num_hidden_layers", self.num_hidden_layers <= _MOST_LAYERS, f"at most {_MOST_LAYERS}")
+        _check_sizes(self)
         _check(
             self,
             "num_key_value_heads",
@@ -110,7 +147,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A dense Qwen3-VL model."""
+    """A dense Qwen3-VL model; like its parts, raises `ValueError` for values that no model has."""
 
     text: TextConfig
     vision: VisionConfig
@@ -118,6 +155,12 @@ class ModelConfig:
     video_token_id: int
     vision_start_token_id: int
     vision_end_token_id: int
+
+    def __post_init__(self) -> None:
+        for name in TOKEN_IDS:
+            token_id, size = getattr(self, name), self.text.vocab_size
+            valid = type(token_id) is int and 0 <= token_id < size
+            _check(self, name, valid, f"the number of one of the vocabulary's {size} tokens")
 
     @property
     def num_deepstack(self) -> int:
@@ -128,22 +171,20 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ModelConfig:
-        """Inverse of `to_json`; raises `UserError` when a field is missing, unknown or out of range."""
-
-        try:
-            nested = {"text": _build(TextConfig, data["text"]), "vision": _build(VisionConfig, data["vision"])}
-            return _build(cls, {**data, **nested})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"the manifest's model description does not fit this version of PascalVL ({error}): "
-                "export the checkpoint again."
-            ) from error
+        """Inverse of `to_json`; raises `ValueError`, `KeyError` or `TypeError` for what is none."""
+        nested = {"text": _build(TextConfig, data["text"]), "vision": _build(VisionConfig, data["vision"])}
+        return _build(cls, {**data, **nested})
 
 
-def _check_positive(config: Any) -> None:
+def _check_sizes(config: Any) -> None:
     for field in dataclasses.fields(config):
         if field.type == "int":
-            _check(config, field.name, getattr(config, field.name) > 0, "a number above 0")
+            _check_size(field.name, getattr(config, field.name))
+
+
+def _check_size(name: str, value: Any) -> None:
+    if type(value) is not int or not 1 <= value <= LARGEST[name]:
+        raise ValueError(f"{name} is {shown(value)}, expected a whole number from 1 to {LARGEST[name]}")
 
 
 def _check_frequencies(config: Any, count: float) -> None:
@@ -154,7 +195,7 @@ def _check_frequencies(config: Any, count: float) -> None:
 
 def _check(config: Any, name: str, valid: bool, expected: str) -> None:
     if not valid:
-        raise ValueError(f"{name} is {getattr(config, name)!r}, expected {expected}")
+        raise ValueError(f"{name} is {shown(getattr(config, name))}, expected {expected}")
 
 
 def _build(kind: type, fields: dict[str, Any]) -> Any:
@@ -166,5 +207,7 @@ def _build(kind: type, fields: dict[str, Any]) -> Any:
         numbers = (int, float) if "float" in field.type else (int,)
         elements = value if isinstance(value, list) else [value]
         if isinstance(value, list) != is_tuple or not all(type(x) in numbers and 0 <= x < 2**31 for x in elements):
-            raise TypeError(f"{field.name} is {value!r}, not {field.type}")
+            raise TypeError(f"{field.name} is {shown(value)}, not {field.type}")
+    if unknown := sorted(fields.keys() - {field.name for field in dataclasses.fields(kind)}):
+        raise ValueError(f"{kind.__name__} has no field {shown(unknown[0])}")
     return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})

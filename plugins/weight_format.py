@@ -6,7 +6,8 @@ import dataclasses
 import math
 import re
 
-from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.errors import UserError, shown
+from pascalvl.plugins.model_config import LONGEST_GRAMMAR
 
 GROUPS = 32, 64, 128
 """Inputs that share a scale."""
@@ -25,7 +26,7 @@ class WeightFormat:
     def parse(cls, name: str, group: int = 128) -> WeightFormat:
         """The format called ``name``; raises `UserError` naming those there are."""
         if name not in _BITS:
-            raise UserError(f"unknown weight format {name!r}: expected one of {', '.join(_BITS)}.")
+            raise UserError(f"unknown weight format {shown(name)}: expected one of {', '.join(_BITS)}.")
         return cls(_BITS[name], group)
 
     @property
@@ -91,18 +92,20 @@ class WeightConfig:
         Raises:
             UserError: the text is none of that; names what is.
         """
+        if len(text) > LONGEST_GRAMMAR:
+            raise UserError(f"the weights {shown(text)} are too long: expected {LONGEST_GRAMMAR} characters at most.")
         first, *options = (part.strip() for part in text.split(","))
         named: dict[str, str] = {}
         for option in options:
             name, _, value = option.partition("=")
             if not re.fullmatch(r"group|lm_head|vision|layer\.\d{1,4}(-\d{1,4})?", name):
-                raise UserError(f"unknown weight option {option!r}: expected {cls.GRAMMAR}.")
+                raise UserError(f"unknown weight option {shown(option)}: expected {cls.GRAMMAR}.")
             if name in named:
                 raise UserError(f"the weight option {name} is given twice: expected it once.")
             named[name] = value
         group = named.pop("group", "128")
         if group not in map(str, GROUPS):
-            raise UserError(f"the weight option group={group} is out of range: expected one of {GROUPS}.")
+            raise UserError(f"the weight option {shown(f'group={group}')} is out of range: expected one of {GROUPS}.")
         form = WeightFormat.parse(first, int(group))
         rest = dataclasses.replace(form, bits=max(form.bits, 8))
         of = {name: WeightFormat.parse(value, int(group)) for name, value in named.items()}

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pascalvl.plugins.bundle import open_regular
 from pascalvl.plugins.errors import UserError, reason, shown
 from pascalvl.runtime.literal_text import LiteralText
 from pascalvl.runtime.messages import Message, without_sources
@@ -35,9 +36,7 @@ class ChatTemplate:
 
     def __init__(self, path: Path) -> None:
         try:
-            if path.exists() and not path.is_file():
-                raise ValueError("it is no regular file")
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 source = file.read(_MOST_SOURCE_BYTES + 1)
             if len(source) > _MOST_SOURCE_BYTES:
                 raise ValueError(f"it has more than {_MOST_SOURCE_BYTES} bytes")

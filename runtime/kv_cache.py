@@ -19,6 +19,7 @@ import numpy as np
 
 from pascalvl.engines import Session
 from pascalvl.engines.session import ALWAYS_VISIBLE, Placement
+from pascalvl.plugins.bundle import open_regular
 from pascalvl.plugins.errors import UserError, reason
 from pascalvl.plugins.kv_format import CacheConfig
 
@@ -71,9 +72,7 @@ class Prefix:
             UserError: there is no such file, it is damaged or of another kind, or its rows are another engine's.
         """
         try:
-            if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
-                raise ValueError("it is no regular file")
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 arrays = _read_checked(file, engine, session)
         except (OSError, ValueError) as error:
             raise UserError(

@@ -19,6 +19,7 @@ from PIL import Image
 from pascalvl.plugins.bundle import EMBEDDINGS, GENERATION_CONFIG, MANIFEST, Manifest
 from pascalvl.runtime import cli
 from pascalvl.runtime.cli import main
+from tests.manifests import edit_manifest
 
 COMMAND = [sys.executable, "-c", "import sys; from pascalvl.runtime.cli import main; sys.exit(main())"]
 
@@ -195,7 +196,7 @@ def test_no_raw_warning_for_a_large_picture(broken, nano_engine_bundle, monkeypa
 def test_names_are_no_markup(nano_engine_bundle, tmp_path, capsys):
     bundle = tmp_path / "engine"
     shutil.copytree(nano_engine_bundle, bundle)
-    _edit_manifest(bundle, lambda m: m["source"].update(name="[red]cat[/blue]:smiley:"))
+    edit_manifest(bundle, lambda m: m["source"].update(name="[red]cat[/blue]:smiley:"))
     assert main(["inspect", str(bundle)]) == 0
     assert "[red]cat[/blue]:smiley:" in capsys.readouterr().out
 
@@ -216,13 +217,6 @@ def _flip_a_byte(bundle):
     path.write_bytes(data)
 
 
-def _edit_manifest(bundle, edit):
-    path = bundle / MANIFEST
-    data = json.loads(path.read_text())
-    edit(data)
-    path.write_text(json.dumps(data))
-
-
 @pytest.mark.parametrize(
     ("damage", "match"),
     [
@@ -231,10 +225,10 @@ def _edit_manifest(bundle, edit):
         (lambda b: (b / "tokenizer.json").unlink(), "lacks the file tokenizer.json"),
         (lambda b: (b / MANIFEST).unlink(), "it has no manifest.json"),
         (lambda b: (b / MANIFEST).write_text("{"), "manifest.json cannot be read"),
-        (lambda b: _edit_manifest(b, lambda m: m.update(version=0)), "has bundle version 0"),
-        (lambda b: _edit_manifest(b, lambda m: m.update(kv_cache="f16")), "is for another model: .* past_key.0 int32"),
-        (lambda b: _edit_manifest(b, lambda m: m["model"]["text"].update(head_dim=64)), "rope_inv_freq is"),
-        (lambda b: _edit_manifest(b, lambda m: m["backend"].update(name="abacus")), "unknown backend 'abacus'"),
+        (lambda b: edit_manifest(b, lambda m: m.update(version=0)), "has bundle version 0"),
+        (lambda b: edit_manifest(b, lambda m: m.update(kv_cache="f16")), "is for another model: .* past_key.0 int32"),
+        (lambda b: edit_manifest(b, lambda m: m["model"]["text"].update(head_dim=64)), "rope_inv_freq is"),
+        (lambda b: edit_manifest(b, lambda m: m["backend"].update(name="abacus")), "unknown backend 'abacus'"),
     ],
 )
 def test_damaged_engine_bundles(refused, nano_engine_bundle, tmp_path, damage, match):

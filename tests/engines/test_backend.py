@@ -1,6 +1,5 @@
 """Engine bundles: built, loaded, cross-checked and refused."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -12,10 +11,11 @@ import pytest
 from onnx import TensorProto
 
 from pascalvl.engines import build, open_engine
-from pascalvl.plugins import bindings, bundle
+from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
+from tests.manifests import edit_manifest
 
 
 def test_build_sets_the_cache_format(nano_engine):
@@ -50,8 +50,7 @@ def test_model_bundle_is_not_an_engine_bundle(nano_model_bundle, nano_engine_bun
 def _copy_with_manifest(directory, target, **changes):
     """A copy whose manifest says something else but still fits its files."""
     shutil.copytree(directory, target)
-    path = target / bundle.MANIFEST
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    edit_manifest(target, lambda data: data.update(changes))
     return target
 
 
@@ -97,6 +96,45 @@ def test_damaged_graph_whose_hash_was_renewed(nano_engine_bundle, tmp_path):
     Manifest.read(other, "engine").write(other)
     with pytest.raises(UserError, match="cannot load the engine"):
         open_engine(other)
+
+
+def _replace(directory, kind, graph, old, new):
+    """Alter a graph, so that messages about it are no UTF-8, and renew its hash."""
+    path = directory / f"{graph}.onnx"
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+    Manifest.read(directory, kind).write(directory)
+
+
+@pytest.mark.parametrize("graph", ["vision", "decoder"])
+@pytest.mark.parametrize("options", [{}, {"marked_layers": True}, {"host": "plugin"}])
+def test_graphs_whose_operators_names_are_no_text(nano_engine_bundle, tmp_path, capfd, graph, options):
+    other = shutil.copytree(nano_engine_bundle, tmp_path / "garbled")
+    _replace(other, "engine", graph, b"Gather", b"Gath\xffr")
+    with pytest.raises(UserError, match=r"write the bundle again with 'pascalvl build'\.$") as error:
+        open_engine(other, **options)
+    assert str(error.value).isprintable()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("backend", "old", "new"),
+    [
+        ("onnxruntime", b"pascalvl", b""),
+        ("onnxruntime", b"Gather", b"Gath\xffr"),
+        ("torch", b"pascalvl", b""),
+        ("torch", b"model.visual.blocks.0.attn.qkv.bias", b"model.visual.blocks.0.attn.qkv.bia\xff"),
+    ],
+)
+def test_builds_from_altered_graphs(nano_model_bundle, tmp_path, backend, old, new):
+    other = shutil.copytree(nano_model_bundle, tmp_path / "model")
+    _replace(other, "model", "vision", old, new)
+    with pytest.raises(UserError, match=r"write the bundle again with 'pascalvl export'\.$") as error:
+        build(other, tmp_path / "engine", backend)
+    assert str(error.value).isprintable()
+    assert str(other) in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_bundle_of_links(nano_engine_bundle, tmp_path):

@@ -206,22 +206,22 @@ def test_profiles_of_scales_in_words(tensorrt, nano_model_bundle):
 
 
 def test_weights_are_linked_not_copied(tensorrt, nano_model_bundle, tmp_path):
-    model, cache = Manifest.read(nano_model_bundle, "model").model, CacheConfig(KVFormat.K8V4)
-    path = tensorrt._prepare(nano_model_bundle, tmp_path, bindings.DECODER, model, cache)
+    manifest, cache = Manifest.read(nano_model_bundle, "model"), CacheConfig(KVFormat.K8V4)
+    path = tensorrt._prepare(nano_model_bundle, tmp_path, bindings.DECODER, manifest, cache)
     data = tmp_path / "decoder.onnx.data"
     assert data.is_symlink()
     assert data.samefile(nano_model_bundle / "decoder.onnx.data")
     proto = onnx.load(path, load_external_data=False)
     assert not proto.functions
-    assert sum(node.op_type == "FlashAttention2" for node in proto.graph.node) == model.text.num_hidden_layers
+    assert sum(node.op_type == "FlashAttention2" for node in proto.graph.node) == manifest.model.text.num_hidden_layers
     found = [(v.name, onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type)) for v in proto.graph.input]
-    assert found == [(binding.name, binding.dtype) for binding in bindings.decoder_inputs(model, cache)]
+    assert found == [(binding.name, binding.dtype) for binding in bindings.decoder_inputs(manifest.model, cache)]
 
 
 @pytest.mark.parametrize("graph", [bindings.VISION, bindings.DECODER])
 def test_the_parser_looks_for_the_plugin(tensorrt, graph, nano_model_bundle, tmp_path):
-    model = Manifest.read(nano_model_bundle, "model").model
-    path = tensorrt._prepare(nano_model_bundle, tmp_path, graph, model, CacheConfig(KVFormat.F32))
+    manifest = Manifest.read(nano_model_bundle, "model")
+    path = tensorrt._prepare(nano_model_bundle, tmp_path, graph, manifest, CacheConfig(KVFormat.F32))
     logger = tensorrt._logger()
     sentence = (
         r"^TensorRT 10\.16\.1\.11 cannot parse \w+\.onnx: [^\n]*FlashAttention2[^\n]*Plugin not found[^\n]*[^.]\.$"
@@ -229,6 +229,7 @@ def test_the_parser_looks_for_the_plugin(tensorrt, graph, nano_model_bundle, tmp
     with pytest.raises(UserError, match=sentence):
         tensorrt._parse(path, logger)
     nodes = [error for error in logger.errors if "While parsing node" in error]
+    model = manifest.model
     layers = model.vision.depth if graph == bindings.VISION else model.text.num_hidden_layers
     assert len(nodes) == layers
     assert all("[FlashAttention2 ->" in node for node in nodes)
@@ -238,7 +239,7 @@ def test_the_parser_looks_for_the_plugin(tensorrt, graph, nano_model_bundle, tmp
 def test_the_parser_looks_for_the_plugins_of_quantised_layers(tensorrt, graph, nano_quantised_bundle, tmp_path):
     """And takes words and halves among the initializers."""
     manifest = Manifest.read(nano_quantised_bundle, "model")
-    path = tensorrt._prepare(nano_quantised_bundle, tmp_path, graph, manifest.model, CacheConfig.parse("k8v4"))
+    path = tensorrt._prepare(nano_quantised_bundle, tmp_path, graph, manifest, CacheConfig.parse("k8v4"))
     logger = tensorrt._logger()
     with pytest.raises(UserError, match="Plugin not found"):
         tensorrt._parse(path, logger)

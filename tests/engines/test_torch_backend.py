@@ -192,7 +192,8 @@ def test_config_of_another_model(bundle, tmp_path):
     config["text_config"]["num_key_value_heads"] *= 2
     (other / CHECKPOINT_CONFIG).write_text(json.dumps(config))
     Manifest.read(other, "engine").write(other)
-    with pytest.raises(UserError, match="is for another model: expected num_key_value_heads 2, found 4; build"):
+    match = "is for another model: expected num_key_value_heads 2, found 4; write the bundle again with"
+    with pytest.raises(UserError, match=match):
         open_engine(other)
 
 
@@ -202,7 +203,22 @@ def test_bundle_without_a_weight(bundle, tmp_path):
     del weights["vision"]["model.visual.merger.norm.weight"]
     (other / "weights.json").write_text(json.dumps(weights))
     Manifest.read(other, "engine").write(other)
-    with pytest.raises(UserError, match=r"lacks the weight model\.visual\.merger\.norm\.weight: build"):
+    with pytest.raises(
+        UserError, match=r"lacks the weight model\.visual\.merger\.norm\.weight: write the bundle again with"
+    ):
+        open_engine(other)
+
+
+@pytest.mark.parametrize("place", [{"offset": -1}, {"offset": 10**30}, {"dtype": "x"}, {"shape": [3]}, {"shape": None}])
+def test_weights_elsewhere(bundle, tmp_path, place):
+    other = shutil.copytree(bundle, tmp_path / "elsewhere")
+    weights = json.loads((other / "weights.json").read_text())
+    weights["vision"]["model.visual.merger.norm.weight"] |= place
+    (other / "weights.json").write_text(json.dumps(weights))
+    Manifest.read(other, "engine").write(other)
+    with pytest.raises(
+        UserError, match=r"weights\.json cannot be used \(.*write the bundle again with 'pascalvl build'"
+    ):
         open_engine(other)
 
 

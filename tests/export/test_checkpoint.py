@@ -1,7 +1,11 @@
 """Checkpoints that cannot be exported end in one sentence, and leave nothing behind."""
 
 import json
+import re
+import resource
 import shutil
+import time
+from copy import deepcopy as copy_of
 
 import numpy as np
 import pytest
@@ -15,7 +19,9 @@ from pascalvl.export.checkpoint import Checkpoint, load_model
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.runtime.tokenizer import Tokenizer
+from tests.conftest import NANO
 from tests.engines.decoder import decoder_feeds
+from tests.manifests import FILE_NAMES, OUT_OF_RANGE, SPECIAL, integers, make_special, put
 
 
 @pytest.fixture
@@ -70,7 +76,7 @@ def test_quantised_checkpoint(copy, quantization):
         ("text", {"num_attention_heads": 0}, "num_attention_heads is 0"),
         ("text", {"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ("text", {"vocab_size": -1}, "vocab_size is -1"),
-        ("text", {"intermediate_size": -1}, "negative dimension"),
+        ("text", {"intermediate_size": -1}, "intermediate_size is -1, expected a whole number from 1 to 1048576"),
         ("vision", {"num_heads": 0}, "is not a valid Qwen3-VL config"),
         ("vision", {"deepstack_visual_indexes": []}, "deepstack_visual_indexes is ()"),
     ],
@@ -80,6 +86,41 @@ def test_configs_that_no_model_has(copy, part, change, phrase):
     config[f"{part}_config"] |= change
     (copy / "config.json").write_text(json.dumps(config))
     refused(copy, phrase)
+
+
+NANO_CONFIG = json.loads((NANO / "checkpoint" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("field", [*integers(NANO_CONFIG), ("num_labels",)], ids=".".join)
+def test_numbers_out_of_range(nano_checkpoint, tmp_path, field):
+    """In every field that counts, in a sentence and at once, without memory."""
+    for path in nano_checkpoint.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "config.json").unlink()
+    start, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    accepted = []
+    for value in OUT_OF_RANGE:
+        config = copy_of(NANO_CONFIG)
+        put(config, field, value)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        try:
+            with Checkpoint(tmp_path):
+                accepted.append(value)
+        except UserError as error:
+            found = str(error)
+            assert re.search(r"config.json is not a valid Qwen3-VL config \(\w+: .+\): download", found)
+    if field[-1] not in ("bos_token_id", "eos_token_id", "rope_theta"):
+        # Without a number of KV heads, transformers takes that of heads.
+        assert accepted == {"num_key_value_heads": [None]}.get(field[-1], [0] * field[-1].endswith("_token_id"))
+    assert time.monotonic() - start < len(OUT_OF_RANGE)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200_000  # kB
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+@pytest.mark.parametrize("value", [None, [], 3, "x"])
+def test_configs_whose_parts_are_none(copy, part, value):
+    (copy / "config.json").write_text(json.dumps(NANO_CONFIG | {part: value}))
+    refused(copy, "text_config or vision_config is")
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000])
@@ -242,6 +283,33 @@ def test_another_lm_head_gives_its_own_logits(copy, backend, tmp_path):
     feeds["deepstack_embeds"][:] = 0
     found = engine.run("decoder", feeds)["logits"][0]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+# Files that are none, or elsewhere -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", "tokenizer.json", "model-00002-of-00002.safetensors"]
+)
+def test_what_is_no_regular_file(copy, name, kind):
+    make_special(copy / name, kind)
+    refused(copy, "(it is no regular file): download")
+
+
+@pytest.mark.parametrize("name", [*FILE_NAMES, None, 3, ["x"]])
+def test_weight_files_outside_the_folder(copy, name):
+    index = copy / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    data["weight_map"]["model.language_model.norm.weight"] = name
+    index.write_text(json.dumps(data))
+    refused(copy, "expected weight files in the same folder; download the model again.")
+
+
+def test_an_index_without_names(copy):
+    for weights in (None, 3, ["x"], "model.safetensors"):
+        (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+        refused(copy, "expected weight files in the same folder; download the model again.")
 
 
 # Which file counts ----------------------------------------------------------------------------------------------------

@@ -128,6 +128,10 @@ TOKENS = "expected 1 to 4096."
         ("k8v4,recent=0", TOKENS),
         ("k8v4,recent=4097", TOKENS),
         ("k8v4,recent=many", TOKENS),
+        ("k8v4,recent=" + "9" * 5000, TOKENS),
+        ("k8v4,rk=" + "9" * 5000, RANKS),
+        ("k8v4,layer.0-99999999999=f16", "unknown KV cache option 'layer.0-99999999999=f16'"),
+        ("f16" + ",layer.0=f16" * 1000, "is too long: expected 10000 characters at most."),
         ("k8v4,recent=8,window=4+64", "recent and window cannot be combined: give one of them."),
         ("f16,recent=8", "recent is for quantised formats: leave it out, or take k8v8 to k4v4."),
         ("k8v4,recent=8,layer.0=f16", "recent is for quantised formats"),
@@ -137,6 +141,7 @@ def test_refusals_name_what_is_expected(text, told):
     with pytest.raises(UserError) as error:
         CacheConfig.parse(text)
     assert told in str(error.value)
+    assert len(str(error.value)) < 500
 
 
 def test_layers_that_a_model_has_not_are_refused():

@@ -24,11 +24,14 @@ def test_defaults():
     ("text", "message"),
     [
         ("w5", "unknown weight format 'w5': expected one of f32, f16, w8, w4"),
-        ("w4,group=48", "group=48 is out of range"),
+        ("w4,group=48", "'group=48' is out of range"),
         ("w4,head=w8", "unknown weight option 'head=w8': expected FORMAT"),
         ("w4,lm_head=8", "unknown weight format '8'"),
         ("w4,vision=w8,vision=w8", "vision is given twice"),
         ("w4,layer.3-1=w8", "names no layers"),
+        ("w4,group=" + "9" * 5000, "^the weight option 'group=9{1,100}… is out of range"),
+        ("w4,layer.0-99999999999=w8", "unknown weight option 'layer.0-99999999999=w8'"),
+        ("w4" + ",layer.0=w8" * 1000, "are too long: expected 10000 characters at most"),
     ],
 )
 def test_errors(text, message):
