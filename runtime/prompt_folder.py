@@ -72,7 +72,7 @@ def _read_lines(directory: Path) -> tuple[list[PromptCase], set[Path]]:
         where = f"line {number} of {path}"
         prompt, images, answer = _parse(line, where)
         pictures = [directory / name for name in images]
-        if missing := [picture for picture in pictures if not picture.is_file()]:
+        if missing := [picture for picture in pictures if not _is_file(picture)]:
             raise UserError(f"{where} shows a picture that is not there, {missing[0]}: put it there, or correct it.")
         shown |= {picture.resolve() for picture in pictures}
         cases.append(PromptCase(f"{PROMPTS}:{number}", _messages(prompt, pictures, f"{where} has no text"), answer))
@@ -103,6 +103,13 @@ def _messages(text: str, pictures: list[Path], empty: str = "") -> list[dict[str
         raise UserError(f"{empty}: expected a prompt.")
     parts = [{"type": "image", "image": picture} for picture in pictures]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _read_text(path: Path) -> str:

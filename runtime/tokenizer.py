@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from tokenizers.decoders import DecodeStream
 from tokenizers.models import BPE
 
-from pascalvl.plugins.errors import UserError, shown
+from pascalvl.plugins.errors import UserError, library_reason, panics, shown
 
 
 class Tokenizer:
@@ -25,10 +25,12 @@ class Tokenizer:
         if not path.is_file():
             raise UserError(f"no tokenizer at {path}: download the model again and export it.")
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            with panics():
+                self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise UserError(
-                f"{path} is not a tokenizer that can be read ({error}): download the model again and export it."
+                f"{path} is not a tokenizer that can be read ({library_reason(error)}): download the model again and "
+                "export it."
             ) from error
         # As training left them in the file; Hugging Face ignores them, too.
         self._tokenizer.no_truncation()
