@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import FineGrainedFP8Config, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from pascalvl.export.host_files import HostFiles
 from pascalvl.export.quantization import read_quantization
@@ -62,10 +62,18 @@ def meta_model(config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
 
 
 def load_model(directory: Path) -> Qwen3VLForConditionalGeneration:
-    """Hugging Face's model in float32 on the CPU; where it cannot read the checkpoint, with the weights read here."""
+    """Hugging Face's model in float32 on the CPU; where it cannot read the checkpoint so, with the weights read here.
+
+    `Checkpoint.is_read_by_transformers` tells which.
+    """
     with Checkpoint(directory) as checkpoint:
-        if checkpoint.is_plain:
-            return Qwen3VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+        if checkpoint.is_read_by_transformers:
+            options = {}
+            if checkpoint.quantization is not None:
+                left_out = checkpoint.quantization.get("modules_to_not_convert")
+                fp8 = FineGrainedFP8Config(dequantize=True, modules_to_not_convert=left_out)
+                options["quantization_config"] = fp8
+            return Qwen3VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32, **options).eval()
         tensors = {name: checkpoint.tensor(name) for name, _ in checkpoint.meta_model().named_parameters()}
         return Qwen3VLForConditionalGeneration.from_pretrained(
             None, config=checkpoint.hf_config, state_dict=tensors, dtype=torch.float32
@@ -93,6 +101,7 @@ class Checkpoint:
     Attributes:
         codes: its linear layers that are in codes of 4 bits, in place of whose weights `tensor` gives what they stand
             for, as it does for weights in 8 bits; None: there are none.
+        quantization: the config's part about them, None where the weights are floats.
         host_files: what `copy_host_files` puts beside the config.
 
     Raises:
@@ -110,10 +119,10 @@ class Checkpoint:
                 f"expected a dense Qwen3-VL checkpoint (model_type {_MODEL_TYPE!r}) in {directory}, found {found!r}: "
                 "give a Qwen3-VL 2B, 4B, 8B or 32B model."
             )
-        quantization = data.pop("quantization_config", None)
-        if not quantization:
+        self.quantization = data.pop("quantization_config", None) or None
+        if self.quantization is None:
             self._check_modelopt()
-        stored = read_quantization(quantization, directory, self) if quantization else None
+        stored = None if self.quantization is None else read_quantization(self.quantization, directory, self)
         self.codes = stored if isinstance(stored, StoredCodes) else None
         self._scaled = stored if isinstance(stored, ScaledWeights) else None
         with self._config_errors():
@@ -137,10 +146,19 @@ class Checkpoint:
         self._files.close()
 
     @property
-    def is_plain(self) -> bool:
-        """Whether transformers takes the same weights from the files by itself, on a CPU and without other packages."""
+    def is_read_by_transformers(self) -> bool:
+        """Whether transformers takes the same weights from the files by itself, on a CPU and in float32.
+
+        Of those in codes it does so with Qwen's FP8 in whole blocks: it dequantises others with packages for GPUs, or
+        (compressed-tensors') to bfloat16, and takes partial blocks for smaller whole ones.
+        """
         names = [(tensor.name, name) for name, tensor in self._stored.items() if not _ADAPTER.search(name)]
-        return self.codes is self._scaled is None and all(transformers_reads(stored, name) for stored, name in names)
+        if self.codes is not None or not all(transformers_reads(stored, name) for stored, name in names):
+            return False
+        if self._scaled is None:
+            return True
+        in_codes = [self.shape(name) for name in self._stored if self._scaled.has(name)]
+        return self.quantization["quant_method"] == "fp8" and all(map(self._scaled.has_whole_blocks, in_codes))
 
     def meta_model(self) -> Qwen3VLForConditionalGeneration:
         """The model that `meta_model` makes of the config; each of its tensors is on disk, and no others are.

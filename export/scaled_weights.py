@@ -59,6 +59,14 @@ class ScaledWeights:
         """Whether a stored tensor of this name is a weight in codes."""
         return name.endswith(".weight") and self.source.stored_type(name) in self.codes
 
+    def has_whole_blocks(self, shape: list[int]) -> bool:
+        """Whether a weight of this shape has no smaller block at its end, whichever of the kinds of blocks it has."""
+        return all(
+            size is None or n % size == 0
+            for block in self.blocks
+            for n, size in zip(shape, (block.outputs, block.inputs), strict=True)
+        )
+
     def scale_name(self, name: str) -> str:
         """Of the tensor with a weight's scales."""
         return f"{name.removesuffix('weight')}{self.scale}"

@@ -40,6 +40,11 @@ _OWN_ANSWER_TOKENS = 64
 _TABLE_WIDTH = 110
 """Of figures that are of no use where they are cut off."""
 _AUTO = "auto"
+_REFERENCE_WEIGHTS = {
+    True: "which read the weights itself",
+    False: "with weights that PascalVL read for it, of which a wrong reading does not show here",
+}
+"""What a validation's reference is, by whether transformers reads the checkpoint itself."""
 _CHAT_COMMANDS = "/image PATH, /video PATH, /reset, /exit"
 
 
@@ -536,7 +541,7 @@ def _validate(args: argparse.Namespace) -> int:
 
     requests = _validation_requests(args)
     with Checkpoint(args.reference) as checkpoint:
-        digest = checkpoint.digest()
+        digest, is_read_by_transformers = checkpoint.digest(), checkpoint.is_read_by_transformers
     model = _open(args, marked_layers=args.bisect)
     if digest != (exported := model.manifest.source)["sha256"]:
         raise UserError(
@@ -566,6 +571,7 @@ def _validate(args: argparse.Namespace) -> int:
     console = _console()
     console.print(table)
     console.print(f"{len(rows)} outputs compared, {failed} out of tolerance")
+    console.print(f"reference: Hugging Face's model in float32, {_REFERENCE_WEIGHTS[is_read_by_transformers]}")
     if args.bisect and (first := validation.first_deviation(rows)):
         console.print(f"the first to deviate is {first.output}, of prompt {first.prompt!r}")
     return _FINDING if failed else 0

@@ -405,9 +405,9 @@ def test_names_that_tools_write(copy, kind):
         checkpoint.meta_model()
         assert all(torch.equal(checkpoint.tensor(name), tensor) for name, tensor in tensors.items())
         assert torch.equal(checkpoint.tensor("lm_head.weight"), *head.values())
-        is_plain = checkpoint.is_plain
+        is_read = checkpoint.is_read_by_transformers
     _, loading = Qwen3VLForConditionalGeneration.from_pretrained(copy, output_loading_info=True)
-    assert is_plain == (not loading["missing_keys"]) == (kind in list(RENAMES)[:2])
+    assert is_read == (not loading["missing_keys"]) == (kind in list(RENAMES)[:2])
     state = load_model(copy).state_dict()
     assert all(torch.equal(state[name], tensor.float()) for name, tensor in tensors.items())
     assert torch.equal(state["lm_head.weight"], *head.values())

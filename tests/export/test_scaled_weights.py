@@ -16,10 +16,12 @@ from pascalvl.engines import build
 from pascalvl.export import export_checkpoint
 from pascalvl.export.checkpoint import Checkpoint, load_model
 from pascalvl.export.quantised_weights import check_stored, stored_config, stored_values
+from pascalvl.export.scaled_weights import ScaledWeights
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig
 from pascalvl.runtime import VisionLanguageModel
+from pascalvl.runtime.cli import main
 from tests.engines.torch_reference import answer, reference_answer, scene, user
 from tests.export import scaled_checkpoint
 
@@ -100,11 +102,25 @@ def test_any_format_can_be_asked_for(scaled):
             assert not stored_values(checkpoint, weights, text)
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int8 by output"])
-def test_the_reference_of_a_validation(kind, scaled, references):
+@pytest.mark.parametrize("kind", ["fp8", "fp8 in partial blocks", "int8 by output"])
+def test_the_reference_of_a_validation(kind, scaled, references, monkeypatch):
+    """Transformers reads FP8 in whole blocks itself: a wrong reading of ours is none of the reference's."""
+    with Checkpoint(scaled(kind)[0]) as checkpoint:
+        assert checkpoint.is_read_by_transformers == (kind == "fp8")
+    if kind == "fp8":
+        monkeypatch.setattr(ScaledWeights, "read", lambda *_: pytest.fail("the reference shares our reading"))
     found = load_model(scaled(kind)[0]).state_dict()
     for name, expected in references(kind).state_dict().items():
         torch.testing.assert_close(found[name], expected, rtol=0, atol=0)
+
+
+def test_validate_says_what_its_reference_is(scaled, tmp_path, capsys):
+    for kind, sentence in (("fp8", "which read the weights itself"), ("int8 by output", "weights that PascalVL read")):
+        checkpoint, engine = scaled(kind)[0], tmp_path / kind / "engine"
+        export_checkpoint(checkpoint, tmp_path / kind / "model")
+        build(tmp_path / kind / "model", engine, "onnxruntime", CacheConfig.parse("f32"))
+        assert main(["validate", str(engine), "--reference", str(checkpoint), "--prompt", "Hello!"]) == 0
+        assert sentence in " ".join(capsys.readouterr().out.split())
 
 
 # What cannot be used --------------------------------------------------------------------------------------------------
