@@ -9,7 +9,7 @@ from typing import Any
 
 from pascalvl.export.scaled_weights import FLOAT8, INT8, Block, ScaledWeights, TypedSource
 from pascalvl.export.stored_codes import AWQ, BITS, GPTQ, GPTQ_V2, PACKED, REMEDY, Layout, StoredCodes
-from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.errors import UserError, shown
 from pascalvl.plugins.weight_format import GROUPS, WeightFormat
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,8 @@ _FIELDS = {
 """Fields of a config that are checked here, whose meaning is in the tensors, or of no matter to who reads them."""
 _MUST_BE_EMPTY = ("dynamic", "kv_cache_scheme", "sparsity_config", "transform_config")
 """Fields that ask for more than codes, scales and zeros."""
+_NOT_SPARSE = {"format": "dense"}
+"""A ``sparsity_config`` that older llm-compressor writes of weights that are not sparse."""
 _NOT_QUANTISED = "-:"
 """Begins GPTQModel's patterns of layers that are left as they are."""
 _SCHEME = (
@@ -72,7 +74,8 @@ def read_quantization(quantization: Any, where: object, source: TypedSource) -> 
     variants = _METHODS[method]
     kind = next((data[key] for key in ("checkpoint_format", "format", "version") if data.get(key)), None)
     for name in _MUST_BE_EMPTY:
-        if data.get(name) and not (name == "dynamic" and method == "gptq" and _leaves_out(data[name])):
+        harmless = data.get(name) == _NOT_SPARSE or (name == "dynamic" and method == "gptq" and _leaves_out(data[name]))
+        if data.get(name) and not harmless:
             raise UserError(
                 f"{where} holds weights quantised with {method!r}, whose config sets {name!r}, which is not "
                 f"supported: {REMEDY}."
@@ -99,23 +102,23 @@ class _Checks:
     def one_of(self, what: str, found: object, accepted: tuple[object, ...]) -> Any:
         if found not in accepted:
             raise UserError(
-                f"{self.where} holds weights quantised with {self.method!r}: expected {what} "
-                f"{' or '.join(map(repr, accepted))}, found {found!r}; {REMEDY}."
+                f"{self.where} holds weights quantised with {shown(self.method)}: expected {what} "
+                f"{' or '.join(map(repr, accepted))}, found {shown(found)}; {REMEDY}."
             )
         return found
 
     def known(self, found: Mapping[str, Any], fields: str) -> None:
         if unknown := sorted(found.keys() - fields.split()):
             raise UserError(
-                f"{self.where} holds weights quantised with {self.method!r}, whose config has the field "
-                f"{unknown[0]!r}, which is not known here: {REMEDY}."
+                f"{self.where} holds weights quantised with {shown(self.method)}, whose config has the field "
+                f"{shown(unknown[0])}, which is not known here: {REMEDY}."
             )
 
     def size(self, what: str, found: object) -> int:
         if type(found) is not int or found < 1:
             raise UserError(
-                f"{self.where} holds weights quantised with {self.method!r}: expected {what} of at least 1, found "
-                f"{found!r}; {REMEDY}."
+                f"{self.where} holds weights quantised with {shown(self.method)}: expected {what} of at least 1, found "
+                f"{shown(found)}; {REMEDY}."
             )
         return found
 

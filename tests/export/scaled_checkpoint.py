@@ -25,7 +25,7 @@ def compressed(form: str, kind: str, **scheme: object) -> dict:
         "config_groups": {"group_0": group},
         "ignore": ["lm_head", "re:.*visual.*"],
         "kv_cache_scheme": None,
-        "sparsity_config": {},
+        "sparsity_config": {"format": "dense"},
         "transform_config": {},
         "quantization_status": "compressed",
     }
