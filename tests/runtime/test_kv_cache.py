@@ -17,6 +17,7 @@ from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import TextConfig
 from pascalvl.runtime.kv_cache import KVCache, Prefix, check_writable
+from tests.fuzz.mutators import damaged_bytes
 
 TEXT = TextConfig(16, 8, 2, 1, 1, 128, 1000, (24, 20, 20), (0.5,) * 64, 1.0, (128,) * 2, (128,) * 2)
 LONGEST = 400
@@ -253,26 +254,6 @@ def signed(header, content):
     """A file whose checksum is right."""
     whole = (header if isinstance(header, bytes) else json.dumps(header).encode()) + b"\n" + content
     return whole + hashlib.sha256(whole).digest()
-
-
-def damaged_bytes(draw, whole):
-    """One of many ways in which a file comes to harm."""
-    first = draw.randrange(len(whole))
-    some = draw.randbytes(draw.choice([1, 1, 2, 50, 1000]))
-    last = first + len(some)
-    return draw.choice(
-        [
-            whole[:first],
-            whole[first + 1 :],
-            whole[:first] + whole[last:],
-            whole[:first] + some + whole[first:],
-            whole[:first] + some + whole[last:],
-            whole[:first] + bytes([whole[first] ^ 1 << draw.randrange(8)]) + whole[first + 1 :],
-            whole[:first] + bytes(len(some)) + whole[last:],
-            whole + some,
-            whole + whole,
-        ]
-    )
 
 
 def altered_header(draw, header, content):
