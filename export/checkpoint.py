@@ -35,6 +35,8 @@ _MODEL_TYPE = "qwen3_vl"
 TOKEN_EMBEDDINGS = "model.language_model.embed_tokens.weight"
 """The one tensor that is in no graph, unless it is the lm_head too: the runtime looks it up on the host."""
 LM_HEAD = "lm_head.weight"
+TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+"""Fields of a config that are the tokenizer's."""
 _FLOATS = ("F32", "F16", "BF16")
 _HARMLESS = re.compile(r"(^|\.)(rotary_emb|rotary_pos_emb)\.inv_freq$")
 """Tensors that a model computes itself, which some checkpoints hold all the same."""
@@ -52,6 +54,27 @@ def meta_model(config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
         model = Qwen3VLForConditionalGeneration(config).float()
     model.tie_weights()
     return model
+
+
+def model_config(config: Qwen3VLConfig) -> ModelConfig:
+    """What engines and runtime need to know of a config."""
+    from transformers.models.qwen3_vl import modeling_qwen3_vl as hf
+
+    text, vision = config.text_config, config.vision_config
+    text_rope, vision_rope = hf.Qwen3VLTextRotaryEmbedding(text), hf.Qwen3VLVisionRotaryEmbedding(vision)
+    return ModelConfig(
+        text=_take(
+            TextConfig,
+            text,
+            mrope_section=tuple(text_rope.mrope_section),
+            rope_inv_freq=tuple(text_rope.inv_freq.tolist()),
+            rope_attention_scaling=float(text_rope.attention_scaling),
+            key_dims=(text.head_dim,) * text.num_hidden_layers,
+            value_dims=(text.head_dim,) * text.num_hidden_layers,
+        ),
+        vision=_take(VisionConfig, vision, rope_inv_freq=tuple(vision_rope.inv_freq.tolist())),
+        **{name: getattr(config, name) for name in TOKEN_IDS},
+    )
 
 
 def load_model(directory: Path) -> Qwen3VLForConditionalGeneration:
@@ -211,31 +234,13 @@ class Checkpoint:
 
     def model_config(self) -> ModelConfig:
         """What engines and runtime need to know of the config; raises `UserError` for one that no model has."""
-        from transformers.models.qwen3_vl import modeling_qwen3_vl as hf
-
-        text, vision = self.hf_config.text_config, self.hf_config.vision_config
-        if (rope_type := text.rope_parameters["rope_type"]) not in _STATIC_ROPE_TYPES:
+        rope_type = self.hf_config.text_config.rope_parameters["rope_type"]
+        if rope_type not in _STATIC_ROPE_TYPES:
             raise UserError(
                 f"rope type {rope_type!r} is not supported: expected one of {', '.join(_STATIC_ROPE_TYPES)}."
             )
         with self._config_errors():
-            text_rope, vision_rope = hf.Qwen3VLTextRotaryEmbedding(text), hf.Qwen3VLVisionRotaryEmbedding(vision)
-            return ModelConfig(
-                text=_take(
-                    TextConfig,
-                    text,
-                    mrope_section=tuple(text_rope.mrope_section),
-                    rope_inv_freq=tuple(text_rope.inv_freq.tolist()),
-                    rope_attention_scaling=float(text_rope.attention_scaling),
-                    key_dims=(text.head_dim,) * text.num_hidden_layers,
-                    value_dims=(text.head_dim,) * text.num_hidden_layers,
-                ),
-                vision=_take(VisionConfig, vision, rope_inv_freq=tuple(vision_rope.inv_freq.tolist())),
-                image_token_id=self.hf_config.image_token_id,
-                video_token_id=self.hf_config.video_token_id,
-                vision_start_token_id=self.hf_config.vision_start_token_id,
-                vision_end_token_id=self.hf_config.vision_end_token_id,
-            )
+            return model_config(self.hf_config)
 
     def digest(self) -> str:
         """SHA-256 over the config and all weight files: the identity of what was exported."""

@@ -131,6 +131,10 @@ class Manifest:
     def _embedding_bytes(self) -> int:
         return math.prod(self.embeddings["shape"]) * _EMBEDDING_BYTES[self.embeddings["dtype"]]
 
+    def weight_bytes(self, *graphs: str) -> int:
+        """Bytes of what is run of these graphs: their weights, but for some thousandths."""
+        return sum(file["bytes"] for name, file in self.files.items() if name.startswith(graphs))
+
     def require(self, names: Iterable[str]) -> None:
         """Raise `UserError` unless the manifest lists the files ``names``."""
         if missing := [name for name in names if name not in self.files]:
