@@ -19,7 +19,7 @@ SIZES = {
     "32B": ({"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64},
             _LARGE_VISION, False),
 }  # fmt: skip
-"""By name: of the text config and the vision config what is not a default, and whether lm_head and embeddings are one."""
+"""By name: what the text config and the vision config set, and whether the lm_head is the embeddings."""
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8}
 """Of the Instruct models' generation configs."""
 

@@ -39,8 +39,8 @@ def export_random(
 ) -> Manifest:
     """Write a model bundle of a published size to ``output``, its weights random; returns its manifest.
 
-    Graphs are those of `export_checkpoint`; weights are drawn as `pascalvl.export.random_weights` says, and memory holds
-    64 MB of them at a time. Tokens are chosen as the Instruct models' authors set.
+    Graphs are those of `export_checkpoint`; weights are drawn as `pascalvl.export.random_weights` says, block by block.
+    Tokens are chosen as the Instruct models' authors set.
 
     Args:
         size: one of `published_sizes.SIZES`.

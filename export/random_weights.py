@@ -40,24 +40,23 @@ _Draw = Callable[[np.ndarray], np.ndarray]
 
 
 def write_weights(directory: Path, embeddings: Sequence[int]) -> None:
-    """Write what a bundle in ``directory`` lacks of its graphs' weights and its embeddings (bfloat16, of that shape)."""
+    """Write what a bundle lacks of its graphs' weights, and of embeddings in bfloat16 of that shape."""
     for graph in _GRAPHS:
-        _write_missing(directory / f"{graph}.onnx.data", functools.partial(_graph_weights, directory / f"{graph}.onnx"))
-    _write_missing(
-        directory / EMBEDDINGS, lambda: ((0, block) for block in _drawn(EMBEDDINGS, embeddings, 2, _bfloats))
-    )
+        path = directory / f"{graph}.onnx"
+        _write_missing(path.with_name(f"{path.name}.data"), _graph_weights(path))
+    _write_missing(directory / EMBEDDINGS, ((0, block) for block in _drawn(EMBEDDINGS, embeddings, 2, _bfloats)))
 
 
-def _write_missing(path: Path, pieces: Callable[[], Iterator[tuple[int, np.ndarray]]]) -> None:
-    """Write a file of pieces, each of which lies behind the last, and not before its offset."""
+def _write_missing(path: Path, blocks: Iterator[tuple[int, np.ndarray]]) -> None:
+    """Write a file of blocks, each behind the last, with zeros between where its weight begins later."""
     if path.exists():
         return
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
-            for offset, piece in pieces():
+            for offset, block in blocks:
                 file.write(bytes(max(0, offset - file.tell())))
-                file.write(piece)
+                file.write(block)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -1,10 +1,10 @@
 """How fast a model answers, in the manner of llama-bench: what a user of `generate` waits for, at several depths.
 
-A depth is so many tokens of a conversation that are in the KV cache already. They are put there once, by a prefill; each
-repeat puts tokens of its own behind them, before which the cache is truncated to the depth, as it is in a chat whose
-last question is asked anew. Prompts are random tokens: as many as they are meant to be, whatever the tokenizer. Rendering
-the chat template and tokenising are therefore in none of the figures but the picture's. EOS tokens end nothing. A
-measurement is run once to warm up, and then as often as `BenchOptions.repeats` says; figures are medians.
+A depth is the number of tokens of a conversation that are in the KV cache already. A prefill puts them there once; each
+repeat puts tokens of its own behind them, for which the cache is truncated to the depth, as it is in a chat whose last
+question is asked anew. Prompts are random tokens, as many as they are meant to be, whatever the tokenizer; only the
+picture's figures include the chat template and the tokenizer. EOS tokens end nothing. A measurement is run once to warm
+up, and then as often as `BenchOptions.repeats` says; figures are medians.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SEED = 0
 _QUESTION = "Describe the picture."
 _ROOM_FOR_TEXT = 256
 """Tokens of a template and the question beside a picture's, at most."""
-_UNKNOWN = "–"
+_UNKNOWN = "–"  # noqa: RUF001 - an en dash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +62,7 @@ class BenchOptions:
                 if number < least:
                     raise UserError(f"{name} is out of range: expected numbers from {least}, found {number}.")
         if self.picture != 0 and not 32 <= self.picture <= 4096:
-            raise UserError(
-                f"picture is out of range: expected 32 to 4096 pixels, or 0 for none, found {self.picture}."
-            )
+            raise UserError(f"picture is out of range: expected 32 to 4096 pixels, or 0: none; found {self.picture}.")
         if not self.depths:
             raise UserError("depths are missing: expected at least one, such as 0.")
 
@@ -90,8 +88,8 @@ class DepthFigures:
     decode_tokens_per_second: float
     """Of `BenchOptions.decode` tokens after the first, each chosen as the likeliest, and decoded to text."""
     of_floor: float | None
-    """Share of such a token's time that a plain read of its bytes would take: the decoder's weights, and the cache's rows
-    of all tokens before it. None: the rate of a plain read is not known."""
+    """Share of such a token's time that a plain read of its bytes takes, those of the decoder's weights and of all past
+    tokens in the cache; None: the rate of a plain read is not known."""
     sampled_tokens_per_second: float | None
     """As `decode_tokens_per_second`, with the checkpoint's own sampling; None: that takes the likeliest, too."""
     follow_up_ms: dict[int, float]
@@ -284,7 +282,7 @@ def _at_depth(runs: _Runs, options: BenchOptions, sampling: SamplingParams | Non
 def _picture(model: VisionLanguageModel, options: BenchOptions, progress: Callable[[str], None]) -> PictureFigures:
     random, rows = np.random.default_rng(_SEED), []
     for _ in range(1 + options.repeats):
-        progress(f"a picture of {options.picture} × {options.picture}")
+        progress(f"a picture of {options.picture}x{options.picture}")
         noise = random.integers(256, size=(options.picture, options.picture, 3), dtype=np.uint8)
         content = [{"type": "image", "image": Image.fromarray(noise)}, {"type": "text", "text": _QUESTION}]
         start = time.perf_counter()
@@ -302,11 +300,13 @@ def _picture(model: VisionLanguageModel, options: BenchOptions, progress: Callab
 
 def _why_left_out(model: VisionLanguageModel, depth: int, options: BenchOptions) -> str | None:
     """What keeps a depth from being measured, a sentence; None: nothing."""
-    needed, window = depth + options.tokens_behind_depth, model.cache_config.window
-    if needed > model.context_length:
-        return f"depth {depth:,} is left out: it takes a context of {needed:,} tokens, and that has {model.context_length:,}."
+    needed, window, room = depth + options.tokens_behind_depth, model.cache_config.window, model.context_length
+    if needed > room:
+        return f"depth {depth:,} is left out: it takes a context of {needed:,} tokens, and this one holds {room:,}."
     if window is not None and needed > window.length:
-        return f"depth {depth:,} is left out: the KV cache's window of {window.length:,} tokens would drop some of {needed:,}."
+        return (
+            f"depth {depth:,} is left out: of {needed:,} tokens, the KV cache's window ({window.length:,}) drops some."
+        )
     return None
 
 
@@ -350,10 +350,9 @@ def _read_rate() -> float | None:
 def tables(result: BenchResult) -> Sequence[Table | str]:
     """What a person reads of a result: tables, and lines of text."""
     options = result.options
+    formats = f"weights {result.weights}, KV cache {result.kv_cache}"
     where = f"{result.backend} on {result.gpu or 'the CPU'}"
-    table = Table(
-        title=f"{result.source}: {where}, weights {result.weights}, KV cache {result.kv_cache}; medians of {options.repeats}"
-    )
+    table = Table(title=f"{result.source}: {where}, {formats}; medians of {options.repeats}")
     headings = ["depth", f"prefill of {options.prefill}, tok/s", f"decode of {options.decode}, tok/s", "of floor"]
     headings += ["sampled, tok/s", *(f"follow-up of {count}, ms" for count in options.follow_ups)]
     for heading in headings:
@@ -369,7 +368,7 @@ def tables(result: BenchResult) -> Sequence[Table | str]:
 def _picture_tables(picture: PictureFigures | None) -> list[Table]:
     if picture is None:
         return []
-    table = Table(title=f"a picture of {picture.width} × {picture.height}, {picture.tokens:,} tokens")
+    table = Table(title=f"a picture of {picture.width}x{picture.height}, {picture.tokens:,} tokens")
     for heading in ("preprocessing, ms", "vision encoder, ms", "first token, ms"):
         table.add_column(heading, justify="right")
     table.add_row(*(f"{ms:,.1f}" for ms in (picture.preprocessing_ms, picture.vision_ms, picture.first_token_ms)))
@@ -378,10 +377,11 @@ def _picture_tables(picture: PictureFigures | None) -> list[Table]:
 
 def _lines(result: BenchResult) -> list[str]:
     launches, read = result.launches_per_token, result.read_bytes_per_second
+    weights, row = f"{result.weight_bytes / 1e9:.3f} GB", f"{result.cache_bytes_per_token:,} bytes"
     return [
         f"kernel launches a token: {_UNKNOWN if launches is None else f'{launches:,}'}",
-        f"a token reads {result.weight_bytes / 1e9:.3f} GB of weights, and {result.cache_bytes_per_token:,} bytes of the "
-        f"KV cache for each before it; a plain read: {_UNKNOWN if read is None else f'{read / 1e9:,.0f} GB/s'}",
+        f"a token reads {weights} of weights, and {row} of the KV cache for each past token",
+        f"a plain read of the GPU's memory: {_UNKNOWN if read is None else f'{read / 1e9:,.0f} GB/s'}",
         f"sampled: {result.sampling or 'the checkpoint takes the likeliest token'}",
         *result.left_out,
     ]
