@@ -98,12 +98,10 @@ def export_random(
 def _hf_config(size: str, layers: int | None) -> Qwen3VLConfig:
     if size not in published_sizes.SIZES:
         raise UserError(f"unknown size {size!r}: expected one of {', '.join(published_sizes.SIZES)}.")
-    text, _, _ = published_sizes.SIZES[size]
-    if layers is None:
-        return published_sizes.config(size)
-    if not 1 <= layers <= (published := text["num_hidden_layers"]):
+    published = published_sizes.SIZES[size][0]["num_hidden_layers"]
+    if layers is not None and not 1 <= layers <= published:
         raise UserError(f"{layers} layers are out of range: expected 1 to {published} for Qwen3-VL-{size}.")
-    return published_sizes.config(size, {"num_hidden_layers": layers})
+    return published_sizes.config(size, {"num_hidden_layers": published if layers is None else layers})
 
 
 def _with_ranks(config: ModelConfig, cache: CacheConfig) -> ModelConfig:

@@ -162,18 +162,19 @@ def measure(
         UserError: there is room for none of the depths.
     """
     reasons = {depth: _why_left_out(model, depth, options) for depth in options.depths}
+    depths = [depth for depth, reason in reasons.items() if reason is None]
     left_out = [reason for reason in reasons.values() if reason]
-    if len(left_out) == len(reasons):
+    if not depths:
         raise UserError(f"there is nothing to measure: {left_out[0]}")
     manifest = model.manifest
     cache_bytes = model.cache_config.bytes_per_token(model.config.text)
     weight_bytes = manifest.weight_bytes(bindings.DECODER)
     sampling = _own_sampling(model)
     read_rate = _read_rate() if model.gpu else None
-    tokens = np.random.default_rng(_SEED).integers(model.config.text.vocab_size, size=max(options.depths))
+    tokens = np.random.default_rng(_SEED).integers(model.config.text.vocab_size, size=max(depths))
     figures, picture, launches = [], None, None
     with _endless(model):
-        for depth in (depth for depth, reason in reasons.items() if reason is None):
+        for depth in depths:
             progress(f"filling the cache with {depth:,} tokens")
             runs = _Runs(model, tokens[:depth], options.repeats, progress)
             at_depth = _at_depth(runs, options, sampling)
@@ -304,9 +305,7 @@ def _why_left_out(model: VisionLanguageModel, depth: int, options: BenchOptions)
     if needed > room:
         return f"depth {depth:,} is left out: it takes a context of {needed:,} tokens, and this one holds {room:,}."
     if window is not None and needed > window.length:
-        return (
-            f"depth {depth:,} is left out: of {needed:,} tokens, the KV cache's window ({window.length:,}) drops some."
-        )
+        return f"depth {depth:,} is left out: the KV cache's window keeps {window.length:,} of {needed:,} tokens."
     return None
 
 
