@@ -13,7 +13,7 @@ from pascalvl.engines import build, open_engine
 from pascalvl.export import published_sizes, random_weights
 from pascalvl.export.random_export import export_random
 from pascalvl.plugins import bindings
-from pascalvl.plugins.bundle import EMBEDDINGS, GENERATION_CONFIG, Manifest
+from pascalvl.plugins.bundle import CHECKPOINT_CONFIG, EMBEDDINGS, GENERATION_CONFIG, MANIFEST, Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.quant_linear import OP_NAME
@@ -24,8 +24,8 @@ from pascalvl.runtime.generation import GenerationConfig
 from pascalvl.runtime.sampling import SamplingParams
 from tests.engines.decoder import decoder_feeds
 
-LAYERS = 6
-TEXT = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 320, "num_hidden_layers": LAYERS,
+LAYERS = 4
+TEXT = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 320, "num_hidden_layers": 6,
         "num_attention_heads": 16}  # fmt: skip
 VISION = {"hidden_size": 256, "intermediate_size": 200, "depth": 3, "deepstack_visual_indexes": [0, 1, 2],
           "num_position_embeddings": 16}  # fmt: skip
@@ -44,7 +44,8 @@ def small():
 @pytest.fixture(scope="module")
 def bundle(nano_checkpoint, tmp_path_factory):
     path = tmp_path_factory.mktemp("random") / "model"
-    export_random("small", nano_checkpoint, path, cache=CacheConfig.parse("k8v4,rv=96"), weights=WEIGHTS)
+    cache = CacheConfig.parse("k8v4,rv=96")
+    export_random("small", nano_checkpoint, path, cache=cache, weights=WEIGHTS, layers=LAYERS)
     return path
 
 
@@ -59,6 +60,7 @@ def test_manifest(bundle):
     manifest.verify(bundle)
     assert manifest.source["name"] == "Qwen3-VL-small, random weights"
     assert manifest.weights == WEIGHTS
+    assert json.loads((bundle / CHECKPOINT_CONFIG).read_text())["text_config"]["num_hidden_layers"] == LAYERS
     assert manifest.model.text.value_dims == (96,) * LAYERS
     assert manifest.model.text.key_dims == (128,) * LAYERS
     assert manifest.embeddings == {"dtype": "bfloat16", "shape": [2048, 256]}
@@ -93,7 +95,7 @@ def test_weights_are_spread_as_they_are_initialised(bundle, graph):
         assert abs(dense.mean()) < 5 * dense.std() / dense.size**0.5
         counts[form.name] += 1
         seen.update(node.input[1:3])
-    expected = {bindings.VISION: (0, 4 * 3 + 2 * 4, 0), bindings.DECODER: (4 * 3, 4 + 1, 4)}[graph]
+    expected = {bindings.VISION: (0, 4 * 3 + 2 * 4, 0), bindings.DECODER: (4, 4 + 1, 4)}[graph]
     assert tuple(counts.values()) == expected
     for tensor in tensors.values():
         if tensor.name in seen or not tensor.doc_string:  # a constant of the graph
@@ -135,17 +137,13 @@ def test_a_bundle_carried_without_its_weights_gets_them_again(bundle, tmp_path):
         assert (tmp_path / "carried" / name).read_bytes() == (bundle / name).read_bytes()
 
 
-def test_other_bundles_get_none(nano_model_bundle, tmp_path, capsys):
-    shutil.copytree(nano_model_bundle, tmp_path / "nano", ignore=shutil.ignore_patterns("*.data"))
-    assert random_weights.main([str(tmp_path / "nano")]) == 2
-    assert "expected one of 'pascalvl export --random'" in capsys.readouterr().err
-    assert not list((tmp_path / "nano").glob("*.data"))
-
-
-def test_layers(nano_checkpoint, tmp_path):
-    manifest = export_random("small", nano_checkpoint, tmp_path / "model", weights=WeightConfig.parse("w8"), layers=1)
-    assert manifest.model.text.num_hidden_layers == 1
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["text_config"]["num_hidden_layers"] == 1
+def test_other_bundles_get_none(bundle, tmp_path, capsys):
+    shutil.copytree(bundle, tmp_path / "trained", ignore=shutil.ignore_patterns("*.data"))
+    manifest = tmp_path / "trained" / MANIFEST
+    manifest.write_text(manifest.read_text().replace("Qwen3-VL-small, random weights", "Qwen3-VL-4B-Instruct"))
+    assert random_weights.main([str(tmp_path / "trained")]) == 2
+    assert "trained is of Qwen3-VL-4B-Instruct: expected one of 'pascalvl export --random'" in capsys.readouterr().err
+    assert not list((tmp_path / "trained").glob("*.data"))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +153,6 @@ def test_layers(nano_checkpoint, tmp_path):
         ({"layers": 0}, "0 layers are out of range: expected 1 to 6"),
         ({"layers": 7}, "7 layers are out of range: expected 1 to 6"),
         ({"cache": CacheConfig.parse("k8v4,rv=auto:0.01")}, "random weights tell no rank for an error of 0.01"),
-        ({"weights": WeightConfig.parse("w4,layer.9=w8")}, "layer.9 is out of range"),
     ],
 )
 def test_what_cannot_be_had(options, match, nano_checkpoint, tmp_path):
