@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="folder of a Hugging Face Qwen3-VL model")
     _add_output(sub)
     meaning = "for timings: random weights in the shape of Qwen3-VL-SIZE (2B, 4B, 8B, 32B); CHECKPOINT, of any size, "
-    sub.add_argument("--random", metavar="SIZE", help=f"{meaning} gives the tokenizer and the processors")
+    sub.add_argument("--random", metavar="SIZE", help=f"{meaning}gives the tokenizer and the processors")
     sub.add_argument("--layers", type=int, metavar="N", help="with --random: decoder layers (as published)")
     _add_kv(sub, "the KV cache it is for, of which ranks (rk, rv) are made now, and the rest by 'build'")
     forms = "w4, w8, f16 or f32[,group=INPUTS][,lm_head=FORMAT][,vision=FORMAT][,layer.FIRST-LAST=FORMAT]"
