@@ -44,6 +44,8 @@ class Engine(abc.ABC):
     its inputs, in particular the cache views that the caller passes.
     """
 
+    gpu: str | None = None
+    """Name of the GPU that computes; None: the CPU does."""
     max_pixels: int | None = None
     """Area of the largest picture that it takes; None: any."""
     max_prefill: int | None = None

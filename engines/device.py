@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pascalvl.engines.gpu import check, find_gpu
+from pascalvl.engines.gpu import Gpu, check, find_gpu
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
 from pascalvl.plugins.kernels.library import KernelLibrary
@@ -35,8 +35,10 @@ class Device(abc.ABC):
     Attributes:
         kernels: the kernels' library for it.
         stream: the stream's handle.
+        gpu: what it is; None: emulated.
     """
 
+    gpu: Gpu | None = None
     kernels: KernelLibrary
     stream: int
 

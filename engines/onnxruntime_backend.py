@@ -17,6 +17,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from pascalvl.engines.backend import Engine
+from pascalvl.engines.gpu import find_gpu
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import ONNX_FILES, Manifest
 from pascalvl.plugins.errors import UserError, library_reason, shown
@@ -89,6 +90,8 @@ class OnnxRuntimeEngine(Engine):
             graph: _session(directory, path, f"the engine in {directory}", manifest.remedy)
             for graph, path in ((bindings.VISION, _path(directory, bindings.VISION)), (bindings.DECODER, decoder))
         }
+        if _PROVIDERS[0] in self._sessions[bindings.DECODER].get_providers():
+            self.gpu = find_gpu().name
         self._check(bindings.VISION, bindings.vision_inputs(model))
         self._check(bindings.DECODER, bindings.decoder_inputs(model, manifest.kv_cache))
         self._output_names = {

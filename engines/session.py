@@ -101,6 +101,13 @@ class Session(abc.ABC):
         token = int(logits.argmax())
         return token, float(logits[token])
 
+    def decode_launches(self) -> int | None:
+        """Kernels that a decode step launches on a GPU, copies not counted; None: there is none, or it is not known.
+
+        Runs a step, which leaves the cache as it is.
+        """
+        return None
+
     def read(self, slots: np.ndarray) -> dict[str, np.ndarray]:
         """Copies of what is in ``slots``, by the names of `bindings`: the cache's tensors with as many slots, scales as
         halves."""

@@ -62,6 +62,7 @@ class TensorRTEngine(Engine):
         super().__init__(directory, manifest)
         self.plans = plans
         self.device = device
+        self.gpu = device.gpu.name if device.gpu else None
         model = manifest.model
         self.inputs = {
             bindings.VISION: bindings.vision_inputs(model),

@@ -40,6 +40,8 @@ _WEIGHTS = "weights.json"
 """By graph and name (as `TRANSPOSED` says): where in the graph's data a weight starts, its type and shape there."""
 FILES = (CHECKPOINT_CONFIG, _WEIGHTS, *_DATA.values())
 _ALIGNMENT = 256
+_COPIES = ("Memcpy", "Memset")
+"""What the profiler's names begin with of what is no kernel."""
 
 
 class TorchEngine(Engine):
@@ -48,6 +50,7 @@ class TorchEngine(Engine):
     def __init__(self, directory: Path, manifest: Manifest, marked_layers: bool) -> None:
         super().__init__(directory, manifest)
         self.device = _device()
+        self.gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         self.kernels = torch_calls.library(self.device)
         torch.set_float32_matmul_precision("highest")  # no TF32: the reference is exact
         try:
@@ -172,12 +175,29 @@ class TorchSession(Session):
         for name, array in {**feeds, **placement.arrays}.items():
             self._staged_inputs[name][:] = array
         with evaluation("the decoder engine"):
-            if self.graph:
-                self.graph.replay()
-            else:
-                self._step()
-            if self._engine.device.type == "cuda":
-                torch.cuda.current_stream(self._engine.device).synchronize()
+            self._run_step()
+
+    def decode_launches(self) -> int | None:
+        if self._engine.device.type != "cuda":
+            return None
+        for name in (SLOTS.name, RECENT_SLOTS.name):
+            if name in self._staged_inputs:
+                self._staged_inputs[name][:] = -1  # nothing is stored
+        with evaluation("the decoder engine"):
+            for _ in range(2):  # the first may miss some, while the profiler starts
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+                    self._run_step()
+        on_device = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        return sum(not name.startswith(_COPIES) for name in on_device) or None
+
+    def _run_step(self) -> None:
+        """Run what is staged, and wait for it."""
+        if self.graph:
+            self.graph.replay()
+        else:
+            self._step()
+        if self._engine.device.type == "cuda":
+            torch.cuda.current_stream(self._engine.device).synchronize()
 
     def _fetch(self, binding: bindings.Binding) -> np.ndarray:
         return self._past[binding.name].numpy(force=True)

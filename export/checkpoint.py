@@ -61,6 +61,27 @@ def meta_model(config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
     return model
 
 
+def model_config(config: Qwen3VLConfig) -> ModelConfig:
+    """What engines and runtime need to know of a config."""
+    from transformers.models.qwen3_vl import modeling_qwen3_vl as hf
+
+    text, vision = config.text_config, config.vision_config
+    text_rope, vision_rope = hf.Qwen3VLTextRotaryEmbedding(text), hf.Qwen3VLVisionRotaryEmbedding(vision)
+    return ModelConfig(
+        text=_take(
+            TextConfig,
+            text,
+            mrope_section=tuple(text_rope.mrope_section),
+            rope_inv_freq=tuple(text_rope.inv_freq.tolist()),
+            rope_attention_scaling=float(text_rope.attention_scaling),
+            key_dims=(text.head_dim,) * text.num_hidden_layers,
+            value_dims=(text.head_dim,) * text.num_hidden_layers,
+        ),
+        vision=_take(VisionConfig, vision, rope_inv_freq=tuple(vision_rope.inv_freq.tolist())),
+        **{name: getattr(config, name) for name in TOKEN_IDS},
+    )
+
+
 def load_model(directory: Path) -> Qwen3VLForConditionalGeneration:
     """Hugging Face's model in float32 on the CPU; where it cannot read the checkpoint so, with the weights read here.
 
@@ -280,28 +301,13 @@ class Checkpoint:
 
     def model_config(self) -> ModelConfig:
         """What engines and runtime need to know of the config; raises `UserError` for one that no model has."""
-        from transformers.models.qwen3_vl import modeling_qwen3_vl as hf
-
-        text, vision = self.hf_config.text_config, self.hf_config.vision_config
-        if (rope_type := text.rope_parameters["rope_type"]) not in _STATIC_ROPE_TYPES:
+        rope_type = self.hf_config.text_config.rope_parameters["rope_type"]
+        if rope_type not in _STATIC_ROPE_TYPES:
             raise UserError(
                 f"rope type {rope_type!r} is not supported: expected one of {', '.join(_STATIC_ROPE_TYPES)}."
             )
         with self._config_errors():
-            text_rope, vision_rope = hf.Qwen3VLTextRotaryEmbedding(text), hf.Qwen3VLVisionRotaryEmbedding(vision)
-            return ModelConfig(
-                text=_take(
-                    TextConfig,
-                    text,
-                    mrope_section=tuple(text_rope.mrope_section),
-                    rope_inv_freq=tuple(text_rope.inv_freq.tolist()),
-                    rope_attention_scaling=float(text_rope.attention_scaling),
-                    key_dims=(text.head_dim,) * text.num_hidden_layers,
-                    value_dims=(text.head_dim,) * text.num_hidden_layers,
-                ),
-                vision=_take(VisionConfig, vision, rope_inv_freq=tuple(vision_rope.inv_freq.tolist())),
-                **{name: getattr(self.hf_config, name) for name in TOKEN_IDS},
-            )
+            return model_config(self.hf_config)
 
     def digest(self) -> str:
         """SHA-256 over the config and all weight files: the identity of what was exported."""

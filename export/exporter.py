@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -231,29 +232,43 @@ def _sources(model: Qwen3VLForConditionalGeneration, prefixes: dict[str, str]) -
 
 def write_graph(graph: TracedGraph, weights: WeightSource, path: Path) -> Iterator[str]:
     """Write a graph and, to ``path.data`` beside it, its weights; yields after each weight."""
-    proto = graph.proto
+    places = write_without_weights(graph, path)
+    with _data_path(path).open("wb") as data:
+        for (name, weight), offset in zip(graph.weights.items(), places, strict=True):
+            data.write(bytes(offset - data.tell()))
+            data.write(_weight_array(weights, weight))  # tofile would hide a full disk
+            yield name
+    onnx.checker.check_model(str(path))
+
+
+def write_without_weights(graph: TracedGraph, path: Path) -> list[int]:
+    """Write a graph whose weights are to be in ``path.data`` beside it; returns where there each begins."""
+    proto, places, end = graph.proto, [], 0
     others = [value for value in proto.graph.input if value.name not in graph.weights]
     del proto.graph.input[:]
     proto.graph.input.extend(others)
-    data_name = f"{path.name}.data"
-    with (path.parent / data_name).open("wb") as data:
-        for name, weight in graph.weights.items():
-            data.write(bytes(-data.tell() % _ALIGNMENT))
-            offset = data.tell()
-            data.write(_weight_array(weights, weight))  # tofile would hide a full disk
-            external = onnx.TensorProto(
-                name=name,
-                data_type=onnx.helper.np_dtype_to_tensor_dtype(weight.dtype),
-                dims=weight.graph_shape,
-                data_location=onnx.TensorProto.EXTERNAL,
-                doc_string=weight.source + TRANSPOSED * weight.transposed,
-            )
-            for key, value in (("location", data_name), ("offset", offset), ("length", data.tell() - offset)):
-                external.external_data.add(key=key, value=str(value))
-            proto.graph.initializer.append(external)
-            yield name
+    for name, weight in graph.weights.items():
+        offset = -(-end // _ALIGNMENT) * _ALIGNMENT
+        nbytes = math.prod(weight.graph_shape) * weight.dtype.itemsize
+        external = onnx.TensorProto(
+            name=name,
+            data_type=onnx.helper.np_dtype_to_tensor_dtype(weight.dtype),
+            dims=weight.graph_shape,
+            data_location=onnx.TensorProto.EXTERNAL,
+            doc_string=weight.source + TRANSPOSED * weight.transposed,
+        )
+        for key, value in (("location", _data_path(path).name), ("offset", offset), ("length", nbytes)):
+            external.external_data.add(key=key, value=str(value))
+        proto.graph.initializer.append(external)
+        places.append(offset)
+        end = offset + nbytes
     path.write_bytes(proto.SerializeToString())
-    onnx.checker.check_model(str(path))
+    return places
+
+
+def _data_path(graph: Path) -> Path:
+    """Of a graph's weights."""
+    return graph.with_name(f"{graph.name}.data")
 
 
 def _weight_array(weights: WeightSource, weight: Weight) -> np.ndarray:

@@ -164,8 +164,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser("pascalvl", description="Qwen3-VL on NVIDIA Pascal, and on machines without a card.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], needs: str, description: str) -> _Parser:
-        sub = commands.add_parser(name, help=description, description=f"{description[0].upper()}{description[1:]}.")
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], needs: str, description: str, among: Any = commands
+    ) -> _Parser:
+        sub = among.add_parser(name, help=description, description=f"{description[0].upper()}{description[1:]}.")
         sub.set_defaults(command=run, needs=needs)
         sub.add_argument("--verbose", action="store_true", help="log what is done, and where errors come from")
         return sub
@@ -173,6 +175,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("export", _export, "export,runtime", "checkpoint to model bundle")
     sub.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="folder of a Hugging Face Qwen3-VL model")
     _add_output(sub)
+    meaning = "for timings: random weights in the shape of Qwen3-VL-SIZE (2B, 4B, 8B, 32B); CHECKPOINT, of any size, "
+    sub.add_argument("--random", metavar="SIZE", help=f"{meaning}gives the tokenizer and the processors")
+    sub.add_argument("--layers", type=int, metavar="N", help="with --random: decoder layers (as published)")
     _add_kv(sub, "the KV cache it is for, of which ranks (rk, rv) are made now, and the rest by 'build'")
     forms = "w4, w8, f16 or f32[,group=INPUTS][,lm_head=FORMAT][,vision=FORMAT][,layer.FIRST-LAST=FORMAT]"
     meaning = "how weights are stored (f32, or as the checkpoint has them in codes of 4 bits)"
@@ -227,13 +232,20 @@ def _parser() -> argparse.ArgumentParser:
         meaning = f"eval {name}: a format to measure; can be repeated (several)"
         sub.add_argument(f"--{name}", type=kind, action="append", metavar="CONFIG", help=meaning)
     sub.add_argument("--no-baselines", action="store_true", help="leave out llama.cpp's formats, and parts of ours")
-    sub.add_argument("--json", type=_path, metavar="FILE", help="write the figures there")
+    _add_json(sub)
     sub.add_argument("--plot", type=_path, metavar="FILE", help="eval kv: draw divergence against bytes there (PNG)")
 
-    sub = command("bench", _bench, "export,dev", "check and time the kernels on a GPU")
-    sub.add_argument("what", choices=["attention", "linear"], help="which kernels")
-    sub.add_argument("--quick", action="store_true", help="only check small shapes, for compute-sanitizer")
-    sub.add_argument("--json", type=_path, metavar="FILE", help="write the measurements there")
+    help_of_bench = "how fast a model answers, or its kernels are"
+    bench = commands.add_parser("bench", help=help_of_bench, description=f"{help_of_bench.capitalize()}.")
+    measured = bench.add_subparsers(required=True, metavar="WHAT")
+    sub = command("model", _bench_model, "runtime", "time prompts, answers and a picture", measured)
+    _add_engine(sub)
+    _add_bench(sub)
+    for what in ("attention", "linear"):
+        sub = command(what, _bench_kernels, "export,dev", f"check and time the kernels of {what} on a GPU", measured)
+        sub.set_defaults(what=what)
+        sub.add_argument("--quick", action="store_true", help="only check small shapes, for compute-sanitizer")
+        _add_json(sub)
 
     sub = command("inspect", _inspect, "runtime", "what a bundle is, and the memory it needs")
     sub.add_argument("bundle", type=_path, metavar="BUNDLE", help="folder of a model or engine bundle")
@@ -308,6 +320,23 @@ def _add_fps(parser: _Parser) -> None:
     parser.add_argument("--fps", type=float, metavar="X", help=f"{meaning} (24); other videos have times of their own")
 
 
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    for name, kind, form, meaning in (
+        ("depths", _counts, "N,N", "tokens that the KV cache holds before (0,4096,16384)"),
+        ("prefill", int, "N", "tokens of the prompt that is timed (512)"),
+        ("decode", int, "N", "tokens of the answer that is timed (64)"),
+        ("follow-ups", _counts, "N,N", "tokens of further questions, until the first new token (8,20)"),
+        ("picture", int, "SIDE", "side of a square picture, in pixels; 0: none (1024)"),
+        ("repeats", int, "N", "how often each is run, after once to warm up; figures are medians (10)"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, metavar=form, help=meaning)
+    _add_json(parser)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=_path, metavar="FILE", help="write the figures there")
+
+
 def _add_generation(parser: _Parser) -> None:
     parser.add_argument("--system", type=_text, metavar="TEXT", help="instructions that come before the conversation")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens of an answer at most")
@@ -340,6 +369,13 @@ def _path(argument: str) -> Path:
 
 def _names(argument: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in argument.split(",") if name.strip())
+
+
+def _counts(argument: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in argument.split(",")]
+    if not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
+        raise UserError(f"expected whole numbers with commas between them, such as 0,4096, found {argument[:40]!r}.")
+    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def _cache(text: str) -> Any:
@@ -387,6 +423,10 @@ def _sampling(model: VisionLanguageModel, given: dict[str, Any]) -> SamplingPara
 def _export(args: argparse.Namespace) -> int:
     from pascalvl.export import export_checkpoint
 
+    if args.random is not None:
+        return _export_random(args)
+    if args.layers is not None:
+        raise UserError("--layers is for random weights: leave it out, or give --random.")
     weights = _fitting_weights(args) if args.weights == _AUTO else args.weights
     options = {name: value for name, value in (("cache", args.kv), ("weights", weights)) if value}
     if args.calibrate:
@@ -395,6 +435,19 @@ def _export(args: argparse.Namespace) -> int:
         cases = read_prompts(args.calibrate)
         options["calibration"] = lambda directory, config: _calibration_prompts(cases, directory, config)
     _report(args.output, export_checkpoint(args.checkpoint, args.output, _check_host_files, **options))
+    return 0
+
+
+def _export_random(args: argparse.Namespace) -> int:
+    from pascalvl.export.random_export import export_random
+
+    if args.calibrate:
+        raise UserError("random weights are fitted to no prompts: leave out --calibrate or --random.")
+    if args.weights == _AUTO:
+        raise UserError("random weights are of one format: give --weights w4, w8, f16 or f32.")
+    options = {name: value for name, value in (("cache", args.kv), ("weights", args.weights)) if value}
+    files = args.checkpoint, args.output, _check_host_files
+    _report(args.output, export_random(args.random, *files, **options, layers=args.layers))
     return 0
 
 
@@ -724,7 +777,35 @@ def _share(share: float | None) -> str:
     return "" if share is None else f"{share:.2%}"
 
 
-def _bench(args: argparse.Namespace) -> int:
+def _bench_model(args: argparse.Namespace) -> int:
+    import dataclasses
+    import json
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from pascalvl.plugins.bundle import Manifest
+    from pascalvl.runtime import bench
+
+    given = {name: value for name, value in vars(args).items() if name in bench.BenchOptions.__dataclass_fields__}
+    options = bench.BenchOptions(**given)
+    if args.context is None:
+        args.context = options.context(Manifest.read(args.bundle, "engine").model)
+    model = _open(args)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("measuring", total=bench.count_runs(options, model))
+        result = bench.measure(model, options, lambda what: progress.update(task, advance=1, description=what))
+    console = _console()
+    console.width = max(console.width, _TABLE_WIDTH)
+    console.print(*bench.tables(result), sep="\n")
+    if args.json:
+        figures = json.dumps(dataclasses.asdict(result), indent=1)
+        _write_whole(args.json, lambda path: path.write_text(figures + "\n", encoding="utf-8"))
+    return 0
+
+
+def _bench_kernels(args: argparse.Namespace) -> int:
     import importlib
 
     import torch
@@ -787,7 +868,7 @@ def _inspect(args: argparse.Namespace) -> int:
     text, vision = manifest.model.text, manifest.model.vision
     caches = [CacheConfig(f) for f in KVFormat] if manifest.kind == "model" else [manifest.kv_cache]
     caches = [cache.with_ranks_of(manifest.kv_cache) for cache in ([args.kv] if args.kv else caches)]
-    weights = sum(manifest.files[name]["bytes"] for name in manifest.files if name.startswith(tuple(manifest.graphs)))
+    weights = manifest.weight_bytes(*manifest.graphs)
 
     facts = Table.grid(padding=(0, 2))
     facts.add_row("bundle", f"{manifest.kind}, version {manifest.version}")
@@ -936,8 +1017,8 @@ def _user_message(visuals: Sequence[tuple[str, Any]], text: str) -> dict[str, An
 
 def _summary(generation: Generation) -> str:
     count = len(generation.token_ids)
-    # The first token comes with the prompt.
-    speed = f" ({(count - 1) / generation.decode_seconds:.1f} tokens/s)" if count > 1 else ""
+    rate = generation.tokens_per_second
+    speed = "" if rate is None else f" ({rate:.1f} tokens/s)"
     reused = f" ({generation.reused_tokens} of them cached)" if generation.reused_tokens else ""
     seconds = generation.vision_seconds + generation.prefill_seconds
     return (

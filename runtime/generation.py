@@ -130,6 +130,12 @@ class Generation:
     def __iter__(self) -> Iterator[str]:
         return self.pieces
 
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of decoding: of the tokens after the first, which comes with the prompt; None: there are none."""
+        count = len(self.token_ids) - 1
+        return count / self.decode_seconds if count > 0 else None
+
     def add(self, piece: str) -> str:
         """Note a piece of the text, and return it."""
         self._written.append(piece)

@@ -149,12 +149,22 @@ class VisionLanguageModel:
             UserError: messages, pictures or videos that cannot be used, a prompt longer than the context, or a limit
                 below 1.
         """
+        prompt = self.prompt(messages, tools, template_variables)
+        return self.answer(prompt, sampling, max_new_tokens, stop)
+
+    def answer(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        max_new_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Generation:
+        """`generate`, of what `prompt` made of messages, or of any other tokens."""
         matcher = StopMatcher(stop)
         limit = max_new_tokens if max_new_tokens is not None else self.generation_config.max_new_tokens
         if limit is not None and limit < 1:
             raise UserError(f"max_new_tokens is out of range: expected at least 1, found {limit}.")
         self._answering.close()
-        prompt = self.prompt(messages, tools, template_variables)
         room = self._room(prompt)
         identities = token_identities(prompt)
         reused = self._reuse(identities, self._pinned(prompt))
@@ -205,6 +215,15 @@ class VisionLanguageModel:
     def load_cache(self, path: str | Path) -> None:
         """Keep what `save_cache` wrote, as `keep_prefix` does; raises `UserError` for other files."""
         self._prefixes.append(Prefix.load(Path(path), self._digest, self._session))
+
+    @property
+    def gpu(self) -> str | None:
+        """Name of the GPU that computes; None: the CPU does."""
+        return self._engine.gpu
+
+    def decode_launches(self) -> int | None:
+        """Kernels that a decode step launches, see `pascalvl.engines.Session.decode_launches`."""
+        return self._session.decode_launches()
 
     @property
     def _digest(self) -> str:

@@ -67,6 +67,17 @@ def check_sentence(err, match):
         (["run", "engine", "--prompt", "x", "--repetition-penalty", "0"], "repetition_penalty is out of range"),
         (["chat", "engine", "--seed", "-1"], "seed is out of range"),
         (["run", "engine", "--prompt", "caf\udce9"], r"expected text in UTF-8, found b'caf\\xe9'"),
+        (["bench"], "required: WHAT; see 'pascalvl bench --help'"),
+        (["bench", "model"], "required: ENGINE_BUNDLE"),
+        (["bench", "model", "engine", "--depths", "0,4k"], "whole numbers with commas between them, .* found '0,4k'"),
+        (["bench", "model", "engine", "--depths", ""], "expected whole numbers with commas between them"),
+        (["bench", "model", "engine", "--repeats", "0"], "repeats is out of range: expected numbers from 1, found 0"),
+        (["bench", "model", "engine", "--picture", "9"], "picture is out of range: expected 32 to 4096 pixels"),
+        (["export", "model", "--output", "o", "--layers", "2"], "--layers is for random weights"),
+        (["export", "model", "--output", "o", "--random", "3B"], "unknown size '3B': expected one of 2B, 4B, 8B, 32B"),
+        (["export", "model", "--output", "o", "--random", "2B", "--layers", "29"], "expected 1 to 28"),
+        (["export", "model", "--output", "o", "--random", "2B", "--weights", "auto"], "give --weights w4, w8, f16 or"),
+        (["export", "model", "--output", "o", "--random", "2B", "--calibrate", "d"], "leave out --calibrate or"),
         (["inspect", "caf\udce9"], r"expected text in UTF-8, found b'.*/caf\\xe9'"),
     ],
 )
@@ -265,6 +276,7 @@ def test_what_is_no_engine_bundle(refused, nano_model_bundle, tmp_path):
     refused("has no manifest.json", "chat", tmp_path)
     refused("has no manifest.json", "inspect", tmp_path)
     refused("is a bundle of kind 'model': expected the engine", "run", nano_model_bundle, "--prompt", "Hello!")
+    refused("is a bundle of kind 'model': expected the engine", "bench", "model", nano_model_bundle)
 
 
 def test_build_from_what_is_no_model_bundle(refused, nano_model_bundle, nano_engine_bundle, tmp_path):

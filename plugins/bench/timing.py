@@ -66,6 +66,23 @@ def seconds_in_turn(variants: Sequence[Calls], least: int = 1, replays: int = 7)
     return [statistics.median(own[1:]) for own in times]
 
 
+def plain_read_rate() -> float | None:
+    """Bytes a second of a plain read of the current GPU's memory; None: PyTorch can use none, or it is full.
+
+    Raises:
+        UserError: the kernel cannot be compiled here.
+    """
+    if not torch.cuda.is_available():
+        return None
+    try:
+        torch.zeros(1, device="cuda")  # makes the context in which the kernel is loaded
+        return Yardstick().read_rate(COLD_BYTES)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        torch.cuda.empty_cache()
+
+
 class Yardstick:
     """The kernels of `yardstick.cu`, as PTX for compute_61 that lies beside the cached library."""
 

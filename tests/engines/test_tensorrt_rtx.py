@@ -8,11 +8,10 @@ import onnx.inliner
 import pytest
 import tensorrt_rtx as trt
 
-from pascalvl.export import export_checkpoint
+from pascalvl.export import export_checkpoint, published_sizes
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
-from tests import real_sizes
 
 RANGES = {
     "batch": (1, 1, 1),
@@ -29,7 +28,7 @@ def wide_model_bundle(random_checkpoint, tmp_path_factory):
     """Two layers of either part at the width and with the vocabulary of the 2B model."""
     folder = tmp_path_factory.mktemp("wide")
     vision = {"depth": 2, "deepstack_visual_indexes": [0, 1]}
-    random_checkpoint(folder / "checkpoint", real_sizes.config("2B", {"num_hidden_layers": 2}, vision))
+    random_checkpoint(folder / "checkpoint", published_sizes.config("2B", {"num_hidden_layers": 2}, vision))
     export_checkpoint(folder / "checkpoint", folder / "model")
     return folder / "model"
 

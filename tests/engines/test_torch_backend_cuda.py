@@ -18,7 +18,7 @@ from pascalvl.engines.tolerance import tolerance
 from pascalvl.engines.torch_backend import TorchSession
 from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
-from pascalvl.runtime import SamplingParams, VisionLanguageModel
+from pascalvl.runtime import SamplingParams, VisionLanguageModel, bench
 from pascalvl.runtime.sampling import Sampler
 from pascalvl.runtime.video import Video
 from tests.engines.decoder import CACHES, Sequence
@@ -216,6 +216,31 @@ def test_sessions_do_not_disturb_each_other(bundle):
     for step, logits in zip(steps, expected, strict=True):
         second.decode_greedy(steps[0])
         np.testing.assert_allclose(first.decode(step), logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+
+
+def test_launches_of_a_step(bundle, endless):
+    """As many at each count, about as many outside the graph (where libraries may choose others); nothing is stored."""
+    plain = VisionLanguageModel.open(bundle)
+    plain._session.graph = None
+    for model in (endless, plain):
+        answer(model, FIRST, 4)
+    slots = np.arange(endless._cache.length)
+    rows = endless._session.read(slots)
+    launches = endless.decode_launches()
+    assert launches > 12 * endless.config.text.num_hidden_layers
+    assert endless.decode_launches() == launches
+    assert plain.decode_launches() == pytest.approx(launches, rel=0.05)
+    for name, found in endless._session.read(slots).items():
+        np.testing.assert_array_equal(found, rows[name])
+
+
+def test_bench(endless):
+    """The read's kernel too is compiled here, or carried (`pascalvl.plugins.bench.timing.Yardstick.ptx`)."""
+    result = bench.measure(endless, bench.BenchOptions(depths=(0, 256), prefill=64, decode=16, picture=256, repeats=3))
+    assert result.gpu == torch.cuda.get_device_name()
+    assert result.launches_per_token == endless.decode_launches()
+    assert result.read_bytes_per_second > 50e9
+    assert all(0 < row.of_floor < 1 for row in result.depths)
 
 
 # Memory and time ------------------------------------------------------------------------------------------------------

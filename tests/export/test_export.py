@@ -17,7 +17,7 @@ from transformers.vision_utils import (
 )
 
 from pascalvl.engines import build, open_engine
-from pascalvl.export import conformance, export_checkpoint, exporter
+from pascalvl.export import conformance, export_checkpoint, exporter, published_sizes
 from pascalvl.export.calibration import CalibrationPrompt
 from pascalvl.export.checkpoint import Checkpoint, meta_model
 from pascalvl.export.modules import Decoder, VisionEncoder
@@ -29,7 +29,6 @@ from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 from pascalvl.plugins.ops.flash_attention.op import OP_DOMAIN, OP_NAME
 from pascalvl.plugins.ops.flash_attention.torch_op import ATTN_IMPLEMENTATION
 from pascalvl.plugins.weight_format import WeightConfig
-from tests import real_sizes
 
 # Both sides float32, summed in different orders: a few units in 1e-6 of values of size one after a few layers.
 TOLERANCE = 2e-5
@@ -48,7 +47,7 @@ def test_what_4_bits_take_of_a_card(size):
     """As much as was measured, to the pages on which weights start; and a context of 16k fits beside it."""
     *measured, card = WEIGHT_BYTES[size]
     checkpoint = Checkpoint.__new__(Checkpoint)
-    checkpoint.hf_config = real_sizes.config(size)
+    checkpoint.hf_config = published_sizes.config(size)
     text, model, weights = checkpoint.model_config().text, meta_model(checkpoint.hf_config), WeightConfig.parse("w4")
     for module, found in zip(
         (VisionEncoder(model, weights.vision), Decoder(model, text, weights)), measured, strict=True
@@ -82,7 +81,7 @@ INVENTORY = {
 def two_layers(size):
     """A real size's model on the meta device, and its config: two decoder layers and the vision layers up to the second
     DeepStack level, at full width."""
-    config = real_sizes.config(size, {"num_hidden_layers": 2}, {"depth": 2, "deepstack_visual_indexes": [0, 1]})
+    config = published_sizes.config(size, {"num_hidden_layers": 2}, {"depth": 2, "deepstack_visual_indexes": [0, 1]})
     config._attn_implementation = ATTN_IMPLEMENTATION
     checkpoint = Checkpoint.__new__(Checkpoint)
     checkpoint.hf_config = config
@@ -113,7 +112,7 @@ def check_that_all_is_used(proto):
 
 
 @pytest.mark.parametrize("weights", ["f32", "w4,vision=f16"])
-@pytest.mark.parametrize("size", real_sizes.SIZES)
+@pytest.mark.parametrize("size", published_sizes.SIZES)
 def test_graphs_of_the_real_sizes_fit_tensorrt(size, weights):
     weights = WeightConfig.parse(weights)
     model, model_config = two_layers(size)
@@ -180,7 +179,7 @@ def test_default_text_config_keeps_its_32_layers_and_32_heads(random_checkpoint,
     """Hugging Face's default text config, narrowed: every layer and head is exported, the logits are the model's."""
     config = Qwen3VLConfig(
         text_config={"vocab_size": 2048, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16,
-         "rope_parameters": {**real_sizes.MROPE, "mrope_section": [4, 2, 2]}},
+         "rope_parameters": {**published_sizes.MROPE, "mrope_section": [4, 2, 2]}},
         vision_config={"depth": 3, "hidden_size": 64, "num_heads": 4, "intermediate_size": 96, "out_hidden_size": 64,
          "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1, 2]},
     )  # fmt: skip
@@ -193,7 +192,7 @@ def test_default_text_config_keeps_its_32_layers_and_32_heads(random_checkpoint,
 
 
 def test_numbers_at_the_width_of_the_2b_model(random_checkpoint, tmp_path):
-    config = real_sizes.config(
+    config = published_sizes.config(
         "2B", {"num_hidden_layers": 2, "vocab_size": 2048}, {"depth": 2, "deepstack_visual_indexes": [0, 1]}
     )
     model = random_checkpoint(tmp_path / "checkpoint", config)
