@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 SOURCES = tuple(sorted(path.stem for path in FOLDER.glob("*.cu")))
 """Files of kernels; each becomes one CUDA module, as ``kernels.h`` lists them."""
+ABI = tuple(FOLDER / f"{name}.cpp" for name in ("library", "attention", "linear"))
+"""Files of the C ABI, which are the same for CUDA and the emulator."""
 NVRTC_PACKAGE = "nvidia-cuda-nvrtc-cu12>=12.4,<13"
 CXX_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread")
 
@@ -59,10 +61,10 @@ def build(output: Path, target: Target, flags: Sequence[str] = (), more: Sequenc
     with tempfile.TemporaryDirectory() as work:
         if target is Target.CUDA:
             _compiler()  # told before the minute that NVRTC takes
-            sources = [FOLDER / "library.cpp", FOLDER / "driver.cpp", _images(Path(work))]
+            launcher = [FOLDER / "driver.cpp", _images(Path(work))]
         else:
-            sources = [FOLDER / "library.cpp", FOLDER / "emulated.cpp"]
-        compile_library(output, [*sources, *more], flags)
+            launcher = [FOLDER / "emulated.cpp"]
+        compile_library(output, [*ABI, *launcher, *more], flags)
 
 
 def compile_library(output: Path, sources: Sequence[Path], flags: Sequence[str] = ()) -> None:
