@@ -5,7 +5,7 @@
 namespace pascalvl {
 
 // C = A B^T: a [m, k], b [n, k], c [m, n]; k a multiple of 8. Grid: (n / 128, m / 64).
-extern "C" __global__ void __launch_bounds__(kThreads, 2)
+extern "C" __global__ void __launch_bounds__(kPrefillThreads, 2)
     sgemm(const float* a, const float* b, float* c, int n, int k) {
   using T = Tile<128>;
   __shared__ __align__(16) PrefillShared<128> shared;
@@ -44,23 +44,23 @@ __device__ __forceinline__ void rate(Word* out, int rounds, Step step) {
   out[blockIdx.x * blockDim.x + threadIdx.x] = total;
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 4) ffma_rate(float* out, int rounds) {
+extern "C" __global__ void __launch_bounds__(kPrefillThreads, 4) ffma_rate(float* out, int rounds) {
   const float x = threadIdx.x;
   rate(out, rounds, [x](float value) { return value * x + x; });
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 4) dp4a_rate(int* out, int rounds) {
+extern "C" __global__ void __launch_bounds__(kPrefillThreads, 4) dp4a_rate(int* out, int rounds) {
   const int x = threadIdx.x;
   rate(out, rounds, [x](int value) { return __dp4a(value, x, value); });
 }
 
 // Reads so many times 16 bytes. Two loads a thread under way are as fast as four or eight; that all blocks go through
 // memory together is up to 3% faster than a part for each. PyTorch's max takes 6 us longer.
-extern "C" __global__ void __launch_bounds__(kThreads) plain_read(const uint4* from, int quads, unsigned* out) {
-  const int step = gridDim.x * kThreads;
+extern "C" __global__ void __launch_bounds__(kPrefillThreads) plain_read(const uint4* from, int quads, unsigned* out) {
+  const int step = gridDim.x * kPrefillThreads;
   unsigned total = 0;
   auto add = [&](uint4 quad) { total ^= quad.x ^ quad.y ^ quad.z ^ quad.w; };
-  int at = blockIdx.x * kThreads + threadIdx.x;
+  int at = blockIdx.x * kPrefillThreads + threadIdx.x;
   for (; at < quads - step; at += 2 * step) {
     const uint4 first = __ldg(from + at), second = __ldg(from + at + step);
     add(first), add(second);
