@@ -14,7 +14,8 @@ namespace pascalvl {
 enum class Kernel { PASCALVL_ALL_KERNELS };
 #undef PASCALVL_KERNEL
 
-#define PASCALVL_KERNEL(MODULE, NAME, PARAMS, THREADS) #NAME,
+#define PASCALVL_TEXT(NAME) #NAME
+#define PASCALVL_KERNEL(MODULE, NAME, PARAMS, THREADS) PASCALVL_TEXT(NAME),  // of a name that is a macro, what it says
 constexpr const char* kKernelNames[] = {PASCALVL_ALL_KERNELS};
 #undef PASCALVL_KERNEL
 

@@ -53,6 +53,11 @@ def test_images_for_sm61_and_for_newer_gpus_are_inside(cuda_library):
     assert content.count(b"\x7fELF") == 1 + len(kernels_build.SOURCES)
 
 
+def test_the_driver_is_asked_for_kernels_by_their_names(cuda_library, resources):
+    content = cuda_library.read_bytes()
+    assert [kernel for kernel in resources if f"\0{kernel}\0".encode() not in content] == []
+
+
 def test_the_yardstick_is_built_of_the_kernels_parts():
     source = Path(plugins.__file__).parent / "bench" / "yardstick.cu"
     code, _ = kernels_build.compile_cuda(source, cubin=False)
