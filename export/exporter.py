@@ -33,11 +33,12 @@ from pascalvl.export.quantised_weights import (
 )
 from pascalvl.export.trace import TracedGraph, Weight, example_inputs, trace
 from pascalvl.export.transforms import WeightSource, check_ranks, plan_transforms
-from pascalvl.plugins import bindings, onnx_body
+from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import EMBEDDINGS, TRANSPOSED, Manifest, atomic_directory
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.ops.flash_attention.op import OP_NAME, OP_VERSION
+from pascalvl.plugins.ops.onnx_text import OPSET
 from pascalvl.plugins.ops.quant_linear.torch_op import QuantLinear
 from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig
 
@@ -290,7 +291,7 @@ def _write_embeddings(checkpoint: Checkpoint, path: Path) -> dict[str, object]:
 def describe(proto: onnx.ModelProto) -> dict[str, object]:
     """What a manifest says of a graph."""
     return {
-        "opset": onnx_body.OPSET,
+        "opset": OPSET,
         "ir_version": proto.ir_version,
         "plugin": f"{OP_NAME} {OP_VERSION}",
         "ops": dict(sorted(Counter(node.op_type for node in proto.graph.node).items())),

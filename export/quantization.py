@@ -74,8 +74,9 @@ def read_quantization(quantization: Any, where: object, source: TypedSource) -> 
     variants = _METHODS[method]
     kind = next((data[key] for key in ("checkpoint_format", "format", "version") if data.get(key)), None)
     for name in _MUST_BE_EMPTY:
-        harmless = data.get(name) == _NOT_SPARSE or (name == "dynamic" and method == "gptq" and _leaves_out(data[name]))
-        if data.get(name) and not harmless:
+        found = data.get(name)
+        is_harmless = found == _NOT_SPARSE or (name == "dynamic" and method == "gptq" and _leaves_out(found))
+        if found and not is_harmless:
             raise UserError(
                 f"{where} holds weights quantised with {method!r}, whose config sets {name!r}, which is not "
                 f"supported: {REMEDY}."
