@@ -8,7 +8,8 @@ namespace pascalvl {
 namespace {
 
 constexpr int64_t kMaxStride = int64_t(1) << 47;  // bytes: times a number of layers still 64 bits
-constexpr int kBlocksPerMultiprocessor = 2;       // of decode blocks, by their registers
+constexpr int kBlocksPerMultiprocessor = 2;       // of decode and prefill, by their registers
+constexpr int kLeastTiles = 2;                    // of keys, in a prefill split
 
 // Of q, or of a layer's new keys: the kernels number them.
 void require_rows(int batch, int heads, int seq) {
@@ -141,17 +142,37 @@ int decode_splits(const pascalvl_attention_args& a, int capacity) {
 
 int recent_splits(const pascalvl_attention_args& a) { return has_recent(a) ? decode_splits(a, a.recent.capacity) : 0; }
 
-size_t workspace_bytes(const pascalvl_attention_args& a) {
-  const size_t rows = size_t(a.batch) * a.num_heads;
-  if (is_decode(a)) {
-    const size_t splits = decode_splits(a, a.cache.capacity) + recent_splits(a);
-    return rows * splits * partial_pitch(a.value_dim) * sizeof(float);
-  }
-  return quantises_queries(a) ? rows * a.seq * (kCodeRow + sizeof(float)) : 0;
+// As many as leave no part of the card idle: 1 unless a short chunk meets a long past.
+int prefill_splits(const pascalvl_attention_args& a) {
+  if (!a.causal || !a.past_length) return 1;
+  const int64_t blocks = causal_tiles(a) * a.num_kv_heads * a.batch;
+  const int64_t wanted = multiprocessors() * kBlocksPerMultiprocessor;
+  const int64_t most = (a.cache.capacity - 1) / (kLeastTiles * prefill_keys(a.value_dim)) + 1;
+  return int(std::max<int64_t>(1, std::min({most, wanted / blocks, int64_t(kMaxSplits)})));
 }
 
-AttentionParams to_params(const pascalvl_attention_args& a) {
+// Of the past, all together.
+int splits_of(const pascalvl_attention_args& a) {
+  return is_decode(a) ? decode_splits(a, a.cache.capacity) + recent_splits(a) : prefill_splits(a);
+}
+
+// Parts of the workspace, in bytes.
+struct AttentionSizes {
+  size_t partial, codes, scale;
+  size_t all() const { return partial + codes + scale; }
+};
+
+AttentionSizes sizes_of(const pascalvl_attention_args& a) {
+  const size_t rows = size_t(a.batch) * a.num_heads * a.seq, splits = splits_of(a);
+  AttentionSizes sizes{};
+  if (is_decode(a) || splits > 1) sizes.partial = rows * splits * partial_pitch(a.value_dim) * sizeof(float);
+  if (quantises_queries(a)) sizes.codes = rows * kCodeRow, sizes.scale = rows * sizeof(float);
+  return sizes;
+}
+
+AttentionParams to_params(const pascalvl_attention_args& a, void* workspace) {
   AttentionParams p{};
+  p.partial = static_cast<float*>(workspace);
   p.q = a.q;
   p.k = a.k;
   p.v = a.v;
@@ -168,6 +189,7 @@ AttentionParams to_params(const pascalvl_attention_args& a) {
   p.key_dim = a.key_dim;
   p.value_dim = a.value_dim;
   p.scale_log2 = a.softmax_scale * 1.4426950408889634f;
+  p.splits = splits_of(a);
   return p;
 }
 
@@ -199,12 +221,15 @@ Kernel prefill_packed_kernel(int dim) {
   no_kernel("of packed prefill");
 }
 
+void merge(const AttentionParams& a, int batch, void* stream) {
+  const MergeParams p{a.partial, a.out, a.num_heads, a.seq, a.value_dim, a.splits};
+  launch(Kernel::merge_splits, {unsigned(a.num_heads), unsigned(batch), unsigned(a.seq)}, p, stream);
+}
+
 void decode(const pascalvl_attention_args& a, void* workspace, void* stream) {
   DecodeParams p{};
-  p.attention = to_params(a);
-  p.partial = static_cast<float*>(workspace);
+  p.attention = to_params(a, workspace);
   p.splits = decode_splits(a, a.cache.capacity);
-  p.all_splits = p.splits + recent_splits(a);
   p.rotated = a.cache.rotated;
   const auto launch_splits = [&] {
     const Cache& cache = p.attention.cache;
@@ -220,26 +245,28 @@ void decode(const pascalvl_attention_args& a, void* workspace, void* stream) {
     p.rotated = false;
     launch_splits();
   }
-  launch(Kernel::decode_merge, {unsigned(a.num_heads), unsigned(a.batch), 1}, p, stream);
+  merge(p.attention, a.batch, stream);
 }
 
 void prefill(const pascalvl_attention_args& a, void* workspace, void* stream) {
-  AttentionParams p = to_params(a);
+  AttentionParams p = to_params(a, workspace);
   if (!a.causal) {
     const unsigned tiles = a.seq / prefill_rows(a.value_dim) + a.num_sequences;
     return launch(prefill_packed_kernel(a.value_dim), {tiles, unsigned(a.num_heads), 1}, p, stream);
   }
   if (quantises_queries(a)) {
     const int64_t rows = int64_t(a.batch) * a.num_heads * a.seq;
-    auto* codes = static_cast<unsigned char*>(workspace);
-    auto* scale = reinterpret_cast<float*>(codes + rows * kCodeRow);
+    const AttentionSizes sizes = sizes_of(a);
+    auto* codes = static_cast<unsigned char*>(workspace) + sizes.partial;
+    auto* scale = reinterpret_cast<float*>(codes + sizes.codes);
     const QuantiseParams quantisation{a.q, codes, scale, rows, a.key_dim, bool(a.cache.rotated)};
     launch(Kernel::quantise_queries, {unsigned((rows + kAppendWarps - 1) / kAppendWarps), 1, 1}, quantisation, stream);
     p.q_codes = codes;
     p.q_scale = scale;
   }
   launch(prefill_causal_kernel(a.value_dim <= 64 ? 64 : 128, p.cache.key_format, p.cache.value_format),
-         {unsigned(a.num_kv_heads), unsigned(causal_tiles(a)), unsigned(a.batch)}, p, stream);
+         {unsigned(a.num_kv_heads * p.splits), unsigned(causal_tiles(a)), unsigned(a.batch)}, p, stream);
+  if (p.splits > 1) merge(p, a.batch, stream);
 }
 
 }  // namespace
@@ -251,7 +278,7 @@ extern "C" int pascalvl_attention_workspace(const pascalvl_attention_args* args,
   return guarded([&] {
     require(args && bytes, "The arguments are a null pointer.");
     check(*args);
-    *bytes = workspace_bytes(*args);
+    *bytes = sizes_of(*args).all();
   });
 }
 
@@ -259,7 +286,7 @@ extern "C" int pascalvl_attention(const pascalvl_attention_args* args, void* wor
   return guarded([&] {
     require(args, "The arguments are a null pointer.");
     check(*args);
-    const size_t needed = workspace_bytes(*args);
+    const size_t needed = sizes_of(*args).all();
     require(bytes >= needed, "The workspace has %zu bytes; expected at least %zu.", bytes, needed);
     if (needed) require_pointer(workspace, "The workspace");
     is_decode(*args) ? decode(*args, workspace, stream) : prefill(*args, workspace, stream);

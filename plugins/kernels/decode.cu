@@ -220,9 +220,9 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int past = clamped(a.past_length[sequence], 0, cache.capacity);
   float* partial =
-      p.partial + (((long long)sequence * a.num_heads + head * kGroup) * p.all_splits + p.first_split + blockIdx.x) *
+      a.partial + (((long long)sequence * a.num_heads + head * kGroup) * a.splits + p.first_split + blockIdx.x) *
                       partial_pitch(a.value_dim);
-  const long long partial_stride = (long long)p.all_splits * partial_pitch(a.value_dim);  // between heads
+  const long long partial_stride = (long long)a.splits * partial_pitch(a.value_dim);  // between heads
 
   // This block's keys lie in slots begin to last.
   const int share = max2(ceil_div(ceil_div(past, p.splits), kLeastKeys), 1) * kLeastKeys;
@@ -431,17 +431,15 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
   }
 }
 
-// Merges the splits of a query head: the warps share them, a lane has 4 channels. Grid: (query heads, batch).
-// Out: [batch, 1, num_heads, value_dim].
-extern "C" __global__ void __launch_bounds__(kMergeThreads) decode_merge(const DecodeParams p) {
+// Merges the splits of a query: the warps share them, a lane has 4 channels. Grid: (query heads, batch, seq).
+extern "C" __global__ void __launch_bounds__(kMergeThreads) merge_splits(const MergeParams p) {
   constexpr int kWarps = kMergeThreads / kWarp, kAtOnce = 5;  // splits whose loads are under way
   __shared__ float2 states[kWarps];
   __shared__ float4 values[kWarps][kWarp];
-  const AttentionParams& a = p.attention;
-  const long long row = (long long)blockIdx.y * a.num_heads + blockIdx.x;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, d = min2(4 * lane, a.value_dim - 4);
-  const int pitch = partial_pitch(a.value_dim);
-  const float* partial = p.partial + row * p.all_splits * pitch;
+  const long long row = ((long long)blockIdx.y * p.num_heads + blockIdx.x) * p.seq + blockIdx.z;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, d = min2(4 * lane, p.value_dim - 4);
+  const int pitch = partial_pitch(p.value_dim);
+  const float* partial = p.partial + row * p.splits * pitch;
   float most = kLowest, total = 0;
   float4 value = make_float4(0, 0, 0, 0);
   auto add = [&](float more_most, float more_total, float4 more) {
@@ -450,16 +448,16 @@ extern "C" __global__ void __launch_bounds__(kMergeThreads) decode_merge(const D
     total += factor * more_total;
     value.x += factor * more.x, value.y += factor * more.y, value.z += factor * more.z, value.w += factor * more.w;
   };
-  for (int first = warp; first < p.all_splits; first += kWarps * kAtOnce) {
+  for (int first = warp; first < p.splits; first += kWarps * kAtOnce) {
     float2 more_state[kAtOnce];  // maximum, sum
     float4 more[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int split = first + i * kWarps;
-      const float* at = partial + min2(split, p.all_splits - 1) * pitch;
-      more_state[i] = *reinterpret_cast<const float2*>(at + a.value_dim);
+      const float* at = partial + min2(split, p.splits - 1) * pitch;
+      more_state[i] = *reinterpret_cast<const float2*>(at + p.value_dim);
       more[i] = *reinterpret_cast<const float4*>(at + d);
-      if (split >= p.all_splits) more_state[i].x = kLowest;
+      if (split >= p.splits) more_state[i].x = kLowest;
     }
     const float before = most;
 #pragma unroll
@@ -472,14 +470,15 @@ extern "C" __global__ void __launch_bounds__(kMergeThreads) decode_merge(const D
   values[warp][lane] = value;
   if (lane == 0) states[warp] = make_float2(most, total);
   __syncthreads();
-  if (warp > 0 || 4 * lane >= a.value_dim) return;
+  if (warp > 0 || 4 * lane >= p.value_dim) return;
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) most = max2(most, states[i].x);
   total = 0, value = make_float4(0, 0, 0, 0);
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) add(states[i].x, states[i].y, values[i][lane]);
   const float inverse = 1 / total;
-  *reinterpret_cast<float4*>(a.out + row * a.value_dim + d) =
+  const long long out = ((long long)blockIdx.y * p.seq + blockIdx.z) * p.num_heads + blockIdx.x;
+  *reinterpret_cast<float4*>(p.out + out * p.value_dim + d) =
       make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse);
 }
 

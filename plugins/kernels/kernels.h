@@ -62,7 +62,7 @@
   PASCALVL_KERNEL(append, kv_append, AppendParams, kAppendThreads)          \
   PASCALVL_KERNEL(append, quantise_queries, QuantiseParams, kAppendThreads) \
   PASCALVL_DECODE(PASCALVL_DECODE_KERNEL)                                   \
-  PASCALVL_KERNEL(decode, decode_merge, DecodeParams, kMergeThreads)        \
+  PASCALVL_KERNEL(decode, merge_splits, MergeParams, kMergeThreads)         \
   PASCALVL_KERNEL(greedy, greedy_choice, GreedyParams, kGreedyThreads)      \
   PASCALVL_KERNEL(linear, linear_quantise, LinearParams, kLinearThreads)    \
   PASCALVL_KERNEL(linear, linear_sum, LinearParams, kLinearThreads)         \

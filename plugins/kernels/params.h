@@ -60,13 +60,17 @@ struct AttentionParams {
   int key_dim;
   int value_dim;
   float scale_log2;  // softmax_scale * log2(e): exponentials are powers of two
+  // Causal: into how many the past is cut, see MergeParams; a single one writes `out` itself.
+  float* partial;
+  int splits;
 };
 
 constexpr int kPrefillThreads = 128;
 constexpr int kCodeRow = 128;  // bytes of a row of quantised queries
 
-// Query rows of a prefill block, where values have up to so many channels.
+// Query rows of a prefill block, and keys of a tile, where values have up to so many channels.
 PASCALVL_BOTH_SIDES constexpr int prefill_rows(int value_dim) { return value_dim > 72 ? 64 : 128; }
+PASCALVL_BOTH_SIDES constexpr int prefill_keys(int value_dim) { return value_dim > 72 ? 128 : 64; }
 
 constexpr int kDecodeWarps = 4;
 constexpr int kDecodeThreads = 32 * kDecodeWarps;
@@ -77,12 +81,20 @@ constexpr int kMaxSplits = 512;
 // Floats of what a split leaves: rows start on 16-byte boundaries.
 PASCALVL_BOTH_SIDES constexpr int partial_pitch(int value_dim) { return value_dim + 4; }
 
-// Decode: AttentionParams with seq 1, the past of which is cut into splits. A launch over one cache takes `splits` of
-// all, number first_split and on; the first of all takes the new token too.
+// What splits of the past leave, and where their merge goes.
+struct MergeParams {
+  const float* partial;  // [batch, num_heads, seq, splits, partial_pitch]: unnormalised output, maximum, sum
+  float* out;            // [batch, seq, num_heads, value_dim]
+  int num_heads;
+  int seq;
+  int value_dim;
+  int splits;
+};
+
+// Decode: AttentionParams with seq 1. A launch over one cache takes some of the splits, number first_split and on; the
+// first of all takes the new token too.
 struct DecodeParams {
-  AttentionParams attention;
-  float* partial;  // [batch, num_heads, all_splits, partial_pitch]: unnormalised output, maximum, sum
-  int all_splits;
+  AttentionParams attention;  // its `splits` are all
   int first_split;
   int splits;
   bool rotated;  // the cache's keys

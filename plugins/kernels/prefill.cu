@@ -15,12 +15,17 @@ __device__ __forceinline__ Source new_rows(const AttentionParams& p, long long f
           count};
 }
 
-// Grid: (kv heads, tiles of rows, batch). The last tiles of rows see the most keys and are started first.
+// Grid: (kv heads times splits, tiles of rows, batch). The last tiles of rows see the most keys and are started first.
+// Where rows are few, blocks share the past: each takes a split of it, the first one the new keys too, and leaves its
+// state for the merge.
 template <int kValueDim, int kKeyFormat, int kValueFormat>
 __device__ __forceinline__ void prefill_causal(const AttentionParams& p, PrefillShared<kValueDim>& shared) {
   constexpr int kRows = Tile<kValueDim>::kRows, kKeys = Tile<kValueDim>::kKeys;
-  const int head = blockIdx.x, sequence = blockIdx.z;
+  const int head = blockIdx.x / p.splits, split = blockIdx.x % p.splits, sequence = blockIdx.z;
   const int past = p.past_length ? clamped(p.past_length[sequence], 0, p.cache.capacity) : 0;
+  // This block's keys lie in slots begin to end.
+  const int share = ceil_div(ceil_div(past, p.splits), kKeys) * kKeys;
+  const int begin = min2(split * share, past), end = min2(begin + share, past);
   const long long kv = (long long)sequence * p.num_kv_heads + head;
 
   Prefill<kValueDim> prefill;
@@ -62,7 +67,7 @@ __device__ __forceinline__ void prefill_causal(const AttentionParams& p, Prefill
     for (int i = threadIdx.x % kWarp; i < kKeys; i += kWarp) seen |= __ldg(visible + min2(first + i, past - 1)) > low;
     return !__any_sync(kAllLanes, seen);
   };
-  for (int first = 0; first < past; first += kKeys) {
+  for (int first = begin; first < end; first += kKeys) {
     if (visible && is_hidden(first)) continue;
     prefill.template tile<kKeyFormat, kValueFormat>(p, q_past, shared.sources[0], first, min2(past - first, kKeys),
                                                     visible || first + kKeys > past, shared, [&](int key) {
@@ -72,10 +77,13 @@ __device__ __forceinline__ void prefill_causal(const AttentionParams& p, Prefill
                                                       };
                                                     });
   }
-  for (int first = 0; first <= high; first += kKeys) {
+  for (int first = 0; first <= high && split == 0; first += kKeys) {
     prefill.template tile<kFloat32, kFloat32>(
         p, q, shared.sources[1], first, min2(high - first + 1, kKeys), first + kKeys > low + 1, shared,
         [&](int key) { return [&shared, key](int row) { return key <= shared.token[row]; }; });
+  }
+  if (p.splits > 1) {
+    return prefill.store_partial(p, p.partial + (first_q * p.splits + split) * partial_pitch(p.value_dim));
   }
   prefill.store(p, p.out + ((long long)sequence * p.seq * p.num_heads + head * p.group) * p.value_dim);
 }

@@ -159,8 +159,8 @@ template <int kValueDim>
 struct Tile {
   static constexpr int kColumnThreads = kValueDim > 72 ? 16 : 8;  // that share rows
   static constexpr int kRows = kPrefillThreads / kColumnThreads * kRowsPerThread;
-  static_assert(kRows == prefill_rows(kValueDim), "as the host counts tiles");
   static constexpr int kKeys = kColumnThreads * kKeysPerThread;
+  static_assert(kRows == prefill_rows(kValueDim) && kKeys == prefill_keys(kValueDim), "as the host counts them");
   static constexpr int kHalf = kKeys / 2;    // a thread scores keys 4 * column and on, and as many a half further on
   static constexpr int kQPitch = kRows + 4;  // words between those of a row: no bank conflicts when a slice is stored
   static constexpr int kKPitch = kKeys + 4;
@@ -443,25 +443,45 @@ struct Prefill : Tile<kValueDim> {
     stream(ceil_div(count, kSlice), shared, fetch, put, use);
   }
 
+  // Sums the row over the threads that share it; tells whether there is such a row.
+  __device__ __forceinline__ bool finish_row(int i) {
+#pragma unroll
+    for (int mask = T::kColumnThreads / 2; mask > 0; mask /= 2) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], mask);
+    return first_row + row0 + i < rows;
+  }
+
+  // Writes the thread's channels of a row, times a factor.
+  __device__ __forceinline__ void store_row(const AttentionParams& p, int i, float factor, float* row) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int d = h * T::kValueHalf + 4 * column;
+      if (d >= p.value_dim) continue;
+      const float* o = &output[i][4 * h];
+      *reinterpret_cast<float4*>(row + d) = make_float4(o[0] * factor, o[1] * factor, o[2] * factor, o[3] * factor);
+    }
+    if (T::kRest) row[2 * T::kValueHalf + column] = output[i][T::kOutputs - 1] * factor;
+  }
+
   // Writes the rows, [token, query head, value_dim], those of the kv head's first query head at `out`.
   __device__ __forceinline__ void store(const AttentionParams& p, float* out) {
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
-#pragma unroll
-      for (int mask = T::kColumnThreads / 2; mask > 0; mask /= 2) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], mask);
-      const float inverse = 1 / sum[i];
       const int r = first_row + row0 + i;
-      if (r >= rows) continue;
-      float* row = out + ((long long)(r / p.group) * p.num_heads + r % p.group) * p.value_dim;
+      if (!finish_row(i)) continue;
+      store_row(p, i, 1 / sum[i], out + ((long long)(r / p.group) * p.num_heads + r % p.group) * p.value_dim);
+    }
+  }
+
+  // Writes the rows' states, [query head, token, split, partial_pitch], those of the kv head's first query head at
+  // `to`.
+  __device__ __forceinline__ void store_partial(const AttentionParams& p, float* to) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int d = h * T::kValueHalf + 4 * column;
-        if (d >= p.value_dim) continue;
-        const float* o = &output[i][4 * h];
-        *reinterpret_cast<float4*>(row + d) =
-            make_float4(o[0] * inverse, o[1] * inverse, o[2] * inverse, o[3] * inverse);
-      }
-      if (T::kRest) row[2 * T::kValueHalf + column] = output[i][T::kOutputs - 1] * inverse;
+    for (int i = 0; i < kRowsPerThread; ++i) {
+      const int r = first_row + row0 + i;
+      if (!finish_row(i)) continue;
+      float* row = to + (long long)(r % p.group * p.seq + r / p.group) * p.splits * partial_pitch(p.value_dim);
+      store_row(p, i, 1, row);
+      if (column == 0) row[p.value_dim] = maximum[i], row[p.value_dim + 1] = sum[i];
     }
   }
 };

@@ -116,7 +116,7 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
   }
 
   // For these sizes and for all that a profile of them takes: one new token too, with which decode needs other memory
-  // where there is no mask, and fewer sequences, which it cuts into more splits.
+  // where there is no mask, and fewer tokens and sequences, whose past is cut into more splits.
   size_t workspace_bytes(const PluginTensorDesc* inputs) const {
     pascalvl_attention_args args = sizes(inputs);
     size_t most = 0;
@@ -126,12 +126,14 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
       most = std::max(most, bytes);
     };
     const int32_t* const recent = std::exchange(args.recent_length, nullptr);
-    count();
-    if (!args.causal) return most;
-    args.seq = 1;
-    args.past_visible = nullptr;
-    args.recent_length = recent;
-    for (; args.batch > 0; --args.batch) count();
+    if (!args.causal) return count(), most;
+    const int32_t* const visible = args.past_visible;
+    for (const int32_t seq = args.seq; args.batch > 0; --args.batch) {
+      args.past_visible = visible, args.recent_length = nullptr;
+      for (args.seq = seq; args.seq > 0; --args.seq) count();
+      args.seq = 1, args.past_visible = nullptr, args.recent_length = recent;
+      count();
+    }
     return most;
   }
 

@@ -75,7 +75,10 @@ def attention_bytes(a: AttentionArgs) -> int | None:
     tile = 64 if a.value_dim > 72 else 128
     if up_to(a.seq * group, tile) // tile not in GRID:
         return None
-    return rows * (128 + 4) if quantised else 0
+    keys = 128 if a.value_dim > 72 else 64
+    blocks = up_to(a.seq * group, tile) // tile * a.num_kv_heads * a.batch
+    splits = min(up_to(a.cache.capacity, 2 * keys) // (2 * keys), 2 * MULTIPROCESSORS // blocks) if a.past_length else 1
+    return rows * (128 + 4 if quantised else 0) + (rows * splits * (a.value_dim + 4) * 4 if splits > 1 else 0)
 
 
 def is_appended(a: AppendArgs) -> bool:

@@ -190,6 +190,26 @@ def test_prefill_of_reduced_ranks(library, formats, key_dim, value_dim):
     assert relative_error(causal_attention(library, *case, 0.1), expected_attention(*case, 0.1)) < TOLERANCE
 
 
+@pytest.mark.parametrize("formats", PAIRS)
+@pytest.mark.parametrize(("seq", "past"), [(2, 1), (8, 128), (3, 700), (20, 1200)])
+def test_short_chunks_over_a_long_past(library, formats, seq, past):
+    """Whose splits are blocks of their own, some of them empty, merged in the end."""
+    shape = Shape(num_heads=4, num_kv_heads=1, capacity=1200)
+    case = make_case(library, shape, formats, formats[0].is_quantised, seq, [past], 40)
+    assert relative_error(run_on(library)(*case, 0.07), expected_attention(*case, 0.07)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (112, 96), (128, 128)])
+def test_masks_over_a_split_past(library, key_dim, value_dim):
+    """Splits of which no token sees a slot, too."""
+    shape = Shape(num_heads=2, num_kv_heads=1, key_dim=key_dim, value_dim=value_dim, capacity=1100)
+    case = make_case(library, shape, PAIRS[2], False, 5, [1050], 41)
+    visible = masks(np.random.default_rng(42), 1, 1100, 5)
+    visible[:, 200:900] = 0
+    found, expected = run_on(library)(*case, 0.1, visible), expected_attention(*case, 0.1, visible)
+    assert relative_error(found, expected) < TOLERANCE
+
+
 def test_prefill_without_a_past(library):
     cache, q, k, v, _ = make_case(library, Shape(), F32, False, 30, [0], 6)
     found = causal_attention(library, cache, q, k, v, None, 0.1)
