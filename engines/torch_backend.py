@@ -21,7 +21,8 @@ from torch import nn
 from transformers import Qwen3VLConfig
 
 from pascalvl.engines.backend import REFERENCE, Engine
-from pascalvl.engines.session import ALWAYS_VISIBLE, RECENT_SLOTS, SLOTS, Placement, Session
+from pascalvl.engines.session import RECENT_SLOTS, SLOTS, Placement, Session
+from pascalvl.engines.torch_steps import CapturedStep
 from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, meta_model, read_config
 from pascalvl.export.modules import Decoder, VisionEncoder
 from pascalvl.plugins import bindings
@@ -40,6 +41,8 @@ _WEIGHTS = "weights.json"
 """By graph and name (as `TRANSPOSED` says): where in the graph's data a weight starts, its type and shape there."""
 FILES = (CHECKPOINT_CONFIG, _WEIGHTS, *_DATA.values())
 _ALIGNMENT = 256
+_PREFILL_LENGTHS = tuple(1 << i for i in range(3, 10))
+"""Tokens that a captured prefill is padded to, 8 to 512."""
 _COPIES = ("Memcpy", "Memset")
 """What the profiler's names begin with of what is no kernel."""
 
@@ -50,6 +53,7 @@ class TorchEngine(Engine):
     def __init__(self, directory: Path, manifest: Manifest, marked_layers: bool) -> None:
         super().__init__(directory, manifest)
         self.device = _device()
+        self.marked_layers = marked_layers
         self.gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         self.kernels = torch_calls.library(self.device)
         torch.set_float32_matmul_precision("highest")  # no TF32: the reference is exact
@@ -102,102 +106,84 @@ class TorchEngine(Engine):
 
 
 class TorchSession(Session):
-    """The storage as a tensor on the engine's device.
+    """The storage as a tensor on the engine's device; on CUDA, decode and prefill are CUDA graphs.
 
-    What varies between decode steps is written to one array in pinned memory, which the step itself copies to the
-    device, places in the cache with it: the host's word counts, also after an interrupt.
+    A chunk of a prompt is padded to the next of a few lengths, each of which is captured after it has run once.
     """
 
     def __init__(self, engine: TorchEngine, capacity: int) -> None:
         super().__init__(engine, capacity)
         self._engine = engine
-        text, device, on_cuda = self.model.text, engine.device, engine.device.type == "cuda"
         with evaluation("the KV cache"):
             inputs = [binding for inputs in self.layer_inputs for binding in inputs]
             nbytes = [math.prod(self.shape_of(b)) * b.dtype.itemsize for b in inputs]
             aligned = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in nbytes]
-            self._storage = torch.zeros(sum(aligned), dtype=torch.uint8, device=device)
+            self._storage = torch.zeros(sum(aligned), dtype=torch.uint8, device=engine.device)
             self._past = {
                 b.name: part[:size].view(getattr(torch, b.dtype.name)).view(self.shape_of(b))
                 for b, part, size in zip(inputs, self._storage.split(aligned), nbytes, strict=True)
             }
 
-            places = [bindings.PAST_LENGTH, bindings.PAST_VISIBLE, SLOTS.name]
-            if self.cache.recent:
-                places += [bindings.RECENT_LENGTH, RECENT_SLOTS.name]
-            floats = {
-                bindings.INPUTS_EMBEDS: text.hidden_size,
-                bindings.ROPE_COS: text.head_dim,
-                bindings.ROPE_SIN: text.head_dim,
-            }
-            sizes = {**floats, **dict.fromkeys(places, 1)}
-            self._staged = torch.zeros(sum(sizes.values()), pin_memory=on_cuda)
-            self._inputs = self._staged.to(device)
-            staged, self._step_inputs = (
-                {name: part.view(1, 1, -1) for name, part in zip(sizes, whole.split([*sizes.values()]), strict=True)}
-                for whole in (self._staged, self._inputs)
-            )
-            for tensors in (staged, self._step_inputs):
-                for name in places:
-                    of_batch = name in (bindings.PAST_LENGTH, bindings.RECENT_LENGTH)
-                    tensors[name] = tensors[name].view(torch.int32).view((1,) if of_batch else (1, 1))
-            self._staged_inputs = {name: part.numpy() for name, part in staged.items()}
-            self._staged_inputs[bindings.PAST_VISIBLE][:] = ALWAYS_VISIBLE
-            for name in (SLOTS.name, RECENT_SLOTS.name):
-                if name in places:
-                    self._staged_inputs[name][:] = -1
-            # DeepStack adds nothing to text: it has no levels here.
-            self._step_inputs[bindings.DEEPSTACK_EMBEDS] = self._inputs.new_empty(0, 1, 1, text.hidden_size)
-            self._likeliest = torch.zeros(2, dtype=torch.float64, pin_memory=on_cuda)
-            self.graph = self._capture() if on_cuda else None
-            """The decode step as a CUDA graph, where there is CUDA and it could be captured."""
+            self.decode_step = self._step("the decode step", 1)
+            self.decode_step.capture()
+        self._pool = self.decode_step.graph.pool() if self.decode_step.graph else None
+        self._prefill_steps: dict[int, CapturedStep] = {}
 
     @property
     def nbytes(self) -> int:
         return self._storage.nbytes
 
     def prefill(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> dict[str, np.ndarray]:
-        visible = {bindings.PAST_VISIBLE: self.visible(placement)}
+        arrays = {**feeds, **placement.arrays}
         with evaluation("the decoder engine"):
-            outputs = self._run(self._engine.tensors({**feeds, **placement.arrays, **visible}))
+            if step := self._prefill_step(len(placement.slots), placement):
+                step.stage(arrays)
+                step.run()
+                logits = step.logits.numpy(force=True)
+                step.capture(self._pool)
+                return {bindings.LOGITS: logits}
+            arrays[bindings.PAST_VISIBLE] = self.visible(placement)
+            outputs = self._run(self._engine.tensors(arrays))
             return {name: output.numpy(force=True) for name, output in outputs.items()}
+
+    def _prefill_step(self, count: int, placement: Placement) -> CapturedStep | None:
+        """The step that so many tokens are padded to; None: the call is none that is captured."""
+        seq = next((length for length in _PREFILL_LENGTHS if length >= count), None)
+        sees_more = placement.visible is not None or placement.recent_length
+        if seq is None or sees_more or self._engine.marked_layers or not self.decode_step.graph:
+            return None
+        if seq not in self._prefill_steps:
+            self._prefill_steps[seq] = self._step(f"prefill of {seq} tokens", seq, self.model.num_deepstack)
+        return self._prefill_steps[seq]
+
+    def _step(self, what: str, seq: int, levels: int = 0) -> CapturedStep:
+        """DeepStack adds nothing to text: a decode step has no ``levels`` of it."""
+        device = self._engine.device
+        return CapturedStep(what, self._run, self.model.text, device, seq, levels, bool(self.cache.recent))
 
     def decode(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> np.ndarray:
         self._decode(feeds, placement)
-        return self._logits.numpy(force=True)
+        return self.decode_step.logits.numpy(force=True)
 
     def decode_greedy(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> tuple[int, float]:
         self._decode(feeds, placement)
-        token, logit = self._likeliest.tolist()
-        return int(token), logit
+        return self.decode_step.likeliest
 
     def _decode(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> None:
-        for name, array in {**feeds, **placement.arrays}.items():
-            self._staged_inputs[name][:] = array
+        self.decode_step.stage({**feeds, **placement.arrays})
         with evaluation("the decoder engine"):
-            self._run_step()
+            self.decode_step.run()
 
     def decode_launches(self) -> int | None:
         if self._engine.device.type != "cuda":
             return None
-        for name in (SLOTS.name, RECENT_SLOTS.name):
-            if name in self._staged_inputs:
-                self._staged_inputs[name][:] = -1  # nothing is stored
+        self.decode_step.store_nothing()
         with evaluation("the decoder engine"):
             for _ in range(2):  # the first may miss some, while the profiler starts
                 with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-                    self._run_step()
+                    self.decode_step.run()
         on_device = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         return sum(not name.startswith(_COPIES) for name in on_device) or None
-
-    def _run_step(self) -> None:
-        """Run what is staged, and wait for it."""
-        if self.graph:
-            self.graph.replay()
-        else:
-            self._step()
-        if self._engine.device.type == "cuda":
-            torch.cuda.current_stream(self._engine.device).synchronize()
 
     def _fetch(self, binding: bindings.Binding) -> np.ndarray:
         return self._past[binding.name].numpy(force=True)
@@ -205,13 +191,6 @@ class TorchSession(Session):
     def _put(self, binding: bindings.Binding, array: np.ndarray) -> None:
         with torch.inference_mode():
             self._past[binding.name].copy_(torch.from_numpy(array))
-
-    def _step(self) -> None:
-        """From `_staged` to `_logits` on the device and `_likeliest` on the host, without waiting for the device."""
-        self._inputs.copy_(self._staged, non_blocking=True)
-        self._logits = self._run(self._step_inputs)[bindings.LOGITS]
-        logit, token = self._logits[0].max(0)  # the first of equal ones, or of NaNs
-        self._likeliest.copy_(torch.stack((token.double(), logit.double())), non_blocking=True)
 
     def _run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the decoder and append; returns its other outputs."""
@@ -229,24 +208,6 @@ class TorchSession(Session):
             layouts = [dataclasses.replace(layout, kv_format=KVFormat.F16) for layout in self.layouts]
             torch_calls.kv_append(kernels, layouts, new, [(*cache[-2:], None) for cache in caches], recent_slots)
         return outputs
-
-    def _capture(self) -> torch.cuda.CUDAGraph | None:
-        """Record the decode step; where that cannot be done, say why."""
-        device = self._engine.device
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):  # which a capture that fails would leave the current one
-            self._step()  # what libraries set up on first use cannot be captured
-            try:
-                with torch.cuda.graph(graph, stream=stream):
-                    self._step()
-            except (RuntimeError, ValueError, UserError) as error:
-                cause = error.__context__ or error  # ending a capture that failed is an error of its own
-                log.warning("the decode step is no CUDA graph, and slower: it cannot be captured (%s)", cause)
-                graph = None
-        torch.cuda.current_stream(device).wait_stream(stream)
-        return graph
 
 
 def build(model_bundle: Path, directory: Path, manifest: Manifest, cache: CacheConfig) -> dict[str, str]:

@@ -203,6 +203,8 @@ def _quantise(
 class Decoder(nn.Module):
     """New tokens and the cache to logits and new keys and values; arguments as `bindings.decoder_inputs` lists them.
 
+    ``logit_row``, int32 ``[1]``, is the token whose logits are wanted; None, as exported: the last.
+
     Returns what `bindings.decoder_outputs` lists, then the hidden states after each layer. Replaces ``model``'s layers
     by `DecoderLayer`, so that the model's parameters, by their names, are those of the decoder.
     """
@@ -229,6 +231,7 @@ class Decoder(nn.Module):
         past_visible: torch.Tensor,
         caches: list[dict[str, torch.Tensor | str]],
         recent_length: torch.Tensor | None = None,
+        logit_row: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         new: list[tuple[torch.Tensor, torch.Tensor]] = []
         hidden = inputs_embeds
@@ -240,6 +243,6 @@ class Decoder(nn.Module):
                 hidden = hidden + deepstack_embeds[index]
             after_layers.append(hidden)
         # A slice, then a reshape: TensorRT's importers hand a constant index of -1 on to Gather, where it is undefined.
-        last = hidden[:, -1:].flatten(0, 1)
+        last = (hidden[:, -1:] if logit_row is None else hidden.index_select(1, logit_row)).flatten(0, 1)
         logits = self.lm_head(self.language_model.norm(last))
         return logits, *(tensor for pair in new for tensor in pair), *after_layers

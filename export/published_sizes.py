@@ -1,4 +1,4 @@
-"""The published Qwen3-VL sizes: shapes of the dense models, and how their authors have tokens chosen."""
+"""The published Qwen3-VL sizes: shapes of the dense models, their authors' choice of tokens and sizes of pictures."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ SIZES = {
 """By name: what the text config and the vision config set, and whether the lm_head is the embeddings."""
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8}
 """Of the Instruct models' generation configs."""
+PICTURES = {"size": {"shortest_edge": 256**2, "longest_edge": 4096**2}}
+"""Of their processors' files: least and most pixels."""
 
 
 def config(size: str, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None) -> Qwen3VLConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import onnx
@@ -18,7 +18,14 @@ from pascalvl.export.checkpoint import TOKEN_IDS, Checkpoint, meta_model, model_
 from pascalvl.export.exporter import describe, trace_decoder, trace_vision, write_without_weights
 from pascalvl.export.transforms import check_ranks
 from pascalvl.plugins import bindings
-from pascalvl.plugins.bundle import CHECKPOINT_CONFIG, GENERATION_CONFIG, Manifest, atomic_directory, read_json
+from pascalvl.plugins.bundle import (
+    CHECKPOINT_CONFIG,
+    GENERATION_CONFIG,
+    IMAGE_PROCESSOR,
+    Manifest,
+    atomic_directory,
+    read_json,
+)
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 from pascalvl.plugins.model_config import ModelConfig
@@ -40,7 +47,7 @@ def export_random(
     """Write a model bundle of a published size to ``output``, its weights random; returns its manifest.
 
     Graphs are those of `export_checkpoint`; weights are drawn as `pascalvl.export.random_weights` says, block by block.
-    Tokens are chosen as the Instruct models' authors set.
+    Tokens are chosen, and pictures resized, as the Instruct models' authors set.
 
     Args:
         size: one of `published_sizes.SIZES`.
@@ -66,7 +73,8 @@ def export_random(
         with atomic_directory(output, "model") as directory:
             checkpoint.copy_host_files(directory)
             (directory / CHECKPOINT_CONFIG).write_text(hf_config.to_json_string(), encoding="utf-8")
-            _set_sampling(directory / GENERATION_CONFIG)
+            _set(directory / GENERATION_CONFIG, published_sizes.SAMPLING)
+            _set(directory / IMAGE_PROCESSOR, published_sizes.PICTURES)
             with checkpoint.host_files.errors_name_sources(directory):
                 check_host_files(directory, config)
             graphs = {}
@@ -116,6 +124,6 @@ def _with_ranks(config: ModelConfig, cache: CacheConfig) -> ModelConfig:
     return dataclasses.replace(config, text=dataclasses.replace(config.text, **chosen))
 
 
-def _set_sampling(path: Path) -> None:
-    data = {**read_json(path, "choose another checkpoint"), **published_sizes.SAMPLING}
+def _set(path: Path, fields: Mapping[str, object]) -> None:
+    data = {**read_json(path, "choose another checkpoint"), **fields}
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

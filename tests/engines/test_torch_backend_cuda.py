@@ -15,10 +15,11 @@ import torch
 
 from pascalvl.engines import open_engine
 from pascalvl.engines.tolerance import tolerance
-from pascalvl.engines.torch_backend import TorchSession
+from pascalvl.engines.torch_steps import CapturedStep
 from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
 from pascalvl.runtime import SamplingParams, VisionLanguageModel, bench
+from pascalvl.runtime.prompt import Prompt
 from pascalvl.runtime.sampling import Sampler
 from pascalvl.runtime.video import Video
 from tests.engines.decoder import CACHES, Sequence
@@ -128,18 +129,38 @@ def test_each_decode_step_is_one_graph(model, endless, monkeypatch):
         replays += 1
         replay(graph)
 
-    answer(model, FIRST, 1)
+    for _ in range(2):  # the prompt, and its last token, which is what the next time leaves of it
+        answer(model, FIRST, 1)
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counting)
-    monkeypatch.setattr(TorchSession, "_step", None)  # running it otherwise is an error
+    monkeypatch.setattr(CapturedStep, "step", None)  # running it otherwise is an error
     generation = answer(model, FIRST, 20)
     assert len(generation.token_ids) == 20
-    assert replays == 19  # the first token comes with the prompt
+    assert replays == 20  # the first token comes with the prompt
+
+
+@pytest.mark.parametrize("kv", ["f32", "k8v4"])
+def test_prefill_of_every_length_agrees(kv, nano_engine):
+    """Captured and replayed, behind tokens that stay, against the same without graphs."""
+    captured, plain = (VisionLanguageModel.open(nano_engine(kv, "torch")) for _ in range(2))
+    plain._session.decode_step.graph = None
+    tokens = np.random.default_rng(0).integers(captured.config.text.vocab_size, size=800)
+    for count in (1, 2, 7, 8, 9, 20, 33, 500, 512, 700):
+        for attempt in range(3):
+            for model in (captured, plain):
+                chunk = np.concatenate([tokens[:70], np.roll(tokens, attempt)[:count]])
+                positions = np.broadcast_to(np.arange(len(chunk)), (3, len(chunk)))
+                assert len(list(model.answer(Prompt(chunk, positions, ()), SamplingParams(temperature=0), 1))) <= 1
+            slots = np.arange(70 + count)
+            for name, rows in plain._session.read(slots).items():
+                found = captured._session.read(slots)[name]
+                if rows.dtype.kind == "f":  # codes may differ by one at ties
+                    np.testing.assert_allclose(found, rows, rtol=0, atol=1e-3 * np.abs(rows).max(), err_msg=name)
 
 
 def test_graph_and_plain_steps_agree(bundle, endless):
     plain = VisionLanguageModel.open(bundle)
     plain.generation_config = endless.generation_config
-    plain._session.graph = None
+    plain._session.decode_step.graph = None
     for messages in CONVERSATIONS.values():
         generation = answer(endless, messages, 40)
         assert answer(plain, messages, 40).token_ids == generation.token_ids
@@ -154,7 +175,7 @@ CAPTURE_FAILS = """
 import logging, sys
 import torch
 from pascalvl.engines.tolerance import tolerance
-from pascalvl.engines.torch_backend import TorchSession
+from pascalvl.engines.torch_steps import CapturedStep
 from pascalvl.runtime import SamplingParams, VisionLanguageModel
 
 def synchronising(session, inputs, run=TorchSession._run):
@@ -164,7 +185,7 @@ def synchronising(session, inputs, run=TorchSession._run):
 TorchSession._run = synchronising
 logging.basicConfig()
 model = VisionLanguageModel.open(sys.argv[1])
-assert model._session.graph is None
+assert model._session.decode_step.graph is None
 generation = model.generate([{"role": "user", "content": "Hello!"}], SamplingParams(), 8)
 list(generation)
 print(generation.token_ids)
@@ -182,7 +203,7 @@ def test_a_step_that_cannot_be_captured(bundle, model):
 def test_an_interrupted_step_appends_nothing(bundle, model):
     expected = answer(model, FIRST, 12).token_ids
     fresh = VisionLanguageModel.open(bundle)
-    graph = fresh._session.graph
+    graph = fresh._session.decode_step.graph
 
     class Interrupted:
         left = 3
@@ -193,11 +214,11 @@ def test_an_interrupted_step_appends_nothing(bundle, model):
             if not self.left:
                 raise KeyboardInterrupt
 
-    fresh._session.graph = Interrupted()
+    fresh._session.decode_step.graph = Interrupted()
     with pytest.raises(KeyboardInterrupt):
         answer(fresh, FIRST, 12)
     assert fresh._cache.length == len(fresh.prompt(FIRST).token_ids) + 2
-    fresh._session.graph = graph
+    fresh._session.decode_step.graph = graph
     assert answer(fresh, FIRST, 12).token_ids == expected
 
 
@@ -221,7 +242,7 @@ def test_sessions_do_not_disturb_each_other(bundle):
 def test_launches_of_a_step(bundle, endless):
     """As many at each count, about as many outside the graph (where libraries may choose others); nothing is stored."""
     plain = VisionLanguageModel.open(bundle)
-    plain._session.graph = None
+    plain._session.decode_step.graph = None
     for model in (endless, plain):
         answer(model, FIRST, 4)
     slots = np.arange(endless._cache.length)
@@ -254,7 +275,7 @@ def test_more_context_than_memory(bundle):
 def test_time_of_a_decode_step(endless, bundle, capsys):
     plain = VisionLanguageModel.open(bundle)
     plain.generation_config = endless.generation_config
-    plain._session.graph = None
+    plain._session.decode_step.graph = None
     with capsys.disabled():
         print()
         for name, model in (("CUDA graph", endless), ("plain", plain)):

@@ -1,0 +1,146 @@
+"""Calls of the torch backend's decoder as CUDA graphs: a decode step, and prefill of padded lengths."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+from pascalvl.engines.session import ALWAYS_VISIBLE, RECENT_SLOTS, SLOTS
+from pascalvl.plugins import bindings
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.model_config import TextConfig
+
+log = logging.getLogger(__name__)
+
+LOGIT_ROW = "logit_row"
+"""Input: int32 ``[1]``, the token whose logits are wanted."""
+
+
+class CapturedStep:
+    """The decoder and what appends over up to ``seq`` tokens, which see all of the past, fed from one pinned array.
+
+    The step itself copies that array to the device, places in the cache with it: the host's word counts, also after an
+    interrupt. Tokens up to ``seq`` that are not there go nowhere, and none sees them.
+
+    Args:
+        what: how logs call it.
+        run: the decoder on inputs by name on the device, of several tokens `LOGIT_ROW` too, and the appending; returns
+            the decoder's outputs.
+        text: the model's.
+        device: where it runs.
+        seq: tokens.
+        levels: of DeepStack that are added.
+        has_recent: whether the cache keeps recent tokens besides.
+
+    Attributes:
+        graph: once `capture` has been called, where the device can and the step could be captured.
+        logits: on the device, ``[1, vocab_size]``, of the last token that was there.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        run: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]],
+        text: TextConfig,
+        device: torch.device,
+        seq: int,
+        levels: int = 0,
+        has_recent: bool = False,
+    ) -> None:
+        self._what, self._decode, self._device = what, run, device
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.is_tried = device.type != "cuda"
+        """Whether there is nothing to capture any more."""
+        floats = {
+            bindings.INPUTS_EMBEDS: (1, seq, text.hidden_size),
+            bindings.ROPE_COS: (1, seq, text.head_dim),
+            bindings.ROPE_SIN: (1, seq, text.head_dim),
+            bindings.DEEPSTACK_EMBEDS: (levels, 1, seq, text.hidden_size),
+        }
+        integers = {bindings.PAST_LENGTH: (1,), bindings.PAST_VISIBLE: (1, 1), SLOTS.name: (1, seq)}
+        if seq > 1:
+            integers[LOGIT_ROW] = (1,)
+        if has_recent:
+            integers |= {bindings.RECENT_LENGTH: (1,), RECENT_SLOTS.name: (1, seq)}
+        shapes = {**floats, **integers}
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        self._staged = torch.zeros(sum(sizes), pin_memory=device.type == "cuda")
+        self._inputs = self._staged.to(device)
+        staged, self._step_inputs = (
+            {
+                name: (part if name in floats else part.view(torch.int32)).view(shapes[name])
+                for name, part in zip(shapes, whole.split(sizes), strict=True)
+            }
+            for whole in (self._staged, self._inputs)
+        )
+        self._host = {name: tensor.numpy() for name, tensor in staged.items()}
+        self._host[bindings.PAST_VISIBLE][:] = ALWAYS_VISIBLE
+        self._slots = [name for name in (SLOTS.name, RECENT_SLOTS.name) if name in integers]
+        self.store_nothing()
+        self._likeliest = torch.zeros(2, dtype=torch.float64, pin_memory=device.type == "cuda")
+
+    def store_nothing(self) -> None:
+        """Let the next run append nothing."""
+        for name in self._slots:
+            self._host[name][:] = -1
+
+    def stage(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Set the inputs of the tokens that there are: feeds, and a placement's arrays."""
+        count = arrays[SLOTS.name].shape[1]
+        self.store_nothing()
+        for name, array in arrays.items():
+            staged = self._host[name]
+            if staged.ndim < 2:
+                staged[:] = array
+            elif name in self._slots:
+                staged[:, :count] = array
+            else:
+                staged[..., :count, :] = array
+        if LOGIT_ROW in self._host:
+            self._host[LOGIT_ROW][:] = count - 1
+
+    def run(self) -> None:
+        """Run what is staged, and wait for it."""
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.step()
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+    @property
+    def likeliest(self) -> tuple[int, float]:
+        """The first of the likeliest tokens, and its logit, NaN if any is."""
+        token, logit = self._likeliest.tolist()
+        return int(token), logit
+
+    def step(self) -> None:
+        """From what is staged to `logits` on the device and `likeliest` on the host, without waiting for the device."""
+        self._inputs.copy_(self._staged, non_blocking=True)
+        self.logits = self._decode(self._step_inputs)[bindings.LOGITS]
+        logit, token = self.logits[0].max(0)  # the first of equal ones, or of NaNs
+        self._likeliest.copy_(torch.stack((token.double(), logit.double())), non_blocking=True)
+
+    def capture(self, pool: object | None = None) -> None:
+        """Record it as `graph`, in the memory of another one's ``pool``; where that cannot be done, say why."""
+        if self.is_tried:
+            return
+        self.is_tried = True
+        self.store_nothing()
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):  # which a capture that fails would leave the current one
+            self.step()  # what libraries set up on first use cannot be captured
+            try:
+                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                    self.step()
+                self.graph = graph
+            except (RuntimeError, ValueError, UserError) as error:
+                cause = error.__context__ or error  # ending a capture that failed is an error of its own
+                log.warning("%s is no CUDA graph, and slower: it cannot be captured (%s)", self._what, cause)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
