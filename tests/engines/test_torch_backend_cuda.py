@@ -175,7 +175,7 @@ CAPTURE_FAILS = """
 import logging, sys
 import torch
 from pascalvl.engines.tolerance import tolerance
-from pascalvl.engines.torch_steps import CapturedStep
+from pascalvl.engines.torch_backend import TorchSession
 from pascalvl.runtime import SamplingParams, VisionLanguageModel
 
 def synchronising(session, inputs, run=TorchSession._run):

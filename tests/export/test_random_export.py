@@ -13,7 +13,7 @@ from pascalvl.engines import build, open_engine
 from pascalvl.export import published_sizes, random_weights
 from pascalvl.export.random_export import export_random
 from pascalvl.plugins import bindings
-from pascalvl.plugins.bundle import CHECKPOINT_CONFIG, EMBEDDINGS, GENERATION_CONFIG, MANIFEST, Manifest
+from pascalvl.plugins.bundle import CHECKPOINT_CONFIG, EMBEDDINGS, GENERATION_CONFIG, Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.ops.quant_linear.op import OP_NAME
@@ -23,6 +23,7 @@ from pascalvl.runtime import VisionLanguageModel
 from pascalvl.runtime.generation import GenerationConfig
 from pascalvl.runtime.sampling import SamplingParams
 from tests.engines.decoder import decoder_feeds
+from tests.manifests import edit_manifest
 
 LAYERS = 4
 TEXT = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 320, "num_hidden_layers": 6,
@@ -139,8 +140,7 @@ def test_a_bundle_carried_without_its_weights_gets_them_again(bundle, tmp_path):
 
 def test_other_bundles_get_none(bundle, tmp_path, capsys):
     shutil.copytree(bundle, tmp_path / "trained", ignore=shutil.ignore_patterns("*.data"))
-    manifest = tmp_path / "trained" / MANIFEST
-    manifest.write_text(manifest.read_text().replace("Qwen3-VL-small, random weights", "Qwen3-VL-4B-Instruct"))
+    edit_manifest(tmp_path / "trained", lambda data: data["source"].update(name="Qwen3-VL-4B-Instruct"))
     assert random_weights.main([str(tmp_path / "trained")]) == 2
     assert "trained is of Qwen3-VL-4B-Instruct: expected one of 'pascalvl export --random'" in capsys.readouterr().err
     assert not list((tmp_path / "trained").glob("*.data"))
