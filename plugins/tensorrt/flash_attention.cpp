@@ -3,6 +3,7 @@
 #include <cmath>
 #include <utility>
 
+#include "plugins/kernels/params.h"
 #include "plugins/tensorrt/plugin.h"
 
 namespace pascalvl {
@@ -126,11 +127,14 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
       most = std::max(most, bytes);
     };
     const int32_t* const recent = std::exchange(args.recent_length, nullptr);
-    if (!args.causal) return count(), most;
+    count();
+    if (!args.causal) return most;
     const int32_t* const visible = args.past_visible;
+    // With the tokens of whole tiles the most is needed of all that make as many tiles.
+    const int32_t of_tile = std::max(1, prefill_rows(args.value_dim) / (args.num_heads / args.num_kv_heads));
     for (const int32_t seq = args.seq; args.batch > 0; --args.batch) {
       args.past_visible = visible, args.recent_length = nullptr;
-      for (args.seq = seq; args.seq > 0; --args.seq) count();
+      for (args.seq = seq; args.seq > 0; args.seq = (args.seq - 1) / of_tile * of_tile) count();
       args.seq = 1, args.past_visible = nullptr, args.recent_length = recent;
       count();
     }

@@ -26,6 +26,8 @@ from pascalvl.plugins.weight_rows import QuantisedWeight, linear, quantise_weigh
 from tests.plugins.kernels.reference import attention, relative_error
 
 F32, F16, I32 = np.float32, np.float16, np.int32
+CAPACITY = 1024
+"""Slots of the cache whose workspace is asked for."""
 LEAST, MOST = np.iinfo(I32).min, np.iinfo(I32).max
 
 
@@ -131,9 +133,9 @@ def main() -> None:
         shapes = [(F32, (batch, heads, seq, 128)) for heads in (4, 1, 1)]
         shapes += [(I32, (batch,)), (I32, (batch, slots))]
         for row, elements in zip(layout.kv_format.rows, layout.row_elements, strict=True):
-            shapes.append((row.dtype, (batch, 1, 256, elements)))
+            shapes.append((row.dtype, (batch, 1, CAPACITY, elements)))
         if layout.kv_format.is_quantised:
-            shapes.append((I32, (2, batch, 1, 128)))
+            shapes.append((I32, (2, batch, 1, CAPACITY // 2)))
         attributes = {"causal": 1, "softmax_scale": 0.1, "kv_format": name}
         if recent:
             attributes["recent"] = recent
@@ -268,10 +270,11 @@ def main() -> None:
                 "workspaces": {
                     name: [workspace(*most, *more), max(workspace(*sizes, *more) for sizes in within)]
                     for name, most, within, more in (
-                        ("a token without a mask", (2, 1, 256), [(1, 1, 1)], ()),
-                        ("of codes", (2, 1, 256), [(1, 1, 1), (1, 1, 256)], ("k8v4",)),
-                        ("with recent", (2, 1, 256), [(1, 1, 1)], ("k4v4", 100)),
+                        ("a token without a mask", (2, 1, CAPACITY), [(1, 1, 1)], ()),
+                        ("of codes", (2, 1, CAPACITY), [(1, 1, 1), (1, 1, CAPACITY)], ("k8v4",)),
+                        ("with recent", (2, 1, CAPACITY), [(1, 1, 1)], ("k4v4", 100)),
                         ("fewer sequences", (1, 3, 1), [(1, 2, 1), (1, 1, 1)], ()),
+                        ("fewer tokens", (1, 600, 1), [(1, 20, 1), (1, 5, 1)], ()),
                     )
                 },
                 "sizes": sizes_refused(),
