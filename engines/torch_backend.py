@@ -108,7 +108,7 @@ class TorchEngine(Engine):
 class TorchSession(Session):
     """The storage as a tensor on the engine's device; on CUDA, decode and prefill are CUDA graphs.
 
-    A chunk of a prompt is padded to the next of a few lengths, each of which is captured after it has run once.
+    A chunk of a prompt is padded to the next of a few lengths, each of which is captured when it first runs.
     """
 
     def __init__(self, engine: TorchEngine, capacity: int) -> None:
@@ -125,7 +125,8 @@ class TorchSession(Session):
             }
 
             self.decode_step = self._step("the decode step", 1)
-            self.decode_step.capture()
+            if engine.device.type == "cuda":
+                self.decode_step.run()  # records it, before there is anything to store
         self._pool = self.decode_step.graph.pool() if self.decode_step.graph else None
         self._prefill_steps: dict[int, CapturedStep] = {}
 
@@ -139,9 +140,7 @@ class TorchSession(Session):
             if step := self._prefill_step(len(placement.slots), placement):
                 step.stage(arrays)
                 step.run()
-                logits = step.logits.numpy(force=True)
-                step.capture(self._pool)
-                return {bindings.LOGITS: logits}
+                return {bindings.LOGITS: step.logits.numpy(force=True)}
             arrays[bindings.PAST_VISIBLE] = self.visible(placement)
             outputs = self._run(self._engine.tensors(arrays))
             return {name: output.numpy(force=True) for name, output in outputs.items()}
@@ -153,13 +152,14 @@ class TorchSession(Session):
         if seq is None or sees_more or self._engine.marked_layers or not self.decode_step.graph:
             return None
         if seq not in self._prefill_steps:
-            self._prefill_steps[seq] = self._step(f"prefill of {seq} tokens", seq, self.model.num_deepstack)
+            levels = self.model.num_deepstack
+            self._prefill_steps[seq] = self._step(f"prefill of {seq} tokens", seq, levels, self._pool)
         return self._prefill_steps[seq]
 
-    def _step(self, what: str, seq: int, levels: int = 0) -> CapturedStep:
+    def _step(self, what: str, seq: int, levels: int = 0, pool: object | None = None) -> CapturedStep:
         """DeepStack adds nothing to text: a decode step has no ``levels`` of it."""
         device = self._engine.device
-        return CapturedStep(what, self._run, self.model.text, device, seq, levels, bool(self.cache.recent))
+        return CapturedStep(what, self._run, self.model.text, device, seq, levels, bool(self.cache.recent), pool)
 
     def decode(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> np.ndarray:
         self._decode(feeds, placement)

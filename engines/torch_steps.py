@@ -36,8 +36,10 @@ class CapturedStep:
         levels: of DeepStack that are added.
         has_recent: whether the cache keeps recent tokens besides.
 
+        pool: memory of another step's graph, which this one's is made in; None: its own.
+
     Attributes:
-        graph: once `capture` has been called, where the device can and the step could be captured.
+        graph: from the first run on, where the device can and the step could be captured.
         logits: on the device, ``[1, vocab_size]``, of the last token that was there.
     """
 
@@ -50,11 +52,11 @@ class CapturedStep:
         seq: int,
         levels: int = 0,
         has_recent: bool = False,
+        pool: object | None = None,
     ) -> None:
-        self._what, self._decode, self._device = what, run, device
+        self._what, self._decode, self._device, self._pool = what, run, device, pool
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.is_tried = device.type != "cuda"
-        """Whether there is nothing to capture any more."""
+        self._is_tried = device.type != "cuda"
         floats = {
             bindings.INPUTS_EMBEDS: (1, seq, text.hidden_size),
             bindings.ROPE_COS: (1, seq, text.head_dim),
@@ -104,9 +106,12 @@ class CapturedStep:
             self._host[LOGIT_ROW][:] = count - 1
 
     def run(self) -> None:
-        """Run what is staged, and wait for it."""
+        """Run what is staged, and wait for it; the first time on CUDA, record it for the next times."""
         if self.graph:
             self.graph.replay()
+            self.logits = self._graph_logits
+        elif not self._is_tried:
+            self._run_and_capture()
         else:
             self.step()
         if self._device.type == "cuda":
@@ -125,22 +130,20 @@ class CapturedStep:
         logit, token = self.logits[0].max(0)  # the first of equal ones, or of NaNs
         self._likeliest.copy_(torch.stack((token.double(), logit.double())), non_blocking=True)
 
-    def capture(self, pool: object | None = None) -> None:
-        """Record it as `graph`, in the memory of another one's ``pool``; where that cannot be done, say why."""
-        if self.is_tried:
-            return
-        self.is_tried = True
-        self.store_nothing()
+    def _run_and_capture(self) -> None:
+        """Run, which sets up what cannot be set up in a capture, then record `graph`, or say why it cannot be."""
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):  # which a capture that fails would leave the current one
-            self.step()  # what libraries set up on first use cannot be captured
+            self.step()
+            logits, self._is_tried = self.logits, True
             try:
-                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream):
                     self.step()
-                self.graph = graph
+                self.graph, self._graph_logits = graph, self.logits
             except (RuntimeError, ValueError, UserError) as error:
                 cause = error.__context__ or error  # ending a capture that failed is an error of its own
                 log.warning("%s is no CUDA graph, and slower: it cannot be captured (%s)", self._what, cause)
+        self.logits = logits  # a capture computes none
         torch.cuda.current_stream(self._device).wait_stream(stream)
