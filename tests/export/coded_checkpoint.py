@@ -5,13 +5,12 @@ The packing is written from the formats' descriptions, nibble by nibble; none of
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+
+from tests.export import requantised
 
 AWQ_ORDER = 0, 2, 4, 6, 1, 3, 5, 7
 """Which of eight outputs a word's nibbles are, from the lowest on."""
@@ -42,25 +41,15 @@ def group_of(kind: str) -> int:
 
 def write(nano: Path, directory: Path, kind: str) -> dict[str, np.ndarray]:
     """Write it; returns, by the names of the weights that are in codes, what they stand for, in float64."""
-    shutil.copytree(nano, directory)
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": CONFIGS[kind]}))
-    dense, weight_map = {}, {}
-    for shard in sorted(directory.glob("*.safetensors")):
-        tensors = {}
-        for name, tensor in load_file(shard).items():
-            if "layers." not in name or not name.endswith("proj.weight"):
-                tensors[name] = tensor
-                continue
-            group = group_of(kind)
-            code, zero, scale = quantise(tensor.double().numpy(), group, kind)
-            dense[name] = (code - zero.repeat(group, 1)) * scale.double().numpy().repeat(group, 1)
-            layer = name.removesuffix(".weight")
-            tensors |= {f"{layer}.{part}": stored for part, stored in stored_tensors(kind, code, zero, scale).items()}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, shard)
-        weight_map |= dict.fromkeys(tensors, shard.name)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return dense
+    group = group_of(kind)
+
+    def stored(name: str, weight: np.ndarray) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+        code, zero, scale = quantise(weight, group, kind)
+        layer = name.removesuffix(".weight")
+        tensors = {f"{layer}.{part}": tensor for part, tensor in stored_tensors(kind, code, zero, scale).items()}
+        return tensors, (code - zero.repeat(group, 1)) * scale.double().numpy().repeat(group, 1)
+
+    return requantised.write(nano, directory, CONFIGS[kind], stored)
 
 
 def quantise(weight: np.ndarray, group: int, kind: str) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:

@@ -6,13 +6,12 @@ them.
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+
+from tests.export import requantised
 
 
 def compressed(form: str, kind: str, **scheme: object) -> dict:
@@ -55,21 +54,12 @@ SCALE_TYPES = {"fp8 in partial blocks": torch.bfloat16, "float8 by output": torc
 
 def write(nano: Path, directory: Path, kind: str) -> dict[str, np.ndarray]:
     """Write it; returns, by the names of the weights that are in 8 bits, what they stand for, in float64."""
-    shutil.copytree(nano, directory)
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": CONFIGS[kind]}))
-    dense, weight_map = {}, {}
-    for shard in sorted(directory.glob("*.safetensors")):
-        tensors = {}
-        for name, tensor in load_file(shard).items():
-            tensors[name] = tensor
-            if "layers." in name and name.endswith("proj.weight"):
-                tensors[name], scale, dense[name] = quantise(tensor.double().numpy(), kind)
-                tensors[name + "_scale" + "_inv" * kind.startswith("fp8")] = scale
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, shard)
-        weight_map |= dict.fromkeys(tensors, shard.name)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return dense
+
+    def stored(name: str, weight: np.ndarray) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+        codes, scale, values = quantise(weight, kind)
+        return {name: codes, name + "_scale" + "_inv" * kind.startswith("fp8"): scale}, values
+
+    return requantised.write(nano, directory, CONFIGS[kind], stored)
 
 
 def quantise(weight: np.ndarray, kind: str) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:

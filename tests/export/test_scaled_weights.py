@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3VLForConditionalGeneration
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from pascalvl.engines import build
@@ -23,7 +22,7 @@ from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig
 from pascalvl.runtime import VisionLanguageModel
 from pascalvl.runtime.cli import main
 from tests.engines.torch_reference import answer, reference_answer, scene, user
-from tests.export import scaled_checkpoint
+from tests.export import requantised, scaled_checkpoint
 
 WEIGHT = "model.language_model.layers.3.mlp.down_proj.weight"
 PICTURE = [user(scene(3, 100, 70), "How many squares are there?")]
@@ -45,14 +44,7 @@ def scaled(nano_checkpoint, tmp_path_factory):
 def references(scaled, nano_checkpoint):
     """Hugging Face's models with the weights that codes stand for."""
 
-    @functools.cache
-    def of(kind):
-        model = Qwen3VLForConditionalGeneration.from_pretrained(nano_checkpoint, dtype=torch.float32).eval()
-        weights = {name: torch.from_numpy(x).float() for name, x in scaled(kind)[1].items()}
-        model.load_state_dict(weights, strict=False)
-        return model
-
-    return of
+    return functools.cache(lambda kind: requantised.reference(nano_checkpoint, scaled(kind)[1]))
 
 
 @pytest.mark.parametrize("kind", scaled_checkpoint.CONFIGS)

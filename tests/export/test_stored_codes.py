@@ -11,7 +11,6 @@ import pytest
 import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3VLForConditionalGeneration
 
 from pascalvl.engines import build, open_engine
 from pascalvl.export import export_checkpoint
@@ -26,7 +25,7 @@ from pascalvl.plugins.weight_rows import QuantisedWeight
 from pascalvl.runtime import VisionLanguageModel
 from tests.engines.decoder import decoder_feeds
 from tests.engines.torch_reference import answer, reference_answer, scene, user
-from tests.export import coded_checkpoint
+from tests.export import coded_checkpoint, requantised
 
 LAYER = "model.language_model.layers.3."
 KINDS = list(coded_checkpoint.CONFIGS)
@@ -100,14 +99,7 @@ def test_a_bundle_has_the_same_codes(kind, coded, exported):
 def references(coded, nano_checkpoint):
     """Hugging Face's models with the weights that codes stand for."""
 
-    @functools.cache
-    def of(kind):
-        model = Qwen3VLForConditionalGeneration.from_pretrained(nano_checkpoint, dtype=torch.float32).eval()
-        weights = {name: torch.from_numpy(x).float() for name, x in coded(kind)[1].items()}
-        model.load_state_dict(weights, strict=False)
-        return model
-
-    return of
+    return functools.cache(lambda kind: requantised.reference(nano_checkpoint, coded(kind)[1]))
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch", "plugin"])
