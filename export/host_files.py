@@ -19,7 +19,7 @@ import tokenizers
 from transformers import GenerationConfig
 
 from pascalvl.plugins import bundle
-from pascalvl.plugins.errors import UserError, library_reason, panics
+from pascalvl.plugins.errors import UserError, library_reason, panics, shown
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class HostFiles:
             )
         if (found := settings.get("video_processor_type") or _VIDEO_PROCESSOR_TYPE) != _VIDEO_PROCESSOR_TYPE:
             raise UserError(
-                f"{self._directory} reads videos with {str(found)[:40]!r}: only {_VIDEO_PROCESSOR_TYPE!r} is supported."
+                f"{self._directory} reads videos with {shown(found)}: only {_VIDEO_PROCESSOR_TYPE!r} is supported."
             )
         if not settings.get("do_sample_frames", True):
             settings = {**settings, "fps": None, "num_frames": None, "min_frames": 1, "max_frames": _ALL_FRAMES}

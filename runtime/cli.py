@@ -374,7 +374,7 @@ def _names(argument: str) -> tuple[str, ...]:
 def _counts(argument: str) -> tuple[int, ...]:
     parts = [part.strip() for part in argument.split(",")]
     if not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
-        raise UserError(f"expected whole numbers with commas between them, such as 0,4096, found {argument[:40]!r}.")
+        raise UserError(f"expected whole numbers with commas between them, such as 0,4096, found {shown(argument)}.")
     return tuple(dict.fromkeys(map(int, parts)))
 
 

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pascalvl.plugins.bundle import read_json
+from pascalvl.plugins.bundle import open_regular, read_json
 from pascalvl.plugins.errors import UserError, reason, shown
 from pascalvl.runtime.positions import Grid
 
@@ -103,8 +103,7 @@ def load_image(source: ImageSource) -> Image.Image:
 def _opened(source: Path | str | bytes) -> Image.Image:
     """A picture from a file, ``data:`` URL or bytes, which is not decoded yet, and not too large for that."""
     if isinstance(source, Path):
-        if source.exists() and not source.is_file():
-            raise ValueError("it is no regular file")
+        open_regular(source).close()
         size = source.stat().st_size
     else:
         data = source if isinstance(source, bytes) else _decoded(source)
