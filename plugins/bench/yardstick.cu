@@ -13,7 +13,7 @@ extern "C" __global__ void __launch_bounds__(kPrefillThreads, 2)
   p.key_dim = k;
   p.group = 1;
   p.scale_log2 = 1;
-  const Source source{reinterpret_cast<const unsigned char*>(b), nullptr, nullptr, nullptr, 4 * k, 0, n};
+  const Source source{reinterpret_cast<const unsigned char*>(b), nullptr, nullptr, 4 * k, 0, n};
   const int first = blockIdx.x * T::kKeys;
   Prefill<128> tile;
   tile.begin(p, blockIdx.y * T::kRows, gridDim.y * T::kRows, 0);

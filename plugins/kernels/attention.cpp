@@ -7,22 +7,14 @@
 namespace pascalvl {
 namespace {
 
-constexpr int64_t kMaxStride = int64_t(1) << 47;  // bytes: times a number of layers still 64 bits
-constexpr int kBlocksPerMultiprocessor = 2;       // of decode and prefill, by their registers
-constexpr int kLeastTiles = 2;                    // of keys, in a prefill split
+constexpr int kBlocksPerMultiprocessor = 2;  // of decode and prefill, by their registers
+constexpr int kLeastTiles = 2;               // of keys, in a prefill split
 
 // Of q, or of a layer's new keys: the kernels number them.
 void require_rows(int batch, int heads, int seq) {
   const int64_t rows = int64_t(batch) * heads * seq;
   require(rows <= PASCALVL_MAX_ROWS, "batch %d, %d heads and seq %d make %lld rows; expected at most %d.", batch, heads,
           seq, static_cast<long long>(rows), int(PASCALVL_MAX_ROWS));
-}
-
-// From a layer's rows (or scales) to the next one's.
-void require_stride(int64_t bytes, int multiple) {
-  require(bytes % multiple == 0 && bytes >= -kMaxStride && bytes <= kMaxStride,
-          "A layer's stride is %lld bytes; expected a multiple of %d, and 2^47 at most.", static_cast<long long>(bytes),
-          multiple);
 }
 
 void require_dim(int dim, const char* name) {
@@ -34,43 +26,30 @@ const char* format_name(int format) {
   return format >= kFloat32 && format <= kInt4 ? names[format] : "unknown";
 }
 
-void check_cache(const pascalvl_cache& cache, int key_dim) {
-  require(cache.key_format >= kFloat32 && cache.key_format <= kInt4 && cache.value_format >= kFloat32 &&
-              cache.value_format <= kInt4,
-          "The cache's formats are %d and %d; expected 0 (float32), 1 (float16), 2 (int8) or 3 (int4).",
-          cache.key_format, cache.value_format);
-  require(
-      is_quantised(cache.key_format) ? is_quantised(cache.value_format) : cache.key_format == cache.value_format,
-      "A cache of %s keys and %s values is not supported; expected both float32, both float16, or each int8 or int4.",
-      format_name(cache.key_format), format_name(cache.value_format));
-  require_size(cache.capacity, "The cache's capacity");
-  require_pointer(cache.key, "The cache of keys");
-  require_pointer(cache.value, "The cache of values");
-  if (is_quantised(cache.key_format)) {
-    require(cache.key_scale && cache.value_scale, "A quantised cache needs arrays of scales; one is a null pointer.");
-  }
-  require(!cache.rotated || is_quantised(cache.key_format), "Only quantised keys are rotated; found %s.",
-          format_name(cache.key_format));
-  require(!cache.rotated || key_dim == kMaxDim, "Rotated keys have 128 channels; found key_dim %d.", key_dim);
+void check_formats(const pascalvl_attention_args& a) {
+  const int key = a.key_format, value = a.value_format;
+  require(key >= kFloat32 && key <= kInt4 && value >= kFloat32 && value <= kInt4,
+          "The cache's formats are %d and %d; expected 0 (float32), 1 (float16), 2 (int8) or 3 (int4).", key, value);
+  require(key == value || (key == kInt8 && value == kInt4),
+          "A cache of %s keys and %s values is not supported; expected both the same, or int8 keys and int4 values.",
+          format_name(key), format_name(value));
+  require(!a.rotated || is_quantised(key), "Only quantised keys are rotated; found %s.", format_name(key));
+  require(!a.rotated || a.key_dim == kMaxDim, "Rotated keys have 128 channels; found key_dim %d.", a.key_dim);
 }
 
-Cache to_cache(const pascalvl_cache& c) {
-  return {static_cast<unsigned char*>(c.key),
-          static_cast<unsigned char*>(c.value),
-          static_cast<unsigned short*>(c.key_scale),
-          static_cast<unsigned short*>(c.value_scale),
-          c.key_format,
-          c.value_format,
-          c.capacity};
+void check_rows(const pascalvl_rows& rows, int key_format, const char* whose) {
+  require_pointer(rows.key, text("%s keys", whose).c_str());
+  require_pointer(rows.value, text("%s values", whose).c_str());
+  if (!is_quantised(key_format)) return;
+  require(rows.scale && reinterpret_cast<uintptr_t>(rows.scale) % sizeof(uint32_t) == 0,
+          "%s scales are at %p; expected a pointer to words.", whose, static_cast<const void*>(rows.scale));
+}
+
+Rows to_rows(const pascalvl_rows& rows) {
+  return {static_cast<unsigned char*>(rows.key), static_cast<unsigned char*>(rows.value), rows.scale};
 }
 
 bool is_decode(const pascalvl_attention_args& a) { return a.causal && a.seq == 1 && a.past_length && !a.past_visible; }
-
-bool has_recent(const pascalvl_attention_args& a) { return a.causal && a.seq == 1 && a.recent_length; }
-
-bool quantises_queries(const pascalvl_attention_args& a) {  // in a launch of its own
-  return a.causal && a.past_length && is_quantised(a.cache.key_format) && !is_decode(a);
-}
 
 // Tiles of a kv head's rows.
 int64_t causal_tiles(const pascalvl_attention_args& a) {
@@ -78,24 +57,13 @@ int64_t causal_tiles(const pascalvl_attention_args& a) {
   return (rows - 1) / prefill_rows(a.value_dim) + 1;
 }
 
-void check_recent(const pascalvl_attention_args& a) {
-  require(a.past_length && is_quantised(a.cache.key_format), "Recent tokens lie beside a quantised cache; found %s.",
-          a.past_length ? format_name(a.cache.key_format) : "none");
-  require(!a.past_visible, "Recent tokens cannot be had together with past_visible; expected one of them to be null.");
-  const pascalvl_cache& recent = a.recent;
-  require(recent.key_format == kFloat16 && recent.value_format == kFloat16 && !recent.rotated,
-          "Recent keys and values are %s%s and %s; expected float16.", recent.rotated ? "rotated " : "",
-          format_name(recent.key_format), format_name(recent.value_format));
-  require_size(recent.capacity, "The recent rows' capacity");
-  require_pointer(recent.key, "The cache of recent keys");
-  require_pointer(recent.value, "The cache of recent values");
-}
-
 void check(const pascalvl_attention_args& a) {
-  require_pointer(a.q, "q");
-  require_pointer(a.k, "k");
-  require_pointer(a.v, "v");
+  require_pointer(a.qkv, "qkv");
   require_pointer(a.out, "out");
+  if (a.q_norm) require_pointer(a.q_norm, "q_norm");
+  if (a.k_norm) require_pointer(a.k_norm, "k_norm");
+  require(!a.rope_cos == !a.rope_sin, "One of rope_cos and rope_sin is a null pointer; expected both, or none.");
+  if (a.rope_cos) require_pointer(a.rope_cos, "rope_cos"), require_pointer(a.rope_sin, "rope_sin");
   require_size(a.batch, "batch", PASCALVL_MAX_GRID);
   require_size(a.num_heads, "num_heads", PASCALVL_MAX_GRID);
   require_size(a.num_kv_heads, "num_kv_heads", PASCALVL_MAX_GRID);
@@ -106,6 +74,7 @@ void check(const pascalvl_attention_args& a) {
   require(std::fabs(a.softmax_scale) <= PASCALVL_MAX_SOFTMAX_SCALE,
           "softmax_scale is %g; expected a number between -%g and %g.", double(a.softmax_scale),
           double(PASCALVL_MAX_SOFTMAX_SCALE), double(PASCALVL_MAX_SOFTMAX_SCALE));
+  require(a.epsilon >= 0 && a.epsilon <= 1, "epsilon is %g; expected a number from 0 to 1.", double(a.epsilon));
   if (!a.causal) {
     require(a.key_dim == a.value_dim && (a.key_dim == 64 || a.key_dim == 72 || a.key_dim == 128),
             "Packed attention has head sizes 64, 72 and 128; found key_dim %d and value_dim %d.", a.key_dim,
@@ -119,8 +88,12 @@ void check(const pascalvl_attention_args& a) {
   }
   require_dim(a.key_dim, "key_dim");
   require_dim(a.value_dim, "value_dim");
-  if (a.past_length) check_cache(a.cache, a.key_dim);
-  if (has_recent(a)) check_recent(a);
+  check_formats(a);
+  check_rows(a.new_rows, a.key_format, "The new");
+  if (a.past_length) {
+    check_rows(a.past, a.key_format, "The cache's");
+    require_size(a.capacity, "The cache's capacity");
+  }
   if (is_decode(a)) {
     const int group = a.num_heads / a.num_kv_heads;
     require(group == 1 || group == 2 || group == 4 || group == 8,
@@ -134,52 +107,63 @@ void check(const pascalvl_attention_args& a) {
 }
 
 // Of a cache's rows: as many splits as the card runs at once, none shorter than it pays.
-int decode_splits(const pascalvl_attention_args& a, int capacity) {
+int decode_splits(const pascalvl_attention_args& a) {
   const int64_t blocks = int64_t(a.batch) * a.num_kv_heads, wanted = multiprocessors() * kBlocksPerMultiprocessor;
-  const int most = (capacity - 1) / kLeastKeys + 1;
+  const int most = (a.capacity - 1) / kLeastKeys + 1;
   return std::max(1, std::min({most, int(wanted / blocks), kMaxSplits}));
 }
-
-int recent_splits(const pascalvl_attention_args& a) { return has_recent(a) ? decode_splits(a, a.recent.capacity) : 0; }
 
 // As many as leave no part of the card idle: 1 unless a short chunk meets a long past.
 int prefill_splits(const pascalvl_attention_args& a) {
   if (!a.causal || !a.past_length) return 1;
   const int64_t blocks = causal_tiles(a) * a.num_kv_heads * a.batch;
   const int64_t wanted = multiprocessors() * kBlocksPerMultiprocessor;
-  const int64_t most = (a.cache.capacity - 1) / (kLeastTiles * prefill_keys(a.value_dim)) + 1;
+  const int64_t most = (a.capacity - 1) / (kLeastTiles * prefill_keys(a.value_dim)) + 1;
   return int(std::max<int64_t>(1, std::min({most, wanted / blocks, int64_t(kMaxSplits)})));
 }
 
-// Of the past, all together.
-int splits_of(const pascalvl_attention_args& a) {
-  return is_decode(a) ? decode_splits(a, a.cache.capacity) + recent_splits(a) : prefill_splits(a);
-}
+int splits_of(const pascalvl_attention_args& a) { return is_decode(a) ? decode_splits(a) : prefill_splits(a); }
 
 // Parts of the workspace, in bytes.
 struct AttentionSizes {
-  size_t partial, codes, scale;
-  size_t all() const { return partial + codes + scale; }
+  size_t partial, q, q_scale, key, value;  // keys and values where they do not come out
+  size_t all() const { return partial + q + q_scale + key + value; }
 };
+
+size_t up_to_16(size_t bytes) { return (bytes + 15) / 16 * 16; }
 
 AttentionSizes sizes_of(const pascalvl_attention_args& a) {
   const size_t rows = size_t(a.batch) * a.num_heads * a.seq, splits = splits_of(a);
   AttentionSizes sizes{};
   if (is_decode(a) || splits > 1) sizes.partial = rows * splits * partial_pitch(a.value_dim) * sizeof(float);
-  if (quantises_queries(a)) sizes.codes = rows * kCodeRow, sizes.scale = rows * sizeof(float);
+  if (!a.causal) {
+    sizes.q = sizes.key = sizes.value = rows * a.key_dim * sizeof(float);
+  } else if (is_quantised(a.key_format)) {
+    sizes.q = rows * kCodeRow, sizes.q_scale = up_to_16(rows * sizeof(float));
+  } else {
+    sizes.q = rows * a.key_dim * sizeof(float);
+  }
   return sizes;
 }
 
-AttentionParams to_params(const pascalvl_attention_args& a, void* workspace) {
+AttentionParams to_params(const pascalvl_attention_args& a, unsigned char* workspace) {
+  const AttentionSizes sizes = sizes_of(a);
   AttentionParams p{};
-  p.partial = static_cast<float*>(workspace);
-  p.q = a.q;
-  p.k = a.k;
-  p.v = a.v;
+  p.partial = reinterpret_cast<float*>(workspace);
+  p.q = workspace + sizes.partial;
+  p.q_scale = reinterpret_cast<const float*>(p.q + sizes.q);
+  p.added = to_rows(a.new_rows);
+  if (!a.causal) {
+    p.added.key = workspace + sizes.partial + sizes.q + sizes.q_scale;
+    p.added.value = p.added.key + sizes.key;
+  }
   p.out = a.out;
-  if (a.causal && a.past_length) p.cache = to_cache(a.cache);
-  p.past_length = a.causal ? a.past_length : nullptr;
-  p.past_visible = a.past_visible;
+  if (a.causal && a.past_length) {
+    p.past = to_rows(a.past);
+    p.capacity = a.capacity;
+    p.past_length = a.past_length;
+    p.past_visible = a.past_visible;
+  }
   p.cu_seqlens = a.cu_seqlens;
   p.num_sequences = a.num_sequences;
   p.num_heads = a.num_heads;
@@ -191,6 +175,30 @@ AttentionParams to_params(const pascalvl_attention_args& a, void* workspace) {
   p.scale_log2 = a.softmax_scale * 1.4426950408889634f;
   p.splits = splits_of(a);
   return p;
+}
+
+void prologue(const pascalvl_attention_args& a, const AttentionParams& attention, void* stream) {
+  PrologueParams p{};
+  p.qkv = a.qkv;
+  p.q_norm = a.q_norm;
+  p.k_norm = a.k_norm;
+  p.rope_cos = a.rope_cos;
+  p.rope_sin = a.rope_sin;
+  p.q = const_cast<unsigned char*>(attention.q);
+  p.q_scale = const_cast<float*>(attention.q_scale);
+  p.to = attention.added;
+  p.tokens = int64_t(a.batch) * a.seq;
+  p.seq = a.seq;
+  p.num_heads = a.num_heads;
+  p.num_kv_heads = a.num_kv_heads;
+  p.key_dim = a.key_dim;
+  p.value_dim = a.value_dim;
+  p.key_format = a.causal ? a.key_format : int(kFloat32);
+  p.value_format = a.causal ? a.value_format : int(kFloat32);
+  p.epsilon = a.epsilon;
+  p.rotated = a.causal && a.rotated;
+  const int64_t rows = p.tokens * (a.num_heads + 2 * a.num_kv_heads);
+  launch(Kernel::attention_prologue, {unsigned((rows + kRowWarps - 1) / kRowWarps), 1, 1}, p, stream);
 }
 
 Kernel decode_kernel(int group, int key_format, int value_format) {
@@ -226,45 +234,36 @@ void merge(const AttentionParams& a, int batch, void* stream) {
   launch(Kernel::merge_splits, {unsigned(a.num_heads), unsigned(batch), unsigned(a.seq)}, p, stream);
 }
 
-void decode(const pascalvl_attention_args& a, void* workspace, void* stream) {
-  DecodeParams p{};
-  p.attention = to_params(a, workspace);
-  p.splits = decode_splits(a, a.cache.capacity);
-  p.rotated = a.cache.rotated;
-  const auto launch_splits = [&] {
-    const Cache& cache = p.attention.cache;
-    launch(decode_kernel(p.attention.group, cache.key_format, cache.value_format),
-           {unsigned(p.splits), unsigned(a.num_kv_heads), unsigned(a.batch)}, p, stream);
-  };
-  launch_splits();
-  if (has_recent(a)) {
-    p.attention.cache = to_cache(a.recent);
-    p.attention.past_length = a.recent_length;
-    p.first_split = p.splits;
-    p.splits = recent_splits(a);
-    p.rotated = false;
-    launch_splits();
+void check_layer(const pascalvl_append_layer& layer) {
+  for (const int row : {layer.key_row, layer.value_row}) {
+    require(row > 0 && row <= row_bytes(kFloat32, kMaxDim) && row % 16 == 0,
+            "A row of the cache has %d bytes; expected a multiple of 16 from 16 to %d.", row,
+            row_bytes(kFloat32, kMaxDim));
   }
-  merge(p.attention, a.batch, stream);
+  const bool has_scale = layer.cache.scale;
+  require(has_scale == bool(layer.new_rows.scale), "Of the new rows' scales and the cache's, one is a null pointer.");
+  check_rows(layer.new_rows, has_scale ? kInt8 : kFloat32, "The new");
+  check_rows(layer.cache, has_scale ? kInt8 : kFloat32, "The cache's");
 }
 
-void prefill(const pascalvl_attention_args& a, void* workspace, void* stream) {
-  AttentionParams p = to_params(a, workspace);
+AppendLayer to_layer(const pascalvl_append_layer& layer) {
+  const Rows rows = to_rows(layer.new_rows);
+  return {rows.key, rows.value, rows.scale, to_rows(layer.cache), layer.key_row, layer.value_row};
+}
+
+void attention(const pascalvl_attention_args& a, unsigned char* workspace, void* stream) {
+  const AttentionParams p = to_params(a, workspace);
+  prologue(a, p, stream);
   if (!a.causal) {
     const unsigned tiles = a.seq / prefill_rows(a.value_dim) + a.num_sequences;
     return launch(prefill_packed_kernel(a.value_dim), {tiles, unsigned(a.num_heads), 1}, p, stream);
   }
-  if (quantises_queries(a)) {
-    const int64_t rows = int64_t(a.batch) * a.num_heads * a.seq;
-    const AttentionSizes sizes = sizes_of(a);
-    auto* codes = static_cast<unsigned char*>(workspace) + sizes.partial;
-    auto* scale = reinterpret_cast<float*>(codes + sizes.codes);
-    const QuantiseParams quantisation{a.q, codes, scale, rows, a.key_dim, bool(a.cache.rotated)};
-    launch(Kernel::quantise_queries, {unsigned((rows + kAppendWarps - 1) / kAppendWarps), 1, 1}, quantisation, stream);
-    p.q_codes = codes;
-    p.q_scale = scale;
+  if (is_decode(a)) {
+    launch(decode_kernel(p.group, a.key_format, a.value_format),
+           {unsigned(p.splits), unsigned(a.num_kv_heads), unsigned(a.batch)}, p, stream);
+    return merge(p, a.batch, stream);
   }
-  launch(prefill_causal_kernel(a.value_dim <= 64 ? 64 : 128, p.cache.key_format, p.cache.value_format),
+  launch(prefill_causal_kernel(a.value_dim <= 64 ? 64 : 128, a.key_format, a.value_format),
          {unsigned(a.num_kv_heads * p.splits), unsigned(causal_tiles(a)), unsigned(a.batch)}, p, stream);
   if (p.splits > 1) merge(p, a.batch, stream);
 }
@@ -289,7 +288,7 @@ extern "C" int pascalvl_attention(const pascalvl_attention_args* args, void* wor
     const size_t needed = sizes_of(*args).all();
     require(bytes >= needed, "The workspace has %zu bytes; expected at least %zu.", bytes, needed);
     if (needed) require_pointer(workspace, "The workspace");
-    is_decode(*args) ? decode(*args, workspace, stream) : prefill(*args, workspace, stream);
+    attention(*args, static_cast<unsigned char*>(workspace), stream);
   });
 }
 
@@ -297,30 +296,22 @@ extern "C" int pascalvl_kv_append(const pascalvl_append_args* args, void* stream
   return guarded([&] {
     require(args, "The arguments are a null pointer.");
     const pascalvl_append_args& a = *args;
-    require_pointer(a.key, "key");
-    require_pointer(a.value, "value");
-    require_size(a.layers, "layers", PASCALVL_MAX_GRID);
+    require(a.layers, "layers is a null pointer.");
+    require_size(a.num_layers, "num_layers", PASCALVL_MAX_GRID);
     require_size(a.batch, "batch", PASCALVL_MAX_GRID);
     require_size(a.num_kv_heads, "num_kv_heads", PASCALVL_MAX_GRID);
     require_size(a.seq, "seq");
     require_rows(a.batch, a.num_kv_heads, a.seq);
-    require_dim(a.key_dim, "key_dim");
-    require_dim(a.value_dim, "value_dim");
-    require(a.past_length || a.slots, "past_length and slots are null pointers; expected one of them.");
-    check_cache(a.cache, a.key_dim);
-    if (a.layers > 1) {
-      require_stride(a.key_stride, 16);
-      require_stride(a.value_stride, 16);
-      if (is_quantised(a.cache.key_format)) {
-        require_stride(a.key_scale_stride, 2);
-        require_stride(a.value_scale_stride, 2);
-      }
-    }
-    const AppendParams p{
-        a.key,          a.value,        to_cache(a.cache),  a.past_length,        a.slots,
-        a.key_stride,   a.value_stride, a.key_scale_stride, a.value_scale_stride, a.batch,
-        a.num_kv_heads, a.seq,          a.key_dim,          a.value_dim,          bool(a.cache.rotated)};
+    require_size(a.capacity, "The cache's capacity");
+    require(a.slots, "slots is a null pointer.");
+    for (int i = 0; i < a.num_layers; ++i) check_layer(a.layers[i]);
     const int64_t rows = int64_t(a.batch) * a.num_kv_heads * a.seq;
-    launch(Kernel::kv_append, {unsigned((rows + kAppendWarps - 1) / kAppendWarps), 2, unsigned(a.layers)}, p, stream);
+    const unsigned blocks = (rows + kRowWarps - 1) / kRowWarps;
+    AppendParams p{{}, a.slots, a.batch, a.num_kv_heads, a.seq, a.capacity};
+    for (int first = 0; first < a.num_layers; first += kAppendLayers) {
+      const int count = std::min(a.num_layers - first, kAppendLayers);
+      std::transform(a.layers + first, a.layers + first + count, p.layers, to_layer);
+      launch(Kernel::kv_append, {blocks, unsigned(count), 1}, p, stream);
+    }
   });
 }

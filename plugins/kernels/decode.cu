@@ -12,8 +12,7 @@
 // are used. Two blocks an SM: tiles of 16 keys with three blocks were 5 to 10% slower on an H100.
 //
 // The past is cut into splits on the device, by past_length: no length passes through the host. The first split takes
-// the new token too. Recent tokens, which a quantised cache may have besides in half, are a launch of the kernel for
-// half over further splits. Softmax statistics in FP32, merged at the end.
+// the new token too, as the cache will have it. Softmax statistics in FP32, merged at the end.
 #include "plugins/kernels/device.cuh"
 #include "plugins/kernels/kernels.h"
 
@@ -154,7 +153,7 @@ struct SumOverLanes<kCount, kStop, kStop> {
 template <int kGroup>
 struct DecodeShared {
   float output[kDecodeWarps][kGroup][kDim];  // read and written in quads, as the queries: they come first
-  float q[kGroup][kDim];                     // as the cache's keys are: rotated or not
+  float q[kGroup][kDim];
   unsigned q_codes[kGroup][kDim / 4];
   float q_scale[kGroup];
   int q_bias[kGroup];                              // takes back the 8 that is added to codes of four bits
@@ -165,37 +164,65 @@ struct DecodeShared {
   float sum[kDecodeWarps][kGroup];
 };
 
-// Puts the group's queries into shared memory: the new token's score, then rotated and quantised as the cache needs.
-// A warp takes a head.
+// A lane's four elements of a row in floats, from `d` on, or their codes, of four bits plus 8.
+template <int kFormat>
+__device__ __forceinline__ float4 load_quad(const unsigned char* row, int d) {
+  if (kFormat == kFloat32) return *reinterpret_cast<const float4*>(row + 4 * d);
+  const uint2 halves = *reinterpret_cast<const uint2*>(row + 2 * d);
+  const float2 low = halves_to_floats(halves.x), high = halves_to_floats(halves.y);
+  return make_float4(low.x, low.y, high.x, high.y);
+}
+template <int kFormat>
+__device__ __forceinline__ unsigned load_codes(const unsigned char* row, int d) {
+  if (kFormat == kInt8) return *reinterpret_cast<const unsigned*>(row + d);
+  return *reinterpret_cast<const unsigned*>(row + d / 8 * 4) >> d % 8 & 0x0f0f0f0fu;
+}
+
+// One element; codes without their scale.
+template <int kFormat>
+__device__ __forceinline__ float load_element(const unsigned char* row, int d) {
+  if (kFormat == kFloat32) return reinterpret_cast<const float*>(row)[d];
+  if (kFormat == kFloat16) return half_to_float(reinterpret_cast<const unsigned short*>(row)[d]);
+  if (kFormat == kInt8) return float(reinterpret_cast<const signed char*>(row)[d]);
+  return float(row[d / 8 * 4 + d % 4] >> d % 8 / 4 * 4 & 0xf) - 8;
+}
+
+// Puts the group's queries into shared memory, and the scores of the new token, whose key is `new_key`. A warp takes a
+// head.
 template <int kGroup, int kKeyFormat>
-__device__ __forceinline__ void prepare_queries(const DecodeParams& p, DecodeShared<kGroup>& shared) {
-  const AttentionParams& a = p.attention;
-  const int head = blockIdx.y, sequence = blockIdx.z, lane = threadIdx.x % kWarp, d = 4 * lane;
+__device__ __forceinline__ void prepare_queries(const AttentionParams& p, const unsigned char* new_key,
+                                                const unsigned* new_scale, DecodeShared<kGroup>& shared) {
+  const int lane = threadIdx.x % kWarp, d = 4 * lane;
+  const bool inside = d < p.key_dim;
   for (int g = threadIdx.x / kWarp; g < kGroup; g += kDecodeWarps) {
-    float4 q = make_float4(0, 0, 0, 0), k = q;
-    if (d < a.key_dim) {
-      const long long row = (long long)sequence * a.num_kv_heads + head;
-      q = *reinterpret_cast<const float4*>(a.q + (row * kGroup + g) * a.key_dim + d);
-      k = *reinterpret_cast<const float4*>(a.k + row * a.key_dim + d);
-    }
-    const float dot = warp_sum(q.x * k.x + q.y * k.y + q.z * k.z + q.w * k.w);
-    if (lane == 0) shared.new_score[g] = dot * a.scale_log2;
-    if (p.rotated) q = hadamard(q);
-    *reinterpret_cast<float4*>(&shared.q[g][d]) = q;
-    if (is_quantised(kKeyFormat)) {
-      float scale;
-      shared.q_codes[g][lane] = quantise_query(q, scale);
-      if (lane == 0) shared.q_scale[g] = scale;
-      if (kKeyFormat == kInt4) {
-        const int bias = warp_sum(__dp4a(int(shared.q_codes[g][lane]), int(0xf8f8f8f8u), 0));
-        if (lane == 0) shared.q_bias[g] = bias;
+    const long long row = (long long)blockIdx.z * p.num_heads + blockIdx.y * kGroup + g;
+    if constexpr (is_quantised(kKeyFormat)) {
+      const unsigned q = reinterpret_cast<const unsigned*>(p.q)[row * (kCodeRow / 4) + lane];
+      const unsigned k = inside ? load_codes<kKeyFormat>(new_key, d) : 0;
+      const float scale = p.q_scale[row];
+      const int bias = kKeyFormat == kInt4 ? warp_sum(__dp4a(int(q), int(0xf8f8f8f8u), 0)) : 0;
+      const int dot = warp_sum(__dp4a(int(k), int(q), 0)) + bias;
+      shared.q_codes[g][lane] = q;
+      if (lane == 0) {
+        shared.q_scale[g] = scale;
+        shared.q_bias[g] = bias;
+        shared.new_score[g] = float(dot) * (p.scale_log2 * scale * half_to_float(*new_scale & 0xffff));
       }
+    } else {
+      float4 q = make_float4(0, 0, 0, 0), k = q;
+      if (inside) {
+        q = load_quad<kFloat32>(p.q + row * p.key_dim * sizeof(float), d);
+        k = load_quad<kKeyFormat>(new_key, d);
+      }
+      const float dot = warp_sum(q.x * k.x + q.y * k.y + q.z * k.z + q.w * k.w);
+      *reinterpret_cast<float4*>(&shared.q[g][d]) = q;
+      if (lane == 0) shared.new_score[g] = dot * p.scale_log2;
     }
   }
 }
 
 template <int kGroup, int kKeyFormat, int kValueFormat>
-__device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGroup>& shared) {
+__device__ __forceinline__ void decode(const AttentionParams& p, DecodeShared<kGroup>& shared) {
   using Keys = RowLanes<kKeyFormat, kGroup>;          // the scores a lane ends with are of one head
   using Values = RowLanes<kValueFormat, 2 * kGroup>;  // at most 64 accumulators
   // Keys a warp takes at once: as many as registers hold, for bytes under way and against what a tile costs.
@@ -214,24 +241,21 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
   static_assert(kOwn <= kKeyLoads, "a lane's scores are of one head");
   static_assert(SumOutputs::kOwn % 4 == 0, "outputs go in quads");
 
-  const AttentionParams& a = p.attention;
-  const Cache& cache = a.cache;
   const int head = blockIdx.y, sequence = blockIdx.z;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int past = clamped(a.past_length[sequence], 0, cache.capacity);
-  float* partial =
-      a.partial + (((long long)sequence * a.num_heads + head * kGroup) * a.splits + p.first_split + blockIdx.x) *
-                      partial_pitch(a.value_dim);
-  const long long partial_stride = (long long)a.splits * partial_pitch(a.value_dim);  // between heads
+  const int past = clamped(p.past_length[sequence], 0, p.capacity);
+  float* partial = p.partial + (((long long)sequence * p.num_heads + head * kGroup) * p.splits + blockIdx.x) *
+                                   partial_pitch(p.value_dim);
+  const long long partial_stride = (long long)p.splits * partial_pitch(p.value_dim);  // between heads
 
   // This block's keys lie in slots begin to last.
   const int share = max2(ceil_div(ceil_div(past, p.splits), kLeastKeys), 1) * kLeastKeys;
   const int begin = blockIdx.x * share, end = min2(begin + share, past), last = end - 1;
-  const bool has_new = (p.first_split | blockIdx.x) == 0;
+  const bool has_new = blockIdx.x == 0;
   if (begin >= end && !has_new) {
     if (threadIdx.x < kGroup) {
-      partial[threadIdx.x * partial_stride + a.value_dim] = kLowest;
-      partial[threadIdx.x * partial_stride + a.value_dim + 1] = 0;
+      partial[threadIdx.x * partial_stride + p.value_dim] = kLowest;
+      partial[threadIdx.x * partial_stride + p.value_dim + 1] = 0;
     }
     return;
   }
@@ -243,33 +267,31 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
 
   // Tiles are loaded ahead: keys once the last ones' scores are done, values once the last ones are used.
   const int key_lane = lane % Keys::kLanes, value_lane = lane % Values::kLanes;
-  const long long first_slot = ((long long)sequence * a.num_kv_heads + head) * cache.capacity;
-  const int key_row = row_bytes(kKeyFormat, a.key_dim), value_row = row_bytes(kValueFormat, a.value_dim);
+  const long long kv = (long long)sequence * p.num_kv_heads + head, first_slot = kv * p.capacity;
+  const int key_row = row_bytes(kKeyFormat, p.key_dim), value_row = row_bytes(kValueFormat, p.value_dim);
   // Lanes beyond a row read its end: their queries are zero, and their output is not written.
-  const unsigned char* keys = cache.key + first_slot * key_row + min2(key_lane * Keys::kBytes, key_row - Keys::kBytes);
+  const unsigned char* keys = p.past.key + first_slot * key_row + min2(key_lane * Keys::kBytes, key_row - Keys::kBytes);
   const unsigned char* values =
-      cache.value + first_slot * value_row + min2(value_lane * Values::kBytes, value_row - Values::kBytes);
+      p.past.value + first_slot * value_row + min2(value_lane * Values::kBytes, value_row - Values::kBytes);
   unsigned key_words[kKeyLoads][Keys::kWords], value_words[kValueLoads][Values::kWords];
-  unsigned short key_scale[kOwn], value_scale[kOwn];
+  unsigned scale_words[kOwn];
   auto own_key = [&](int first, int i) { return first + (own_load + i) * Keys::kAtOnce + lane / Keys::kLanes; };
-  auto load_scales = [&](const unsigned short* scales, int first, unsigned short* loaded) {
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) loaded[i] = scales[first_slot + min2(own_key(first, i), last)];
-  };
   auto load_keys = [&](int first) {
     load_rows<kTile, Keys::kAtOnce>(keys, key_row, end, first, first + lane / Keys::kLanes, key_words);
-    if (kCodes) load_scales(cache.key_scale, first, key_scale);
+    if (!kCodes) return;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) scale_words[i] = p.past.scale[first_slot + min2(own_key(first, i), last)];
   };
   auto load_values = [&](int first) {
     load_rows<kTile, Values::kAtOnce>(values, value_row, end, first, first + lane / Values::kLanes, value_words);
-    if (is_quantised(kValueFormat)) load_scales(cache.value_scale, first, value_scale);
   };
   int first = begin + warp * kTile;
   if (first < end) {
     load_keys(first);
     load_values(first);
   }
-  prepare_queries<kGroup, kKeyFormat>(p, shared);
+  const unsigned* new_scale = kCodes ? p.added.scale + kv : nullptr;
+  prepare_queries<kGroup, kKeyFormat>(p, p.added.key + kv * key_row, new_scale, shared);
   __syncthreads();
 
   // This lane's part of the queries.
@@ -290,7 +312,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
   }
 
   const bool tells = lane < Keys::kLanes && lane % kLanesOfHead == 0;  // what its head has in common
-  const float own_scale = a.scale_log2 * (kCodes ? shared.q_scale[own_head] : 1.0f);
+  const float own_scale = p.scale_log2 * (kCodes ? shared.q_scale[own_head] : 1.0f);
   const Score own_bias = kKeyFormat == kInt4 ? Score(shared.q_bias[own_head]) : Score(0);
 
   // Online softmax. Maximum and sum are of own_head, the sum of this lane's keys alone.
@@ -332,8 +354,12 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
       }
     }
     float scales[kOwn];
+    unsigned value_scale[kOwn];  // halves
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) scales[i] = kCodes ? own_scale * half_to_float(key_scale[i]) : own_scale;
+    for (int i = 0; i < kOwn; ++i) {
+      scales[i] = kCodes ? own_scale * half_to_float(scale_words[i] & 0xffff) : own_scale;
+      value_scale[i] = kCodes ? scale_words[i] >> 16 : 0;
+    }
     if (next < end) load_keys(next);
     SumScores::run(dots);
 
@@ -356,7 +382,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
     for (int i = 0; i < kOwn; ++i) {
       float probability = power_of_2(score[i] - most);
       sum += probability;
-      if (is_quantised(kValueFormat)) probability *= half_to_float(value_scale[i]);
+      if (kCodes) probability *= half_to_float(value_scale[i]);
       if (lane % kCopies == 0) shared.probability[warp][own_key(0, i)][own_head] = probability;
     }
     if (tells) shared.factor[warp][own_head] = factor;
@@ -407,26 +433,28 @@ __device__ __forceinline__ void decode(const DecodeParams& p, DecodeShared<kGrou
 
   // The block's state: the warps', and the new token's.
   const int d = threadIdx.x;
+  float new_value = 0;
+  if (has_new && d < p.value_dim) {
+    new_value = load_element<kValueFormat>(p.added.value + kv * value_row, d);
+    if (kCodes) new_value *= half_to_float(*new_scale >> 16);
+  }
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
     float most = has_new ? shared.new_score[g] : kLowest;
 #pragma unroll
     for (int w = 0; w < kDecodeWarps; ++w) most = max2(most, shared.maximum[w][g]);
     const float weight = has_new ? power_of_2(shared.new_score[g] - most) : 0;
-    float total = weight, value = 0;
-    if (d < a.value_dim && has_new) {
-      value = weight * a.v[((long long)sequence * a.num_kv_heads + head) * a.value_dim + d];
-    }
+    float total = weight, value = weight * new_value;
 #pragma unroll
     for (int w = 0; w < kDecodeWarps; ++w) {
       const float factor = power_of_2(shared.maximum[w][g] - most);
       total += factor * shared.sum[w][g];
       value += factor * shared.output[w][g][d];
     }
-    if (d < a.value_dim) partial[g * partial_stride + d] = value;
+    if (d < p.value_dim) partial[g * partial_stride + d] = value;
     if (d == 0) {
-      partial[g * partial_stride + a.value_dim] = most;
-      partial[g * partial_stride + a.value_dim + 1] = total;
+      partial[g * partial_stride + p.value_dim] = most;
+      partial[g * partial_stride + p.value_dim + 1] = total;
     }
   }
 }
@@ -482,11 +510,11 @@ extern "C" __global__ void __launch_bounds__(kMergeThreads) merge_splits(const M
       make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse);
 }
 
-#define DECODE(GROUP, KEY, VALUE)                                     \
-  extern "C" __global__ void __launch_bounds__(kDecodeThreads, 2)     \
-      PASCALVL_DECODE_NAME(GROUP, KEY, VALUE)(const DecodeParams p) { \
-    __shared__ __align__(16) DecodeShared<GROUP> shared;              \
-    decode<GROUP, KEY, VALUE>(p, shared);                             \
+#define DECODE(GROUP, KEY, VALUE)                                        \
+  extern "C" __global__ void __launch_bounds__(kDecodeThreads, 2)        \
+      PASCALVL_DECODE_NAME(GROUP, KEY, VALUE)(const AttentionParams p) { \
+    __shared__ __align__(16) DecodeShared<GROUP> shared;                 \
+    decode<GROUP, KEY, VALUE>(p, shared);                                \
   }
 PASCALVL_DECODE(DECODE)
 

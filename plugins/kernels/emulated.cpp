@@ -8,6 +8,7 @@
 #include "plugins/kernels/launch.h"
 #include "plugins/kernels/linear.cu"
 #include "plugins/kernels/prefill.cu"
+#include "plugins/kernels/prologue.cu"
 
 namespace pascalvl {
 namespace {

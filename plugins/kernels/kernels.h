@@ -3,7 +3,8 @@
 // file, PARAMS the struct that its kernels take, THREADS those of a block.
 #pragma once
 
-#define PASCALVL_ALL_MODULES(MODULE) MODULE(append) MODULE(decode) MODULE(greedy) MODULE(linear) MODULE(prefill)
+#define PASCALVL_ALL_MODULES(MODULE) \
+  MODULE(append) MODULE(decode) MODULE(greedy) MODULE(linear) MODULE(prefill) MODULE(prologue)
 
 // Formats of a cache's keys and values.
 #define PASCALVL_FORMATS(KERNEL, FIRST) \
@@ -11,7 +12,6 @@
   KERNEL(FIRST, kFloat16, kFloat16)     \
   KERNEL(FIRST, kInt8, kInt8)           \
   KERNEL(FIRST, kInt8, kInt4)           \
-  KERNEL(FIRST, kInt4, kInt8)           \
   KERNEL(FIRST, kInt4, kInt4)
 
 // By query heads of a kv head, and formats.
@@ -48,7 +48,7 @@
 #define PASCALVL_LINEAR_GEMV_NAME(ROWS, BITS, ZERO) linear_gemv_##ROWS##_w##BITS##_z##ZERO
 
 #define PASCALVL_DECODE_KERNEL(GROUP, KEY, VALUE) \
-  PASCALVL_KERNEL(decode, PASCALVL_DECODE_NAME(GROUP, KEY, VALUE), DecodeParams, kDecodeThreads)
+  PASCALVL_KERNEL(decode, PASCALVL_DECODE_NAME(GROUP, KEY, VALUE), AttentionParams, kDecodeThreads)
 #define PASCALVL_PREFILL_CAUSAL_KERNEL(DIM, KEY, VALUE) \
   PASCALVL_KERNEL(prefill, PASCALVL_PREFILL_CAUSAL_NAME(DIM, KEY, VALUE), AttentionParams, kPrefillThreads)
 #define PASCALVL_PREFILL_PACKED_KERNEL(DIM) \
@@ -58,15 +58,15 @@
 #define PASCALVL_LINEAR_GEMV_KERNEL(ROWS, BITS, ZERO) \
   PASCALVL_KERNEL(linear, PASCALVL_LINEAR_GEMV_NAME(ROWS, BITS, ZERO), LinearParams, kLinearThreads)
 
-#define PASCALVL_ALL_KERNELS                                                \
-  PASCALVL_KERNEL(append, kv_append, AppendParams, kAppendThreads)          \
-  PASCALVL_KERNEL(append, quantise_queries, QuantiseParams, kAppendThreads) \
-  PASCALVL_DECODE(PASCALVL_DECODE_KERNEL)                                   \
-  PASCALVL_KERNEL(decode, merge_splits, MergeParams, kMergeThreads)         \
-  PASCALVL_KERNEL(greedy, greedy_choice, GreedyParams, kGreedyThreads)      \
-  PASCALVL_KERNEL(linear, linear_quantise, LinearParams, kLinearThreads)    \
-  PASCALVL_KERNEL(linear, linear_sum, LinearParams, kLinearThreads)         \
-  PASCALVL_LINEAR_GEMM(PASCALVL_LINEAR_GEMM_KERNEL)                         \
-  PASCALVL_LINEAR_GEMV(PASCALVL_LINEAR_GEMV_KERNEL)                         \
-  PASCALVL_PREFILL_CAUSAL(PASCALVL_PREFILL_CAUSAL_KERNEL)                   \
+#define PASCALVL_ALL_KERNELS                                                 \
+  PASCALVL_KERNEL(append, kv_append, AppendParams, kRowThreads)              \
+  PASCALVL_KERNEL(prologue, attention_prologue, PrologueParams, kRowThreads) \
+  PASCALVL_DECODE(PASCALVL_DECODE_KERNEL)                                    \
+  PASCALVL_KERNEL(decode, merge_splits, MergeParams, kMergeThreads)          \
+  PASCALVL_KERNEL(greedy, greedy_choice, GreedyParams, kGreedyThreads)       \
+  PASCALVL_KERNEL(linear, linear_quantise, LinearParams, kLinearThreads)     \
+  PASCALVL_KERNEL(linear, linear_sum, LinearParams, kLinearThreads)          \
+  PASCALVL_LINEAR_GEMM(PASCALVL_LINEAR_GEMM_KERNEL)                          \
+  PASCALVL_LINEAR_GEMV(PASCALVL_LINEAR_GEMV_KERNEL)                          \
+  PASCALVL_PREFILL_CAUSAL(PASCALVL_PREFILL_CAUSAL_KERNEL)                    \
   PASCALVL_PREFILL_PACKED(PASCALVL_PREFILL_PACKED_KERNEL)

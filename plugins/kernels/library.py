@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 from pascalvl.plugins.errors import UserError
@@ -30,40 +31,46 @@ def _fields(kind: type, names: str) -> list[tuple[str, type]]:
     return [(name, kind) for name in names.split()]
 
 
-class Cache(_Struct):
-    """``pascalvl_cache``: one layer's cache."""
+class Rows(_Struct):
+    """``pascalvl_rows``: one layer's keys and values."""
 
-    _fields_ = (
-        *_fields(ctypes.c_void_p, "key value key_scale value_scale"),
-        *_fields(ctypes.c_int32, "key_format value_format capacity rotated"),
-    )
+    _fields_ = tuple(_fields(ctypes.c_void_p, "key value scale"))
 
 
 class AttentionArgs(_Struct):
     """``pascalvl_attention_args``."""
 
     _fields_ = (
-        *_fields(ctypes.c_void_p, "q k v out"),
+        *_fields(ctypes.c_void_p, "qkv q_norm k_norm rope_cos rope_sin out"),
+        ("new_rows", Rows),
+        ("past", Rows),
+        *_fields(ctypes.c_void_p, "past_length past_visible cu_seqlens"),
         *_fields(ctypes.c_int32, "batch num_heads num_kv_heads seq key_dim value_dim"),
-        ("softmax_scale", ctypes.c_float),
-        ("causal", ctypes.c_int32),
-        *_fields(ctypes.c_void_p, "past_length past_visible recent_length cu_seqlens"),
-        ("num_sequences", ctypes.c_int32),
-        ("cache", Cache),
-        ("recent", Cache),
+        *_fields(ctypes.c_int32, "key_format value_format capacity rotated causal num_sequences"),
+        *_fields(ctypes.c_float, "softmax_scale epsilon"),
     )
+
+
+class AppendLayer(_Struct):
+    """``pascalvl_append_layer``."""
+
+    _fields_ = (("new_rows", Rows), ("cache", Rows), *_fields(ctypes.c_int32, "key_row value_row"))
 
 
 class AppendArgs(_Struct):
-    """``pascalvl_append_args``."""
+    """``pascalvl_append_args``; `of` keeps the layers that it points to."""
 
     _fields_ = (
-        *_fields(ctypes.c_void_p, "key value"),
-        *_fields(ctypes.c_int32, "layers batch num_kv_heads seq key_dim value_dim"),
-        *_fields(ctypes.c_void_p, "past_length slots"),
-        ("cache", Cache),
-        *_fields(ctypes.c_int64, "key_stride value_stride key_scale_stride value_scale_stride"),
+        *_fields(ctypes.c_void_p, "layers slots"),
+        *_fields(ctypes.c_int32, "num_layers batch num_kv_heads seq capacity"),
     )
+
+    @classmethod
+    def of(cls, layers: Sequence[AppendLayer], **fields: int) -> AppendArgs:
+        array = (AppendLayer * len(layers))(*layers)
+        args = cls(layers=ctypes.addressof(array), num_layers=len(layers), **fields)
+        args._layers = array
+        return args
 
 
 class LinearArgs(_Struct):

@@ -10,7 +10,7 @@
 namespace pascalvl {
 
 // How the elements of a cache row are stored. A row is one token's key (or value) of one head; rows start on 16-byte
-// boundaries. kInt8 and kInt4 have one scale a row, in half, in an array of their own: element = code * scale.
+// boundaries. kInt8 and kInt4 have one scale a row, in half: element = code * scale.
 enum Format : int {
   kFloat32 = 0,
   kFloat16 = 1,
@@ -28,27 +28,47 @@ PASCALVL_BOTH_SIDES constexpr int row_bytes(int format, int dim) {
 
 PASCALVL_BOTH_SIDES constexpr bool is_quantised(int format) { return format == kInt8 || format == kInt4; }
 
-// One layer's cache: rows [batch, num_kv_heads, capacity, row_bytes], scales [batch, num_kv_heads, capacity].
-struct Cache {
+// Keys and values of one layer, [batch, num_kv_heads, capacity, row_bytes], and where they are quantised a word for
+// each key and value, [batch, num_kv_heads, capacity]: the key's scale in its lower half, the value's in its upper one.
+struct Rows {
   unsigned char* key;
   unsigned char* value;
-  unsigned short* key_scale;
-  unsigned short* value_scale;
-  int key_format;
-  int value_format;
-  int capacity;
+  unsigned* scale;
 };
 
-// Attention of q over the past in the cache and the new keys and values; see pascalvl.h for shapes.
+// What comes before attention, by rows, each a token's query, key or value of one head: queries and keys are normed
+// and rotated by their positions (RoPE); those that meet quantised keys also by the orthonormal Hadamard matrix of 128,
+// if `rotated`, and queries quantised to int8. Keys and values go to their rows.
+struct PrologueParams {
+  const float* qkv;     // [batch, seq, num_heads * key_dim + num_kv_heads * (key_dim + value_dim)]
+  const float* q_norm;  // [key_dim]; null: no norm
+  const float* k_norm;
+  const float* rope_cos;  // [batch, seq, key_dim]; null: no RoPE
+  const float* rope_sin;
+  unsigned char* q;  // [batch, num_heads, seq]: floats [key_dim], or kCodeRow codes, zeros beyond key_dim
+  float* q_scale;    // of codes, one a row
+  Rows to;           // capacity: seq
+  long long tokens;  // batch * seq
+  int seq;
+  int num_heads;
+  int num_kv_heads;
+  int key_dim;
+  int value_dim;
+  int key_format;
+  int value_format;
+  float epsilon;
+  bool rotated;
+};
+
+// Attention of q over the past in the cache and the new keys and values, which are in the cache's format too; see
+// pascalvl.h for shapes.
 struct AttentionParams {
-  const float* q;
-  const float* k;
-  const float* v;
+  const unsigned char* q;  // as the prologue leaves them
+  const float* q_scale;
+  Rows past;
+  Rows added;  // capacity: seq
   float* out;
-  // What meets a quantised cache's keys in prefill: q as they are, rotated or not, in int8.
-  const unsigned char* q_codes;  // rows of 128 bytes, zeros beyond key_dim
-  const float* q_scale;          // one a row
-  Cache cache;
+  int capacity;             // of the past
   const int* past_length;   // [batch]; null: no past
   const int* past_visible;  // [batch, capacity]; null: all of the past is seen; only prefill reads it
   const int* cu_seqlens;    // [num_sequences + 1]; only where packed
@@ -65,8 +85,11 @@ struct AttentionParams {
   int splits;
 };
 
-constexpr int kPrefillThreads = 128;
 constexpr int kCodeRow = 128;  // bytes of a row of quantised queries
+constexpr int kRowWarps = 4;   // of a block of kv_append and attention_prologue: rows, too
+constexpr int kRowThreads = 32 * kRowWarps;
+
+constexpr int kPrefillThreads = 128;
 
 // Query rows of a prefill block, and keys of a tile, where values have up to so many channels.
 PASCALVL_BOTH_SIDES constexpr int prefill_rows(int value_dim) { return value_dim > 72 ? 64 : 128; }
@@ -91,46 +114,28 @@ struct MergeParams {
   int splits;
 };
 
-// Decode: AttentionParams with seq 1. A launch over one cache takes some of the splits, number first_split and on; the
-// first of all takes the new token too.
-struct DecodeParams {
-  AttentionParams attention;  // its `splits` are all
-  int first_split;
-  int splits;
-  bool rotated;  // the cache's keys
+constexpr int kAppendLayers = 64;  // of a launch of kv_append: as many as fit its params
+
+// A layer's new rows, and its cache, in the same format.
+struct AppendLayer {
+  const unsigned char* new_key;    // [batch, num_kv_heads, seq, key_row]
+  const unsigned char* new_value;  // [batch, num_kv_heads, seq, value_row]
+  const unsigned* new_scale;       // [batch, num_kv_heads, seq], or null
+  Rows to;
+  int key_row;  // bytes
+  int value_row;
 };
 
-constexpr int kAppendWarps = 4;  // of a block of kv_append and quantise_queries: rows, too
-constexpr int kAppendThreads = 32 * kAppendWarps;
-
-// Writes new keys and values of all layers into their caches.
+// Copies the new rows of all layers into their caches.
 struct AppendParams {
-  const float* key;        // [layers, batch, num_kv_heads, seq, key_dim]
-  const float* value;      // [layers, batch, num_kv_heads, seq, value_dim]
-  Cache cache;             // of layer 0
-  const int* past_length;  // [batch]: token i of a sequence goes to slot past_length + i,
-  const int* slots;        // [batch, seq]: or, where not null, to this one; negative: nowhere
-  long long key_stride;    // bytes from a layer's cache to the next one's
-  long long value_stride;
-  long long key_scale_stride;
-  long long value_scale_stride;
+  AppendLayer layers[kAppendLayers];
+  const int* slots;  // [batch, seq]: where each token goes; negative: nowhere
   int batch;
   int num_kv_heads;
   int seq;
-  int key_dim;
-  int value_dim;
-  bool rotated;
+  int capacity;
 };
-
-// Quantises queries for prefill, see AttentionParams; `rotated`: by the orthonormal Hadamard matrix of 128, before.
-struct QuantiseParams {
-  const float* q;  // [rows, key_dim]
-  unsigned char* codes;
-  float* scale;
-  long long rows;
-  int key_dim;
-  bool rotated;
-};
+static_assert(sizeof(AppendParams) <= 4096, "what a kernel takes");
 
 // What becomes of a linear layer's sums, see pascalvl_activation.
 enum Activation : int { kNoActivation = 0, kGeluTanh = 1, kSiluGated = 2 };

@@ -39,58 +39,61 @@ enum pascalvl_limit {
 
 enum pascalvl_format { PASCALVL_FLOAT32 = 0, PASCALVL_FLOAT16 = 1, PASCALVL_INT8 = 2, PASCALVL_INT4 = 3 };
 
-// One layer's cache of keys and values: rows [batch, num_kv_heads, capacity, row bytes], see params.h; of quantised
-// formats also a scale in half for each row, [batch, num_kv_heads, capacity].
+// Keys and values of one layer: rows [batch, num_kv_heads, capacity, row bytes], see params.h; of quantised formats
+// also a word for each key and value, [batch, num_kv_heads, capacity]: the key's scale, a half, in its lower half, the
+// value's in its upper one.
 typedef struct {
   void* key;
   void* value;
-  void* key_scale;
-  void* value_scale;
-  int32_t key_format;
-  int32_t value_format;
-  int32_t capacity;
-  int32_t rotated;  // whether keys are stored rotated by the Hadamard matrix of 128
-} pascalvl_cache;
+  uint32_t* scale;
+} pascalvl_rows;
 
-// Attention(q, k, v) = softmax(softmax_scale * q k^T + mask) v. Query head h reads kv head h / (num_heads /
-// num_kv_heads).
+// Attention(q, k, v) = softmax(softmax_scale * q k^T + mask) v, from the packed result of the q/k/v projection. Queries
+// and keys are first normed (RMS, over a head) and rotated by their positions (RoPE: element i and the one key_dim / 2
+// further on make a pair). Query head h reads kv head h / (num_heads / num_kv_heads).
+//
+// Causal: the new keys and values come out in the cache's format, and attention reads them so, as it does the past's.
+// Queries that meet quantised keys are quantised to int8, scale the largest magnitude / 127. New token i of sequence b
+// sees the new tokens up to itself and, of the first past_length[b] slots of the cache, those of which past_visible is
+// more than i.
+// Not causal: `seq` tokens of batch 1, cut into num_sequences by cu_seqlens [num_sequences + 1]; each sees its own.
 typedef struct {
-  const float* q;  // [batch, num_heads, seq, key_dim]
-  const float* k;  // [batch, num_kv_heads, seq, key_dim]
-  const float* v;  // [batch, num_kv_heads, seq, value_dim]
-  float* out;      // [batch, seq, num_heads, value_dim]
-  int32_t batch, num_heads, num_kv_heads, seq, key_dim, value_dim;
-  float softmax_scale;
-  // Causal: new token i of sequence b sees the new tokens up to itself and, of the first past_length[b] slots of the
-  // cache, those of which past_visible is more than i.
-  // Not causal: `seq` tokens of batch 1, cut into num_sequences by cu_seqlens [num_sequences + 1]; each sees its own.
-  int32_t causal;
+  const float* qkv;       // [batch, seq, num_heads * key_dim + num_kv_heads * (key_dim + value_dim)]: q, k, v
+  const float* q_norm;    // [key_dim]; null: queries are not normed
+  const float* k_norm;    // [key_dim]; null: keys are not
+  const float* rope_cos;  // [batch, seq, key_dim]; null: nothing is rotated by positions
+  const float* rope_sin;
+  float* out;                   // [batch, seq, num_heads, value_dim]
+  pascalvl_rows new_rows;       // capacity: seq; causal
+  pascalvl_rows past;           // not read where there is none
   const int32_t* past_length;   // [batch], at most capacity each; null: no past
   const int32_t* past_visible;  // [batch, capacity]; null: every slot is seen. A single token takes longer with than
                                 // without: better keep only what it sees.
-  // The first recent_length[b] rows of `recent`, which one new token (seq 1) sees besides; null: none. Only where the
-  // cache is quantised and past_visible is null; several new tokens take no notice: they come with lengths of 0.
-  const int32_t* recent_length;  // [batch], at most the recent rows' capacity each
   const int32_t* cu_seqlens;
-  int32_t num_sequences;
-  pascalvl_cache cache;
-  pascalvl_cache recent;  // float16, not rotated, with a capacity of its own
+  int32_t batch, num_heads, num_kv_heads, seq, key_dim, value_dim;
+  int32_t key_format, value_format, capacity;  // of the cache
+  int32_t rotated;  // whether keys are stored rotated by the orthonormal Hadamard matrix of 128
+  int32_t causal, num_sequences;
+  float softmax_scale, epsilon;  // epsilon: what norms add to mean squares
 } pascalvl_attention_args;
 
 // Bytes of workspace that a call with these arguments needs; it does not depend on what the device arrays hold.
 int pascalvl_attention_workspace(const pascalvl_attention_args* args, size_t* bytes);
 int pascalvl_attention(const pascalvl_attention_args* args, void* workspace, size_t workspace_bytes, void* stream);
 
-// Writes the new keys and values of all layers into their caches.
+// A layer's new rows as attention leaves them, and its cache, in the same format.
 typedef struct {
-  const float* key;    // [layers, batch, num_kv_heads, seq, key_dim]
-  const float* value;  // [layers, batch, num_kv_heads, seq, value_dim]
-  int32_t layers, batch, num_kv_heads, seq, key_dim, value_dim;
-  const int32_t* past_length;  // [batch]: token i goes to slot past_length + i; or
-  const int32_t* slots;        // [batch, seq]: to these (negative: nowhere), each once: of two tokens that go to one,
-                               // parts of both may be written. Slots beyond the capacity are not written.
-  pascalvl_cache cache;        // of the first layer
-  int64_t key_stride, value_stride, key_scale_stride, value_scale_stride;  // bytes from a layer's to the next one's
+  pascalvl_rows new_rows;  // capacity: seq
+  pascalvl_rows cache;
+  int32_t key_row, value_row;  // bytes
+} pascalvl_append_layer;
+
+// Copies the new keys and values of all layers into their caches.
+typedef struct {
+  const pascalvl_append_layer* layers;  // [num_layers], in the host's memory
+  const int32_t* slots;  // [batch, seq]: where a token goes (negative, or beyond the capacity: nowhere), each slot
+                         // once: of two tokens that go to one, parts of both may be written
+  int32_t num_layers, batch, num_kv_heads, seq, capacity;
 } pascalvl_append_args;
 
 int pascalvl_kv_append(const pascalvl_append_args* args, void* stream);

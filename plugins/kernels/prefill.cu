@@ -4,14 +4,15 @@
 
 namespace pascalvl {
 
-// The new keys and values from row number `first` of k and v on.
-__device__ __forceinline__ Source new_rows(const AttentionParams& p, long long first, int count) {
-  return {reinterpret_cast<const unsigned char*>(p.k + first * p.key_dim),
-          reinterpret_cast<const unsigned char*>(p.v + first * p.value_dim),
-          nullptr,
-          nullptr,
-          4 * p.key_dim,
-          4 * p.value_dim,
+// `count` rows from number `first` on.
+template <int kKeyFormat, int kValueFormat>
+__device__ __forceinline__ Source source_of(const AttentionParams& p, const Rows& rows, long long first, int count) {
+  const int k_row = row_bytes(kKeyFormat, p.key_dim), v_row = row_bytes(kValueFormat, p.value_dim);
+  return {rows.key + first * k_row,
+          rows.value + first * v_row,
+          is_quantised(kKeyFormat) ? rows.scale + first : nullptr,
+          k_row,
+          v_row,
           count};
 }
 
@@ -22,7 +23,7 @@ template <int kValueDim, int kKeyFormat, int kValueFormat>
 __device__ __forceinline__ void prefill_causal(const AttentionParams& p, PrefillShared<kValueDim>& shared) {
   constexpr int kRows = Tile<kValueDim>::kRows, kKeys = Tile<kValueDim>::kKeys;
   const int head = blockIdx.x / p.splits, split = blockIdx.x % p.splits, sequence = blockIdx.z;
-  const int past = p.past_length ? clamped(p.past_length[sequence], 0, p.cache.capacity) : 0;
+  const int past = p.past_length ? clamped(p.past_length[sequence], 0, p.capacity) : 0;
   // This block's keys lie in slots begin to end.
   const int share = ceil_div(ceil_div(past, p.splits), kKeys) * kKeys;
   const int begin = min2(split * share, past), end = min2(begin + share, past);
@@ -31,16 +32,12 @@ __device__ __forceinline__ void prefill_causal(const AttentionParams& p, Prefill
   Prefill<kValueDim> prefill;
   prefill.begin(p, (gridDim.y - 1 - blockIdx.y) * kRows, p.seq * p.group, p.seq);
   const long long first_q = kv * p.group * p.seq;  // row of the kv head's first query
-  const auto* q = reinterpret_cast<const unsigned char*>(p.q + first_q * p.key_dim);
-  const unsigned char* q_past = is_quantised(kKeyFormat) ? p.q_codes + first_q * kCodeRow : q;
+  const unsigned char* q = p.q + first_q * (is_quantised(kKeyFormat) ? kCodeRow : 4 * p.key_dim);
 
   // The block's first and last token.
   const int low = prefill.first_row / p.group;
   const int high = (min2(prefill.first_row + kRows, prefill.rows) - 1) / p.group;
 
-  const Cache& cache = p.cache;
-  const long long slot = kv * cache.capacity;
-  const int k_row = row_bytes(kKeyFormat, p.key_dim), v_row = row_bytes(kValueFormat, p.value_dim);
   if (threadIdx.x < kRows) {
     const int r = min2(prefill.first_row + int(threadIdx.x), prefill.rows - 1);
     shared.token[threadIdx.x] = r / p.group;
@@ -49,19 +46,13 @@ __device__ __forceinline__ void prefill_causal(const AttentionParams& p, Prefill
     }
   }
   if (threadIdx.x == 0) {
-    shared.sources[0] = {cache.key + slot * k_row,
-                         cache.value + slot * v_row,
-                         is_quantised(kKeyFormat) ? cache.key_scale + slot : nullptr,
-                         is_quantised(kValueFormat) ? cache.value_scale + slot : nullptr,
-                         k_row,
-                         v_row,
-                         past};
-    shared.sources[1] = new_rows(p, kv * p.seq, p.seq);
+    shared.sources[0] = source_of<kKeyFormat, kValueFormat>(p, p.past, kv * p.capacity, past);
+    shared.sources[1] = source_of<kKeyFormat, kValueFormat>(p, p.added, kv * p.seq, p.seq);
   }
   __syncthreads();
 
   // Of the cache's slots, how many of the first tokens see each.
-  const int* visible = p.past_visible ? p.past_visible + (long long)sequence * cache.capacity : nullptr;
+  const int* visible = p.past_visible ? p.past_visible + (long long)sequence * p.capacity : nullptr;
   auto is_hidden = [&](int first) {  // from the whole block: every warp looks at the whole tile, so that all agree
     bool seen = false;
     for (int i = threadIdx.x % kWarp; i < kKeys; i += kWarp) seen |= __ldg(visible + min2(first + i, past - 1)) > low;
@@ -69,7 +60,7 @@ __device__ __forceinline__ void prefill_causal(const AttentionParams& p, Prefill
   };
   for (int first = begin; first < end; first += kKeys) {
     if (visible && is_hidden(first)) continue;
-    prefill.template tile<kKeyFormat, kValueFormat>(p, q_past, shared.sources[0], first, min2(past - first, kKeys),
+    prefill.template tile<kKeyFormat, kValueFormat>(p, q, shared.sources[0], first, min2(past - first, kKeys),
                                                     visible || first + kKeys > past, shared, [&](int key) {
                                                       const int tokens = visible ? __ldg(visible + key) : p.seq;
                                                       return [&shared, tokens](int row) {
@@ -78,7 +69,7 @@ __device__ __forceinline__ void prefill_causal(const AttentionParams& p, Prefill
                                                     });
   }
   for (int first = 0; first <= high && split == 0; first += kKeys) {
-    prefill.template tile<kFloat32, kFloat32>(
+    prefill.template tile<kKeyFormat, kValueFormat>(
         p, q, shared.sources[1], first, min2(high - first + 1, kKeys), first + kKeys > low + 1, shared,
         [&](int key) { return [&shared, key](int row) { return key <= shared.token[row]; }; });
   }
@@ -109,8 +100,8 @@ __device__ __forceinline__ void prefill_packed(const AttentionParams& p, Prefill
   Prefill<kValueDim> prefill;
   prefill.begin(p, tile * kRows, length, 0);
   const long long first_token = (long long)head * p.seq + begin;
-  const auto* q = reinterpret_cast<const unsigned char*>(p.q + first_token * p.key_dim);
-  if (threadIdx.x == 0) shared.sources[0] = new_rows(p, first_token, length);
+  const unsigned char* q = p.q + first_token * 4 * p.key_dim;
+  if (threadIdx.x == 0) shared.sources[0] = source_of<kFloat32, kFloat32>(p, p.added, first_token, length);
   __syncthreads();
   for (int first = 0; first < length; first += kKeys) {
     prefill.template tile<kFloat32, kFloat32>(p, q, shared.sources[0], first, min2(length - first, kKeys),

@@ -6,8 +6,8 @@
 // (8) threads that share rows are of one warp, so the softmax needs shuffles only. Per word of K and Q, and per key, a
 // thread does 64 FFMA for 4 shared loads of 16 bytes: 4 a word, which is what SM61's shared memory can feed.
 //
-// Q K^T is in FP32 where keys are; where the cache's are int8 or int4, queries are int8 too (quantised once, before),
-// four channels make a word, and a DP4A takes the place of four FFMA. P V is in FP32 always.
+// Q K^T is in FP32 where keys are floats; where they are int8 or int4, queries are int8 too, four channels make a word,
+// and a DP4A takes the place of four FFMA. P V is in FP32 always.
 //
 // Shared memory, 46 KB: slices of 8 words of Q and K (or 8 keys of V), two in turn, Q and K transposed; and the
 // probabilities, swizzled. Q does not stay: keeping it would cost 32 KB, reading it again comes from L2. The next slice
@@ -24,13 +24,12 @@ constexpr int kSlice = 8;          // words of Q and K, or keys of V, in shared 
 constexpr int kQuadsPerRow = kSlice / 4;
 constexpr int kRowsAtOnce = kPrefillThreads / kQuadsPerRow;  // of a slice of Q or K, loaded by the block
 
-// Where a tile's keys come from: new rows of one kv head, in FP32, or rows of the cache.
+// Where a tile's keys come from: rows of one kv head.
 struct Source {
   const unsigned char* k;
   const unsigned char* v;
-  const unsigned short* k_scale;
-  const unsigned short* v_scale;
-  int k_row;  // bytes
+  const unsigned* scale;  // of codes
+  int k_row;              // bytes
   int v_row;
   int count;  // rows there are
 };
@@ -309,8 +308,9 @@ struct Prefill : Tile<kValueDim> {
     fetch(0);
     if (kCodes && threadIdx.x < T::kKeys) {
       const int key = min2(first + int(threadIdx.x), source.count - 1);
-      shared.k_scale[threadIdx.x] = half_to_float(__ldg(source.k_scale + key));
-      shared.v_scale[threadIdx.x] = half_to_float(__ldg(source.v_scale + key));
+      const float2 scales = halves_to_floats(__ldg(source.scale + key));
+      shared.k_scale[threadIdx.x] = scales.x;
+      shared.v_scale[threadIdx.x] = scales.y;
     }
     stream(ceil_div(words, kSlice), shared, fetch, put, use);
 #pragma unroll

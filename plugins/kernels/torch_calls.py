@@ -6,14 +6,14 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-import itertools
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
 from pascalvl.plugins.kernels.build import Target, cached
-from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary, LinearArgs
-from pascalvl.plugins.kv_format import HALVES_PER_WORD, KVFormat, LayerLayout
+from pascalvl.plugins.kernels.library import AppendArgs, AppendLayer, AttentionArgs, KernelLibrary, LinearArgs, Rows
+from pascalvl.plugins.kv_format import LayerLayout
+from pascalvl.plugins.ops.flash_attention.op import AttentionOptions
 from pascalvl.plugins.ops.quant_linear.op import Activation
 from pascalvl.plugins.weight_format import WeightFormat
 
@@ -51,93 +51,108 @@ def _library(target: Target) -> KernelLibrary:
     return KernelLibrary(cached(target))
 
 
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """One layer's external cache, and what of it is seen.
+
+    Args:
+        key, value: ``[batch, num_kv_heads, capacity, row]`` in the cache's format.
+        scale: int32 ``[batch, num_kv_heads, capacity]``; where quantised.
+        length: int32 ``[batch]``, each at most the capacity.
+        visible: int32 ``[batch, capacity]``: how many new tokens see a slot; None or ``[batch, 1]``: all do.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: torch.Tensor | None
+    length: torch.Tensor
+    visible: torch.Tensor | None = None
+
+
 def attention(
     kernels: KernelLibrary,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    causal: bool,
-    softmax_scale: float,
+    options: AttentionOptions,
+    qkv: torch.Tensor,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    rope_cos: torch.Tensor | None = None,
+    rope_sin: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
-    past_key: torch.Tensor | None = None,
-    past_value: torch.Tensor | None = None,
-    past_length: torch.Tensor | None = None,
-    past_visible: torch.Tensor | None = None,
-    past_scale: torch.Tensor | None = None,
-    recent_key: torch.Tensor | None = None,
-    recent_value: torch.Tensor | None = None,
-    recent_length: torch.Tensor | None = None,
-    kv_format: KVFormat = KVFormat.F32,
-) -> torch.Tensor:
-    """Launch attention on torch's current stream, see `pascalvl_attention` in ``pascalvl.h``.
+    past: Past | None = None,
+) -> list[torch.Tensor]:
+    """Launch attention on torch's current stream: `pascalvl.plugins.ops.flash_attention.op` tells inputs and outputs.
 
     Args:
         kernels: of the tensors' device, see `library`.
-        q: float32 ``[batch, num_heads, seq, key_dim]``.
-        k: float32 ``[batch, num_kv_heads, seq, key_dim]``.
-        v: float32 ``[batch, num_kv_heads, seq, value_dim]``.
-        causal: which of the two modes.
-        softmax_scale: factor on q k^T.
+        options: the op's attributes.
+        qkv: float32; norms None: queries and keys are not normed; cos and sin None: they are not rotated.
         cu_seqlens: int32 ``[segments + 1]``; where not causal.
-        past_key, past_value: ``[batch, num_kv_heads, capacity, row]`` in ``kv_format``, float16 also in tensors of that
-            type; None or capacity 0: no past.
-        past_length: int32 ``[batch]``, each at most the capacity; where there is a past.
-        past_visible: int32 ``[batch, capacity]``: how many new tokens see a slot; None or ``[batch, 1]``: all do.
-        past_scale: int32 ``[2, batch, num_kv_heads, capacity / 2]``, words of halves; of a quantised past.
-        recent_key, recent_value: int32 ``[batch, num_kv_heads, recent, dim / 2]``, likewise; None: none are kept.
-        recent_length: int32 ``[batch]``; with them.
-        kv_format: of the past.
-
-    Returns:
-        float32 ``[batch, seq, num_heads, value_dim]``.
+        past: where causal; None: there is none.
 
     Raises:
-        ValueError: a tensor's type, shape or device is not as above.
+        ValueError: a tensor's type, shape or device is not as there.
         UserError: the kernels do not support the arguments, for example the head size; or CUDA fails.
     """
-    batch, num_heads, seq, key_dim = q.shape
-    num_kv_heads, value_dim = v.shape[1], v.shape[3]
-    floats = [torch.float32]
+    device, floats, layout = qkv.device, [torch.float32], options.layout
+    lead = tuple(qkv.shape[:-1])
+    batch, seq = lead if options.causal else (1, lead[0])
     tensors = {
-        "q": _checked("q", q, floats, q.shape, q.device),
-        "k": _checked("k", k, floats, (batch, num_kv_heads, seq, key_dim), q.device),
-        "v": _checked("v", v, floats, (batch, num_kv_heads, seq, value_dim), q.device),
-        "out": torch.empty(batch, seq, num_heads, value_dim, device=q.device),
+        "qkv": _checked("qkv", qkv, floats, (*lead, sum(options.widths)), device),
+        "out": torch.empty(*lead, options.num_heads * options.value_dim, device=device),
     }
-    options = {}
-    if not causal:
-        tensors["cu_seqlens"] = _checked("cu_seqlens", cu_seqlens, [torch.int32], (None,), q.device)
-        options["num_sequences"] = len(cu_seqlens) - 1
-    elif past_key is not None and past_key.shape[2]:
-        layout = LayerLayout(kv_format, num_kv_heads, key_dim, value_dim)
-        tensors["past_length"] = _checked("past_length", past_length, [torch.int32], (batch,), q.device)
-        if past_visible is not None and past_visible.shape[1] == past_key.shape[2]:
-            shape = batch, past_key.shape[2]
-            tensors["past_visible"] = _checked("past_visible", past_visible, [torch.int32], shape, q.device)
-        tensors_of_past = past_key.contiguous(), past_value.contiguous(), past_scale
-        options["cache"] = cache_view(layout, batch, *tensors_of_past)
-        if recent_key is not None:
-            tensors["recent_length"] = _checked("recent_length", recent_length, [torch.int32], (batch,), q.device)
-            options["recent"] = cache_view(
-                dataclasses.replace(layout, kv_format=KVFormat.F16), batch, recent_key, recent_value
-            )
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if norm is not None:
+            tensors[name] = _checked(name, norm, floats, (options.head_dim,), device)
+    for name, table in (("rope_cos", rope_cos), ("rope_sin", rope_sin)):
+        if table is not None:
+            tensors[name] = _checked(name, table, floats, (*lead, options.head_dim), device)
+    outputs, more = [tensors["out"]], {}
+    if options.causal:
+        new = new_rows(layout, batch, seq, device)
+        outputs += [rows for rows in new if rows is not None]
+        more = {"new_rows": rows_view(*new), "rotated": layout.is_rotated}
+        more["key_format"], more["value_format"] = layout.kv_format.rows
+        if past is not None and past.key.shape[2]:
+            capacity = past.key.shape[2]
+            more |= {"past": cache_view(layout, batch, past.key, past.value, past.scale), "capacity": capacity}
+            tensors["past_length"] = _checked("past_length", past.length, [torch.int32], (batch,), device)
+            if past.visible is not None and past.visible.shape[1] == capacity:
+                shape = batch, capacity
+                tensors["past_visible"] = _checked("past_visible", past.visible, [torch.int32], shape, device)
+    else:
+        tensors["cu_seqlens"] = _checked("cu_seqlens", cu_seqlens, [torch.int32], (None,), device)
+        more["num_sequences"] = len(cu_seqlens) - 1
+    if not qkv.numel():
+        return outputs
     args = AttentionArgs(
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        **more,
         batch=batch,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
+        num_heads=options.num_heads,
+        num_kv_heads=options.num_kv_heads,
         seq=seq,
-        key_dim=key_dim,
-        value_dim=value_dim,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        **options,
+        key_dim=options.head_dim,
+        value_dim=options.value_dim,
+        softmax_scale=options.softmax_scale,
+        epsilon=options.epsilon,
+        causal=options.causal,
     )
-    with _current(q.device) as stream:
-        workspace = torch.empty(kernels.attention_workspace(args), dtype=torch.uint8, device=q.device)
+    with _current(device) as stream:
+        workspace = torch.empty(kernels.attention_workspace(args), dtype=torch.uint8, device=device)
         kernels.attention(args, workspace.data_ptr(), workspace.numel(), stream)
-    return tensors["out"]
+    return outputs
+
+
+def new_rows(
+    layout: LayerLayout, batch: int, seq: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Room for the keys, values and scales of new tokens, as a layer's cache has them."""
+    lead = batch, layout.num_kv_heads, seq
+    key, value = (
+        torch.empty(*lead, elements, dtype=getattr(torch, row.dtype.name), device=device)
+        for row, elements in zip(layout.kv_format.rows, layout.row_elements, strict=True)
+    )
+    return key, value, torch.empty(lead, dtype=torch.int32, device=device) if layout.kv_format.is_quantised else None
 
 
 def linear(
@@ -193,107 +208,68 @@ def linear(
     return out
 
 
+Cached = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Keys, values and scales of a layer, as `Past` has them."""
+
+
 def kv_append(
     kernels: KernelLibrary,
     layouts: Sequence[LayerLayout],
-    new: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    caches: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]],
+    new: Sequence[Cached],
+    caches: Sequence[Cached],
     slots: torch.Tensor,
 ) -> None:
-    """Write new keys and values of all layers into their caches, on torch's current stream, a launch for each run of
-    layers that have the same layout.
+    """Copy new keys and values of all layers into their caches, on torch's current stream.
 
     Args:
         kernels: of the tensors' device, see `library`.
         layouts: of each layer.
-        new: of each layer keys and values, float32 ``[batch, num_kv_heads, seq, dim]``.
-        caches: of each layer keys, values and scales, as `cache_view` takes them; the tensors of layers with the same
-            layout lie at equal distances.
+        new: of each layer what `attention` gave, in the cache's format, ``seq`` for a capacity.
+        caches: of each layer.
         slots: int32 ``[batch, seq]``, where each token goes; negative, or beyond the capacity: nowhere.
 
     Raises:
         ValueError: a tensor's type, shape or device is not as above.
-        UserError: the kernels do not support the arguments, for example the head size; or CUDA fails.
+        UserError: CUDA fails.
     """
-    for layout, run in itertools.groupby(range(len(layouts)), lambda layer: layouts[layer]):
-        layers = list(run)
-        key, value = (torch.stack([new[layer][which] for layer in layers]) for which in range(2))
-        append_run(kernels, layout, key, value, [caches[layer] for layer in layers[:2]], slots)
-
-
-def append_run(
-    kernels: KernelLibrary,
-    layout: LayerLayout,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    caches: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]],
-    slots: torch.Tensor,
-) -> None:
-    """`kv_append` of layers with the same layout: keys and values of all, ``[layers, batch, num_kv_heads, seq, dim]``,
-    and the caches of at least the first two."""
-    count, batch, _, seq, _ = key.shape
-    lead = count, batch, layout.num_kv_heads, seq
-    key = _checked("new keys", key, [torch.float32], (*lead, layout.key_dim), key.device)
-    value = _checked("new values", value, [torch.float32], (*lead, layout.value_dim), key.device)
-    slots = _checked("slots", slots, [torch.int32], (batch, seq), key.device)
-    first, second = caches[0], caches[min(1, count - 1)]
-    strides = [0 if a is None else b.data_ptr() - a.data_ptr() for a, b in zip(first, second, strict=True)]
-    args = AppendArgs(
-        key=key.data_ptr(),
-        value=value.data_ptr(),
-        layers=count,
-        batch=batch,
-        num_kv_heads=layout.num_kv_heads,
-        seq=seq,
-        key_dim=layout.key_dim,
-        value_dim=layout.value_dim,
-        slots=slots.data_ptr(),
-        cache=cache_view(layout, batch, *first),
-        key_stride=strides[0],
-        value_stride=strides[1],
-        key_scale_stride=strides[2],
-        value_scale_stride=strides[2],
+    batch, seq = slots.shape
+    capacity = caches[0][0].shape[2]
+    slots = _checked("slots", slots, [torch.int32], (batch, seq), new[0][0].device)
+    layers = []
+    for layout, rows, cache in zip(layouts, new, caches, strict=True):
+        for (key, *_), length in ((rows, seq), (cache, capacity)):
+            if key.shape[2] != length:
+                raise ValueError(f"expected {length} slots in each layer's keys; found {key.shape[2]}")
+        key_row, value_row = layout.row_bytes
+        views = cache_view(layout, batch, *rows), cache_view(layout, batch, *cache)
+        layers.append(AppendLayer(new_rows=views[0], cache=views[1], key_row=key_row, value_row=value_row))
+    args = AppendArgs.of(
+        layers, slots=slots.data_ptr(), batch=batch, num_kv_heads=layouts[0].num_kv_heads, seq=seq, capacity=capacity
     )
-    with _current(key.device) as stream:
+    with _current(slots.device) as stream:
         kernels.kv_append(args, stream)
 
 
 def cache_view(
     layout: LayerLayout, batch: int, key: torch.Tensor, value: torch.Tensor, scale: torch.Tensor | None = None
-) -> Cache:
-    """One layer's cache of ``batch`` sequences as the kernels take it, halves in words or as they are; raises
-    `ValueError` for tensors of another layout."""
-    key, value = _words(key), _words(value)
-    capacity = key.shape[2]
-    shape = batch, layout.num_kv_heads, capacity
+) -> Rows:
+    """One layer's keys and values of ``batch`` sequences as the kernels take them; raises `ValueError` for tensors of
+    another layout."""
+    shape = batch, layout.num_kv_heads, key.shape[2]
     rows = zip(("keys", "values"), (key, value), layout.kv_format.rows, layout.row_elements, strict=True)
     for name, tensor, row, elements in rows:
-        dtype = getattr(torch, row.dtype.name)
-        _check(f"the cache of {name}", tensor, [dtype], (*shape, elements), key.device)
+        _check(f"the cache of {name}", tensor, [getattr(torch, row.dtype.name)], (*shape, elements), key.device)
     if layout.kv_format.is_quantised:
-        if capacity % HALVES_PER_WORD:
-            raise ValueError(f"a quantised cache has an even capacity; found {capacity}")
-        of_scales = 2, *shape[:2], capacity // HALVES_PER_WORD
-        _check("the cache's scales", scale, [torch.int32], of_scales, key.device)
+        _check("the cache's scales", scale, [torch.int32], shape, key.device)
     for tensor in (key, value, scale):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"the cache must be contiguous; found strides {tensor.stride()}")
-    scales = (None, None) if scale is None else (scale[0].data_ptr(), scale[1].data_ptr())
-    return Cache(
-        key=key.data_ptr(),
-        value=value.data_ptr(),
-        key_scale=scales[0],
-        value_scale=scales[1],
-        key_format=layout.kv_format.rows[0],
-        value_format=layout.kv_format.rows[1],
-        capacity=capacity,
-        rotated=layout.is_rotated,
-    )
+    return rows_view(key, value, scale)
 
 
-def _words(tensor: torch.Tensor) -> torch.Tensor:
-    """Halves as words, and other tensors as they are."""
-    return tensor.view(torch.int32) if tensor.dtype == torch.float16 else tensor
+def rows_view(key: torch.Tensor, value: torch.Tensor, scale: torch.Tensor | None) -> Rows:
+    """Keys and values as the kernels take them."""
+    return Rows(key=key.data_ptr(), value=value.data_ptr(), scale=None if scale is None else scale.data_ptr())
 
 
 @contextlib.contextmanager

@@ -1,26 +1,38 @@
 """The FlashAttention2 op: the identity that its torch op, its ONNX node, its TensorRT plugin and its kernels share.
 
-Attention(q, k, v) = softmax(softmax_scale * q k^T + mask) v with float32 statistics (Dao, arXiv:2307.08691).
-``q``: ``[batch, num_heads, seq, head_dim]``; ``k``, ``v``: ``[batch, num_kv_heads, seq, head_dim]``, query head ``h``
-reading kv head ``h // (num_heads / num_kv_heads)``; result: ``[batch, seq, num_heads, head_dim]``. Two modes:
+From the packed result of a layer's q/k/v projection to what its output projection reads: queries and keys are normed
+(RMS, over a head), rotated by their positions (RoPE: element ``i`` and the one half a head further on make a pair), and
+attention is softmax(softmax_scale * q k^T + mask) v with float32 statistics (Dao, arXiv:2307.08691). Query head ``h``
+reads kv head ``h // (num_heads / num_kv_heads)``. Two modes:
 
-- ``causal = 0``: inputs ``q, k, v, cu_seqlens``. Batch 1, ``seq`` packs several sequences of which number ``i``
-  occupies ``cu_seqlens[i] <= t < cu_seqlens[i + 1]`` (int32); a token sees its own sequence, both ways.
-- ``causal = 1``: inputs ``q, k, v, past_length, past_visible, past_key, past_value``, then ``past_scale`` where the
-  cache is quantised, then, if it keeps recent tokens besides, ``recent_length, recent_key, recent_value``. The head
-  sizes of keys (and q) and of values may differ. The past lies in the cache, in ``kv_format``, ``[batch, num_kv_heads,
-  capacity, row]`` (`pascalvl.plugins.kv_format` tells what a row is); sequence ``b`` has the first ``past_length[b]``
-  (int32) slots of it, and the first ``recent_length[b]`` of ``recent_key`` and ``recent_value``, which are halves
-  ``[batch, num_kv_heads, recent, dim]``, as ``past_scale`` is ``[2, batch, num_kv_heads, capacity]``: halves travel as
-  int32 words, so that the last of these dimensions, which is even, is half as long. ``past_visible`` (int32 ``[batch,
-  capacity]``, or ``[batch, 1]`` for all slots alike) says which new tokens see a slot: number ``i`` does where ``i <
-  past_visible``. New token ``i`` sees all recent tokens, and the new tokens up to itself. Several new tokens come with
-  ``recent_length`` 0.
-  Where keys are quantised, queries meet them quantised to int8, one scale a row (its largest magnitude / 127), and if
-  they are rotated, after the same rotation.
+- ``causal = 0``: inputs ``qkv`` ``[tokens, 3 * num_heads * head_dim]``, ``rope_cos`` and ``rope_sin`` ``[tokens,
+  head_dim]``, ``cu_seqlens``. ``qkv`` packs several sequences, of which number ``i`` occupies ``cu_seqlens[i] <= t <
+  cu_seqlens[i + 1]`` (int32); a token sees its own sequence, both ways. There are no norms. Output: ``[tokens,
+  num_heads * head_dim]``.
+- ``causal = 1``: inputs ``qkv`` ``[batch, seq, num_heads * head_dim + num_kv_heads * (head_dim + value_dim)]``,
+  ``q_norm`` and ``k_norm`` ``[head_dim]``, ``rope_cos`` and ``rope_sin`` ``[batch, seq, head_dim]``, ``past_length``,
+  ``past_visible``, ``past_key``, ``past_value``, and where the cache is quantised ``past_scale``. Outputs: the result,
+  ``[batch, seq, num_heads * value_dim]``, then the new tokens' ``new_key``, ``new_value`` ``[batch, num_kv_heads, seq,
+  row]``, and where quantised ``new_scale`` ``[batch, num_kv_heads, seq]``.
+
+  The past lies in the cache, in ``kv_format``, ``[batch, num_kv_heads, capacity, row]``
+  (`pascalvl.plugins.kv_format` tells what a row is); ``past_scale`` is int32 ``[batch, num_kv_heads, capacity]``, in each
+  word the key's scale, a half, in the lower half, the value's in the upper one. Sequence ``b`` has the first
+  ``past_length[b]`` (int32) slots of it. ``past_visible`` (int32 ``[batch, capacity]``, or ``[batch, 1]`` for all slots
+  alike) says which new tokens see a slot: number ``i`` does where ``i < past_visible``. New token ``i`` sees the new
+  tokens up to itself.
+
+  The new keys and values are in the cache's format, and attention reads them so, as it does the past: what comes out
+  for a token does not depend on how a prompt is cut into calls. Where keys are quantised, queries meet them quantised to
+  int8, one scale a row (its largest magnitude / 127), and if keys are rotated (by the Hadamard matrix), after the same
+  rotation.
 """
 
 from __future__ import annotations
+
+import dataclasses
+
+from pascalvl.plugins.kv_format import KVFormat, LayerLayout
 
 OP_NAME = "FlashAttention2"
 OP_VERSION = "1"
@@ -29,7 +41,36 @@ OP_DOMAIN = "pascalvl"
 
 ATTR_CAUSAL = "causal"
 ATTR_SOFTMAX_SCALE = "softmax_scale"
+ATTR_EPSILON = "epsilon"
+"""What the norms add to mean squares; only where causal."""
+ATTR_NUM_HEADS = "num_heads"
+ATTR_NUM_KV_HEADS = "num_kv_heads"
+ATTR_HEAD_DIM = "head_dim"
+"""Of queries and keys."""
+ATTR_VALUE_DIM = "value_dim"
 ATTR_KV_FORMAT = "kv_format"
 """Name of a `pascalvl.plugins.kv_format.KVFormat`; only where causal."""
-ATTR_RECENT = "recent"
-"""Capacity of the recent tokens' cache; none: there is no such cache."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionOptions:
+    """The op's attributes."""
+
+    causal: bool
+    softmax_scale: float
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    epsilon: float = 0.0
+    kv_format: KVFormat = KVFormat.F32
+
+    @property
+    def layout(self) -> LayerLayout:
+        """Of the cache."""
+        return LayerLayout(self.kv_format, self.num_kv_heads, self.head_dim, self.value_dim)
+
+    @property
+    def widths(self) -> list[int]:
+        """Of a token's queries, keys and values."""
+        return [self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.value_dim]
