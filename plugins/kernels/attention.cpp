@@ -38,11 +38,11 @@ void check_formats(const pascalvl_attention_args& a) {
 }
 
 void check_rows(const pascalvl_rows& rows, int key_format, const char* whose) {
-  require_pointer(rows.key, text("%s keys", whose).c_str());
-  require_pointer(rows.value, text("%s values", whose).c_str());
+  require_pointer(rows.key, text("%s array of keys", whose).c_str());
+  require_pointer(rows.value, text("%s array of values", whose).c_str());
   if (!is_quantised(key_format)) return;
   require(rows.scale && reinterpret_cast<uintptr_t>(rows.scale) % sizeof(uint32_t) == 0,
-          "%s scales are at %p; expected a pointer to words.", whose, static_cast<const void*>(rows.scale));
+          "%s array of scales is at %p; expected a pointer to words.", whose, static_cast<const void*>(rows.scale));
 }
 
 Rows to_rows(const pascalvl_rows& rows) {
@@ -89,7 +89,7 @@ void check(const pascalvl_attention_args& a) {
   require_dim(a.key_dim, "key_dim");
   require_dim(a.value_dim, "value_dim");
   check_formats(a);
-  check_rows(a.new_rows, a.key_format, "The new");
+  check_rows(a.new_rows, a.key_format, "The new rows'");
   if (a.past_length) {
     check_rows(a.past, a.key_format, "The cache's");
     require_size(a.capacity, "The cache's capacity");
@@ -242,7 +242,7 @@ void check_layer(const pascalvl_append_layer& layer) {
   }
   const bool has_scale = layer.cache.scale;
   require(has_scale == bool(layer.new_rows.scale), "Of the new rows' scales and the cache's, one is a null pointer.");
-  check_rows(layer.new_rows, has_scale ? kInt8 : kFloat32, "The new");
+  check_rows(layer.new_rows, has_scale ? kInt8 : kFloat32, "The new rows'");
   check_rows(layer.cache, has_scale ? kInt8 : kFloat32, "The cache's");
 }
 

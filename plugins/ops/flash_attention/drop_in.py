@@ -70,9 +70,7 @@ def attention(
         past = torch_calls.Past(past_key.contiguous(), past_value.contiguous(), None, past_length, past_visible)
     try:
         kernels = torch_calls.library(q.device)
-        out, *_ = torch_calls.attention(
-            kernels, options, qkv if causal else qkv[0], cu_seqlens=cu_seqlens, past=past
-        )
+        out, *_ = torch_calls.attention(kernels, options, qkv if causal else qkv[0], cu_seqlens=cu_seqlens, past=past)
     except UserError as error:
         raise ValueError(str(error)) from None
     return out.view(batch, seq, num_heads, v.shape[3])

@@ -16,16 +16,16 @@ reads kv head ``h // (num_heads / num_kv_heads)``. Two modes:
   row]``, and where quantised ``new_scale`` ``[batch, num_kv_heads, seq]``.
 
   The past lies in the cache, in ``kv_format``, ``[batch, num_kv_heads, capacity, row]``
-  (`pascalvl.plugins.kv_format` tells what a row is); ``past_scale`` is int32 ``[batch, num_kv_heads, capacity]``, in each
-  word the key's scale, a half, in the lower half, the value's in the upper one. Sequence ``b`` has the first
+  (`pascalvl.plugins.kv_format` tells what a row is); ``past_scale`` is int32 ``[batch, num_kv_heads, capacity]``, the
+  key's scale, a half, in a word's lower half, the value's in its upper one. Sequence ``b`` has the first
   ``past_length[b]`` (int32) slots of it. ``past_visible`` (int32 ``[batch, capacity]``, or ``[batch, 1]`` for all slots
   alike) says which new tokens see a slot: number ``i`` does where ``i < past_visible``. New token ``i`` sees the new
   tokens up to itself.
 
   The new keys and values are in the cache's format, and attention reads them so, as it does the past: what comes out
-  for a token does not depend on how a prompt is cut into calls. Where keys are quantised, queries meet them quantised to
-  int8, one scale a row (its largest magnitude / 127), and if keys are rotated (by the Hadamard matrix), after the same
-  rotation.
+  for a token does not depend on how a prompt is cut into calls. Where keys are quantised, queries meet them quantised
+  to int8, one scale a row (its largest magnitude / 127), and if keys are rotated (by the Hadamard matrix), after the
+  same rotation.
 """
 
 from __future__ import annotations

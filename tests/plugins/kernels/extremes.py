@@ -16,7 +16,7 @@ import numpy as np
 
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels import build as kernels_build
-from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary, LinearArgs
+from pascalvl.plugins.kernels.library import AppendArgs, AppendLayer, AttentionArgs, KernelLibrary, LinearArgs, Rows
 from pascalvl.plugins.kv_format import RowFormat
 from tests.plugins.kernels.reference import PAIRS, aligned, pointer
 
@@ -31,7 +31,6 @@ MULTIPROCESSORS = 2
 LEAST, MOST = -(1 << 31), (1 << 31) - 1
 VALUES = [LEAST, -1, 0, 1, 1 << 15, 1 << 16, 1 << 30, MOST]
 VALUES += [128, GRID[-1], SIZES[-1], SIZES[-1] + 1, LIMITS["ROWS"] >> 15]
-STRIDES = [-(1 << 63), -(1 << 47), 0, 1, 1 << 47, (1 << 47) + 16, (1 << 62), (1 << 63) - 1]
 
 Field = tuple[ctypes.Structure, str, list[int]]
 
@@ -41,12 +40,6 @@ def up_to(count: int, multiple: int) -> int:
 
 
 # What pascalvl.h says -------------------------------------------------------------------------------------------------
-
-
-def is_right(cache: Cache, key_dim: int) -> bool:
-    known = (cache.key_format, cache.value_format) in [tuple(map(int, pair)) for pair in PAIRS]
-    quantised = cache.key_format >= RowFormat.INT8
-    return known and cache.capacity in SIZES and (not cache.rotated or (quantised and key_dim == 128))
 
 
 def attention_bytes(a: AttentionArgs) -> int | None:
@@ -59,38 +52,33 @@ def attention_bytes(a: AttentionArgs) -> int | None:
         return None
     if not a.causal:
         dims = a.key_dim == a.value_dim and a.key_dim in (64, 72, 128)
-        return 0 if dims and a.batch == 1 and group == 1 and a.num_sequences in SIZES else None
-    if not {a.key_dim, a.value_dim} <= {64, 96, 112, 128} or (a.past_length and not is_right(a.cache, a.key_dim)):
+        return 12 * rows * a.key_dim if dims and a.batch == 1 and group == 1 and a.num_sequences in SIZES else None
+    if not {a.key_dim, a.value_dim} <= {64, 96, 112, 128}:
         return None
-    quantised = bool(a.past_length) and a.cache.key_format >= RowFormat.INT8
-    caches = [a.cache]
-    if a.recent_length and a.seq == 1:
-        caches.append(a.recent)
-        if not quantised or a.past_visible or not is_right(a.recent, 0) or a.recent.key_format != RowFormat.FLOAT16:
-            return None
+    quantised = a.key_format >= RowFormat.INT8
+    known = (a.key_format, a.value_format) in [tuple(map(int, pair)) for pair in PAIRS]
+    if not known or (a.rotated and not (quantised and a.key_dim == 128)) or quantised > bool(a.new_rows.scale):
+        return None
+    if a.past_length and (a.capacity not in SIZES or quantised > bool(a.past.scale)):
+        return None
+    queries = rows * 128 + up_to(rows * 4, 16) if quantised else rows * a.key_dim * 4
     if a.seq == 1 and a.past_length and not a.past_visible:
         wanted = 2 * MULTIPROCESSORS // (a.batch * a.num_kv_heads)
-        splits = sum(max(1, min(up_to(cache.capacity, 64) // 64, wanted)) for cache in caches)
-        return rows * splits * (a.value_dim + 4) * 4 if group in (1, 2, 4, 8) else None
+        splits = max(1, min(up_to(a.capacity, 64) // 64, wanted))
+        return queries + rows * splits * (a.value_dim + 4) * 4 if group in (1, 2, 4, 8) else None
     tile = 64 if a.value_dim > 72 else 128
     if up_to(a.seq * group, tile) // tile not in GRID:
         return None
     keys = 128 if a.value_dim > 72 else 64
     blocks = up_to(a.seq * group, tile) // tile * a.num_kv_heads * a.batch
-    splits = min(up_to(a.cache.capacity, 2 * keys) // (2 * keys), 2 * MULTIPROCESSORS // blocks) if a.past_length else 1
-    return rows * (128 + 4 if quantised else 0) + (rows * splits * (a.value_dim + 4) * 4 if splits > 1 else 0)
+    splits = min(up_to(a.capacity, 2 * keys) // (2 * keys), 2 * MULTIPROCESSORS // blocks) if a.past_length else 1
+    return queries + (rows * splits * (a.value_dim + 4) * 4 if splits > 1 else 0)
 
 
-def is_appended(a: AppendArgs) -> bool:
-    in_grid = a.layers in GRID and a.batch in GRID and a.num_kv_heads in GRID
-    if not in_grid or a.seq not in SIZES or a.batch * a.num_kv_heads * a.seq > LIMITS["ROWS"]:
-        return False
-    if not {a.key_dim, a.value_dim} <= {64, 96, 112, 128} or not is_right(a.cache, a.key_dim):
-        return False
-    strides = [(a.key_stride, 16), (a.value_stride, 16)]
-    if a.cache.key_format >= RowFormat.INT8:
-        strides += [(a.key_scale_stride, 2), (a.value_scale_stride, 2)]
-    return a.layers == 1 or all(abs(stride) <= 1 << 47 and stride % multiple == 0 for stride, multiple in strides)
+def is_appended(a: AppendArgs, layer: AppendLayer) -> bool:
+    in_grid = a.num_layers in (1, 2) and a.batch in GRID and a.num_kv_heads in GRID
+    fits = a.seq in SIZES and a.capacity in SIZES and a.batch * a.num_kv_heads * a.seq <= LIMITS["ROWS"]
+    return in_grid and fits and {layer.key_row, layer.value_row} <= set(range(16, 513, 16))
 
 
 def linear_bytes(a: LinearArgs) -> list[int]:
@@ -121,8 +109,6 @@ def integers(args: ctypes.Structure) -> Iterator[Field]:
             yield from integers(getattr(args, name))
         elif kind is ctypes.c_int32:
             yield args, name, VALUES
-        elif kind is ctypes.c_int64:
-            yield args, name, STRIDES
 
 
 def each(args: ctypes.Structure) -> Iterator[str]:
@@ -165,10 +151,10 @@ def try_linear(library: KernelLibrary, args: LinearArgs) -> None:
             assert library.linear_workspace(args) in expected, case
 
 
-def try_append(library: KernelLibrary, args: AppendArgs) -> int:
+def try_append(library: KernelLibrary, args: AppendArgs, layer: AppendLayer) -> int:
     refused = 0
-    for case in each(args):
-        if not is_appended(args):
+    for case in itertools.chain(each(args), each(layer)):
+        if not is_appended(args, layer) and args.num_layers <= 2:  # there are no more to look at
             refused += 1
             assert refusal(library.kv_append, args).endswith("."), case
     return refused
@@ -179,23 +165,27 @@ def main() -> None:
     array = aligned((16,), np.uint8)
     somewhere = pointer(array)
 
-    def cache(key: RowFormat, value: RowFormat) -> Cache:
-        names = ("key", "value", "key_scale", "value_scale")[: 4 if key >= RowFormat.INT8 else 2]
-        return Cache(**dict.fromkeys(names, somewhere), key_format=key, value_format=value, capacity=200)
-
-    sizes = {"batch": 1, "num_heads": 4, "num_kv_heads": 2, "key_dim": 128, "value_dim": 128}
-    arrays = dict.fromkeys(("q", "k", "v", "out"), somewhere)
+    rows = Rows(key=somewhere, value=somewhere, scale=somewhere)
+    sizes = {"batch": 1, "num_heads": 4, "num_kv_heads": 2, "key_dim": 128, "value_dim": 128, "softmax_scale": 1}
+    arrays = dict.fromkeys(("qkv", "out"), somewhere)
     for formats, seq, more in (
         (PAIRS[1], 1, ()),
-        (PAIRS[3], 1, ("recent_length",)),
+        (PAIRS[3], 1, ()),
         (PAIRS[3], 5, ()),
         (PAIRS[0], 5, ("past_visible",)),
     ):
         options = dict.fromkeys(("past_length", *more), somewhere)
-        views = {"cache": cache(*formats), "recent": cache(*PAIRS[1])}
-        try_attention(library, AttentionArgs(**arrays, **sizes, **options, **views, seq=seq, softmax_scale=1, causal=1))
+        of_cache = {
+            "new_rows": rows,
+            "past": rows,
+            "capacity": 200,
+            "key_format": formats[0],
+            "value_format": formats[1],
+        }
+        try_attention(library, AttentionArgs(**arrays, **sizes, **options, **of_cache, seq=seq, causal=1))
     packed = {**sizes, "num_kv_heads": 4, "cu_seqlens": somewhere, "num_sequences": 2}
-    try_attention(library, AttentionArgs(**arrays, **packed, seq=70, softmax_scale=1))
+    try_attention(library, AttentionArgs(**arrays, **packed, seq=70))
+    packed.pop("softmax_scale")
     for scale in (float("nan"), float("inf"), -float("inf"), 3e38, -2e6):
         told = refusal(library.attention, AttentionArgs(**arrays, **packed, seq=70, softmax_scale=scale))
         assert "softmax_scale is" in told, scale
@@ -205,15 +195,14 @@ def main() -> None:
     for bits, options in ((16, ()), (8, ("scale",)), (4, ("scale", "zero"))):
         try_linear(library, LinearArgs(**arrays, **sizes, **dict.fromkeys(options, somewhere), bits=bits))
 
-    sizes = {"layers": 2, "batch": 1, "num_kv_heads": 2, "seq": 3, "key_dim": 128, "value_dim": 128}
-    arrays = dict.fromkeys(("key", "value", "slots"), somewhere)
-    for formats in (PAIRS[1], PAIRS[3]):
-        assert try_append(library, AppendArgs(**arrays, **sizes, cache=cache(*formats))) > 1000
+    layers = [AppendLayer(new_rows=rows, cache=rows, key_row=128, value_row=64) for _ in range(2)]
+    args = AppendArgs.of(layers, slots=somewhere, batch=1, num_kv_heads=2, seq=3, capacity=9)
+    assert try_append(library, args, args._layers[1]) > 1000
 
-    for rows, vocab_size in itertools.product(VALUES, repeat=2):
-        if rows not in SIZES or vocab_size not in SIZES:
-            told = refusal(library.greedy, somewhere, rows, vocab_size, somewhere, somewhere)
-            assert told.endswith("."), (rows, vocab_size)
+    for count, vocab_size in itertools.product(VALUES, repeat=2):
+        if count not in SIZES or vocab_size not in SIZES:
+            told = refusal(library.greedy, somewhere, count, vocab_size, somewhere, somewhere)
+            assert told.endswith("."), (count, vocab_size)
     for row_format, dim in itertools.product([LEAST, -1, *range(5), MOST], [*VALUES, 72, 129]):
         bits = {0: 32, 1: 16, 2: 8, 3: 4}.get(row_format)
         expected = up_to(dim * bits // 8, 16) if bits and 0 < dim <= 128 else 0

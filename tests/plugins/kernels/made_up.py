@@ -14,12 +14,23 @@ from pathlib import Path
 import numpy as np
 
 from pascalvl.plugins.kernels.build import Target
-from pascalvl.plugins.kernels.library import AttentionArgs, KernelLibrary
+from pascalvl.plugins.kernels.library import KernelLibrary
 from pascalvl.plugins.ops.quant_linear.op import Activation
 from pascalvl.plugins.weight_format import WeightFormat
 from pascalvl.plugins.weight_rows import QuantisedWeight
 from tests.plugins.kernels import reference
-from tests.plugins.kernels.reference import PAIRS, HostCache, Memory, Shape, aligned, append, causal_attention, pointer
+from tests.plugins.kernels.reference import (
+    PAIRS,
+    HostRows,
+    Memory,
+    Prologue,
+    Shape,
+    aligned,
+    append,
+    causal_attention,
+    packed_attention,
+    pointer,
+)
 
 LEAST, MOST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 GUARD = 4096
@@ -80,45 +91,43 @@ class MadeUp:
         strange = [MOST, LEAST, -1, capacity]
         return np.array([self._rng.permutation([*slots, *strange]) for slots in usual], np.int32)
 
-    def cache(self, library: KernelLibrary, shape: Shape, formats: tuple) -> HostCache:
-        cache = HostCache(library, shape, formats, formats[0].is_quantised and shape.key_dim == 128)
-        for array in (*cache.rows, *cache.scales):
+    def rows(self, library: KernelLibrary, shape: Shape, formats: tuple) -> HostRows:
+        rows = HostRows(library, shape, formats, formats[0].is_quantised and shape.key_dim == 128)
+        for array in rows.arrays:
             array.view(np.uint8)[...] = self.bits(array.nbytes, dtype=np.uint8).reshape(array.view(np.uint8).shape)
-        return cache
+        return rows
+
+    def prologue(self, batch: int, seq: int, dim: int) -> Prologue:
+        return Prologue(*(self.bits(dim) for _ in range(2)), *(self.bits(batch, seq, dim) for _ in range(2)))
 
 
 def attend(library: KernelLibrary, made_up: MadeUp, guarded: GuardedMemory, formats: tuple) -> None:
-    """Decode with all groups, with and without recent tokens; prefill of all head sizes, with and without a mask."""
-    for heads, seq, value_dim, more in (
-        *((group, 1, 128, None) for group in (1, 2, 4, 8)),
-        (4, 1, 96, "recent"),
-        (2, 3, 64, None),
-        (2, 3, 128, None),
-        (2, 3, 64, "mask"),
-        (4, 1, 128, "mask"),
+    """Decode with all groups; prefill of all head sizes, with and without a mask."""
+    for heads, seq, key_dim, value_dim, with_mask in (
+        *((group, 1, 128, 128, False) for group in (1, 2, 4, 8)),
+        (4, 1, 112, 96, False),
+        (2, 3, 128, 64, False),
+        (2, 3, 128, 128, False),
+        (2, 3, 128, 64, True),
+        (4, 1, 128, 128, True),
     ):
-        capacity, recent = 70, None
-        shape = Shape(BATCH, heads, 1, 112 if value_dim == 96 else 128, value_dim, capacity)
-        cache = made_up.cache(library, shape, formats)
-        if more == "recent":
-            if not formats[0].is_quantised:
-                continue
-            rows = made_up.cache(library, dataclasses.replace(shape, capacity=9), PAIRS[1])
-            recent = rows, made_up.lengths(9)
-        visible = made_up.integers(BATCH, capacity) if more == "mask" else None
-        q = made_up.bits(BATCH, heads, seq, shape.key_dim)
-        new = made_up.bits(BATCH, 1, seq, shape.key_dim), made_up.bits(BATCH, 1, seq, value_dim)
-        causal_attention(library, cache, q, *new, made_up.lengths(capacity), 0.1, visible, recent)
+        capacity = 70
+        shape = Shape(BATCH, heads, 1, key_dim, value_dim, capacity)
+        cache = made_up.rows(library, shape, formats)
+        visible = made_up.integers(BATCH, capacity) if with_mask else None
+        q = made_up.bits(BATCH, heads, seq, key_dim)
+        new = made_up.bits(BATCH, 1, seq, key_dim), made_up.bits(BATCH, 1, seq, value_dim)
+        prologue = made_up.prologue(BATCH, seq, key_dim)
+        causal_attention(library, cache, q, *new, made_up.lengths(capacity), 0.1, visible, prologue)
         guarded.check()
 
 
 def store(library: KernelLibrary, made_up: MadeUp, guarded: GuardedMemory, formats: tuple) -> None:
     seq, capacity = 12, 20
     shape = Shape(BATCH, 2, 1, capacity=capacity)
-    key, value = (made_up.bits(1, BATCH, 1, seq, 128) for _ in range(2))
-    for slots in (None, made_up.distinct(seq, capacity)):
-        append(library, made_up.cache(library, shape, formats), key, value, made_up.lengths(capacity), slots)
-        guarded.check()
+    new = made_up.rows(library, dataclasses.replace(shape, capacity=seq), formats)
+    append(library, made_up.rows(library, shape, formats), new, made_up.distinct(seq, capacity))
+    guarded.check()
 
 
 def attend_both_ways(library: KernelLibrary, made_up: MadeUp, guarded: GuardedMemory) -> None:
@@ -130,15 +139,8 @@ def attend_both_ways(library: KernelLibrary, made_up: MadeUp, guarded: GuardedMe
         np.array([10, 60, 30, 65, -1], np.int32),
     )
     for dim, cu_seqlens in itertools.product((64, 72, 128), bounds):
-        arrays = {name: made_up.bits(1, seq, dim) for name in ("q", "k", "v", "out")}
-        arrays["cu_seqlens"] = reference.copy(cu_seqlens)
-        args = AttentionArgs(
-            **{name: pointer(array) for name, array in arrays.items()},
-            **{"batch": 1, "num_heads": 1, "num_kv_heads": 1, "seq": seq, "key_dim": dim, "value_dim": dim},
-            softmax_scale=0.1,
-            num_sequences=len(cu_seqlens) - 1,
-        )
-        library.attention(args)
+        q, k, v = (made_up.bits(1, seq, dim) for _ in range(3))
+        packed_attention(library, q, k, v, cu_seqlens, 0.1, made_up.prologue(1, seq, dim))
         guarded.check()
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from pascalvl.plugins.kernels.build import Target, cached
-from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary, LinearArgs
+from pascalvl.plugins.kernels.library import AppendArgs, AppendLayer, AttentionArgs, KernelLibrary, LinearArgs, Rows
 from pascalvl.plugins.kv_format import RowFormat
-from pascalvl.plugins.kv_rows import expand, hadamard
+from pascalvl.plugins.kv_rows import compress, expand, hadamard
 from pascalvl.plugins.ops.quant_linear.op import Activation
 from pascalvl.plugins.weight_rows import QuantisedWeight
 
@@ -19,7 +19,6 @@ PAIRS = [
     (RowFormat.FLOAT16, RowFormat.FLOAT16),
     (RowFormat.INT8, RowFormat.INT8),
     (RowFormat.INT8, RowFormat.INT4),
-    (RowFormat.INT4, RowFormat.INT8),
     (RowFormat.INT4, RowFormat.INT4),
 ]
 """The formats of keys and values that a cache may have."""
@@ -122,11 +121,16 @@ class Shape:
     capacity: int = 256
 
 
-class HostCache:
-    """A cache of one layer or several in plain memory, and the library's view of it."""
+class HostRows:
+    """Keys and values in plain memory, of one layer or several, and the library's view of them."""
 
     def __init__(
-        self, library: KernelLibrary, shape: Shape, formats: tuple[RowFormat, RowFormat], rotated: bool, layers: int = 1
+        self,
+        library: KernelLibrary,
+        shape: Shape,
+        formats: tuple[RowFormat, RowFormat],
+        rotated: bool = False,
+        layers: int = 1,
     ) -> None:
         self.shape, self.formats, self.rotated = shape, formats, rotated
         lead = (layers, shape.batch, shape.num_kv_heads, shape.capacity)
@@ -134,22 +138,32 @@ class HostCache:
         self.rows = [
             aligned((*lead, library.row_bytes(f, dim)), np.uint8) for f, dim in zip(formats, self.dims, strict=True)
         ]
-        self.scales = [aligned(lead, np.float16) for _ in formats]
+        self.words = aligned(lead, np.int32)
+        """Of scales."""
 
-    def view(self) -> Cache:
-        """As the library takes it: of the first layer."""
-        key, value = map(pointer, self.rows)
-        key_scale, value_scale = map(pointer, self.scales)
-        return Cache(
-            key=key,
-            value=value,
-            key_scale=key_scale,
-            value_scale=value_scale,
-            key_format=self.formats[0],
-            value_format=self.formats[1],
-            capacity=self.shape.capacity,
-            rotated=self.rotated,
-        )
+    @property
+    def scales(self) -> list[np.ndarray]:
+        """Of keys and of values, float16 ``[layers, batch, num_kv_heads, capacity]``: views."""
+        halves = self.words.view(np.float16).reshape(*self.words.shape, 2)
+        return [halves[..., 0], halves[..., 1]]
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """Those that there are: rows, and of codes words of scales."""
+        return [*self.rows, *[self.words] * self.formats[0].is_quantised]
+
+    def view(self, layer: int = 0) -> Rows:
+        """A layer's as the library takes them."""
+        scale = pointer(self.words[layer]) if self.formats[0].is_quantised else None
+        return Rows(key=pointer(self.rows[0][layer]), value=pointer(self.rows[1][layer]), scale=scale)
+
+    def fill(self, key: np.ndarray, value: np.ndarray) -> None:
+        """Store keys and values ``[layers, batch, num_kv_heads, capacity, dim]`` by NumPy."""
+        for which, (x, form) in enumerate(zip((key, value), self.formats, strict=True)):
+            rows, scale = compress(x, form, self.rotated and which == 0)
+            self.rows[which][...] = rows.view(np.uint8)
+            if form.is_quantised:
+                self.scales[which][...] = scale
 
     def contents(self, which: int, layer: int = 0) -> np.ndarray:
         """Keys (0, still rotated) or values (1) as float64 [batch, num_kv_heads, capacity, dim]."""
@@ -158,117 +172,156 @@ class HostCache:
         return expand(rows, scales.astype(np.float64), row_format, self.dims[which]).astype(np.float64)
 
 
-def append(
-    library: KernelLibrary,
-    cache: HostCache,
-    key: np.ndarray,
-    value: np.ndarray,
-    past_length: np.ndarray,
-    slots: np.ndarray | None = None,
-) -> None:
-    """kv_append of key and value [layers, batch, num_kv_heads, seq, dim]."""
-    past_length, slots = copy(past_length), copy(slots)
-    layers, batch, num_kv_heads, seq, _ = key.shape
-    library.kv_append(
-        AppendArgs(
-            key=pointer(key),
-            value=pointer(value),
-            layers=layers,
-            batch=batch,
-            num_kv_heads=num_kv_heads,
-            seq=seq,
-            key_dim=key.shape[-1],
-            value_dim=value.shape[-1],
-            past_length=pointer(past_length),
-            slots=pointer(slots),
-            cache=cache.view(),
-            key_stride=cache.rows[0].strides[0],
-            value_stride=cache.rows[1].strides[0],
-            key_scale_stride=cache.scales[0].strides[0],
-            value_scale_stride=cache.scales[1].strides[0],
+def append(library: KernelLibrary, cache: HostRows, new: HostRows, slots: np.ndarray) -> None:
+    """kv_append of new rows to slots ``[batch, seq]``, in all layers."""
+    slots = copy(slots.astype(np.int32))
+    layers = [
+        AppendLayer(
+            new_rows=new.view(layer),
+            cache=cache.view(layer),
+            key_row=cache.rows[0].shape[-1],
+            value_row=cache.rows[1].shape[-1],
         )
-    )
+        for layer in range(len(cache.rows[0]))
+    ]
+    sizes = {"batch": cache.shape.batch, "num_kv_heads": cache.shape.num_kv_heads}
+    sizes |= {"seq": new.shape.capacity, "capacity": cache.shape.capacity}
+    library.kv_append(AppendArgs.of(layers, slots=pointer(slots), **sizes))
     memory.wait()
 
 
-Recent = tuple[HostCache, np.ndarray]
-"""A cache of recent tokens, and how many of them each sequence has."""
+@dataclasses.dataclass(frozen=True)
+class Prologue:
+    """Weights of norms ``[key_dim]``, and tables of RoPE ``[batch, seq, key_dim]``."""
+
+    q_norm: np.ndarray
+    k_norm: np.ndarray
+    rope_cos: np.ndarray
+    rope_sin: np.ndarray
+    epsilon: float = 1e-6
+
+    def of(self, x: np.ndarray, norm: np.ndarray) -> np.ndarray:
+        """Queries or keys ``[batch, heads, seq, key_dim]`` in float64."""
+        x = x.astype(np.float64)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + self.epsilon) * norm
+        first, second = np.split(x, 2, -1)
+        cos, sin = (table[:, None].astype(np.float64) for table in (self.rope_cos, self.rope_sin))
+        return x * cos + np.concatenate([-second, first], -1) * sin
+
+
+def packed(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """``[batch, heads, seq, dim]`` each as the projection gives them, ``[batch, seq, width]``."""
+    return copy(np.concatenate([x.swapaxes(1, 2).reshape(*x.shape[::2], -1) for x in (q, k, v)], -1))
 
 
 def causal_attention(
     library: KernelLibrary,
-    cache: HostCache,
-    q,
-    k,
-    v,
-    past_length: np.ndarray,
+    cache: HostRows,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    past_length: np.ndarray | None,
     softmax_scale: float,
     visible: np.ndarray | None = None,
-    recent: Recent | None = None,
-) -> np.ndarray:
-    """The library's attention of q [batch, num_heads, seq, dim] and new k, v over a cache.
+    prologue: Prologue | None = None,
+) -> tuple[np.ndarray, HostRows]:
+    """The library's attention of q [batch, num_heads, seq, dim] and new k, v over a cache, and their rows.
 
-    ``visible`` [batch, capacity]: how many queries see a slot; ``recent``: a cache of recent tokens, and lengths.
+    ``visible`` [batch, capacity]: how many queries see a slot; ``prologue`` None: q and k are met as they are.
     """
     past_length, visible = copy(past_length), copy(visible)
     batch, num_heads, seq, key_dim = q.shape
-    out = aligned((batch, seq, num_heads, v.shape[-1]))
+    qkv, out = packed(q, k, v), aligned((batch, seq, num_heads, v.shape[-1]))
     out[:] = np.nan
-    options = {}
-    if recent:
-        recent_length = copy(recent[1])
-        options = {"recent": recent[0].view(), "recent_length": pointer(recent_length)}
+    new = HostRows(library, dataclasses.replace(cache.shape, capacity=seq), cache.formats, cache.rotated)
+    arrays = {}
+    if prologue:
+        arrays = {name: copy(getattr(prologue, name)) for name in ("q_norm", "k_norm", "rope_cos", "rope_sin")}
     args = AttentionArgs(
-        q=pointer(q),
-        k=pointer(k),
-        v=pointer(v),
+        **{name: pointer(array) for name, array in arrays.items()},
+        qkv=pointer(qkv),
         out=pointer(out),
+        new_rows=new.view(),
+        past=cache.view(),
+        past_length=pointer(past_length),
+        past_visible=pointer(visible),
         batch=batch,
         num_heads=num_heads,
         num_kv_heads=k.shape[1],
         seq=seq,
         key_dim=key_dim,
         value_dim=v.shape[-1],
-        softmax_scale=softmax_scale,
+        key_format=cache.formats[0],
+        value_format=cache.formats[1],
+        capacity=cache.shape.capacity,
+        rotated=cache.rotated,
         causal=1,
-        past_length=pointer(past_length),
-        past_visible=pointer(visible),
-        cache=cache.view(),
-        **options,
+        softmax_scale=softmax_scale,
+        epsilon=prologue.epsilon if prologue else 0,
     )
     workspace = aligned((library.attention_workspace(args),), np.uint8)
+    workspace[:] = 0xFF  # NaN wherever it is read before it is written
+    library.attention(args, pointer(workspace), workspace.nbytes)
+    memory.wait()
+    return out, new
+
+
+def packed_attention(
+    library: KernelLibrary,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    cu_seqlens: np.ndarray,
+    softmax_scale: float,
+    prologue: Prologue | None = None,
+) -> np.ndarray:
+    """The library's attention within sequences of q, k, v [heads, tokens, dim]; returns [tokens, heads, dim]."""
+    heads, tokens, dim = q.shape
+    qkv, out, cu_seqlens = packed(q[None], k[None], v[None]), aligned((tokens, heads, dim)), copy(cu_seqlens)
+    out[:] = np.nan
+    tables = {name: copy(getattr(prologue, name)) for name in ("rope_cos", "rope_sin")} if prologue else {}
+    args = AttentionArgs(
+        **{name: pointer(table) for name, table in tables.items()},
+        qkv=pointer(qkv),
+        out=pointer(out),
+        cu_seqlens=pointer(cu_seqlens),
+        batch=1,
+        num_heads=heads,
+        num_kv_heads=heads,
+        seq=tokens,
+        key_dim=dim,
+        value_dim=dim,
+        num_sequences=len(cu_seqlens) - 1,
+        softmax_scale=softmax_scale,
+    )
+    workspace = aligned((library.attention_workspace(args),), np.uint8)
+    workspace[:] = 0xFF
     library.attention(args, pointer(workspace), workspace.nbytes)
     memory.wait()
     return out
 
 
-def expected_attention(cache: HostCache, q, k, v, past_length, softmax_scale, visible=None, recent=None) -> np.ndarray:
-    """The same in float64, over the cache's very codes. Quantised keys meet queries quantised to int8."""
+def quantised_queries(q: np.ndarray, rotated: bool) -> np.ndarray:
+    """Float32 queries as they meet codes, in float64: int8, one scale a row."""
+    turned = hadamard(q) if rotated else q
+    most = np.abs(turned).max(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        inverse = np.where(most > 0, np.float32(127) / most, 0)
+    return np.rint(turned * inverse).astype(np.float64) * (most / np.float32(127))
+
+
+def expected_attention(
+    cache: HostRows, new: HostRows, q: np.ndarray, past_length, softmax_scale: float, visible: np.ndarray | None = None
+) -> np.ndarray:
+    """The same in float64, over the very codes of the cache and of the new rows."""
     outs = []
     for b, past in enumerate(past_length):
         number = np.arange(q.shape[2])[:, None]
-        sees = [np.ones((q.shape[2], past), bool) if visible is None else number < visible[b, :past]]
-        old_q = q[b].astype(np.float64)
-        if cache.formats[0].is_quantised:
-            turned = hadamard(q[b]) if cache.rotated else q[b]
-            most = np.abs(turned).max(-1, keepdims=True)
-            codes = np.rint(turned * (np.float32(127) / most))
-            old_q = codes.astype(np.float64) * (most / np.float32(127))
-        # Old and other keys meet different forms of q: stack both, zeros where the other form is due.
-        both = np.concatenate([old_q, q[b].astype(np.float64)], -1)
-        old_k = cache.contents(0)[b][:, :past]
-        keys = [np.concatenate([old_k, np.zeros_like(old_k)], -1)]
-        values = [cache.contents(1)[b][:, :past]]
-        others = [(k[b], v[b], number >= number.T)]
-        if recent:
-            length = recent[1][b]
-            others.append((*(recent[0].contents(i)[b][:, :length] for i in range(2)), np.ones((1, length), bool)))
-        for other_k, other_v, seen in others:
-            keys.append(np.concatenate([np.zeros_like(other_k), other_k], -1))
-            values.append(other_v)
-            sees.append(seen)
-        keys, values, sees = np.concatenate(keys, 1), np.concatenate(values, 1), np.concatenate(sees, 1)
-        outs.append(attention(both, keys, values, sees, softmax_scale))
+        of_past = np.ones((q.shape[2], past), bool) if visible is None else number < visible[b, :past]
+        sees = np.concatenate([of_past, number >= number.T], 1)
+        met = quantised_queries(q[b], cache.rotated) if cache.formats[0].is_quantised else q[b]
+        keys, values = (np.concatenate([cache.contents(i)[b][:, :past], new.contents(i)[b]], 1) for i in range(2))
+        outs.append(attention(met, keys, values, sees, softmax_scale))
     return np.stack(outs)
 
 
