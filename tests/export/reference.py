@@ -36,10 +36,9 @@ class CausalCase(_Case):
 
     @property
     def arguments(self) -> tuple:
-        """Those of the torch op."""
+        """Those of the drop-in."""
         past = self.past_key, self.past_value, self.past_length
-        kv_format = "f16" if self.past_key.dtype == torch.float16 else "f32"
-        return self.q, self.k, self.v, None, *past, *[None] * 5, True, self.scale, kv_format
+        return self.q, self.k, self.v, None, *past, None, True, self.scale
 
     def output(self) -> torch.Tensor:
         """``[batch, seq, heads, head_dim]``"""
@@ -63,8 +62,8 @@ class PackedCase(_Case):
 
     @property
     def arguments(self) -> tuple:
-        """Those of the torch op."""
-        return self.q, self.k, self.v, self.cu_seqlens, *[None] * 8, False, self.scale, "f32"
+        """Those of the drop-in."""
+        return self.q, self.k, self.v, self.cu_seqlens, *[None] * 4, False, self.scale
 
     def output(self) -> torch.Tensor:
         """``[1, total, heads, head_dim]``"""

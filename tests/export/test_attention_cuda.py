@@ -13,7 +13,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from pascalvl.plugins.kernels import torch_calls
 from pascalvl.plugins.kv_format import KVFormat, LayerLayout
-from pascalvl.plugins.ops.flash_attention.torch_op import ATTN_IMPLEMENTATION, flash_attention_2
+from pascalvl.plugins.ops.flash_attention.drop_in import ATTN_IMPLEMENTATION, attention
 from tests.export import reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -47,14 +47,14 @@ def causal_cases():
 @pytest.mark.parametrize("parameters", list(causal_cases()), ids=str)
 def test_causal_matches_float64(parameters):
     case = reference.causal_case(*parameters)
-    assert relative_error(flash_attention_2(*on_gpu(case).arguments), case.output()) < TOLERANCE
+    assert relative_error(attention(*on_gpu(case).arguments), case.output()) < TOLERANCE
 
 
 @pytest.mark.parametrize("head_dim", [64, 72, 128])
 @pytest.mark.parametrize("cu_seqlens", [[0, 1], [0, 300], [0, 4, 260, 301]])
 def test_packed_matches_float64(head_dim, cu_seqlens):
     case = reference.packed_case(cu_seqlens, head_dim=head_dim)
-    assert relative_error(flash_attention_2(*on_gpu(case).arguments), case.output()) < TOLERANCE
+    assert relative_error(attention(*on_gpu(case).arguments), case.output()) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_packed_matches_float64(head_dim, cu_seqlens):
 def test_gradients_match_float64(case, compiled):
     gpu = on_gpu(case)
     leaves = {name: x.requires_grad_() for name, x in gpu.floats.items()}
-    op = torch.compile(flash_attention_2, fullgraph=True, backend="aot_eager") if compiled else flash_attention_2
+    op = torch.compile(attention, fullgraph=True, backend="aot_eager") if compiled else attention
     out = op(*gpu.arguments)
     assert relative_error(out, case.output()) < TOLERANCE
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
@@ -83,7 +83,7 @@ def test_memory_grows_with_the_length_both_ways():
         q, k, v = (torch.randn(1, heads, seq, 64, device=DEVICE, requires_grad=True) for heads in (8, 2, 2))
         torch.cuda.reset_peak_memory_stats(DEVICE)
         before = torch.cuda.memory_allocated(DEVICE)
-        flash_attention_2(q, k, v, None, *[None] * 8, True, 0.125, "f32").sum().backward()
+        attention(q, k, v, *[None] * 5, True, 0.125).sum().backward()
         return torch.cuda.max_memory_allocated(DEVICE) - before
 
     peak(2048)  # cuBLAS takes its workspace
@@ -98,7 +98,7 @@ def test_a_captured_graph_follows_what_its_tensors_hold(seq):
     case = on_gpu(reference.causal_case(8, 2, seq, [5, 200], capacity=400, past_dtype=torch.float16, head_dim=128))
 
     def step() -> torch.Tensor:
-        out = flash_attention_2(*case.arguments)
+        out = attention(*case.arguments)
         slots = case.past_length[:, None] + torch.arange(seq, dtype=torch.int32, device=DEVICE)
         caches = [(case.past_key, case.past_value, None)]
         torch_calls.kv_append(kernels, [LayerLayout(KVFormat.F16, 2, 128, 128)], [(case.k, case.v)], caches, slots)
@@ -157,14 +157,14 @@ def test_kv_append_writes_the_new_rows_and_no_others(dtype):
 )
 def test_what_the_kernels_do_not_support_is_refused(told, case):
     with pytest.raises(ValueError, match=told):
-        flash_attention_2(*on_gpu(case).arguments)
+        attention(*on_gpu(case).arguments)
 
 
 def test_a_length_on_the_host_is_refused():
     case = reference.causal_case(4, 2, 3, [2], 2, head_dim=64)
     case = dataclasses.replace(on_gpu(case), past_length=case.past_length)
     with pytest.raises(ValueError, match=r"take past_length as torch.int32 \[1\] on cuda:\d; found .* on cpu"):
-        flash_attention_2(*case.arguments)
+        attention(*case.arguments)
 
 
 @pytest.fixture(scope="module")
