@@ -1,8 +1,9 @@
 """Checks and times the attention kernels on a GPU: ``python -m pascalvl.plugins.bench.attention``.
 
-Every kernel is compared with float64 attention before it is timed; one that is off ends the run. Caches are cold in
-decode. Beside each time stand what it is measured against: the time its multiply-adds would take at the rate of a loop
-in registers, that of a plain read of the same bytes, and llama.cpp's. Needs torch with CUDA, and matplotlib for --plot.
+Every kernel is compared with float64 attention before it is timed; one that is off ends the run. Times are of the whole
+op, its prologue and the merge of splits with it, without norms and RoPE. Caches are cold in decode. Beside each time
+stand what it is measured against: the time its multiply-adds would take at the rate of a loop in registers, that of a
+plain read of the same bytes, and llama.cpp's. Needs torch with CUDA, and matplotlib for --plot.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pascalvl.plugins.bench.timing import COLD_BYTES, Yardstick, open_libraries, seconds_in_turn
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kernels.library import AppendArgs, AttentionArgs, Cache, KernelLibrary
+from pascalvl.plugins.kernels.library import AttentionArgs, KernelLibrary, Rows
 from pascalvl.plugins.kv_format import RowFormat
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 F32, F16, I8, I4 = RowFormat
-FORMATS = {"f32": (F32, F32), "f16": (F16, F16), "k8v8": (I8, I8), "k8v4": (I8, I4), "k4v8": (I4, I8), "k4v4": (I4, I4)}
+FORMATS = {"f32": (F32, F32), "f16": (F16, F16), "k8v8": (I8, I8), "k8v4": (I8, I4), "k4v4": (I4, I4)}
 LLAMA_CPP = {  # microseconds of llama.cpp's Pascal kernels (commit 0c1e5709) on one H100 80GB HBM3, compute_61 code
     ("decode f16", 1, 1024): 9.5,
     ("decode f16", 1, 4096): 18.2,
@@ -108,30 +109,30 @@ class Bench:
                 flush=True,
             )
 
-    def attend(self, q, k, v, layer: Layer | None = None, past_length=None, cu_seqlens=None) -> torch.Tensor:
-        """Attention of q, k, v ``[heads, seq, dim]`` on the current stream: ``[seq, heads, dim]``.
-
-        Of several sequences, one for each of ``past_length``, the heads follow one another; they have one query each.
-        """
-        batch = 1 if past_length is None else len(past_length)
-        out = torch.empty(q.shape[1], q.shape[0], v.shape[-1], device="cuda")
+    def attend(self, call: Call) -> torch.Tensor:
+        """What a call gives, on the current stream: ``[batch * seq, heads, dim]``."""
+        out = torch.empty(call.batch * call.seq, call.heads, call.dim, device="cuda")
+        layer, new = call.layer, call.new
+        of_cache = {}
+        if new:
+            of_cache = {"new_rows": new.view(), "rotated": new.rotated}
+            of_cache |= {"key_format": new.formats[0], "value_format": new.formats[1]}
+        if layer:
+            of_cache |= {"past": layer.view(), "capacity": layer.capacity, "past_length": call.past_length.data_ptr()}
         args = AttentionArgs(
-            q=q.data_ptr(),
-            k=k.data_ptr(),
-            v=v.data_ptr(),
+            qkv=call.qkv.data_ptr(),
             out=out.data_ptr(),
-            batch=batch,
-            num_heads=q.shape[0] // batch,
-            num_kv_heads=k.shape[0] // batch,
-            seq=q.shape[1],
-            key_dim=q.shape[2],
-            value_dim=v.shape[2],
-            softmax_scale=q.shape[2] ** -0.5,
-            causal=cu_seqlens is None,
-            past_length=past_length.data_ptr() if layer else None,
-            cu_seqlens=None if cu_seqlens is None else cu_seqlens.data_ptr(),
-            num_sequences=0 if cu_seqlens is None else len(cu_seqlens) - 1,
-            cache=layer.view() if layer else Cache(),
+            batch=call.batch,
+            num_heads=call.heads,
+            num_kv_heads=call.kv_heads,
+            seq=call.seq,
+            key_dim=call.dim,
+            value_dim=call.dim,
+            softmax_scale=call.dim**-0.5,
+            causal=bool(new),
+            cu_seqlens=None if call.cu_seqlens is None else call.cu_seqlens.data_ptr(),
+            num_sequences=0 if call.cu_seqlens is None else len(call.cu_seqlens) - 1,
+            **of_cache,
         )
         size = self.library.attention_workspace(args)
         workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
@@ -164,50 +165,33 @@ class Bench:
 
 
 class Layer:
-    """One layer's cache on the GPU; the heads of several sequences follow one another."""
+    """One layer's rows on the GPU, at random; the heads of several sequences follow one another."""
 
     def __init__(self, library: KernelLibrary, name: str, capacity: int, batch: int = 1) -> None:
-        self.library, self.formats, self.capacity, self.batch = library, FORMATS[name], capacity, batch
+        self.formats, self.capacity, self.batch = FORMATS[name], capacity, batch
         self.rotated = self.formats[0].is_quantised
         lead = (batch * KV_HEADS, capacity)
         self.rows = [
-            torch.randint(0, 60, (*lead, library.row_bytes(f, DIM)), dtype=torch.uint8, device="cuda")
-            for f in self.formats
+            torch.empty(*lead, library.row_bytes(f, DIM), dtype=torch.uint8, device="cuda") for f in self.formats
         ]
-        self.scales = [torch.full(lead, 0.01, dtype=torch.float16, device="cuda") for _ in self.formats]
+        for rows, form in zip(self.rows, self.formats, strict=True):
+            if form is I8:
+                rows.view(torch.int8).random_(-127, 128)
+            elif form is I4:
+                rows.random_(0, 256)
+            else:
+                rows.view(torch.float32 if form is F32 else torch.float16).normal_()
+        unit = {I8: 0.015, I4: -0.25}
+        self.scales = torch.empty(*lead, 2, dtype=torch.float16, device="cuda")
+        for which, form in enumerate(self.formats):
+            self.scales[..., which] = unit.get(form, 0)
 
     def bytes_read(self, length: int) -> int:
         per_token = sum(rows.shape[-1] + 2 * f.is_quantised for rows, f in zip(self.rows, self.formats, strict=True))
         return self.batch * KV_HEADS * length * per_token
 
-    def view(self) -> Cache:
-        return Cache(
-            key=self.rows[0].data_ptr(),
-            value=self.rows[1].data_ptr(),
-            key_scale=self.scales[0].data_ptr(),
-            value_scale=self.scales[1].data_ptr(),
-            key_format=self.formats[0],
-            value_format=self.formats[1],
-            capacity=self.capacity,
-            rotated=self.rotated,
-        )
-
-    def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Write keys and values ``[batch * KV_HEADS, seq, DIM]`` from slot 0 on."""
-        past_length = torch.zeros(self.batch, dtype=torch.int32, device="cuda")
-        args = AppendArgs(
-            key=key.data_ptr(),
-            value=value.data_ptr(),
-            layers=1,
-            batch=self.batch,
-            num_kv_heads=KV_HEADS,
-            seq=key.shape[-2],
-            key_dim=DIM,
-            value_dim=DIM,
-            past_length=past_length.data_ptr(),
-            cache=self.view(),
-        )
-        self.library.kv_append(args, torch.cuda.current_stream().cuda_stream)
+    def view(self) -> Rows:
+        return Rows(key=self.rows[0].data_ptr(), value=self.rows[1].data_ptr(), scale=self.scales.data_ptr())
 
     def contents(self, which: int, length: int) -> torch.Tensor:
         """Keys (0) or values (1) as the kernels understand them, float64 ``[batch * KV_HEADS, length, DIM]``."""
@@ -221,11 +205,39 @@ class Layer:
         else:
             words = rows.unflatten(-1, (-1, 4))
             codes = torch.cat([words & 15, words >> 4], -1).flatten(-2).double() - 8
-        return codes * self.scales[which][:, :length, None].double()
+        return codes * self.scales[:, :length, which, None].double()
 
     def queries(self, q: torch.Tensor) -> torch.Tensor:
         """What meets the keys, in float64: where those are rotated and quantised, so are queries."""
         return rounded_to_int8(hadamard(q)) if self.rotated else q.double()
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Arguments of a call of the op."""
+
+    qkv: torch.Tensor
+    """``[batch * seq, (heads + 2 * kv_heads) * dim]``."""
+    batch: int
+    heads: int
+    kv_heads: int
+    dim: int
+    new: Layer | None = None
+    """Where new rows go; None: it is not causal."""
+    layer: Layer | None = None
+    """The past; None: there is none."""
+    past_length: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+
+    @property
+    def seq(self) -> int:
+        return len(self.qkv) // self.batch
+
+
+def packed(batch: int, *parts: torch.Tensor) -> torch.Tensor:
+    """q, k and v ``[batch * heads, seq, dim]`` as the projection gives them, ``[batch * seq, width]``."""
+    rows = [x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2) for x in parts]
+    return torch.cat(rows, -1).flatten(0, 1)
 
 
 def rounded_to_int8(x: torch.Tensor) -> torch.Tensor:
@@ -243,16 +255,13 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     return x * torch.tensor(DIM**-0.5, dtype=x.dtype)
 
 
-def reference(q, k, v, first_position: int | None, old_q=None, old_k=None) -> torch.Tensor:
+def reference(q, k, v, first_position: int | None) -> torch.Tensor:
     """Float64 attention of q, k, v ``[heads, n, dim]``: ``[seq, heads, dim]``; causal given a first position."""
     group = q.shape[0] // k.shape[0]
     outs = []
     for head in range(q.shape[0]):
         key, value = k[head // group].double(), v[head // group].double()
-        scores = q[head].double() @ key.T
-        if old_q is not None:
-            scores = torch.cat([old_q[head].double() @ old_k[head // group].T, scores], 1)
-        scores *= q.shape[2] ** -0.5
+        scores = q[head].double() @ key.T * q.shape[2] ** -0.5
         if first_position is not None:
             own = first_position + torch.arange(q.shape[1], device="cuda")
             position = torch.arange(scores.shape[1], device="cuda")
@@ -270,32 +279,32 @@ def checked(what: str, found: torch.Tensor, expected: torch.Tensor, length: int)
     return error
 
 
-def past_and_new(bench: Bench, name: str, queries: int, total: int, batch: int = 1):
-    """A layer that holds all tokens but the last ``queries``, their q, k, v, and what attention must give."""
+def past_and_new(bench: Bench, name: str, queries: int, total: int, batch: int = 1) -> tuple[Call, float]:
+    """A call over a layer that holds all tokens but the last ``queries``, and its error."""
     past = total - queries
     q = torch.randn(batch * HEADS, queries, DIM, device="cuda")
-    k, v = (torch.randn(batch * KV_HEADS, total, DIM, device="cuda") for _ in range(2))
-    layer = Layer(bench.library, name, total, batch)
-    layer.append(k, v)
-    new_k, new_v = k[:, past:].contiguous(), v[:, past:].contiguous()
-    values = torch.cat([layer.contents(1, past), new_v.double()], 1)
-    expected = reference(q, new_k, values, past, layer.queries(q), layer.contents(0, past))
+    k, v = (torch.randn(batch * KV_HEADS, queries, DIM, device="cuda") for _ in range(2))
+    layer, new = Layer(bench.library, name, past, batch), Layer(bench.library, name, queries, batch)
     length = torch.full((batch,), past, dtype=torch.int32, device="cuda")
-    return layer, q, new_k, new_v, length, expected
+    call = Call(packed(batch, q, k, v), batch, HEADS, KV_HEADS, DIM, new, layer, length)
+    found = bench.attend(call)
+    keys, values = (torch.cat([layer.contents(i, past), new.contents(i, queries)], 1) for i in range(2))
+    expected = reference(layer.queries(q), keys, values, past)  # [queries, batch * heads, dim]
+    if batch > 1:  # of one query each
+        expected = expected.view(batch, HEADS, DIM)
+    return call, checked(f"{'decode' if queries == 1 else 'prefill'} {name}", found, expected, total)
 
 
 def decode(bench: Bench) -> Iterator[Row]:
     for batch, total in ((2, 300),) if bench.quick else DECODES:
         f16_us = None
         for name in FORMATS:
-            first, q, k, v, length, expected = past_and_new(bench, name, 1, total, batch)
-            kernel = f"decode {name}"
-            error = checked(kernel, bench.attend(q, k, v, first, length), expected, total)
-            size = first.bytes_read(total - 1)
+            call, error = past_and_new(bench, name, 1, total, batch)
+            size = call.layer.bytes_read(total - 1)
             more = 0 if bench.quick else min(63, COLD_BYTES // size)
-            layers = [first, *(Layer(bench.library, name, total, batch) for _ in range(more))]
-            us, times = bench.time([lambda y=y: bench.attend(q, k, v, y, length) for y in layers])  # noqa: B023
-            row = Row(kernel, 1, total, error, us, batch=batch, times_baseline=times)
+            layers = [call.layer, *(Layer(bench.library, name, total - 1, batch) for _ in range(more))]
+            us, times = bench.time([partial(bench.attend, dataclasses.replace(call, layer=layer)) for layer in layers])
+            row = Row(f"decode {name}", 1, total, error, us, batch=batch, times_baseline=times)
             if not bench.quick:
                 row.read_us, row.gb_per_s = 1e6 * size / bench.yardstick.read_rate(size), size / us / 1e3
                 f16_us = us if name == "f16" else f16_us
@@ -306,16 +315,11 @@ def decode(bench: Bench) -> Iterator[Row]:
 def prefill(bench: Bench) -> Iterator[Row]:
     for name in PREFILL_FORMATS:
         for queries, total in ((20, 150),) if bench.quick else PREFILLS:
-            layer, q, k, v, length, expected = past_and_new(bench, name, queries, total)
-            call = lambda x=(q, k, v, layer, length): bench.attend(*x)  # noqa: E731
-            kernel = f"prefill {name}"
-            error = checked(kernel, call(), expected, total)
-            del expected
-            us, times = bench.time([call] * 3)
-            new, old = queries * (queries + 1) / 2, queries * (total - queries)
-            in_codes = HEADS * DIM * old if layer.rotated else 0
-            rates = bench.rates(HEADS * DIM * 2 * (new + old), us, in_codes)
-            yield Row(kernel, queries, total, error, us, **rates, times_baseline=times)
+            call, error = past_and_new(bench, name, queries, total)
+            us, times = bench.time([partial(bench.attend, call)] * 3)
+            pairs = queries * (queries + 1) / 2 + queries * (total - queries)
+            rates = bench.rates(HEADS * DIM * 2 * pairs, us, HEADS * DIM * pairs if call.new.rotated else 0)
+            yield Row(f"prefill {name}", queries, total, error, us, **rates, times_baseline=times)
 
 
 def vision(bench: Bench) -> Iterator[Row]:
@@ -323,10 +327,10 @@ def vision(bench: Bench) -> Iterator[Row]:
     for dim in (64, 72):
         q, k, v = (torch.randn(heads, seq, dim, device="cuda") for _ in range(3))
         ends = torch.tensor([0, seq], dtype=torch.int32, device="cuda")
-        call = lambda x=(q, k, v), ends=ends: bench.attend(*x, cu_seqlens=ends)  # noqa: E731
+        call = Call(packed(1, q, k, v), 1, heads, heads, dim, cu_seqlens=ends)
         kernel = f"vision {dim}"
-        error = checked(kernel, call(), reference(q, k, v, None), seq)
-        us, times = bench.time([call] * 3)
+        error = checked(kernel, bench.attend(call), reference(q, k, v, None), seq)
+        us, times = bench.time([partial(bench.attend, call)] * 3)
         rates = bench.rates(heads * seq * seq * dim * 2, us)
         yield Row(kernel, seq, seq, error, us, **rates, times_baseline=times)
 
@@ -335,7 +339,8 @@ def curve(bench: Bench) -> Iterator[dict]:
     """Time and peak memory of causal attention of a whole prompt, in FP32, ours and PyTorch's, by length."""
 
     def ours(q, k, v):
-        return bench.attend(q, k, v)
+        new = Layer(bench.library, "f32", q.shape[1])
+        return bench.attend(Call(packed(1, q, k, v), 1, HEADS, KV_HEADS, DIM, new))
 
     def torch_with(backend):
         def attend(q, k, v):
