@@ -38,9 +38,9 @@ TORCHVISION := 0.28.0
 LABEL  := $(subst /,-,$(patsubst tests/%,%,$(patsubst %/,%,$(patsubst %/checkpoint,%,$(MODEL)))))
 comma  := ,
 # What of KV an export depends on, and names of folders without what make gives a meaning to.
-RANKS  := $(filter rk=% rv=%,$(subst $(comma), ,$(KV)))
+RANK   := $(filter rv=%,$(subst $(comma), ,$(KV)))
 plain   = $(subst :,,$(subst +,-,$(subst =,,$(subst $(comma),-,$(1)))))
-MODEL_LABEL := $(call plain,$(subst /,-,$(LABEL)$(addprefix -,$(W) $(RANKS))$(if $(CALIBRATE),-calibrated)))
+MODEL_LABEL := $(call plain,$(subst /,-,$(LABEL)$(addprefix -,$(W) $(RANK))$(if $(CALIBRATE),-calibrated)))
 BUNDLE := build/model/$(subst $() ,,$(MODEL_LABEL))
 ENGINE := build/engine/$(subst $() ,,$(MODEL_LABEL))-$(BACKEND)-$(call plain,$(KV))
 

@@ -92,8 +92,8 @@ def build(
         model_bundle: what an export wrote.
         output: folder to write.
         backend: one of `BACKENDS`, or `AUTO`.
-        cache: what the KV cache is like; None: `CacheConfig`'s defaults. Ranks are those that the model was exported
-            with, and need not be given.
+        cache: what the KV cache is like; None: `CacheConfig`'s defaults. Its rank is the one that the model was
+            exported with, and need not be given.
         options: for backend ``tensorrt`` alone; None: its defaults.
         tell: called with what `AUTO` took, and why nothing faster.
 
@@ -109,11 +109,11 @@ def build(
         )
     manifest = Manifest.read(model_bundle, "model")
     exported = manifest.kv_cache
-    cache = (cache or CacheConfig()).with_ranks_of(exported)
-    if (cache.key_rank, cache.value_rank) != (exported.key_rank, exported.value_rank):
+    cache = (cache or CacheConfig()).with_rank_of(exported)
+    if cache.value_rank != exported.value_rank:
         raise UserError(
-            f"the KV cache {cache} has other ranks than the model was exported with ({exported}): export it with --kv "
-            f"{cache}, or give no ranks."
+            f"the KV cache {cache} has another rank than the model was exported with ({exported}): export it with --kv "
+            f"{cache}, or give no rank."
         )
     cache.layers(manifest.model.text)
     manifest.verify(model_bundle)

@@ -15,7 +15,7 @@ from pascalvl.plugins import bindings, errors
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.ops.flash_attention.onnx_body import CausalBody
-from pascalvl.plugins.ops.flash_attention.op import ATTR_KV_FORMAT, ATTR_RECENT, OP_DOMAIN, OP_NAME, OP_VERSION
+from pascalvl.plugins.ops.flash_attention.op import ATTR_KV_FORMAT, OP_DOMAIN, OP_NAME, OP_VERSION
 
 
 def reading(path: Path, remedy: str) -> contextlib.AbstractContextManager[None]:
@@ -35,7 +35,7 @@ def set_cache(decoder: onnx.ModelProto, model: ModelConfig, cache: CacheConfig) 
         if node.op_type != OP_NAME:
             continue
         layer = next(layer for layer in range(len(layouts)) if bindings.past_key(layer) in node.input)
-        body = CausalBody.of(layouts[layer], bool(cache.recent))
+        body = CausalBody.of(layouts[layer])
         bodies.add(body)
         names = {
             binding.name.rpartition(".")[0]: binding.name for binding in bindings.cache_inputs(model, cache, layer)
@@ -45,8 +45,6 @@ def set_cache(decoder: onnx.ModelProto, model: ModelConfig, cache: CacheConfig) 
         node.domain = body.domain
         attribute = next(a for a in node.attribute if a.name == ATTR_KV_FORMAT)
         attribute.s = body.kv_format.value.encode()
-        if cache.recent:
-            node.attribute.append(helper.make_attribute(ATTR_RECENT, cache.recent))
     for rest in (decoder.functions, decoder.opset_import):
         kept = [x for x in rest if x.domain not in (OP_DOMAIN, *(body.domain for body in bodies))]
         del rest[:]

@@ -37,7 +37,7 @@ MAJOR = 8
 _LIMITS = Limits(prefill_chunk=512, max_patches=65536, max_context=262144)
 _VERSIONS = {op.OP_NAME: op.OP_VERSION for op in (flash_attention, quant_linear)}
 """Of the ops that the plugins run."""
-_CACHES = ("past_key.", "past_value.", "past_scale.", "recent_key.", "recent_value.")
+_CACHES = ("past_key.", "past_value.", "past_scale.")
 
 
 class OnDevice(np.ndarray):

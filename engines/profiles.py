@@ -39,7 +39,6 @@ def profiles(graph: str, model: ModelConfig, cache: CacheConfig, limits: Limits)
         **{name: (smallest[name], usual[name], largest[name]) for name in largest},
         "patches": (merged, max(limits.max_patches // 4 // merged * merged, merged), limits.max_patches),
         "segments_plus_1": (2, 2, 2),
-        "recent": (cache.recent, cache.recent, cache.recent),
     }
     if graph == bindings.VISION:
         return [_shapes(bindings.vision_inputs(model), sizes)]

@@ -17,8 +17,8 @@ from pascalvl.plugins.kv_rows import compress
 if TYPE_CHECKING:
     from pascalvl.engines.backend import Engine
 
-SLOTS, RECENT_SLOTS = (Binding(name, np.dtype(np.int32), ("batch", "seq")) for name in ("slots", "recent_slots"))
-"""Where new tokens go: inputs of what stores their keys and values, not of the engine."""
+SLOTS = Binding("slots", np.dtype(np.int32), ("batch", "seq"))
+"""Where new tokens go: an input of what stores their keys and values, not of the engine."""
 ALWAYS_VISIBLE = np.iinfo(np.int32).max
 """In a `Placement.visible`: every new token sees the slot."""
 
@@ -33,19 +33,11 @@ class Placement:
     """int32 ``[seq]``: where each token goes; negative: nowhere."""
     visible: np.ndarray | None = None
     """... each of them, int32 ``[capacity]``, by as many of the call's first tokens; None: by all."""
-    recent_length: int = 0
-    """Recent tokens that the call's only token sees besides."""
-    recent_slots: np.ndarray | None = None
-    """int32 ``[seq]``: where each token goes among the recent ones; where such are kept."""
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """By the names of inputs, `SLOTS` and `RECENT_SLOTS` among them; without `bindings.PAST_VISIBLE`."""
-        arrays = {bindings.PAST_LENGTH: np.array([self.past_length], np.int32), SLOTS.name: self.slots[None]}
-        if self.recent_slots is not None:
-            arrays[bindings.RECENT_LENGTH] = np.array([self.recent_length], np.int32)
-            arrays[RECENT_SLOTS.name] = self.recent_slots[None]
-        return arrays
+        """By the names of inputs, `SLOTS` among them; without `bindings.PAST_VISIBLE`."""
+        return {bindings.PAST_LENGTH: np.array([self.past_length], np.int32), SLOTS.name: self.slots[None]}
 
 
 class Session(abc.ABC):
@@ -65,7 +57,7 @@ class Session(abc.ABC):
         self.layouts = self.cache.layers(self.model.text)
         self.layer_inputs = [bindings.cache_inputs(self.model, self.cache, layer) for layer in range(len(self.layouts))]
         """By layer: the tensors of its cache."""
-        self.sizes = {"batch": 1, **bindings.cache_sizes(self.capacity), "recent": self.cache.recent}
+        self.sizes = {"batch": 1, **bindings.cache_sizes(self.capacity)}
 
     @property
     @abc.abstractmethod
@@ -168,9 +160,11 @@ class HostSession(Session):
         return sum(array.nbytes for array in self._past.values())
 
     def prefill(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> dict[str, np.ndarray]:
-        lengths = {name: array for name, array in placement.arrays.items() if name.endswith("length")}
-        visible = {bindings.PAST_VISIBLE: self.visible(placement)}
-        outputs = self._engine.run(bindings.DECODER, {**self._past, **lengths, **visible, **feeds})
+        seen = {
+            bindings.PAST_LENGTH: placement.arrays[bindings.PAST_LENGTH],
+            bindings.PAST_VISIBLE: self.visible(placement),
+        }
+        outputs = self._engine.run(bindings.DECODER, {**self._past, **seen, **feeds})
         for layer, layout in enumerate(self.layouts):
             new = outputs.pop(bindings.new_key(layer)), outputs.pop(bindings.new_value(layer))
             names = [binding.name for binding in self.layer_inputs[layer]]
@@ -180,9 +174,6 @@ class HostSession(Session):
                     scales = self._past[bindings.past_scale(layer)][which].view(np.float16)
                 is_rotated = layout.is_rotated and which == 0
                 _store(self._past[names[which]], scales, rows, placement.slots, row_format, is_rotated)
-                if placement.recent_slots is not None:
-                    recent = self._past[names[which - 2]]
-                    _store(recent, None, rows, placement.recent_slots, RowFormat.FLOAT16, False)
         return outputs
 
     def decode(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> np.ndarray:

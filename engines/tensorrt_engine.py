@@ -6,7 +6,6 @@ Of TensorRT it uses the engine's and the execution context's methods that 8.6, 9
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,12 +16,12 @@ import numpy as np
 from pascalvl.engines import profiles
 from pascalvl.engines.backend import Engine
 from pascalvl.engines.device import ALIGNMENT, Buffer, Device
-from pascalvl.engines.session import ALWAYS_VISIBLE, RECENT_SLOTS, SLOTS, Placement, Session
+from pascalvl.engines.session import ALWAYS_VISIBLE, SLOTS, Placement, Session
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.library import AppendArgs, Cache
-from pascalvl.plugins.kv_format import WORD_BYTES, KVFormat, LayerLayout
+from pascalvl.plugins.kv_format import WORD_BYTES, LayerLayout
 from pascalvl.plugins.model_config import TextConfig
 
 _CHOICE = [
@@ -158,19 +157,17 @@ class TensorRTSession(Session):
             _Run(self._device, self.layouts[layers[0]], layers, chunk) for layers in _neighbours(self.layouts)
         ]
 
-        places = [SLOTS, RECENT_SLOTS] if self.cache.recent else [SLOTS]
         own = [binding for binding in decoder if binding.name not in self._cache.pointers]
-        self._inputs = Tensors(self._device, [*own, *places], sizes)
+        self._inputs = Tensors(self._device, [*own, SLOTS], sizes)
         self._prefill_context = self._context(profiles.PREFILL, self._inputs)
 
         one = {**sizes, "seq": 1, "visible_slots": 1}
         no_deepstack = StagedTensors(self._device, [b for b in own if b.name == bindings.DEEPSTACK_EMBEDS], one)
         no_deepstack.upload()
         staged = [binding for binding in own if binding.name != bindings.DEEPSTACK_EMBEDS]
-        self._step_inputs = StagedTensors(self._device, [*staged, *places], one)
+        self._step_inputs = StagedTensors(self._device, [*staged, SLOTS], one)
         self._step_inputs.arrays[bindings.PAST_VISIBLE][:] = ALWAYS_VISIBLE
-        for binding in places:
-            self._step_inputs.arrays[binding.name][:] = -1
+        self._step_inputs.arrays[SLOTS.name][:] = -1
         self._decode_context = self._context(profiles.DECODE, self._step_inputs, no_deepstack)
         self._bind_tokens(self._decode_context, 1)
         self._kept = no_deepstack
@@ -273,14 +270,11 @@ class TensorRTSession(Session):
 
     def _append(self, seq: int, inputs: Tensors) -> None:
         for run in self._runs:
-            names = [binding.name for binding in self.layer_inputs[run.layers[0]]]
-            self._append_run(run, seq, names, inputs.pointers[SLOTS.name], run.layout)
-            if self.cache.recent:
-                recent = dataclasses.replace(run.layout, kv_format=KVFormat.F16)
-                self._append_run(run, seq, names[-2:], inputs.pointers[RECENT_SLOTS.name], recent)
+            self._append_run(run, seq, inputs.pointers[SLOTS.name])
 
-    def _append_run(self, run: _Run, seq: int, names: list[str], slots: int, layout: LayerLayout) -> None:
-        """Append the new tokens of some layers to the cache whose tensors in the first layer are ``names``."""
+    def _append_run(self, run: _Run, seq: int, slots: int) -> None:
+        """Append the new tokens of some layers to their caches."""
+        layout, names = run.layout, [binding.name for binding in self.layer_inputs[run.layers[0]]]
         key, value = run.new(0, seq)
         pointers = [self._cache.pointers[name] for name in names]
         # Layers with the same layout lie at equal distances.

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import Qwen3VLConfig
 
 from pascalvl.engines.backend import REFERENCE, Engine
-from pascalvl.engines.session import RECENT_SLOTS, SLOTS, Placement, Session
+from pascalvl.engines.session import SLOTS, Placement, Session
 from pascalvl.engines.torch_steps import CapturedStep
 from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, meta_model, read_config
 from pascalvl.export.modules import Decoder, VisionEncoder
@@ -29,7 +29,7 @@ from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import CHECKPOINT_CONFIG, TRANSPOSED, Manifest, read_json
 from pascalvl.plugins.errors import UserError, reading
 from pascalvl.plugins.kernels import torch_calls
-from pascalvl.plugins.kv_format import CacheConfig, KVFormat
+from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.weight_format import F32
 
 log = logging.getLogger(__name__)
@@ -148,8 +148,7 @@ class TorchSession(Session):
     def _prefill_step(self, count: int, placement: Placement) -> CapturedStep | None:
         """The step that so many tokens are padded to; None: the call is none that is captured."""
         seq = next((length for length in _PREFILL_LENGTHS if length >= count), None)
-        sees_more = placement.visible is not None or placement.recent_length
-        if seq is None or sees_more or self._engine.marked_layers or not self.decode_step.graph:
+        if seq is None or placement.visible is not None or self._engine.marked_layers or not self.decode_step.graph:
             return None
         if seq not in self._prefill_steps:
             levels = self.model.num_deepstack
@@ -159,7 +158,7 @@ class TorchSession(Session):
     def _step(self, what: str, seq: int, levels: int = 0, pool: object | None = None) -> CapturedStep:
         """DeepStack adds nothing to text: a decode step has no ``levels`` of it."""
         device = self._engine.device
-        return CapturedStep(what, self._run, self.model.text, device, seq, levels, bool(self.cache.recent), pool)
+        return CapturedStep(what, self._run, self.model.text, device, seq, levels, pool)
 
     def decode(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> np.ndarray:
         self._decode(feeds, placement)
@@ -195,18 +194,15 @@ class TorchSession(Session):
     def _run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the decoder and append; returns its other outputs."""
         inputs = dict(inputs)
-        slots, recent_slots = inputs.pop(SLOTS.name), inputs.pop(RECENT_SLOTS.name, None)
+        slots = inputs.pop(SLOTS.name)
         outputs = self._engine.forward(bindings.DECODER, {**inputs, **self._past})
         new = [
             (outputs.pop(bindings.new_key(layer)), outputs.pop(bindings.new_value(layer)))
             for layer in range(len(self.layouts))
         ]
-        kernels = self._engine.kernels
         caches = [[self._past[binding.name] for binding in inputs] for inputs in self.layer_inputs]
-        torch_calls.kv_append(kernels, self.layouts, new, [(*cache[:3], None)[:3] for cache in caches], slots)
-        if recent_slots is not None:
-            layouts = [dataclasses.replace(layout, kv_format=KVFormat.F16) for layout in self.layouts]
-            torch_calls.kv_append(kernels, layouts, new, [(*cache[-2:], None) for cache in caches], recent_slots)
+        caches = [(*cache, None)[:3] for cache in caches]  # of floats, there are no scales
+        torch_calls.kv_append(self._engine.kernels, self.layouts, new, caches, slots)
         return outputs
 
 

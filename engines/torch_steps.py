@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-from pascalvl.engines.session import ALWAYS_VISIBLE, RECENT_SLOTS, SLOTS
+from pascalvl.engines.session import ALWAYS_VISIBLE, SLOTS
 from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.model_config import TextConfig
@@ -34,8 +34,6 @@ class CapturedStep:
         device: where it runs.
         seq: tokens.
         levels: of DeepStack that are added.
-        has_recent: whether the cache keeps recent tokens besides.
-
         pool: memory of another step's graph, which this one's is made in; None: its own.
 
     Attributes:
@@ -51,7 +49,6 @@ class CapturedStep:
         device: torch.device,
         seq: int,
         levels: int = 0,
-        has_recent: bool = False,
         pool: object | None = None,
     ) -> None:
         self._what, self._decode, self._device, self._pool = what, run, device, pool
@@ -66,8 +63,6 @@ class CapturedStep:
         integers = {bindings.PAST_LENGTH: (1,), bindings.PAST_VISIBLE: (1, 1), SLOTS.name: (1, seq)}
         if seq > 1:
             integers[LOGIT_ROW] = (1,)
-        if has_recent:
-            integers |= {bindings.RECENT_LENGTH: (1,), RECENT_SLOTS.name: (1, seq)}
         shapes = {**floats, **integers}
         sizes = [math.prod(shape) for shape in shapes.values()]
         self._staged = torch.zeros(sum(sizes), pin_memory=device.type == "cuda")
@@ -81,14 +76,12 @@ class CapturedStep:
         )
         self._host = {name: tensor.numpy() for name, tensor in staged.items()}
         self._host[bindings.PAST_VISIBLE][:] = ALWAYS_VISIBLE
-        self._slots = [name for name in (SLOTS.name, RECENT_SLOTS.name) if name in integers]
         self.store_nothing()
         self._likeliest = torch.zeros(2, dtype=torch.float64, pin_memory=device.type == "cuda")
 
     def store_nothing(self) -> None:
         """Let the next run append nothing."""
-        for name in self._slots:
-            self._host[name][:] = -1
+        self._host[SLOTS.name][:] = -1
 
     def stage(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Set the inputs of the tokens that there are: feeds, and a placement's arrays."""
@@ -98,7 +91,7 @@ class CapturedStep:
             staged = self._host[name]
             if staged.ndim < 2:
                 staged[:] = array
-            elif name in self._slots:
+            elif name == SLOTS.name:
                 staged[:, :count] = array
             else:
                 staged[..., :count, :] = array

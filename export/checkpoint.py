@@ -74,7 +74,6 @@ def model_config(config: Qwen3VLConfig) -> ModelConfig:
             mrope_section=tuple(text_rope.mrope_section),
             rope_inv_freq=tuple(text_rope.inv_freq.tolist()),
             rope_attention_scaling=float(text_rope.attention_scaling),
-            key_dims=(text.head_dim,) * text.num_hidden_layers,
             value_dims=(text.head_dim,) * text.num_hidden_layers,
         ),
         vision=_take(VisionConfig, vision, rope_inv_freq=tuple(vision_rope.inv_freq.tolist())),

@@ -32,7 +32,7 @@ from pascalvl.export.quantised_weights import (
     stored_values,
 )
 from pascalvl.export.trace import TracedGraph, Weight, example_inputs, trace
-from pascalvl.export.transforms import WeightSource, check_ranks, plan_transforms
+from pascalvl.export.transforms import WeightSource, check_rank, plan_transforms
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import EMBEDDINGS, TRANSPOSED, Manifest, atomic_directory
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
@@ -62,7 +62,7 @@ def export_checkpoint(
     """Export a Qwen3-VL checkpoint to the model bundle ``output``; returns its manifest.
 
     The weights come out as `pascalvl.export.transforms` leaves them: the same function, keys and values that quantise
-    better, shorter ones if ``cache`` says so; quantised if ``weights`` says so, or the checkpoint is, else widened to
+    better, shorter values if ``cache`` says so; quantised if ``weights`` says so, or the checkpoint is, else widened to
     float32. They are written one at a time: beside the graphs and the transforms, memory holds one tensor, or, while
     it calibrates, the model in float32.
 
@@ -70,15 +70,15 @@ def export_checkpoint(
         checkpoint_directory: folder of the Hugging Face model.
         output: folder to write.
         check_host_files: called with a folder that holds the tokenizer's and processors' files, before the long work.
-        cache: its `key_rank` and `value_rank` are what the weights get; the rest is for builds and runs.
+        cache: its `value_rank` is what the weights get; the rest is for builds and runs.
         calibration: called like ``check_host_files``, and after it: the prompts to take statistics from. None: the
             weights' own.
         weights: formats of linear layers' weights; None: as the checkpoint has them in codes, else float32. Codes of
             the checkpoint are kept wherever their format is asked for.
 
     Raises:
-        UserError: a checkpoint that cannot be used, ranks that it cannot have or that need a calibration, prompts that
-            are too few for one, a graph that TensorRT 8.6 could not parse, or a full disk.
+        UserError: a checkpoint that cannot be used, a rank that it cannot have, prompts that are too few for a
+            calibration, a graph that TensorRT 8.6 could not parse, or a full disk.
     """
     console = Console(stderr=True)
     bars = Progress(console=console, transient=True, disable=not console.is_terminal)
@@ -87,7 +87,7 @@ def export_checkpoint(
         weights = weights or stored_config(checkpoint, config.text)
         check_stored(checkpoint, weights, config.text)
         kept_values = stored_values(checkpoint, weights, config.text)
-        check_ranks(cache, config.text, calibration is not None, kept_values)
+        check_rank(cache, config.text, kept_values)
         model = checkpoint.meta_model()
         with atomic_directory(output, "model") as directory:
             checkpoint.copy_host_files(directory)
@@ -98,10 +98,9 @@ def export_checkpoint(
             fitted = _fit(checkpoint, config, prompts, cache, weights, kept_values, lambda: progress.advance(done))
             progress.update(done, visible=False)
             source, transforms = fitted.weights(checkpoint), fitted.transforms
-            key_dims, value_dims = zip(*((t.key_dim, t.value_dim) for t in transforms), strict=True)
-            text = dataclasses.replace(config.text, key_dims=key_dims, value_dims=value_dims)
+            text = dataclasses.replace(config.text, value_dims=tuple(t.value_dim for t in transforms))
             config = dataclasses.replace(config, text=text)
-            log.info("lengths of keys %s, of values %s", key_dims, value_dims)
+            log.info("lengths of values %s", text.value_dims)
             graphs = {}
             for name, trace_graph in ((bindings.VISION, trace_vision), (bindings.DECODER, trace_decoder)):
                 task = progress.add_task(f"tracing {name}", total=None)
@@ -123,7 +122,7 @@ def export_checkpoint(
                 model=config,
                 embeddings=embeddings,
                 graphs=graphs,
-                kv_cache=dataclasses.replace(_CACHE, key_rank=cache.key_rank, value_rank=cache.value_rank),
+                kv_cache=dataclasses.replace(_CACHE, value_rank=cache.value_rank),
                 weights=weights,
             ).write(directory)
         fitted.discard()

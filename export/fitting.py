@@ -83,7 +83,7 @@ def fit(
         checkpoint: the model's.
         config: the model, as the checkpoint has it.
         prompts: at least `LEAST_TOKENS` tokens together.
-        cache: its ranks count.
+        cache: its `value_rank` counts.
         weights: formats of the layers' weights; those of 4 bits are fitted.
         method: how codes are found.
         progress: called after each layer.
@@ -91,7 +91,7 @@ def fit(
     Raises:
         UserError: too few tokens, or the model computes what is not finite.
     """
-    folder = _folder(checkpoint, prompts, cache.key_rank, cache.value_rank, weights, method)
+    folder = _folder(checkpoint, prompts, cache.value_rank, weights, method)
     forms = weights.layers(config.text.num_hidden_layers)
     found = Fit([], [], functools.partial(_read_codes, folder), folder)
     hidden = HiddenStates(checkpoint, prompts)
@@ -138,8 +138,7 @@ def _fit_layer(
     """Run the next layer; returns its parameters in codes, by layer and part, and its scales."""
     index, transform = hidden.layer, found.transforms[-1]
     count = config.text.num_hidden_layers  # of which this one alone is of interest
-    dims = {"key_dims": (transform.key_dim,) * count, "value_dims": (transform.value_dim,) * count}
-    text = dataclasses.replace(config.text, **dims)
+    text = dataclasses.replace(config.text, value_dims=(transform.value_dim,) * count)
     prefix = f"{DECODER_LAYERS}{index}."
     source = TransformedWeights(checkpoint, found.transforms)
     layer = DecoderLayer(hidden.layer_module(), text, index, F32)

@@ -120,7 +120,7 @@ def evaluate(
     Args:
         checkpoint: folder of the Hugging Face model; it is run in float32 on the CPU.
         prompts: the conversations.
-        formats: what to measure, without ``window`` and ``recent``.
+        formats: what to measure, without ``window``.
         statistics: of a calibration, for the formats' transforms; None: what the weights tell.
         baselines: measure llama.cpp's formats too, and ours without balance or rotation.
         progress: called after each pass, of which there are `passes` for each conversation.
@@ -131,10 +131,9 @@ def evaluate(
     if not prompts:
         raise UserError("there is nothing to evaluate: give a folder of prompts.")
     for cache in formats:
-        if cache.window or cache.recent:
+        if cache.window:
             raise UserError(
-                f"the KV cache {cache} cannot be evaluated: every token is seen, and compressed, here. Leave window, "
-                "pin and recent out."
+                f"the KV cache {cache} cannot be evaluated: every token is seen here. Leave window and pin out."
             )
     with Checkpoint(checkpoint) as opened:
         text = opened.model_config().text
@@ -354,19 +353,13 @@ def _compare(
 
 def _scheme(name: str, cache: CacheConfig, text: TextConfig, transforms: Sequence[LayerTransform]) -> Scheme:
     """Ours, as `LayerTransform` and the kernels do it."""
-    dims = {"key_dims": [t.key_dim for t in transforms], "value_dims": [t.value_dim for t in transforms]}
-    text = dataclasses.replace(text, **{field: tuple(values) for field, values in dims.items()})
-    layouts = cache.layers(text)
+    layouts = cache.layers(dataclasses.replace(text, value_dims=tuple(t.value_dim for t in transforms)))
 
     def compression(layer: int, exact: Seen) -> tuple[Seen, Seen]:
         layout, transform = layouts[layer], transforms[layer]
         key_row, value_row = layout.kv_format.rows
         balance = torch.from_numpy(transform.balance).float()
         q, k = exact.q * balance, exact.k / balance
-        if transform.key_basis is not None:
-            group = len(q) // len(k)
-            query_basis, key_basis = (torch.from_numpy(x).float() for x in (transform.query_basis, transform.key_basis))
-            q, k = q @ query_basis.repeat_interleave(group, 0), k @ key_basis
         past_q = _int8_queries(q, layout.is_rotated) if key_row.is_quantised else q
         past_k = _stored(k, key_row, layout.is_rotated)
         if transform.value_down is None:

@@ -71,11 +71,10 @@ class VisionEncoder(nn.Module):
 
 
 class Attention(nn.Module):
-    """A decoder layer's attention, with keys and values of the lengths that are cached.
+    """A decoder layer's attention, with values of the length that is cached.
 
     Takes over the submodules of Hugging Face's, with their names. Where values have a length of their own, ``v_proj``
-    and ``o_proj`` are new; where keys have, ``query_basis`` and ``key_basis`` ``[num_kv_heads, head_dim, key_dim]`` are
-    multiplied in after RoPE. What is new has no values yet; `pascalvl.export.transforms` tells them.
+    and ``o_proj`` are new, and have no values yet; `pascalvl.export.transforms` tells them.
     """
 
     is_causal = True
@@ -83,7 +82,7 @@ class Attention(nn.Module):
     def __init__(self, attention: Qwen3VLTextAttention, text: TextConfig, layer: int, form: WeightFormat) -> None:
         super().__init__()
         self._num_heads, self._num_kv_heads = text.num_attention_heads, text.num_key_value_heads
-        self._head_dim, self._key_dim, self._value_dim = text.head_dim, text.key_dims[layer], text.value_dims[layer]
+        self._head_dim, self._value_dim = text.head_dim, text.value_dims[layer]
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
         like = {"device": attention.v_proj.weight.device, "dtype": attention.v_proj.weight.dtype}
         has_bias, has_output_bias = attention.v_proj.bias is not None, attention.o_proj.bias is not None
@@ -103,10 +102,6 @@ class Attention(nn.Module):
             if self._value_dim != self._head_dim:
                 self.v_proj = nn.Linear(hidden, self._widths[2], has_bias, **like)
                 self.o_proj = nn.Linear(of_values, hidden, has_output_bias, **like)
-        if self._key_dim != self._head_dim:
-            shape = self._num_kv_heads, self._head_dim, self._key_dim
-            self.query_basis = nn.Parameter(torch.empty(shape, **like))
-            self.key_basis = nn.Parameter(torch.empty(shape, **like))
 
     def forward(
         self,
@@ -136,15 +131,8 @@ class Attention(nn.Module):
         key = self.k_norm(key.view(batch, seq, self._num_kv_heads, self._head_dim)).transpose(1, 2)
         value = value.view(batch, seq, self._num_kv_heads, self._value_dim).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if self._key_dim != self._head_dim:
-            # The heads of a group lie one after the other, as if they were its tokens.
-            group = self._num_heads // self._num_kv_heads
-            query = query.reshape(batch, self._num_kv_heads, group * seq, self._head_dim) @ self.query_basis
-            query = query.reshape(batch, self._num_heads, seq, self._key_dim)
-            key = key @ self.key_basis
         if new is not None:
             new.append((key, value))
-        # The scale is the whole head's: a rank approximates its scores.
         output, _ = attention_forward(self, query, key, value, None, self._head_dim**-0.5, **(past or {}))
         return _added(self.o_proj, output.flatten(2), residual)
 
@@ -230,13 +218,12 @@ class Decoder(nn.Module):
         past_length: torch.Tensor,
         past_visible: torch.Tensor,
         caches: list[dict[str, torch.Tensor | str]],
-        recent_length: torch.Tensor | None = None,
         logit_row: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         new: list[tuple[torch.Tensor, torch.Tensor]] = []
         hidden = inputs_embeds
         after_layers = []
-        lengths = {"past_length": past_length, "past_visible": past_visible, "recent_length": recent_length}
+        lengths = {"past_length": past_length, "past_visible": past_visible}
         for index, layer in enumerate(self.language_model.layers):
             hidden = layer(hidden, (rope_cos, rope_sin), new, {**lengths, **caches[index]})
             if index < deepstack_embeds.shape[0]:

@@ -16,7 +16,7 @@ from transformers import Qwen3VLConfig
 from pascalvl.export import conformance, published_sizes, random_weights
 from pascalvl.export.checkpoint import TOKEN_IDS, Checkpoint, meta_model, model_config
 from pascalvl.export.exporter import describe, trace_decoder, trace_vision, write_without_weights
-from pascalvl.export.transforms import check_ranks
+from pascalvl.export.transforms import check_rank
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import (
     CHECKPOINT_CONFIG,
@@ -53,11 +53,11 @@ def export_random(
         size: one of `published_sizes.SIZES`.
         host_files: checkpoint whose tokenizer and processors the bundle gets.
         output, check_host_files, weights: as of `export_checkpoint`.
-        cache: its ranks are what keys and values get; they must be numbers.
+        cache: its `value_rank` is what values get; it must be a number.
         layers: of the decoder; None: as published.
 
     Raises:
-        UserError: an unknown size, no such number of layers, ranks that the weights would have to tell, a checkpoint
+        UserError: an unknown size, no such number of layers, a rank that the weights would have to tell, a checkpoint
             that cannot be used, or a full disk.
     """
     hf_config = _hf_config(size, layers)
@@ -68,7 +68,7 @@ def export_random(
     ):
         for name in TOKEN_IDS:
             setattr(hf_config, name, getattr(checkpoint.hf_config, name))
-        config = _with_ranks(model_config(hf_config), cache)
+        config = _with_rank(model_config(hf_config), cache)
         model = meta_model(hf_config)
         with atomic_directory(output, "model") as directory:
             checkpoint.copy_host_files(directory)
@@ -99,7 +99,7 @@ def export_random(
                 model=config,
                 embeddings={"dtype": "bfloat16", "shape": embeddings},
                 graphs=graphs,
-                kv_cache=dataclasses.replace(_CACHE, key_rank=cache.key_rank, value_rank=cache.value_rank),
+                kv_cache=dataclasses.replace(_CACHE, value_rank=cache.value_rank),
                 weights=weights,
             ).write(directory)
 
@@ -113,15 +113,16 @@ def _hf_config(size: str, layers: int | None) -> Qwen3VLConfig:
     return published_sizes.config(size, {"num_hidden_layers": published if layers is None else layers})
 
 
-def _with_ranks(config: ModelConfig, cache: CacheConfig) -> ModelConfig:
-    """The model with keys and values as long as the cache's ranks."""
-    check_ranks(cache, config.text, calibrated=True)
-    dims = {"key_dims": cache.key_rank, "value_dims": cache.value_rank}
-    if automatic := [rank for rank in dims.values() if isinstance(rank, float)]:
-        raise UserError(f"random weights tell no rank for an error of {automatic[0]}: give rk or rv as a number.")
-    count = config.text.num_hidden_layers
-    chosen = {name: (rank,) * count for name, rank in dims.items() if rank is not None}
-    return dataclasses.replace(config, text=dataclasses.replace(config.text, **chosen))
+def _with_rank(config: ModelConfig, cache: CacheConfig) -> ModelConfig:
+    """The model with values as long as the cache's rank."""
+    check_rank(cache, config.text)
+    rank = cache.value_rank
+    if rank is None:
+        return config
+    if isinstance(rank, float):
+        raise UserError(f"random weights tell no rank for an error of {rank}: give rv as a number.")
+    value_dims = (rank,) * config.text.num_hidden_layers
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, value_dims=value_dims))
 
 
 def _set(path: Path, fields: Mapping[str, object]) -> None:

@@ -1,16 +1,14 @@
-"""Weight-space transforms: the same model, with keys and values that quantise well or are shorter.
+"""Weight-space transforms: the same model, with keys and values that quantise well, or shorter values.
 
-Each is exact or, with a rank below head_dim, the best of that rank. None costs anything when the model runs, but for a
-key's rank, two small matrix products:
+Each is exact or, with a rank below head_dim, the best of that rank. None costs anything when the model runs:
 
 - *Balance*. q_norm's weights times lambda, k_norm's divided by it, equal within each RoPE pair: every q.k stays, and
   the outliers that k_norm gives fixed channels of the keys are shared with the queries (SmoothQuant, Xiao et al.,
   arXiv:2211.10438, between two activations).
 - *Rotation* of values, folded into v_proj's rows and o_proj's columns: spreads outliers over the row, whose one scale
-  they would set (QuaRot, Ashkboos et al., arXiv:2404.00456). Keys of full length are rotated by the kernels, as RoPE
-  lies between them and their weights.
-- *Low rank*. Of values, what o_proj reads most of, folded into the same weights; of keys, what queries meet most of
-  (KQ-SVD, query-weighted), multiplied in after RoPE.
+  they would set (QuaRot, Ashkboos et al., arXiv:2404.00456). Keys are rotated by the kernels, as RoPE lies between
+  them and their weights.
+- *Low rank* of values: what o_proj reads most of, folded into the same weights.
 
 The mathematics is in float64 NumPy; `TransformedWeights` stands before the checkpoint when weights are written.
 """
@@ -31,9 +29,6 @@ from pascalvl.plugins.model_config import TextConfig
 
 DECODER_LAYERS = "model.language_model.layers."
 """What the checkpoint's names of their tensors begin with, before a layer's number."""
-QUERY_BASIS = "query_basis"
-KEY_BASIS = "key_basis"
-"""Parameters of the attention of a layer whose keys have a rank."""
 _FLOOR = 1e-8
 """Least eigenvalue or variance, as a share of the largest, that is divided by."""
 _RIDGE = 1e-2
@@ -92,41 +87,23 @@ class LayerTransform:
         balance: ``[head_dim]``: multiplies q_norm's weight, divides k_norm's; equal in the RoPE pair i, i + head_dim/2.
         value_down: ``[num_kv_heads, value_dim, head_dim]``: cached value = value_down @ value. None: as it is.
         value_up: ``[num_kv_heads, head_dim, value_dim]``: o_proj reads value_up @ cached value.
-        query_basis, key_basis: ``[num_kv_heads, head_dim, key_dim]``: what is cached of a balanced key, after RoPE, is
-            key @ key_basis, and query @ query_basis is what meets it. None: keys keep their length.
     """
 
     balance: np.ndarray
     value_down: np.ndarray | None
     value_up: np.ndarray | None
-    query_basis: np.ndarray | None = None
-    key_basis: np.ndarray | None = None
-
-    @property
-    def key_dim(self) -> int:
-        return self.balance.size if self.key_basis is None else self.key_basis.shape[2]
 
     @property
     def value_dim(self) -> int:
         return self.balance.size if self.value_down is None else self.value_down.shape[1]
 
 
-def check_ranks(
-    cache: CacheConfig, text: TextConfig, calibrated: bool, kept_values: Collection[int] = frozenset()
-) -> None:
-    """Raise `UserError` for ranks that the model cannot have, or that the weights alone cannot tell; see
-    `plan_transforms`.
-    """
-    for option, rank in (("rk", cache.key_rank), ("rv", cache.value_rank)):
-        if isinstance(rank, int) and rank > text.head_dim:
-            raise UserError(
-                f"the KV cache option {option}={rank} is more than this model's head size, {text.head_dim}: leave it "
-                "out, or give a lower rank."
-            )
-    if cache.key_rank not in (None, text.head_dim) and not calibrated:
+def check_rank(cache: CacheConfig, text: TextConfig, kept_values: Collection[int] = frozenset()) -> None:
+    """Raise `UserError` for a rank of values that the model cannot have; see `plan_transforms`."""
+    if isinstance(cache.value_rank, int) and cache.value_rank > text.head_dim:
         raise UserError(
-            "a rank of keys (the KV cache option rk) depends on the queries that meet them, which the weights do not "
-            "tell: give prompts with --calibrate, or leave rk out."
+            f"the KV cache option rv={cache.value_rank} is more than this model's head size, {text.head_dim}: leave it "
+            "out, or give a lower rank."
         )
     if cache.value_rank not in (None, text.head_dim) and kept_values:
         raise UserError(
@@ -147,14 +124,14 @@ def plan_transforms(
     Args:
         weights: the model's.
         text: the model, as the checkpoint has it.
-        cache: its `key_rank` and `value_rank` count.
+        cache: its `value_rank` counts.
         statistics: of each layer, from calibration; None: what the weights let expect.
         kept_values: layers whose values stay as they are.
 
     Raises:
-        UserError: see `check_ranks`.
+        UserError: see `check_rank`.
     """
-    check_ranks(cache, text, statistics is not None, kept_values)
+    check_rank(cache, text, kept_values)
     return [
         plan_layer(weights, text, cache, layer, statistics[layer] if statistics else None, layer in kept_values)
         for layer in range(text.num_hidden_layers)
@@ -185,15 +162,7 @@ def plan_layer(
             value_up = _t(value_down)
         else:
             value_down, value_up = projection(statistics.value, output, rank)
-    balance = key_balance(statistics)
-    query_basis = key_basis = None
-    if cache.key_rank is not None:
-        # Of the balanced ones, among which none is small only for its norm's weight.
-        query, key = statistics.query * np.outer(balance, balance), statistics.key / np.outer(balance, balance)
-        if (rank := _rank(cache.key_rank, key, query)) < dim:
-            key_down, query_basis = projection(key, query, rank)
-            key_basis = _t(key_down)
-    return LayerTransform(balance, value_down, value_up, query_basis, key_basis)
+    return LayerTransform(key_balance(statistics), value_down, value_up)
 
 
 def output_moment(weights: WeightSource, text: TextConfig, layer: int) -> np.ndarray:
@@ -298,34 +267,24 @@ def _t(matrices: np.ndarray) -> np.ndarray:
 
 
 class TransformedWeights:
-    """A model's weights as its layers' transforms leave them, each computed in float64 when it is asked for.
-
-    Beside the checkpoint's names there are, in layers whose keys have a rank, ``self_attn.query_basis`` and
-    ``self_attn.key_basis``.
-    """
+    """A model's weights as its layers' transforms leave them, each computed in float64 when it is asked for."""
 
     def __init__(self, weights: WeightSource, transforms: Sequence[LayerTransform]) -> None:
         self._weights = weights
-        self._new = {}
         self._change = {}
         for layer, transform in enumerate(transforms):
             for name, change in _changes(transform).items():
                 self._change[_name(layer, f"self_attn.{name}")] = change
-            if transform.key_basis is not None:
-                self._new[_name(layer, f"self_attn.{QUERY_BASIS}")] = transform.query_basis
-                self._new[_name(layer, f"self_attn.{KEY_BASIS}")] = transform.key_basis
 
     def tensor(self, name: str) -> torch.Tensor:
         """One weight; as the checkpoint has it, or float32."""
-        if name in self._new:
-            return torch.from_numpy(self._new[name]).float()
         tensor = self._weights.tensor(name)
         if name not in self._change:
             return tensor
         return torch.from_numpy(self._change[name](tensor.double().numpy())).float()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._new or name in self._weights
+        return name in self._weights
 
 
 def _changes(transform: LayerTransform) -> dict[str, Callable[[np.ndarray], np.ndarray]]:

@@ -25,7 +25,6 @@ ROPE_SIN = "rope_sin"
 DEEPSTACK_EMBEDS = "deepstack_embeds"
 PAST_LENGTH = "past_length"
 PAST_VISIBLE = "past_visible"
-RECENT_LENGTH = "recent_length"
 LOGITS = "logits"
 
 PIXEL_VALUES = "pixel_values"
@@ -50,14 +49,6 @@ def past_value(layer: int) -> str:
 
 def past_scale(layer: int) -> str:
     return f"past_scale.{layer}"
-
-
-def recent_key(layer: int) -> str:
-    return f"recent_key.{layer}"
-
-
-def recent_value(layer: int) -> str:
-    return f"recent_value.{layer}"
 
 
 def new_key(layer: int) -> str:
@@ -128,13 +119,12 @@ def vision_outputs(config: ModelConfig) -> list[Binding]:
 
 def decoder_inputs(config: ModelConfig, cache: CacheConfig) -> list[Binding]:
     text = config.text
-    lengths = [PAST_LENGTH, RECENT_LENGTH] if cache.recent else [PAST_LENGTH]
     return [
         _float(INPUTS_EMBEDS, "batch", "seq", text.hidden_size),
         _float(ROPE_COS, "batch", "seq", text.head_dim),
         _float(ROPE_SIN, "batch", "seq", text.head_dim),
         _float(DEEPSTACK_EMBEDS, config.num_deepstack, "batch", "seq", text.hidden_size),
-        *(_int(name, "batch") for name in lengths),
+        _int(PAST_LENGTH, "batch"),
         _int(PAST_VISIBLE, "batch", "visible_slots"),
         *(binding for layer in range(text.num_hidden_layers) for binding in cache_inputs(config, cache, layer)),
     ]
@@ -150,11 +140,6 @@ def cache_inputs(config: ModelConfig, cache: CacheConfig, layer: int) -> list[Bi
     ]
     if layout.kv_format.is_quantised:
         inputs.append(_halves(past_scale(layer), 2, "batch", heads, CAPACITY_WORDS))
-    if cache.recent:
-        inputs += [
-            _halves(name(layer), "batch", heads, "recent", dim // HALVES_PER_WORD)
-            for name, dim in zip((recent_key, recent_value), layout.dims, strict=True)
-        ]
     return inputs
 
 
@@ -170,8 +155,8 @@ def decoder_outputs(config: ModelConfig) -> list[Binding]:
         _float(LOGITS, "batch", text.vocab_size),
         *(
             _float(name(layer), "batch", text.num_key_value_heads, "seq", dim)
-            for layer, dims in enumerate(zip(text.key_dims, text.value_dims, strict=True))
-            for name, dim in zip((new_key, new_value), dims, strict=True)
+            for layer, value_dim in enumerate(text.value_dims)
+            for name, dim in ((new_key, text.head_dim), (new_value, value_dim))
         ),
     ]
 

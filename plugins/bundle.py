@@ -11,7 +11,7 @@ source     checkpoint name and hash
 model      `ModelConfig`
 embeddings element type and shape of `EMBEDDINGS`
 graphs     per graph: opset, IR version, plugin op version, and how many nodes of each operator it has
-kv_cache   `CacheConfig` that the graphs are for (of a model bundle's, a build can change all but the ranks)
+kv_cache   `CacheConfig` that the graphs are for (of a model bundle's, a build can change all but the rank)
 weights    `WeightConfig` of the graphs
 backend    engine bundles: backend name, its version, and what else its engines depend on
 files      per file: size in bytes and SHA-256

@@ -32,7 +32,7 @@ def capacity_of(slots: int) -> int:
 
 
 ROTATED_DIM = 128
-"""Length of the keys that the kernels rotate (by the Hadamard matrix); shorter ones are stored as they come."""
+"""Length of the keys that the kernels rotate (by the Hadamard matrix); others are stored as they come."""
 RANKS = (64, 96, 112, 128)
 """Lengths of keys and values that the kernels take."""
 _LEAST_WINDOW = 16
@@ -162,32 +162,29 @@ class Window:
 
 
 Rank = int | float
-"""Of keys or values in all layers; a fraction: in each layer the lowest that leaves no more than this error."""
+"""Of values in all layers; a fraction: in each layer the lowest that leaves no more than this error."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
     """What a user asks of the KV cache; `parse` reads it, `str` writes it.
 
-    Compare by what each part is fixed by: ``key_rank`` and ``value_rank`` by an export, formats and ``recent`` by a
-    build, ``window`` and ``pin_images`` by each run.
+    Compare by what each part is fixed by: ``value_rank`` by an export, formats by a build, ``window`` and
+    ``pin_images`` by each run.
     """
 
     kv_format: KVFormat = KVFormat.K8V4
-    key_rank: Rank | None = None
-    """None: as the model has it."""
     value_rank: Rank | None = None
+    """None: as the model has it."""
     window: Window | None = None
     """None: everything is kept."""
     pin_images: bool = False
     """Whether the tokens of pictures and videos stay, whatever the window."""
-    recent: int = 0
-    """The last so many tokens are kept in float16 besides, and decode reads those."""
     overrides: tuple[tuple[int, int, KVFormat], ...] = ()
     """Layers, first and last, with another format; a later one counts more."""
 
     GRAMMAR = (
-        "FORMAT[,rk=RANK][,rv=RANK][,window=SINKS+LENGTH][,pin=image][,recent=TOKENS][,layer.FIRST-LAST=FORMAT], "
+        "FORMAT[,rv=RANK][,window=SINKS+LENGTH][,pin=image][,layer.FIRST-LAST=FORMAT], "
         f"FORMAT one of {', '.join(f.value for f in KVFormat)}, RANK one of {', '.join(map(str, RANKS))} or auto:ERROR"
     )
 
@@ -220,38 +217,26 @@ class CacheConfig:
                 raise UserError(f"the KV cache option {name} is given twice: expected it once.")
             found[field] = read(option, value)
         config = cls(**found, overrides=tuple(overrides))
-        config._check()
+        if config.pin_images and not config.window:
+            raise UserError("the KV cache option pin=image is for a window, without which all is kept: give one.")
         return config
 
     def __str__(self) -> str:
         parts = [self.kv_format.value]
-        for name, rank in (("rk", self.key_rank), ("rv", self.value_rank)):
-            if rank is not None:
-                parts.append(f"{name}={rank if isinstance(rank, int) else f'auto:{np.format_float_positional(rank)}'}")
+        if (rank := self.value_rank) is not None:
+            parts.append(f"rv={rank if isinstance(rank, int) else f'auto:{np.format_float_positional(rank)}'}")
         if self.window:
             parts.append(f"window={self.window}")
         if self.pin_images:
             parts.append("pin=image")
-        if self.recent:
-            parts.append(f"recent={self.recent}")
         for first, last, kv_format in self.overrides:
             layers = str(first) if first == last else f"{first}-{last}"
             parts.append(f"layer.{layers}={kv_format.value}")
         return ",".join(parts)
 
-    def _check(self) -> None:
-        if self.pin_images and not self.window:
-            raise UserError("the KV cache option pin=image is for a window, without which all is kept: give one.")
-        if self.recent and self.window:
-            raise UserError("the KV cache options recent and window cannot be combined: give one of them.")
-        formats = {self.kv_format, *(kv_format for _, _, kv_format in self.overrides)}
-        if self.recent and not all(kv_format.is_quantised for kv_format in formats):
-            raise UserError("the KV cache option recent is for quantised formats: leave it out, or take k8v8 to k4v4.")
-
-    def with_ranks_of(self, exported: CacheConfig) -> CacheConfig:
-        """The same with a model bundle's ranks where none are given."""
-        names = [name for name in ("key_rank", "value_rank") if getattr(self, name) is None]
-        return dataclasses.replace(self, **{name: getattr(exported, name) for name in names})
+    def with_rank_of(self, exported: CacheConfig) -> CacheConfig:
+        """The same with a model bundle's rank where none is given."""
+        return self if self.value_rank is not None else dataclasses.replace(self, value_rank=exported.value_rank)
 
     def layers(self, text: TextConfig) -> tuple[LayerLayout, ...]:
         """The layout of each layer of a model; raises `UserError` for layers that it does not have."""
@@ -263,8 +248,10 @@ class CacheConfig:
                     f"the KV cache option layer.{last} is out of range: this model has layers 0-{count - 1}."
                 )
             formats[first : last + 1] = [kv_format] * (last + 1 - first)
-        dims = zip(formats, text.key_dims, text.value_dims, strict=True)
-        layouts = tuple(LayerLayout(kv_format, text.num_key_value_heads, *pair) for kv_format, *pair in dims)
+        layouts = tuple(
+            LayerLayout(kv_format, text.num_key_value_heads, text.head_dim, value_dim)
+            for kv_format, value_dim in zip(formats, text.value_dims, strict=True)
+        )
         for layout in layouts:
             if layout.kv_format.is_quantised and not all(dim in RANKS for dim in layout.dims):
                 raise UserError(
@@ -285,10 +272,7 @@ class CacheConfig:
 
     def nbytes(self, text: TextConfig, tokens: int, pinned: int = 0) -> int:
         """Bytes of the cache of such a conversation."""
-        layers = self.layers(text)
-        capacity = capacity_of(self.slots(tokens, pinned))
-        recent = sum(2 * sum(layer.dims) * layer.num_kv_heads for layer in layers) * self.recent
-        return capacity * sum(layer.bytes_per_token for layer in layers) + recent
+        return capacity_of(self.slots(tokens, pinned)) * self.bytes_per_token(text)
 
 
 def _read_rank(option: str, value: str) -> Rank:
@@ -318,17 +302,9 @@ def _read_pin(option: str, value: str) -> bool:
     return True
 
 
-def _read_recent(option: str, value: str) -> int:
-    if not re.fullmatch(r"\d{1,4}", value) or not 1 <= int(value) <= 4096:
-        raise UserError(f"the KV cache option {shown(option)} is no number of tokens: expected 1 to 4096.")
-    return int(value)
-
-
 _OPTIONS = {
-    "rk": ("key_rank", _read_rank),
     "rv": ("value_rank", _read_rank),
     "window": ("window", _read_window),
     "pin": ("pin_images", _read_pin),
-    "recent": ("recent", _read_recent),
 }
 """By name: the field of `CacheConfig`, and what reads its value."""

@@ -119,9 +119,8 @@ class TextConfig:
     """Inverse frequencies of the rotary embedding: ``[head_dim / 2]``."""
     rope_attention_scaling: float
     """Factor on cos and sin (1 unless the rope type scales attention)."""
-    key_dims: tuple[int, ...]
-    """Length of the keys that each layer caches: `head_dim`, or the rank that they were exported with."""
     value_dims: tuple[int, ...]
+    """Length of the values that each layer caches: `head_dim`, or the rank that they were exported with."""
 
     def __post_init__(self) -> None:
         _check_sizes(self)
@@ -139,10 +138,9 @@ class TextConfig:
             "three numbers that sum to head_dim / 2",
         )
         _check(self, "rope_attention_scaling", self.rope_attention_scaling > 0, "a number above 0")
-        for name in ("key_dims", "value_dims"):
-            dims = getattr(self, name)
-            valid = len(dims) == self.num_hidden_layers and all(0 < dim <= self.head_dim for dim in dims)
-            _check(self, name, valid, f"{self.num_hidden_layers} numbers from 1 to {self.head_dim}")
+        dims = self.value_dims
+        valid = len(dims) == self.num_hidden_layers and all(0 < dim <= self.head_dim for dim in dims)
+        _check(self, "value_dims", valid, f"{self.num_hidden_layers} numbers from 1 to {self.head_dim}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -178,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     meaning = "for timings: random weights in the shape of Qwen3-VL-SIZE (2B, 4B, 8B, 32B); CHECKPOINT, of any size, "
     sub.add_argument("--random", metavar="SIZE", help=f"{meaning}gives the tokenizer and the processors")
     sub.add_argument("--layers", type=int, metavar="N", help="with --random: decoder layers (as published)")
-    _add_kv(sub, "the KV cache it is for, of which ranks (rk, rv) are made now, and the rest by 'build'")
+    _add_kv(sub, "the KV cache it is for, of which the rank (rv) is made now, and the rest by 'build'")
     forms = "w4, w8, f16 or f32[,group=INPUTS][,lm_head=FORMAT][,vision=FORMAT][,layer.FIRST-LAST=FORMAT]"
     meaning = "how weights are stored (f32, or as the checkpoint has them in codes of 4 bits)"
     forms += f"; {_AUTO}: the most exact of w4, w8, f16 and f32 for which the card here has room"
@@ -268,7 +268,7 @@ def _add_backend(parser: _Parser, meaning: str) -> None:
 
 
 def _add_kv(parser: argparse.ArgumentParser, meaning: str) -> None:
-    forms = "k8v4, k8v8, k4v4, f16 or f32[,rk=RANK][,rv=RANK][,window=SINKS+LENGTH][,pin=image][,recent=N]..."
+    forms = "k8v4, k8v8, k4v4, f16 or f32[,rv=RANK][,window=SINKS+LENGTH][,pin=image]..."
     parser.add_argument("--kv", type=_cache, metavar="CONFIG", help=f"{meaning}: {forms}")
 
 
@@ -867,7 +867,7 @@ def _inspect(args: argparse.Namespace) -> int:
     manifest = Manifest.read(args.bundle, "model", "engine")
     text, vision = manifest.model.text, manifest.model.vision
     caches = [CacheConfig(f) for f in KVFormat] if manifest.kind == "model" else [manifest.kv_cache]
-    caches = [cache.with_ranks_of(manifest.kv_cache) for cache in ([args.kv] if args.kv else caches)]
+    caches = [cache.with_rank_of(manifest.kv_cache) for cache in ([args.kv] if args.kv else caches)]
     weights = manifest.weight_bytes(*manifest.graphs)
 
     facts = Table.grid(padding=(0, 2))

@@ -184,7 +184,7 @@ class KVCache:
         self._identities = np.zeros(longest, np.int64)
         self._token = np.full(session.capacity, _EMPTY, np.int64)  # in each slot
         self._stays = np.zeros(session.capacity, bool)
-        self._length = self._used = self._recent = self._next_recent = 0
+        self._length = self._used = 0
 
     @property
     def length(self) -> int:
@@ -216,28 +216,17 @@ class KVCache:
             )
         slots = np.full(len(identities), -1, np.int32)
         slots[stored] = places
-        recent_slots = None
-        if self._config.recent:
-            recent_slots = (self._next_recent + np.arange(len(identities))) % self._config.recent
-            recent_slots[: -self._config.recent] = -1  # of more than are kept, the last
-            recent_slots = recent_slots.astype(np.int32)
-        # One token alone sees recent ones where they are kept apart, several see all in the cache proper.
-        recent = self._recent if len(identities) == 1 else 0
-        past_length = self._used - recent
+        past_length = self._used
         if visible is not None and visible[:past_length].min(initial=ALWAYS_VISIBLE) >= len(identities):
             visible = None
         self._identities[first:last] = identities
         # What is there now may be overwritten before an interrupt.
         self._token[places] = _EMPTY
-        kept, next_recent, self._recent, self._next_recent = self._recent, self._next_recent, 0, 0
-        yield Placement(past_length, slots, visible, recent, recent_slots)
+        yield Placement(past_length, slots, visible)
         self._token[places] = tokens[stored]
         self._stays[places] = stays[stored]
         self._used = max(self._used, int(places.max(initial=-1)) + 1)
         self._length = last
-        if self._config.recent:
-            self._recent = min(kept + len(identities), self._config.recent)
-            self._next_recent = (next_recent + len(identities)) % self._config.recent
 
     def _policy(
         self, tokens: np.ndarray, pinned: np.ndarray | None
@@ -271,7 +260,6 @@ class KVCache:
         self._token[length:] = _EMPTY
         self._stays[length:] = False
         self._length = self._used = length
-        self._recent = self._next_recent = 0
         return length
 
     def _has_first(self, length: int) -> bool:

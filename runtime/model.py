@@ -406,7 +406,7 @@ class VisionLanguageModel:
 
 def _chosen_at_run_time(cache: CacheConfig, manifest: Manifest) -> CacheConfig:
     """The engines' cache with another window; raises `UserError` for what they were not built for."""
-    built, chosen = manifest.kv_cache, cache.with_ranks_of(manifest.kv_cache)
+    built, chosen = manifest.kv_cache, cache.with_rank_of(manifest.kv_cache)
     if dataclasses.replace(chosen, window=built.window, pin_images=built.pin_images) != built:
         raise UserError(
             f"the KV cache {cache} is not what these engines were built for ({built}): only window and pin can be "

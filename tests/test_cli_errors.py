@@ -54,10 +54,10 @@ def check_sentence(err, match):
         (["run", "engine"], "required: --prompt; see 'pascalvl run --help'"),
         (["run", "engine", "--prompt", "x", "--colour", "red"], "unrecognized arguments: --colour red"),
         (["build", "model", "--output", "o", "--kv", "f8"], "unknown KV cache format 'f8': expected one of f32, f16"),
-        (["build", "model", "--output", "o", "--kv", "k8v4,rk=100"], "'rk=100' is no rank: expected one of 64, 96"),
+        (["build", "model", "--output", "o", "--kv", "k8v4,rv=100"], "'rv=100' is no rank: expected one of 64, 96"),
         (["run", "engine", "--prompt", "x", "--kv", "k8v4,window=8192"], "'window=8192' is no window: expected first"),
         (["run", "engine", "--prompt", "x", "--kv", "f16,pin=image"], "pin=image is for a window"),
-        (["chat", "engine", "--kv", "f16,size=3"], r"unknown KV cache option 'size=3': expected FORMAT\[,rk=RANK\]"),
+        (["chat", "engine", "--kv", "f16,size=3"], r"unknown KV cache option 'size=3': expected FORMAT\[,rv=RANK\]"),
         (["inspect", "bundle", "--memory", "lots"], "--memory: invalid float value: 'lots'"),
         (["run", "engine", "--prompt", "x", "--temperature", "hot"], "--temperature: invalid float value: 'hot'"),
         (["run", "engine", "--prompt", "x", "--temperature", "-1"], "temperature is out of range: expected 0 .* -1.0"),
@@ -284,7 +284,7 @@ def test_build_from_what_is_no_model_bundle(refused, nano_model_bundle, nano_eng
     refused("no directory .* the model bundle", "build", tmp_path / "absent", "--output", output)
     refused("is a bundle of kind 'engine': expected the model", "build", nano_engine_bundle, "--output", output)
     refused("unknown backend 'cuda'", "build", nano_model_bundle, "--output", output, "--backend", "cuda")
-    ranks = "has other ranks than the model was exported with .* export it with --kv k8v4,rv=96, or give no ranks"
+    ranks = "has another rank than the model was exported with .* export it with --kv k8v4,rv=96, or give no rank"
     refused(ranks, "build", nano_model_bundle, "--output", output, "--kv", "k8v4,rv=96")
     refused(
         "layer.6 is out of range: this model has layers 0-5",

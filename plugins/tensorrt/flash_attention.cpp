@@ -1,7 +1,6 @@
 // FlashAttention2 as a TensorRT plugin over the kernels' C ABI. What the op is: plugins/ops/flash_attention/op.py.
 #include <algorithm>
 #include <cmath>
-#include <utility>
 
 #include "plugins/kernels/params.h"
 #include "plugins/tensorrt/plugin.h"
@@ -25,15 +24,14 @@ DataType row_type(int32_t format) { return format == PASCALVL_FLOAT32 ? DataType
 // What a node's attributes say; also the bytes of a serialised plugin.
 struct Attributes {
   static constexpr uint32_t kMagic = 0x41465650;  // "PVFA"
-  static constexpr uint32_t kLayout = 2;
+  static constexpr uint32_t kLayout = 3;
   uint32_t magic = kMagic;
   uint32_t layout = kLayout;
   int32_t causal = 0;
   float softmax_scale = 0;
   int32_t kv_format = 0;  // number in kFormats; only where causal
-  int32_t recent = 0;     // capacity of the recent tokens' cache
 };
-static_assert(sizeof(Attributes) == 24, "no padding is written");
+static_assert(sizeof(Attributes) == 20, "no padding is written");
 
 int32_t parse_kv_format(const std::string& name) {
   std::string known;
@@ -45,20 +43,7 @@ int32_t parse_kv_format(const std::string& name) {
 }
 
 // Inputs, in the node's order: those from kVisible on where causal, from kPastScale on as the cache has them.
-enum Input {
-  kQuery,
-  kKey,
-  kValue,
-  kLengths,
-  kVisible,
-  kPastKey,
-  kPastValue,
-  kPastScale,
-  kRecentLength,
-  kRecentKey,
-  kRecentValue,
-  kNumInputs
-};
+enum Input { kQuery, kKey, kValue, kLengths, kVisible, kPastKey, kPastValue, kPastScale };
 
 class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
  public:
@@ -68,14 +53,12 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
   static constexpr const char* kVersion = PASCALVL_OP_VERSION;
   static inline const PluginField kFields[] = {{PASCALVL_ATTR_CAUSAL, nullptr, PluginFieldType::kINT32, 1},
                                                {PASCALVL_ATTR_SOFTMAX_SCALE, nullptr, PluginFieldType::kFLOAT32, 1},
-                                               {PASCALVL_ATTR_KV_FORMAT, nullptr, PluginFieldType::kCHAR, 1},
-                                               {PASCALVL_ATTR_RECENT, nullptr, PluginFieldType::kINT32, 1}};
+                                               {PASCALVL_ATTR_KV_FORMAT, nullptr, PluginFieldType::kCHAR, 1}};
 
   static Attributes parse(const Fields& fields) {
     Attributes attributes;
     std::string kv_format;  // an empty text is what exported nodes have that read no cache
     fields.read(PASCALVL_ATTR_CAUSAL, attributes.causal);
-    fields.read(PASCALVL_ATTR_RECENT, attributes.recent);
     fields.read(PASCALVL_ATTR_KV_FORMAT, kv_format);
     require(attributes.causal == 0 || attributes.causal == 1,
             "attribute " PASCALVL_ATTR_CAUSAL " is " + std::to_string(attributes.causal) + "; expected 0 or 1");
@@ -93,12 +76,6 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
     require(std::fabs(a.softmax_scale) <= PASCALVL_MAX_SOFTMAX_SCALE,
             "attribute " PASCALVL_ATTR_SOFTMAX_SCALE " is " + std::to_string(a.softmax_scale) +
                 "; expected a number of " + std::to_string(int(PASCALVL_MAX_SOFTMAX_SCALE)) + " at most");
-    require(!a.recent || a.causal,
-            "attribute " PASCALVL_ATTR_RECENT " is " + std::to_string(a.recent) + " without a cache; expected 0");
-    require(a.recent >= 0 && a.recent <= PASCALVL_MAX_SIZE && (!a.recent || is_quantised(kFormats[a.kv_format])),
-            "attribute " PASCALVL_ATTR_RECENT " is " + std::to_string(a.recent) + " with a cache in " +
-                kFormats[a.kv_format].name + "; expected 0, or a number of slots (" +
-                std::to_string(PASCALVL_MAX_SIZE) + " at most) beside a quantised cache");
   }
 
   // q [batch, num_heads, seq, head_dim] to [batch, seq, num_heads, value_dim].
@@ -126,16 +103,15 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
       check(pascalvl_attention_workspace(&args, &bytes));
       most = std::max(most, bytes);
     };
-    const int32_t* const recent = std::exchange(args.recent_length, nullptr);
     count();
     if (!args.causal) return most;
     const int32_t* const visible = args.past_visible;
     // With the tokens of whole tiles the most is needed of all that make as many tiles.
     const int32_t of_tile = std::max(1, prefill_rows(args.value_dim) / (args.num_heads / args.num_kv_heads));
     for (const int32_t seq = args.seq; args.batch > 0; --args.batch) {
-      args.past_visible = visible, args.recent_length = nullptr;
+      args.past_visible = visible;
       for (args.seq = seq; args.seq > 0; args.seq = (args.seq - 1) / of_tile * of_tile) count();
-      args.seq = 1, args.past_visible = nullptr, args.recent_length = recent;
+      args.seq = 1, args.past_visible = nullptr;
       count();
     }
     return most;
@@ -163,11 +139,6 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
           args.cache.key_scale = scales;
           args.cache.value_scale = scales + int64_t(args.batch) * args.num_kv_heads * args.cache.capacity;
         }
-        if (args.recent_length) {
-          args.recent_length = static_cast<const int32_t*>(inputs[kRecentLength]);
-          args.recent.key = const_cast<void*>(inputs[kRecentKey]);
-          args.recent.value = const_cast<void*>(inputs[kRecentValue]);
-        }
       } else {
         args.cu_seqlens = lengths;
       }
@@ -181,7 +152,7 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
 
   int32_t num_inputs_expected() const {
     if (!attributes_.causal) return kLengths + 1;
-    return attributes_.recent ? kNumInputs : is_quantised(format()) ? kPastScale + 1 : kPastValue + 1;
+    return is_quantised(format()) ? kPastScale + 1 : kPastValue + 1;
   }
 
   DataType input_type(int32_t position) const {
@@ -248,9 +219,8 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
              "the past of values");
       expect(inputs[kLengths].dims, {1, {k.d[0]}}, "past_length");
       args.past_length = lengths;
-      // One number for all slots is not looked at: it comes where all new tokens see them. (There is never a mask where
-      // a single slot has recent tokens beside it.)
-      if (visible.nbDims != 2 || visible.d[1] != 1 || (capacity == 1 && !attributes_.recent)) {
+      // One number for all slots is not looked at: it comes where all new tokens see them.
+      if (visible.nbDims != 2 || visible.d[1] != 1 || capacity == 1) {
         expect(visible, {2, {k.d[0], capacity}}, "past_visible", ", or 1 last for all slots alike");
         args.past_visible = lengths;
       } else {
@@ -265,15 +235,6 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
         expect(inputs[kPastScale].dims, {4, {2, k.d[0], k.d[1], capacity / 2}}, "past_scale");
         args.cache.key_scale = args.cache.value_scale = somewhere;
         args.cache.rotated = args.key_dim == PASCALVL_ROTATED_DIM;
-      }
-      if (attributes_.recent) {
-        expect(inputs[kRecentLength].dims, {1, {k.d[0]}}, "recent_length");
-        for (const auto& [input, dim] : {std::pair(kRecentKey, args.key_dim), std::pair(kRecentValue, args.value_dim)})
-          expect(inputs[input].dims, {4, {k.d[0], k.d[1], attributes_.recent, dim / 2}}, "the cache of recent tokens");
-        args.recent_length = lengths;
-        args.recent.key = args.recent.value = somewhere;
-        args.recent.key_format = args.recent.value_format = PASCALVL_FLOAT16;
-        args.recent.capacity = attributes_.recent;
       }
     } else {
       args.cu_seqlens = lengths;

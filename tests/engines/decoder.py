@@ -10,7 +10,7 @@ from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.kv_rows import compress
 from pascalvl.runtime.kv_cache import KVCache
 
-CACHES = ["f32", "f16", "k8v8", "k8v4", "k4v4", "k8v4,recent=3", "k4v4,layer.0-1=f16,layer.3=k8v8"]
+CACHES = ["f32", "f16", "k8v8", "k8v4", "k4v4", "k4v4,layer.0-1=f16,layer.3=k8v8"]
 """Of every kind."""
 STEP = (bindings.INPUTS_EMBEDS, bindings.ROPE_COS, bindings.ROPE_SIN)
 
@@ -19,7 +19,7 @@ def decoder_feeds(manifest: Manifest, seq: int, capacity: int, past: int) -> dic
     """Random inputs, the cache's among them, in its format."""
     rng = np.random.default_rng(0)
     cache = manifest.kv_cache
-    sizes = {"batch": 1, "seq": seq, **bindings.cache_sizes(capacity), "visible_slots": 1, "recent": cache.recent}
+    sizes = {"batch": 1, "seq": seq, **bindings.cache_sizes(capacity), "visible_slots": 1}
     feeds = {}
     for binding in bindings.decoder_inputs(manifest.model, cache):
         array = np.zeros([sizes.get(size, size) for size in binding.shape], binding.dtype)
@@ -38,8 +38,6 @@ def decoder_feeds(manifest: Manifest, seq: int, capacity: int, past: int) -> dic
         if layout.kv_format.is_quantised:
             feeds[bindings.past_scale(layer)] = np.stack(scales).view(np.int32)
     feeds |= {bindings.PAST_LENGTH: np.array([past], np.int32), bindings.PAST_VISIBLE: np.array([[seq]], np.int32)}
-    if cache.recent:
-        feeds[bindings.RECENT_LENGTH] = np.array([cache.recent if seq == 1 else 0], np.int32)
     return feeds
 
 

@@ -35,8 +35,8 @@ PICTURE = [user(scene(1, 64, 64), "Describe the picture.")]
 TURNS = [*PICTURE, assistant("A grid."), user("Which shapes are red?")]
 NEW_TOKENS = 32 if ON_GPU else 5
 CONTEXT = 96
-APPENDS = {CACHES[-2]: 2, CACHES[-1]: 4}
-"""Launches of a call: one for each run of layers with the same format, and one for recent tokens."""
+APPENDS = {CACHES[-1]: 4}
+"""Launches of a call, where not one: one for each run of layers with the same format."""
 LIMITS = Limits(prefill_chunk=7, max_patches=64, max_context=1 << 40)
 
 

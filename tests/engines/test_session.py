@@ -26,7 +26,6 @@ CONFIG = TextConfig(
     mrope_section=(24, 20, 20),
     rope_inv_freq=(0.5,) * 64,
     rope_attention_scaling=1.0,
-    key_dims=(128, 128, 112, 128),
     value_dims=(128, 96, 128, 64),
 )
 MODEL = SimpleNamespace(text=CONFIG, num_deepstack=1)
@@ -95,11 +94,9 @@ def _close(found, new, layout, which):
 def test_rows_are_where_the_decoder_reads_them(kv):
     engine = RandomEngine(kv)
     session = engine.open_session(CAPACITY)
-    kept = {"recent_slots": np.array([0, 1, -1, 2], np.int32)} if session.cache.recent else {}
-    assert _prefill(session, _placement(0, [4, 9, -1, 2], **kept)).keys() == {bindings.LOGITS}
+    assert _prefill(session, _placement(0, [4, 9, -1, 2])).keys() == {bindings.LOGITS}
     first = engine.outputs
-    one = {"recent_slots": np.array([1], np.int32), "recent_length": 3} if kept else {}
-    logits = session.decode(_feeds(1), _placement(7, [0], **one))
+    logits = session.decode(_feeds(1), _placement(7, [0]))
     second = engine.outputs
     np.testing.assert_array_equal(logits, second[bindings.LOGITS])
     assert engine.feeds[bindings.PAST_LENGTH].tolist() == [7]
@@ -108,10 +105,6 @@ def test_rows_are_where_the_decoder_reads_them(kv):
         new = names[which](layer)
         expected = np.concatenate([first[new][:, :, [0, 1, 3]], second[new]], axis=2)
         _close(found, expected, session.layouts[layer], which)
-        if kept:
-            recent = engine.feeds[(bindings.recent_key, bindings.recent_value)[which](layer)]
-            expected = np.concatenate([first[new][:, :, :1], second[new], first[new][:, :, 3:]], axis=2)
-            np.testing.assert_array_equal(recent.view(np.float16), expected.astype(np.float16))
 
 
 @pytest.mark.parametrize("kv", CACHES)
@@ -120,10 +113,9 @@ def test_feeds_are_the_decoders_inputs(kv):
     session = engine.open_session(CAPACITY)
     expected = {b.name: b for b in bindings.decoder_inputs(MODEL, session.cache)}
     visible = np.full(CAPACITY, 2, np.int32)
-    kept = {"recent_slots": np.array([0], np.int32)} if session.cache.recent else {}
     for run in (
-        lambda: _prefill(session, _placement(0, [0], visible=visible, **kept)),
-        lambda: session.decode(_feeds(1), _placement(1, [1], **kept)),
+        lambda: _prefill(session, _placement(0, [0], visible=visible)),
+        lambda: session.decode(_feeds(1), _placement(1, [1])),
     ):
         run()
         assert engine.feeds.keys() == expected.keys()
@@ -136,12 +128,11 @@ def test_feeds_are_the_decoders_inputs(kv):
 def test_slots_can_be_copied_elsewhere(kv):
     engine = RandomEngine(kv)
     session, other = engine.open_session(CAPACITY), engine.open_session(CAPACITY)
-    kept = {"recent_slots": np.full(3, -1, np.int32)} if session.cache.recent else {}
-    _prefill(session, _placement(0, [5, 6, 7], **kept))
-    _prefill(session, _placement(0, [0, 0, 0], **kept))
+    _prefill(session, _placement(0, [5, 6, 7]))
+    _prefill(session, _placement(0, [0, 0, 0]))
     expected = {(layer, which): x for layer, which, x in _stored(engine, session, [7, 5])}
     other.write(np.array([1, 2]), session.read(np.array([7, 5, 6])))
-    _prefill(other, _placement(0, [0, 0, 0], **kept))
+    _prefill(other, _placement(0, [0, 0, 0]))
     for layer, which, found in _stored(engine, other, [1, 2]):
         np.testing.assert_array_equal(found, expected[layer, which])
 

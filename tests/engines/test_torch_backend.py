@@ -25,8 +25,8 @@ PICTURE = [user(scene(1, 64, 64), "Describe the picture.")]
 TURNS = [*PICTURE, assistant("A grid."), user("Which shapes are red?")]
 NEW_TOKENS = 5
 CONTEXT = 96
-APPENDS = {CACHES[-2]: 2, CACHES[-1]: 4}
-"""Launches of a call: one for each run of layers with the same format, and one for recent tokens."""
+APPENDS = {CACHES[-1]: 4}
+"""Launches of a call, where not one: one for each run of layers with the same format."""
 
 
 @pytest.fixture(autouse=True)

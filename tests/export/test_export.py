@@ -145,21 +145,19 @@ def test_graphs_of_the_real_sizes_fit_tensorrt(size, weights):
 
 
 @pytest.mark.parametrize("weights", ["f32", "w4"])
-def test_graphs_with_ranks_fit_tensorrt(weights):
-    """A key rank takes two products and four reshapes a layer, whose targets are numbers too."""
+def test_graphs_with_a_rank_fit_tensorrt(weights):
+    """It takes no node more, and reshapes to numbers too."""
     weights = WeightConfig.parse(weights)
     model, config = two_layers("4B")
-    text = dataclasses.replace(config.text, key_dims=(112, 112), value_dims=(96, 64))
+    text = dataclasses.replace(config.text, value_dims=(96, 64))
     proto = exporter.trace_decoder(model, dataclasses.replace(config, text=text), weights).proto
     conformance.check(proto, bindings.DECODER)
     check_that_all_is_used(proto)
-    expected = inventory(bindings.DECODER, weights)
-    expected = {**expected, "MatMul": expected.get("MatMul", 0) + 2 * 2, "Reshape": expected["Reshape"] + 2 * 2}
-    assert operators(proto) == dict(sorted(expected.items()))
+    assert operators(proto) == dict(sorted(inventory(bindings.DECODER, weights).items()))
     constants = {tensor.name: numpy_helper.to_array(tensor).tolist() for tensor in proto.graph.initializer}
     targets = {tuple(constants[node.input[1]]) for node in proto.graph.node if node.op_type == "Reshape"}
-    of_ranks = {(0, 8, -1, 128), (0, 32, -1, 112), (0, 0, 8, 96), (0, 0, 8, 64), (0, 0, 32 * 96), (0, 0, 32 * 64)}
-    assert targets == of_ranks | {(0, 0, 32, 128), (0, 0, 8, 128), (0, 2560)}
+    of_values = {(0, 0, 8, 96), (0, 0, 8, 64), (0, 0, 32 * 96), (0, 0, 32 * 64)}
+    assert targets == of_values | {(0, 0, 32, 128), (0, 0, 8, 128), (0, 2560)}
 
 
 def _vision_bindings(config):
@@ -286,8 +284,8 @@ def _compare_vision(model, tmp_path):
         np.testing.assert_allclose(output, reference.numpy(), atol=TOLERANCE * float(reference.abs().max()))
 
 
-def test_ranks_from_a_calibration(nano_checkpoint, nano_reference, tmp_path):
-    """Keys and values come out shorter, as the manifest says, and the answer as good as the same; ranks stay noted."""
+def test_a_rank_from_a_calibration(nano_checkpoint, nano_reference, tmp_path):
+    """Values come out shorter, as the manifest says, and the answer as good as the same; the rank stays noted."""
     rng = np.random.default_rng(0)
     given, asked = rng.integers(0, 2000, (2, 400))
     seen = []
@@ -296,14 +294,13 @@ def test_ranks_from_a_calibration(nano_checkpoint, nano_reference, tmp_path):
         seen.append((sorted(path.name for path in directory.iterdir()), config))
         return [CalibrationPrompt(given)]
 
-    cache = CacheConfig(KVFormat.K4V4, 112, 1e-3)
+    cache = CacheConfig(KVFormat.K4V4, 1e-3)
     manifest = export_checkpoint(nano_checkpoint, tmp_path / "model", cache=cache, calibration=prompts)
-    assert manifest.kv_cache == CacheConfig(KVFormat.F32, 112, 1e-3)
+    assert manifest.kv_cache == CacheConfig(KVFormat.F32, 1e-3)
     (names, config) = seen[0]
     assert "tokenizer.json" in names
-    assert config.text.key_dims == (128,) * 6
+    assert config.text.value_dims == (128,) * 6
     config = Manifest.read(tmp_path / "model", "model").model
-    assert config.text.key_dims == (112,) * 6
     assert set(config.text.value_dims) <= {64, 96, 112}  # random tokens use few directions
 
     build(tmp_path / "model", tmp_path / "engine", "onnxruntime", CacheConfig(KVFormat.F32))
@@ -315,21 +312,18 @@ def test_ranks_from_a_calibration(nano_checkpoint, nano_reference, tmp_path):
         cos, sin = language_model.rotary_emb(embeds, torch.arange(400).expand(3, 1, 400))
     feeds |= {bindings.INPUTS_EMBEDS: embeds.numpy(), bindings.ROPE_COS: cos.numpy(), bindings.ROPE_SIN: sin.numpy()}
     outputs = open_engine(tmp_path / "engine").run(bindings.DECODER, feeds)
-    for layer, dims in enumerate(zip(config.text.key_dims, config.text.value_dims, strict=True)):
-        assert tuple(outputs[name(layer)].shape[3] for name in (bindings.new_key, bindings.new_value)) == dims
+    for layer, value_dim in enumerate(config.text.value_dims):
+        found = tuple(outputs[name(layer)].shape[3] for name in (bindings.new_key, bindings.new_value))
+        assert found == (128, value_dim)
     found = torch.from_numpy(outputs[bindings.LOGITS][0]).log_softmax(0).numpy()
     divergence = (np.exp(expected) * (expected - found)).sum()
     assert 1e-9 < divergence < 0.02
 
 
-def test_ranks_that_cannot_be_had_leave_nothing_behind(nano_checkpoint, tmp_path):
-    for cache, calibration, phrase in (
-        (CacheConfig(KVFormat.F32, 112), None, "give prompts with --calibrate"),
-        (CacheConfig(KVFormat.F32), lambda *_: [], "at least 128 tokens"),
-    ):
-        with pytest.raises(UserError, match=phrase):
-            export_checkpoint(nano_checkpoint, tmp_path / "model", cache=cache, calibration=calibration)
-        assert not list(tmp_path.iterdir())
+def test_a_calibration_that_cannot_be_had_leaves_nothing_behind(nano_checkpoint, tmp_path):
+    with pytest.raises(UserError, match="at least 128 tokens"):
+        export_checkpoint(nano_checkpoint, tmp_path / "model", calibration=lambda *_: [])
+    assert not list(tmp_path.iterdir())
 
 
 def test_bundle_carries_what_the_checkpoint_says(nano_checkpoint, nano_model_bundle):

@@ -18,12 +18,7 @@ from tests.export import reference
 TOLERANCE = 2e-6  # as for the torch op
 CAPACITY = 10
 SCALE = 0.09
-BODIES = [
-    (LayerLayout(kv_format, 2, *dims), recent)
-    for kv_format in KVFormat
-    for dims in ((128, 128), (112, 96))
-    for recent in ((False, True) if kv_format.is_quantised else (False,))
-]
+LAYOUTS = [LayerLayout(kv_format, 2, *dims) for kv_format in KVFormat for dims in ((128, 128), (112, 96))]
 
 
 def run_node(body: onnx.FunctionProto, feeds: dict[str, np.ndarray], **attributes: object) -> np.ndarray:
@@ -42,7 +37,7 @@ def run_node(body: onnx.FunctionProto, feeds: dict[str, np.ndarray], **attribute
     return session.run(None, feeds)[0]
 
 
-def causal_feeds(layout: LayerLayout, seq: int, recent: bool, visible: str) -> dict[str, np.ndarray]:
+def causal_feeds(layout: LayerLayout, seq: int, visible: str) -> dict[str, np.ndarray]:
     """Two sequences; what lies beyond their lengths would show if it were read."""
     rng = np.random.default_rng(seq)
     batch, heads = 2, 4 * layout.num_kv_heads
@@ -67,10 +62,6 @@ def causal_feeds(layout: LayerLayout, seq: int, recent: bool, visible: str) -> d
         feeds["past_visible"] = rng.integers(0, seq + 1, (batch, CAPACITY)).astype(np.int32)
     if layout.kv_format.is_quantised:
         feeds["past_scale"] = np.stack([scale for _, scale in rows]).view(np.int32)
-    if recent:
-        feeds["recent_length"] = np.array([3, 4], np.int32) * (seq == 1)
-        for name, dim in zip(("recent_key", "recent_value"), layout.dims, strict=True):
-            feeds[name] = draw(batch, layout.num_kv_heads, 4, dim).astype(np.float16).view(np.int32)
     return feeds
 
 
@@ -96,24 +87,18 @@ def expected_causal(layout: LayerLayout, feeds: dict[str, np.ndarray]) -> np.nda
         slots = slots[i < np.broadcast_to(feeds["past_visible"][b], CAPACITY)[slots]]
         scores = [past_k[b, kv, slots] @ past_q[b, h, i], k[b, kv, : i + 1] @ q[b, h, i]]
         values = [past_v[b, kv, slots], v[b, kv, : i + 1]]
-        if "recent_length" in feeds:
-            recent = slice(int(feeds["recent_length"][b]))
-            recent_k, recent_v = (feeds[f"recent_{name}"].view(np.float16)[b, kv, recent] for name in ("key", "value"))
-            scores.append(recent_k.astype(np.float64) @ q[b, h, i])
-            values.append(recent_v.astype(np.float64))
         weights = np.exp(SCALE * np.concatenate(scores))
         out[b, i, h] = weights / weights.sum() @ np.concatenate(values)
     return out
 
 
 @pytest.mark.parametrize(("seq", "visible"), [(1, "nothing"), (1, "all"), (3, "all"), (3, "some")])
-@pytest.mark.parametrize(("layout", "recent"), BODIES, ids=lambda x: str(getattr(x, "kv_format", x)))
-def test_causal_matches_float64(layout, recent, seq, visible):
-    feeds = causal_feeds(layout, seq, recent, visible)
-    body = CausalBody.of(layout, recent)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.kv_format.value)
+def test_causal_matches_float64(layout, seq, visible):
+    feeds = causal_feeds(layout, seq, visible)
+    body = CausalBody.of(layout)
     assert list(feeds) == body.inputs
     attributes = {"causal": 1, "softmax_scale": SCALE, "kv_format": layout.kv_format.value}
-    attributes |= {"recent": 4} if recent else {}
     output = run_node(onnx.parser.parse_function(body.text), feeds, **attributes)
     np.testing.assert_allclose(output, expected_causal(layout, feeds), atol=2 * TOLERANCE)
 
@@ -139,7 +124,7 @@ def test_packed_matches_float64(cu_seqlens):
 
 
 def test_bodies_use_standard_operators_of_the_opset_alone():
-    texts = [packed_body(), CausalBody().text, *(CausalBody.of(*body).text for body in BODIES)]
+    texts = [packed_body(), CausalBody().text, *(CausalBody.of(layout).text for layout in LAYOUTS)]
     for body in map(onnx.parser.parse_function, texts):
         assert [(o.domain, o.version) for o in body.opset_import] == [("", OPSET)]
         for node in body.node:
@@ -148,7 +133,7 @@ def test_bodies_use_standard_operators_of_the_opset_alone():
 
 
 def test_each_body_has_a_domain_of_its_own():
-    domains = {CausalBody.of(*body): CausalBody.of(*body).domain for body in BODIES}
+    domains = {body: body.domain for body in map(CausalBody.of, LAYOUTS)}
     assert len(set(domains.values())) == len(domains)
     assert domains[CausalBody()] == OP_DOMAIN
     assert all(domain.startswith(OP_DOMAIN) for domain in domains.values())

@@ -63,7 +63,6 @@ def test_manifest(bundle):
     assert manifest.weights == WEIGHTS
     assert json.loads((bundle / CHECKPOINT_CONFIG).read_text())["text_config"]["num_hidden_layers"] == LAYERS
     assert manifest.model.text.value_dims == (96,) * LAYERS
-    assert manifest.model.text.key_dims == (128,) * LAYERS
     assert manifest.embeddings == {"dtype": "bfloat16", "shape": [2048, 256]}
     assert manifest.graphs[bindings.DECODER]["ops"][OP_NAME] == 4 * (LAYERS - 1) + 1
 

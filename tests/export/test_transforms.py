@@ -64,9 +64,9 @@ def token_ids(checkpoint):
 
 def run_decoder(checkpoint, text, planned, reference, token_ids):
     """The transformed decoder over text; returns the logits ``[seq, vocab]`` and the new keys and values by layer."""
-    dims = {"key_dims": tuple(t.key_dim for t in planned), "value_dims": tuple(t.value_dim for t in planned)}
+    text = dataclasses.replace(text, value_dims=tuple(t.value_dim for t in planned))
     model = checkpoint.meta_model()
-    decoder = Decoder(model, dataclasses.replace(text, **dims)).eval()
+    decoder = Decoder(model, text).eval()
     weights = TransformedWeights(checkpoint, planned)
     state = {name: weights.tensor(name).float() for name, _ in model.named_parameters()}
     model.load_state_dict(state, assign=True, strict=False)
@@ -75,9 +75,11 @@ def run_decoder(checkpoint, text, planned, reference, token_ids):
     language_model, seq = reference.model.language_model, token_ids.shape[1]
     embeds = language_model.embed_tokens(token_ids)
     cos, sin = language_model.rotary_emb(embeds, torch.arange(seq).expand(3, 1, seq))
-    shapes = [[1, text.num_key_value_heads, 1, dim] for pair in zip(*dims.values(), strict=True) for dim in pair]
-    caches = [{"past_key": torch.zeros(key), "past_value": torch.zeros(value)} for key, value in
-              zip(shapes[::2], shapes[1::2], strict=True)]  # fmt: skip
+    slot = 1, text.num_key_value_heads, 1
+    caches = [
+        {"past_key": torch.zeros(*slot, text.head_dim), "past_value": torch.zeros(*slot, dim)}
+        for dim in text.value_dims
+    ]
     none = torch.zeros(1, dtype=torch.int32)
     with torch.no_grad():
         outputs = decoder(embeds, cos, sin, embeds.new_empty(0, *embeds.shape), none, none[:, None], caches)
@@ -104,13 +106,13 @@ def test_at_full_rank_the_model_is_the_same(checkpoint, text, statistics, nano_r
         assert sizes.max() < 6 * sizes.median()
 
 
-def test_ranks_change_little_of_the_model(checkpoint, text, statistics, nano_reference, token_ids):
-    planned = plan_transforms(checkpoint, text, CacheConfig(KVFormat.F32, 112, 96), statistics)
+def test_a_rank_changes_little_of_the_model(checkpoint, text, statistics, nano_reference, token_ids):
+    planned = plan_transforms(checkpoint, text, CacheConfig(KVFormat.F32, 96), statistics)
     found, cached = run_decoder(checkpoint, text, planned, nano_reference, token_ids)
-    assert {(key.shape[3], value.shape[3]) for key, value in cached} == {(112, 96)}
+    assert {(key.shape[3], value.shape[3]) for key, value in cached} == {(128, 96)}
     expected = reference_logits(nano_reference, token_ids).log_softmax(-1)
     divergence = (expected.exp() * (expected - found.log_softmax(-1))).sum(-1).mean()
-    # 0.0019 is measured; scores scaled for 112 elements instead of 128 give 0.012, bases of exchanged heads 6.5.
+    print("DIV", divergence)
     assert 0 < divergence < 5e-3
 
 
@@ -146,7 +148,7 @@ def test_the_balance_keeps_scores_and_makes_queries_and_keys_alike(checkpoint, t
 @pytest.mark.parametrize("rank", [128, 112, 64])
 def test_the_fold_of_values_is_exact(checkpoint, text, statistics, rank):
     """What o_proj' makes of any mix of v_proj's values is what o_proj makes of their projections."""
-    planned = plan_transforms(checkpoint, text, CacheConfig(KVFormat.F32, None, rank), statistics)
+    planned = plan_transforms(checkpoint, text, CacheConfig(KVFormat.F32, rank), statistics)
     weights = TransformedWeights(checkpoint, planned)
     heads, kv_heads, dim = text.num_attention_heads, text.num_key_value_heads, text.head_dim
     rng = np.random.default_rng(0)
@@ -240,20 +242,6 @@ def test_rotations_are_orthogonal_and_spread_every_element(dim):
     assert np.abs(rotation).max() <= (2 / dim) ** 0.5 + 1e-12
 
 
-def test_the_error_of_a_key_rank_is_that_of_the_scores(checkpoint, text, statistics):
-    planned = plan_transforms(checkpoint, text, CacheConfig(KVFormat.F32, 64), statistics)
-    for layer, transform in enumerate(planned):
-        assert transform.key_dim == 64
-        assert transform.value_dim == 128
-        scale = np.outer(transform.balance, transform.balance)
-        query, key = statistics[layer].query * scale, statistics[layer].key / scale
-        left = np.eye(128) - transform.query_basis @ transform.key_basis.swapaxes(1, 2)
-        found = np.trace(query @ left @ key @ left.swapaxes(1, 2), axis1=1, axis2=2)
-        spectrum = np.sort(np.linalg.eigvals(query @ key).real, 1)[:, ::-1]
-        # The roots' floor moves queries by 1e-8 of their largest direction.
-        np.testing.assert_allclose(found, spectrum[:, 64:].sum(1), rtol=1e-4, atol=1e-8 * spectrum.max())
-
-
 @pytest.mark.parametrize(
     ("budget", "expected"), [(0.3, 64), (0.05, 96), (0.0499, 112), (0.01, 112), (0.0099, 128), (1e-6, 128)]
 )
@@ -264,24 +252,24 @@ def test_auto_takes_the_lowest_rank_within_the_budget(checkpoint, text, budget, 
         for first, last, share in ((0, 64, 1 - at_64), (64, 96, at_64 - at_96), (96, 112, at_96 - at_112),
                                    (112, 128, at_112)):  # fmt: skip
             shares[head, first:last] = share / (last - first)
-    one_layer = dataclasses.replace(text, num_hidden_layers=1, key_dims=(128,), value_dims=(128,))
+    one_layer = dataclasses.replace(text, num_hidden_layers=1, value_dims=(128,))
     output = transforms.output_moment(checkpoint, text, 0)
     root = np.array([np.linalg.cholesky(np.linalg.inv(moment)) for moment in output])
     value = root @ (shares[:, :, None] * root.swapaxes(1, 2))  # in o_proj's metric, its eigenvalues are the shares
     flat = np.tile(np.eye(128), (2, 1, 1))
     statistics = [LayerStatistics(flat, flat, value)]
     # A budget that is met to the last bit is not what is tested.
-    cache = CacheConfig(KVFormat.F32, None, budget * (1 + 1e-9))
+    cache = CacheConfig(KVFormat.F32, budget * (1 + 1e-9))
     (planned,) = plan_transforms(checkpoint, one_layer, cache, statistics)
-    assert (planned.key_dim, planned.value_dim) == (128, expected)
+    assert planned.value_dim == expected
 
 
 def test_auto_follows_each_layers_spectrum(checkpoint, text, statistics):
     budget = 2e-4
-    planned = plan_transforms(checkpoint, text, CacheConfig(KVFormat.F32, budget, budget), statistics)
-    found = [(transform.key_dim, transform.value_dim) for transform in planned]
+    planned = plan_transforms(checkpoint, text, CacheConfig(KVFormat.F32, budget), statistics)
+    found = [transform.value_dim for transform in planned]
     assert len(set(found)) > 1
-    for layer, (_, value_dim) in enumerate(found):
+    for layer, value_dim in enumerate(found):
         output = transforms.output_moment(checkpoint, text, layer)
         spectrum = np.sort(np.linalg.eigvals(statistics[layer].value @ output).real, 1)[:, ::-1]
         errors = {rank: (spectrum[:, rank:].sum(1) / spectrum.sum(1)).mean() for rank in (64, 96, 112, 128)}
@@ -302,16 +290,11 @@ def test_statistics_of_weights_are_those_of_white_hidden_states(checkpoint, text
     np.testing.assert_allclose(found, direct, atol=0.02 * np.abs(direct).max())  # 200,000 samples
 
 
-def test_ranks_that_cannot_be_had(checkpoint, text, statistics):
-    for rank in (64, 0.01):
-        with pytest.raises(UserError, match="give prompts with --calibrate"):
-            plan_transforms(checkpoint, text, CacheConfig(KVFormat.F32, rank))
-    for cache in (CacheConfig(KVFormat.F32, 128), CacheConfig(KVFormat.F32, None, 0.01)):
-        plan_transforms(checkpoint, text, cache)
+def test_a_rank_that_cannot_be_had(checkpoint, text):
     short = dataclasses.replace(text, head_dim=64, rope_inv_freq=text.rope_inv_freq[:32], mrope_section=(12, 10, 10),
-                                key_dims=(64,) * 6, value_dims=(64,) * 6)  # fmt: skip
+                                value_dims=(64,) * 6)  # fmt: skip
     with pytest.raises(UserError, match="rv=96 is more than this model's head size, 64"):
-        plan_transforms(checkpoint, short, CacheConfig(KVFormat.F32, None, 96))
+        plan_transforms(checkpoint, short, CacheConfig(KVFormat.F32, 96))
 
 
 @pytest.mark.parametrize("dead", ["query", "key", "value", "o_proj"])
@@ -332,6 +315,6 @@ def test_heads_that_do_nothing(checkpoint, text, statistics, dead):
     if dead != "o_proj":
         zeros = np.zeros_like(statistics[0].query)
         changed = [dataclasses.replace(layer, **{dead: zeros}) for layer in statistics]
-    for transform in plan_transforms(Pruned(), text, CacheConfig(KVFormat.F32, 96, 1e-3), changed):
+    for transform in plan_transforms(Pruned(), text, CacheConfig(KVFormat.F32, 1e-3), changed):
         for name, array in vars(transform).items():
             assert array is None or np.isfinite(array).all(), name

@@ -20,7 +20,7 @@ def main() -> None:
     whole = [
         (creator, bytes(create(creator, **attributes).serialize()))
         for creator, attributes in (
-            (attention, {"causal": 1, "softmax_scale": 0.125, "kv_format": "k8v4", "recent": 8}),
+            (attention, {"causal": 1, "softmax_scale": 0.125, "kv_format": "k8v4"}),
             (attention, {"causal": 0, "softmax_scale": 0.125}),
             (linear, of_layer),
         )

@@ -8,10 +8,12 @@ from pascalvl.plugins.kv_format import CacheConfig, KVFormat, LayerLayout, RowFo
 from pascalvl.plugins.model_config import TextConfig
 
 
-def text_config(head_dim: int = 128, layers: int = 4, **dims: tuple[int, ...]) -> TextConfig:
+def text_config(head_dim: int = 128, layers: int = 4, value_dims: tuple[int, ...] = ()) -> TextConfig:
     frequencies = tuple(1 / (i + 1) for i in range(head_dim // 2))
-    dims = {"key_dims": (head_dim,) * layers, "value_dims": (head_dim,) * layers} | dims
-    return TextConfig(512, 64, layers, 4, 2, head_dim, 1024, (head_dim // 2 - 4, 2, 2), frequencies, 1.0, **dims)
+    sections = head_dim // 2 - 4, 2, 2
+    return TextConfig(
+        512, 64, layers, 4, 2, head_dim, 1024, sections, frequencies, 1.0, value_dims or (head_dim,) * layers
+    )
 
 
 # Layout ---------------------------------------------------------------------------------------------------------------
@@ -58,12 +60,12 @@ def test_types_of_rows():
 
 
 def test_layers_have_their_own_formats_and_dims():
-    text = text_config(key_dims=(128, 128, 96, 128), value_dims=(128, 64, 96, 112))
+    text = text_config(value_dims=(128, 64, 96, 112))
     config = CacheConfig.parse("k4v4,layer.0-2=k8v8,layer.1=f16")
     found = [(layer.kv_format.value, *layer.dims) for layer in config.layers(text)]
-    assert found == [("k8v8", 128, 128), ("f16", 128, 64), ("k8v8", 96, 96), ("k4v4", 128, 112)]
+    assert found == [("k8v8", 128, 128), ("f16", 128, 64), ("k8v8", 128, 96), ("k4v4", 128, 112)]
     heads = text.num_key_value_heads
-    assert config.bytes_per_token(text) == heads * (260 + (256 + 128) + (96 + 96 + 4) + (64 + 64 + 4))
+    assert config.bytes_per_token(text) == heads * (260 + (256 + 128) + (128 + 96 + 4) + (64 + 64 + 4))
 
 
 # Grammar --------------------------------------------------------------------------------------------------------------
@@ -73,12 +75,11 @@ def test_layers_have_their_own_formats_and_dims():
     ("text", "config"),
     [
         *((kv_format.value, CacheConfig(kv_format)) for kv_format in KVFormat),
-        ("k8v4,rk=112,rv=96", CacheConfig(key_rank=112, value_rank=96)),
+        ("k8v4,rv=96", CacheConfig(value_rank=96)),
         ("k8v4,rv=auto:0.02", CacheConfig(value_rank=0.02)),
-        ("k8v4,rk=auto:0.00001", CacheConfig(key_rank=1e-5)),
+        ("k8v4,rv=auto:0.00001", CacheConfig(value_rank=1e-5)),
         ("f16,window=0+16", CacheConfig(KVFormat.F16, window=Window(0, 16))),
         ("k4v4,window=64+8192,pin=image", CacheConfig(KVFormat.K4V4, window=Window(64, 8192), pin_images=True)),
-        ("k4v4,recent=128", CacheConfig(KVFormat.K4V4, recent=128)),
         (
             "k8v4,rv=96,window=64+8192,pin=image,layer.0-1=f16,layer.3=k8v8",
             CacheConfig(
@@ -96,13 +97,12 @@ def test_what_is_written_is_read_again(text, config):
 
 
 def test_order_and_blanks_do_not_matter():
-    assert CacheConfig.parse(" k8v4 , layer.2-2=f16, rv=96,rk=64 ") == CacheConfig.parse("k8v4,rk=64,rv=96,layer.2=f16")
+    assert CacheConfig.parse(" k8v4 , layer.2-2=f16, rv=96 ") == CacheConfig.parse("k8v4,rv=96,layer.2=f16")
 
 
 FORMATS = "expected one of f32, f16, k8v8, k8v4, k4v4."
 RANKS = "expected one of 64, 96, 112, 128, or auto:0.01"
 WINDOW = "expected first and last tokens, at least 16 of those, as in window=64+8192."
-TOKENS = "expected 1 to 4096."
 
 
 @pytest.mark.parametrize(
@@ -112,29 +112,22 @@ TOKENS = "expected 1 to 4096."
         ("f8", "unknown KV cache format 'f8': " + FORMATS),
         ("k8v4,layer.1=k4v8", FORMATS),
         ("k8v4,rank=64", "unknown KV cache option 'rank=64': expected " + CacheConfig.GRAMMAR),
-        ("k8v4,", "unknown KV cache option '': expected FORMAT[,rk=RANK]"),
+        ("k8v4,", "unknown KV cache option '': expected FORMAT[,rv=RANK]"),
         ("k8v4,layer.x=f16", "unknown KV cache option 'layer.x=f16'"),
         ("k8v4,layer.3-1=f16", "'layer.3-1=f16' names no layers: expected the first one first."),
-        ("k8v4,rk=80", RANKS),
-        ("k8v4,rk", RANKS),
+        ("k8v4,rv=80", RANKS),
+        ("k8v4,rv", RANKS),
         ("k8v4,rv=auto:1.5", RANKS),
         ("k8v4,rv=auto:0.0", RANKS),
-        ("k8v4,rk=64,rk=96", "the KV cache option rk is given twice: expected it once."),
+        ("k8v4,rv=64,rv=96", "the KV cache option rv is given twice: expected it once."),
         ("k8v4,window=8192", WINDOW),
         ("k8v4,window=4+15", WINDOW),
         ("k8v4,window=-4+64", WINDOW),
         ("k8v4,window=4+64,pin=all", "unknown KV cache option 'pin=all': expected pin=image."),
         ("k8v4,pin=image", "pin=image is for a window, without which all is kept: give one."),
-        ("k8v4,recent=0", TOKENS),
-        ("k8v4,recent=4097", TOKENS),
-        ("k8v4,recent=many", TOKENS),
-        ("k8v4,recent=" + "9" * 5000, TOKENS),
-        ("k8v4,rk=" + "9" * 5000, RANKS),
+        ("k8v4,rv=" + "9" * 5000, RANKS),
         ("k8v4,layer.0-99999999999=f16", "unknown KV cache option 'layer.0-99999999999=f16'"),
         ("f16" + ",layer.0=f16" * 1000, "is too long: expected 10000 characters at most."),
-        ("k8v4,recent=8,window=4+64", "recent and window cannot be combined: give one of them."),
-        ("f16,recent=8", "recent is for quantised formats: leave it out, or take k8v8 to k4v4."),
-        ("k8v4,recent=8,layer.0=f16", "recent is for quantised formats"),
     ],
 )
 def test_refusals_name_what_is_expected(text, told):

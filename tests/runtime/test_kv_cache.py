@@ -19,7 +19,7 @@ from pascalvl.plugins.model_config import TextConfig
 from pascalvl.runtime.kv_cache import KVCache, Prefix, check_writable
 from tests.fuzz.mutators import damaged_bytes
 
-TEXT = TextConfig(16, 8, 2, 1, 1, 128, 1000, (24, 20, 20), (0.5,) * 64, 1.0, (128,) * 2, (128,) * 2)
+TEXT = TextConfig(16, 8, 2, 1, 1, 128, 1000, (24, 20, 20), (0.5,) * 64, 1.0, (128,) * 2)
 LONGEST = 400
 
 
@@ -30,7 +30,6 @@ class TokenSession(Session):
         model = SimpleNamespace(text=TEXT, num_deepstack=1)
         super().__init__(SimpleNamespace(manifest=SimpleNamespace(model=model, kv_cache=config)), capacity)
         self.slots = np.full(self.capacity, -1)
-        self.recent = np.full(max(config.recent, 1), -1)
         self.seen = {}
 
     nbytes = 0
@@ -41,14 +40,9 @@ class TokenSession(Session):
         past = np.arange(placement.past_length)
         for i, token in enumerate(tokens):
             shown = [self.slots[s] for s in past if i < visible[min(s, len(visible) - 1)]]
-            recent = list(self.recent[: placement.recent_length])
-            self.seen[int(token)] = [*shown, *recent, *tokens[: i + 1]]
-            assert placement.recent_length == 0 or len(tokens) == 1
+            self.seen[int(token)] = [*shown, *tokens[: i + 1]]
         stored = placement.slots >= 0
         self.slots[placement.slots[stored]] = tokens[stored]
-        if placement.recent_slots is not None:
-            kept = placement.recent_slots >= 0
-            self.recent[placement.recent_slots[kept]] = tokens[kept]
 
     decode = prefill
 
@@ -94,9 +88,7 @@ class Conversation:
         return [j for j in range(token + 1) if token - j < window.length or j < window.sinks or j in self.pinned]
 
 
-@pytest.mark.parametrize(
-    "kv", ["f32", "k8v4,recent=5", "k8v4,window=0+16", "k8v4,window=4+20", "k4v4,window=3+17,pin=image"]
-)
+@pytest.mark.parametrize("kv", ["f32", "k8v4,window=0+16", "k8v4,window=4+20", "k4v4,window=3+17,pin=image"])
 @pytest.mark.parametrize("seed", range(6))
 def test_tokens_see_what_the_policy_says(kv, seed):
     """Chunks and single tokens at random, truncations and interrupts between them."""
@@ -181,7 +173,7 @@ def test_tokens_that_never_came():
     assert cache.common_prefix(np.array([7, 8, 11, 12])) == 4
 
 
-@pytest.mark.parametrize("kv", ["k8v4", "k8v4,window=4+16", "k8v4,recent=4"])
+@pytest.mark.parametrize("kv", ["k8v4", "k8v4,window=4+16"])
 def test_a_prefix_comes_back(kv):
     conversation = Conversation(kv)
     conversation.append(14)
@@ -210,7 +202,7 @@ def test_a_prefix_that_a_window_would_have_dropped_is_not_taken():
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
-FORMATS = ("f32", "f16", "k8v4", "k4v4,recent=4", "k8v8,layer.0=f16")
+FORMATS = ("f32", "f16", "k8v4", "k4v4", "k8v8,layer.0=f16")
 ENGINE = hashlib.sha256(b"engine").hexdigest()
 TOKENS = 7
 

@@ -271,7 +271,7 @@ def test_the_same_prompt_again_runs_one_token(nano_engine_bundle, expected, monk
     assert generation.token_ids == expected["pictures"].token_ids[:1]
 
 
-@pytest.mark.parametrize("kv", ["f32", "k8v8", "k8v4", "k8v4,recent=8"])
+@pytest.mark.parametrize("kv", ["f32", "k8v8", "k8v4"])
 def test_a_second_question_skips_the_picture(kv, nano_engine, monkeypatch):
     """Vision and the shared prefix, whatever was asked between.
 
@@ -329,7 +329,7 @@ def test_what_a_window_has_dropped_cannot_be_kept(nano_engine_bundle, tmp_path):
 
 
 def test_bytes_are_those_foretold(nano_engine):
-    for kv in ("f32", "k8v4", "k4v4,recent=100", "k8v4,window=64+512,pin=image"):
+    for kv in ("f32", "k8v4", "k4v4", "k8v4,window=64+512,pin=image"):
         model = fresh(nano_engine(kv), context_length=2000)
         pinned = PINNED_SLOTS if model.cache_config.pin_images else 0
         assert model._session.nbytes == model.cache_config.nbytes(model.config.text, 2000, pinned)
@@ -342,10 +342,9 @@ def test_more_pictures_than_can_be_pinned(nano_engine_bundle, monkeypatch):
         answer(model, [user(picture(400, 400), "What is it?")])
 
 
-@pytest.mark.parametrize("kv", ["f16", "f32,recent=4", "f32,layer.0=f16", "f32,rv=64"])
+@pytest.mark.parametrize("kv", ["f16", "f32,layer.0=f16", "f32,rv=64"])
 def test_another_cache_than_the_engines_are_for(kv, nano_engine_bundle):
-    match = "the KV cache option recent is for" if "recent" in kv else "is not what these engines were built for"
-    with pytest.raises(UserError, match=match):
+    with pytest.raises(UserError, match="is not what these engines were built for"):
         fresh(nano_engine_bundle, cache=CacheConfig.parse(kv))
 
 

@@ -13,7 +13,6 @@ from pascalvl.plugins.kv_format import ROTATED_DIM, KVFormat, LayerLayout, RowFo
 from pascalvl.plugins.ops.flash_attention.op import (
     ATTR_CAUSAL,
     ATTR_KV_FORMAT,
-    ATTR_RECENT,
     ATTR_SOFTMAX_SCALE,
     OP_DOMAIN,
     OP_NAME,
@@ -27,19 +26,17 @@ class CausalBody:
 
     kv_format: KVFormat = KVFormat.F32
     is_rotated: bool = False
-    has_recent: bool = False
 
     @classmethod
-    def of(cls, layout: LayerLayout, has_recent: bool) -> CausalBody:
-        return cls(layout.kv_format, layout.is_rotated, has_recent)
+    def of(cls, layout: LayerLayout) -> CausalBody:
+        return cls(layout.kv_format, layout.is_rotated)
 
     @property
     def domain(self) -> str:
         """Domain of the nodes that have this body."""
         if self == CausalBody():
             return OP_DOMAIN
-        parts = [self.kv_format.value, *["rotated"] * self.is_rotated, *["recent"] * self.has_recent]
-        return ".".join([OP_DOMAIN, *parts])
+        return ".".join([OP_DOMAIN, self.kv_format.value, *["rotated"] * self.is_rotated])
 
     @property
     def inputs(self) -> list[str]:
@@ -47,13 +44,12 @@ class CausalBody:
         return [
             *("q", "k", "v", "past_length", "past_visible", "past_key", "past_value"),
             *["past_scale"] * self.kv_format.is_quantised,
-            *["recent_length", "recent_key", "recent_value"] * self.has_recent,
         ]
 
     @property
     def text(self) -> str:
         key_row, value_row = self.kv_format.rows
-        sources = ["past", *["recent"] * self.has_recent, "new"]
+        sources = ["past", "new"]
         lines = [
             *_CONSTANTS,
             *(half_table() if self.kv_format is not KVFormat.F32 else ()),
@@ -66,7 +62,6 @@ class CausalBody:
             *_rows("past_key", key_row, 0),
             *_rows("past_value", value_row, 1),
             *(_quantised_queries(self.is_rotated) if key_row.is_quantised else ["past_q = Identity (q)"]),
-            *(_RECENT if self.has_recent else ()),
             *_VISIBLE_PAST,
             *_VISIBLE_NEW,
             "kv_heads = Shape <start = 0, end = 2> (k)",
@@ -75,8 +70,7 @@ class CausalBody:
             f"visible = Concat <axis = 2> ({', '.join(f'{source}_seen' for source in sources)})",
             *_attended(sources, value_row),
         ]
-        attributes = [ATTR_SOFTMAX_SCALE, ATTR_CAUSAL, ATTR_KV_FORMAT, *[ATTR_RECENT] * self.has_recent]
-        return _function(self.domain, self.inputs, attributes, lines)
+        return _function(self.domain, self.inputs, [ATTR_SOFTMAX_SCALE, ATTR_CAUSAL, ATTR_KV_FORMAT], lines)
 
 
 def packed_body() -> str:
@@ -241,19 +235,6 @@ def _quantised_queries(is_rotated: bool) -> list[str]:
         *_planar("past_key", "q_stepped", "past_q"),
     ]
 
-
-_RECENT = [
-    *halves("recent_key", "recent_keys"),
-    *halves("recent_value", "recent_rows"),
-    "recent_slots_count = Shape <start = 2, end = 3> (recent_key)",
-    *_range("recent_slots", "recent_slots_count"),
-    "recent_column = Unsqueeze (recent_length, one)",
-    "in_recent = Less (recent_slots, recent_column)",
-    "in_recent_of_all = Unsqueeze (in_recent, one)",
-    "recent_shape = Concat <axis = 0> (one, queries, one)",
-    "recent_seen = Expand (in_recent_of_all, recent_shape)",
-]
-"""A token that comes alone sees what there is."""
 
 _VISIBLE_PAST = [
     *_range("numbers", "queries"),

@@ -41,10 +41,6 @@ def main() -> None:
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(F32)
 
-    def halves(*shape: int) -> np.ndarray:
-        """In words."""
-        return normal(*shape).astype(F16).view(I32)
-
     def run(
         attributes: dict,
         *inputs: np.ndarray,
@@ -74,8 +70,8 @@ def main() -> None:
         device.synchronize()
         return output
 
-    def causal(layout: LayerLayout, seq: int, masked: bool = False, recent: int = 0) -> float:
-        """Over two sequences; with a mask, or recent tokens."""
+    def causal(layout: LayerLayout, seq: int, masked: bool = False) -> float:
+        """Over two sequences; with a mask or without."""
         past, capacity = np.array([40, 23], I32), 64
         heads, (key_dim, value_dim) = layout.num_kv_heads, layout.dims
         q, k, v = normal(2, 4, seq, key_dim), normal(2, heads, seq, key_dim), normal(2, heads, seq, value_dim)
@@ -94,10 +90,6 @@ def main() -> None:
         if layout.kv_format.is_quantised:
             inputs.append(np.stack(scales).view(I32))
         attributes = {"causal": 1, "softmax_scale": 0.1, "kv_format": layout.kv_format.value}
-        lengths = np.array([3, 5], I32)
-        if recent:
-            attributes["recent"] = recent
-            inputs += [lengths, *(halves(2, heads, recent, dim) for dim in layout.dims)]
         found = run(attributes, *inputs)
         keys, values = (
             expand(*arguments) for arguments in zip(rows, scales, layout.kv_format.rows, layout.dims, strict=True)
@@ -109,25 +101,18 @@ def main() -> None:
                 met = hadamard(met) if layout.is_rotated else met
                 step = np.abs(met).max(-1, keepdims=True) / 127
                 met = np.rint(met / step) * step
-            # Cached keys and others meet different forms of q: both stacked, zeros where the other form is due.
+            # Cached keys and new ones meet different forms of q: both stacked, zeros where the other form is due.
             both = np.concatenate([met, q[b]], -1)
             old, new = keys[b, :, : past[b]], k[b]
             seen = [np.arange(seq)[:, None] < np.broadcast_to(visible[b], capacity)[: past[b]]]
             stacked = [np.concatenate([old, 0 * old], -1), np.concatenate([0 * new, new], -1)]
-            others = [values[b, :, : past[b]], v[b]]
+            both_values = np.concatenate([values[b, :, : past[b]], v[b]], 1)
             seen.append(np.arange(seq)[None] <= np.arange(seq)[:, None])
-            if recent:
-                recent_k, recent_v = (x.view(F16)[b, :, : lengths[b]].astype(F32) for x in inputs[-2:])
-                stacked.append(np.concatenate([0 * recent_k, recent_k], -1))
-                others.append(recent_v)
-                seen.append(np.ones((seq, lengths[b]), bool))
-            expected = attention(
-                both, np.concatenate(stacked, 1), np.concatenate(others, 1), np.concatenate(seen, 1), 0.1
-            )
+            expected = attention(both, np.concatenate(stacked, 1), both_values, np.concatenate(seen, 1), 0.1)
             errors.append(relative_error(found[b], expected))
         return float(max(errors))
 
-    def workspace(seq: int, batch: int, slots: int, name: str = "f16", recent: int = 0) -> int:
+    def workspace(seq: int, batch: int, slots: int, name: str = "f16") -> int:
         """Bytes for inputs of these sizes, a value for each of ``slots`` in past_visible."""
         layout = LayerLayout(KVFormat(name), 1, 128, 128)
         shapes = [(F32, (batch, heads, seq, 128)) for heads in (4, 1, 1)]
@@ -136,20 +121,16 @@ def main() -> None:
             shapes.append((row.dtype, (batch, 1, CAPACITY, elements)))
         if layout.kv_format.is_quantised:
             shapes.append((I32, (2, batch, 1, CAPACITY // 2)))
-        attributes = {"causal": 1, "softmax_scale": 0.1, "kv_format": name}
-        if recent:
-            attributes["recent"] = recent
-            shapes += [(I32, (batch,)), (I32, (batch, 1, recent, 64)), (I32, (batch, 1, recent, 64))]
-        return host.create(attributes).prepare(shapes)[1]
+        return host.create({"causal": 1, "softmax_scale": 0.1, "kv_format": name}).prepare(shapes)[1]
 
-    def causal_refused(kv_format: str, change: dict[int, np.ndarray], count: int = 11) -> str:
-        """Of a call over a cache of 16 slots with 8 recent tokens, some of the inputs of which are others."""
+    def causal_refused(kv_format: str, change: dict[int, np.ndarray], count: int = 8) -> str:
+        """Of a call over a cache of 16 slots, some of the inputs of which are others."""
         q, new = normal(1, 4, 1, 128), normal(1, 2, 1, 128)
-        scale, recent = np.ones((2, 1, 2, 16), F16).view(I32), halves(1, 2, 8, 128)
-        inputs = [q, new, new, lengths, visible, words, words, scale, lengths, recent, recent]
+        scale = np.ones((2, 1, 2, 16), F16).view(I32)
+        inputs = [q, new, new, lengths, visible, words, words, scale]
         for position, array in change.items():
             inputs[position] = array
-        return refused({**text, "kv_format": kv_format, "recent": 8}, *inputs[:count])
+        return refused({**text, "kv_format": kv_format}, *inputs[:count])
 
     def packed() -> float:
         q, k, v = (normal(1, 3, 50, 64) for _ in range(3))
@@ -258,10 +239,9 @@ def main() -> None:
                 "errors": {
                     **{f"{f.value} decode": causal(LayerLayout(f, 2, 128, 128), 1) for f in KVFormat},
                     **{f"{f.value} prefill": causal(LayerLayout(f, 2, 128, 128), 9) for f in KVFormat},
-                    "ranks": causal(LayerLayout(KVFormat.K4V4, 2, 112, 96), 9),
+                    "rank": causal(LayerLayout(KVFormat.K4V4, 2, 128, 96), 9),
                     "mask": causal(LayerLayout(KVFormat.K8V4, 2, 128, 128), 9, masked=True),
                     "mask for one token": causal(LayerLayout(KVFormat.F16, 2, 128, 128), 1, masked=True),
-                    "recent": causal(LayerLayout(KVFormat.K8V4, 2, 128, 96), 1, recent=7),
                     "packed": packed(),
                     **{f"linear, {bits} bits": linear_error(bits) for bits in (16, 8, 4)},
                     "linear with all": linear_error(4, has_zero=1, has_bias=1, has_residual=1, activation=1),
@@ -272,7 +252,6 @@ def main() -> None:
                     for name, most, within, more in (
                         ("a token without a mask", (2, 1, CAPACITY), [(1, 1, 1)], ()),
                         ("of codes", (2, 1, CAPACITY), [(1, 1, 1), (1, 1, CAPACITY)], ("k8v4",)),
-                        ("with recent", (2, 1, CAPACITY), [(1, 1, 1)], ("k4v4", 100)),
                         ("fewer sequences", (1, 3, 1), [(1, 2, 1), (1, 1, 1)], ()),
                         ("fewer tokens", (1, 600, 1), [(1, 20, 1), (1, 5, 1)], ()),
                     )
@@ -281,13 +260,11 @@ def main() -> None:
                 "refused": {
                     "k": causal_refused("k8v8", {1: normal(1, 2, 2, 128)}),
                     "mask": causal_refused("k8v8", {4: np.ones((1, 5), I32)}),
-                    "mask and recent": causal_refused("k8v8", {4: np.ones((1, 16), I32)}),
                     "lengths": causal_refused("k8v8", {3: np.ones(2, I32)}),
                     "scale": causal_refused("k8v8", {7: np.ones((2, 1, 2, 16), I32)}),
                     "halves": causal_refused("k8v8", {7: np.ones((2, 1, 2, 8), F16)}),
                     "odd": causal_refused("k8v8", {5: words[:, :, 1:], 6: words[:, :, 1:]}),
-                    "recent rows": causal_refused("k8v8", {10: halves(1, 2, 9, 128)}),
-                    "recent count": causal_refused("k8v8", {}, 8),
+                    "no scale": causal_refused("k8v8", {}, 7),
                     "attributes": refused({"causal": 3, "softmax_scale": 0.1}, lengths),
                     "no format": refused({"causal": 1, "softmax_scale": 0.1}, lengths),
                     "inputs": refused(vision, normal(1, 2, 8, 64), normal(1, 2, 8, 64), normal(1, 2, 8, 64)),
@@ -297,7 +274,6 @@ def main() -> None:
                         *(normal(1, 2, 4, 128) for _ in range(3)),
                         *(lengths, visible, words, words, np.zeros((2, 1, 2, 8), I32)),
                     ),
-                    "recent": refused({**text, "recent": 4}, lengths),
                     "linear features": linear_refused({0: normal(2, 7, 96)}),
                     "linear weight": linear_refused({1: np.zeros((20, 25), I32)}),
                     "linear residual": linear_refused({4: normal(2, 6, 20)}),

@@ -119,8 +119,6 @@ def main() -> None:
                     "kv format": attempt(lambda: create(causal=1, softmax_scale=0.125, kv_format="k8")),
                     "no number": attempt(lambda: create(causal=0, softmax_scale=float("nan"))),
                     "infinite": attempt(lambda: create(causal=0, softmax_scale=float("-inf"))),
-                    "many": attempt(lambda: create(causal=1, softmax_scale=0.1, kv_format="k8v8", recent=1 << 25)),
-                    "recent": attempt(lambda: create(causal=0, softmax_scale=0.1, recent=8)),
                     "features": attempt(lambda: create(linear, **{**layer, "in_features": (1 << 31) - 1})),
                 },
             }

@@ -48,24 +48,22 @@ def test_plugins_survive_serialisation_and_cloning(tried):
     found, _ = tried
     assert bytes.fromhex(found["bytes"]) == struct.pack("<4sIifii", b"PVFA", 2, 1, 0.125, 1, 0)
     assert found["clone"] == found["copy"] == found["bytes"]
-    assert bytes.fromhex(found["vision"]) == struct.pack("<4sIifii", b"PVFA", 2, 0, 0.125, 0, 0)
+    assert bytes.fromhex(found["vision"]) == struct.pack("<4sIifi", b"PVFA", 3, 0, 0.125, 0)
 
 
 def test_what_is_not_understood_is_refused_in_words(tried):
     found, told = tried
     assert set(found["refused"].values()) == {None}
     for sentence in (
-        "a serialised plugin of 23 bytes; expected 24: build the engine again",
+        "a serialised plugin of 19 bytes; expected 20: build the engine again",
         "the serialised plugin is not this one's",
-        "the serialised plugin has layout 9; expected 2",
+        "the serialised plugin has layout 9; expected 3",
         "attribute softmax_scale is missing",
         "attribute causal is 2; expected 0 or 1",
         "attribute causal must be one int32",
         "attribute kv_format is 'k8'; expected one of f32, f16, k8v8, k8v4, k4v4",
         "attribute softmax_scale is nan; expected a number of 1000000 at most",
         "attribute softmax_scale is -inf; expected a number of 1000000 at most",
-        "attribute recent is 33554432 with a cache in k8v8; expected 0, or a number of slots (16777216 at most)",
-        "attribute recent is 8 without a cache; expected 0",
     ):
         assert f"{OP_NAME}: {sentence}" in told
 
@@ -74,11 +72,9 @@ def test_made_up_bytes_are_a_plugin_or_refused(tried):
     """Those that are taken are what the kernels take, too."""
     made_up = tried[0]["made up"]
 
-    def is_attention(causal, scale, kv_format, recent):
+    def is_attention(causal, scale, kv_format):
         cached = kv_format in range(5) if causal else kv_format == 0
-        quantised = bool(causal) and kv_format >= 2  # f32, f16, then those in codes
-        slots = range((1 << 24) + 1) if quantised else (0,)
-        return causal in (0, 1) and abs(scale) <= 1e6 and cached and recent in slots
+        return causal in (0, 1) and abs(scale) <= 1e6 and cached
 
     def is_linear(inputs, outputs, bits, group, activation, has_zero, has_bias, has_residual):
         sizes = inputs in range(1, (1 << 24) + 1) and outputs in range(1, (1 << 24) + 1)
@@ -86,7 +82,7 @@ def test_made_up_bytes_are_a_plugin_or_refused(tried):
         flags = {has_zero, has_bias, has_residual} <= {0, 1} and not (bits == 16 and has_zero)
         return sizes and codes and flags and (activation in (0, 1) or (activation == 2 and outputs % 128 == 0))
 
-    for name, form, is_right in (("attention", "4sIifii", is_attention), ("linear", "4sI8i", is_linear)):
+    for name, form, is_right in (("attention", "4sIifi", is_attention), ("linear", "4sI8i", is_linear)):
         head = struct.unpack_from(
             "<4sI", bytes.fromhex(tried[0]["linear"]["bytes"] if name == "linear" else tried[0]["bytes"])
         )
