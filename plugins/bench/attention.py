@@ -284,12 +284,15 @@ def past_and_new(bench: Bench, name: str, queries: int, total: int, batch: int =
     past = total - queries
     q = torch.randn(batch * HEADS, queries, DIM, device="cuda")
     k, v = (torch.randn(batch * KV_HEADS, queries, DIM, device="cuda") for _ in range(2))
-    layer, new = Layer(bench.library, name, past, batch), Layer(bench.library, name, queries, batch)
+    layer = Layer(bench.library, name, past, batch) if past else None
+    new = Layer(bench.library, name, queries, batch)
     length = torch.full((batch,), past, dtype=torch.int32, device="cuda")
     call = Call(packed(batch, q, k, v), batch, HEADS, KV_HEADS, DIM, new, layer, length)
     found = bench.attend(call)
-    keys, values = (torch.cat([layer.contents(i, past), new.contents(i, queries)], 1) for i in range(2))
-    expected = reference(layer.queries(q), keys, values, past)  # [queries, batch * heads, dim]
+    keys, values = (
+        torch.cat([*([layer.contents(i, past)] if layer else []), new.contents(i, queries)], 1) for i in range(2)
+    )
+    expected = reference(new.queries(q), keys, values, past)  # [queries, batch * heads, dim]
     if batch > 1:  # of one query each
         expected = expected.view(batch, HEADS, DIM)
     return call, checked(f"{'decode' if queries == 1 else 'prefill'} {name}", found, expected, total)
