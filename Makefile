@@ -2,8 +2,8 @@
 
 MODEL   ?= tests/nano/checkpoint
 BACKEND ?= auto
-# The KV cache: a format, k8v4, k8v8, k4v4, f16 or f32, and options such as k8v4,window=64+8192,pin=image (see README.md).
-KV      ?= k8v4
+# The KV cache: a format, k8v8, k8v4, k4v4, f16 or f32, and options such as k8v4,window=64+8192,pin=image (see README.md).
+KV      ?= k8v8
 # The weights: a format, f32, f16, w8 or w4, and options such as w4,group=64,layer.0=w8 (see README.md). By default f32,
 # or as the checkpoint has them in codes of 4 bits; with BACKEND=tensorrt the most exact for which the card has room.
 W       ?= $(if $(filter tensorrt,$(BACKEND)),auto)

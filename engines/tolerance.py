@@ -14,7 +14,7 @@ Both sides compute in float32, but sum in different orders, which leaves some 1e
 nano checkpoint, more where such channels are rounded. A float16 cache rounds every key and value by up to 2^-11 = 5e-4,
 which leaves 2e-3 there; both have a margin for deeper models and longer prompts. Codes leave noise: the largest error
 among all logits and decode steps is 0.03 in k8v8 there, 0.4 in k8v4 and 0.6 in k4v4, half of what is allowed; logits of
-another token differ by 4 and more. Ranks below the head size change the function, and are not allowed for.
+another token differ by 4 and more. A rank below the head size changes the function, and is not allowed for.
 """
 _OF_WEIGHTS = {32: 0.0, 16: 2e-2, 8: 0.3, 4: 1.2}
 """The same, by bits of the weights, on top of the cache's: inputs rounded to int8 leave up to 0.15 in the nano

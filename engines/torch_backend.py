@@ -200,8 +200,8 @@ class TorchSession(Session):
             (outputs.pop(bindings.new_key(layer)), outputs.pop(bindings.new_value(layer)))
             for layer in range(len(self.layouts))
         ]
-        caches = [[self._past[binding.name] for binding in inputs] for inputs in self.layer_inputs]
-        caches = [(*cache, None)[:3] for cache in caches]  # of floats, there are no scales
+        # Of floats, there are no scales.
+        caches = [(*(self._past[binding.name] for binding in layer), None)[:3] for layer in self.layer_inputs]
         torch_calls.kv_append(self._engine.kernels, self.layouts, new, caches, slots)
         return outputs
 

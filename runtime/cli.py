@@ -194,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("bundle", type=_path, metavar="MODEL_BUNDLE", help="folder written by 'pascalvl export'")
     _add_output(sub)
     _add_backend(sub, "what runs the engines; auto: the fastest that can be used here")
-    _add_kv(sub, "what the KV cache is like (k8v4)")
+    _add_kv(sub, "what the KV cache is like (k8v8)")
     _add_tensorrt(sub)
 
     sub = command("run", _run, "runtime", "answer one prompt")
@@ -268,7 +268,7 @@ def _add_backend(parser: _Parser, meaning: str) -> None:
 
 
 def _add_kv(parser: argparse.ArgumentParser, meaning: str) -> None:
-    forms = "k8v4, k8v8, k4v4, f16 or f32[,rv=RANK][,window=SINKS+LENGTH][,pin=image]..."
+    forms = "k8v8, k8v4, k4v4, f16 or f32[,rv=RANK][,window=SINKS+LENGTH][,pin=image]..."
     parser.add_argument("--kv", type=_cache, metavar="CONFIG", help=f"{meaning}: {forms}")
 
 

@@ -216,13 +216,12 @@ class KVCache:
             )
         slots = np.full(len(identities), -1, np.int32)
         slots[stored] = places
-        past_length = self._used
-        if visible is not None and visible[:past_length].min(initial=ALWAYS_VISIBLE) >= len(identities):
+        if visible is not None and visible[: self._used].min(initial=ALWAYS_VISIBLE) >= len(identities):
             visible = None
         self._identities[first:last] = identities
         # What is there now may be overwritten before an interrupt.
         self._token[places] = _EMPTY
-        yield Placement(past_length, slots, visible)
+        yield Placement(self._used, slots, visible)
         self._token[places] = tokens[stored]
         self._stays[places] = stays[stored]
         self._used = max(self._used, int(places.max(initial=-1)) + 1)

@@ -54,7 +54,7 @@ def test_what_4_bits_take_of_a_card(size):
     ):
         sizes = [p.nbytes for name, p in module.named_parameters() if "embed_tokens" not in name]
         assert sum(sizes) <= found <= sum(sizes) + 4096 * len(sizes)
-    assert sum(measured) + CacheConfig.parse("k8v4").nbytes(text, 16384) < card
+    assert sum(measured) + CacheConfig().nbytes(text, 16384) < card
 
 
 INVENTORY = {

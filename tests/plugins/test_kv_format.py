@@ -75,14 +75,15 @@ def test_layers_have_their_own_formats_and_dims():
     ("text", "config"),
     [
         *((kv_format.value, CacheConfig(kv_format)) for kv_format in KVFormat),
-        ("k8v4,rv=96", CacheConfig(value_rank=96)),
-        ("k8v4,rv=auto:0.02", CacheConfig(value_rank=0.02)),
-        ("k8v4,rv=auto:0.00001", CacheConfig(value_rank=1e-5)),
+        ("k8v8,rv=96", CacheConfig(value_rank=96)),
+        ("k8v8,rv=auto:0.02", CacheConfig(value_rank=0.02)),
+        ("k8v8,rv=auto:0.00001", CacheConfig(value_rank=1e-5)),
         ("f16,window=0+16", CacheConfig(KVFormat.F16, window=Window(0, 16))),
         ("k4v4,window=64+8192,pin=image", CacheConfig(KVFormat.K4V4, window=Window(64, 8192), pin_images=True)),
         (
             "k8v4,rv=96,window=64+8192,pin=image,layer.0-1=f16,layer.3=k8v8",
             CacheConfig(
+                KVFormat.K8V4,
                 value_rank=96,
                 window=Window(64, 8192),
                 pin_images=True,

@@ -13,7 +13,6 @@ from pascalvl.plugins.kernels.build import Target
 from pascalvl.plugins.ops.flash_attention.op import (
     ATTR_CAUSAL,
     ATTR_KV_FORMAT,
-    ATTR_RECENT,
     ATTR_SOFTMAX_SCALE,
     OP_NAME,
     OP_VERSION,
@@ -39,14 +38,14 @@ def tried(tmp_path_factory) -> tuple[dict, str]:
 def test_the_creator_is_found_by_the_nodes_names(tried):
     found, _ = tried
     assert found["found"]
-    assert found["fields"] == [ATTR_CAUSAL, ATTR_SOFTMAX_SCALE, ATTR_KV_FORMAT, ATTR_RECENT]
+    assert found["fields"] == [ATTR_CAUSAL, ATTR_SOFTMAX_SCALE, ATTR_KV_FORMAT]
     assert found["identity"] == [OP_NAME, OP_VERSION, ""]
     assert found["outputs"] == 1
 
 
 def test_plugins_survive_serialisation_and_cloning(tried):
     found, _ = tried
-    assert bytes.fromhex(found["bytes"]) == struct.pack("<4sIifii", b"PVFA", 2, 1, 0.125, 1, 0)
+    assert bytes.fromhex(found["bytes"]) == struct.pack("<4sIifi", b"PVFA", 3, 1, 0.125, 1)
     assert found["clone"] == found["copy"] == found["bytes"]
     assert bytes.fromhex(found["vision"]) == struct.pack("<4sIifi", b"PVFA", 3, 0, 0.125, 0)
 
