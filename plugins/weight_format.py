@@ -6,6 +6,8 @@ import dataclasses
 import math
 import re
 
+import numpy as np
+
 from pascalvl.plugins.errors import UserError, shown
 from pascalvl.plugins.model_config import LONGEST_GRAMMAR
 
@@ -37,13 +39,18 @@ class WeightFormat:
     def is_quantised(self) -> bool:
         return self.bits <= 8
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Of a weight as it is stored: float32, or int32 words of codes or halves."""
+        return np.dtype(np.float32 if self.bits == 32 else np.int32)
+
     def padded(self, in_features: int) -> int:
-        """Elements of a stored row: inputs up to whole groups, of halves to 16 bytes."""
-        multiple = self.group if self.is_quantised else 8
+        """Elements of a stored row: inputs up to whole groups, of floats to 16 bytes."""
+        multiple = self.group if self.is_quantised else 128 // self.bits
         return -(-in_features // multiple) * multiple
 
     def weight_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """Of a weight in int32 words."""
+        """Of a weight in words of 32 bits, as `dtype` has them."""
         return out_features, self.padded(in_features) * self.bits // 32
 
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
@@ -52,8 +59,6 @@ class WeightFormat:
 
     def nbytes(self, out_features: int, in_features: int) -> int:
         """Bytes of a weight with its scales."""
-        if self.bits == 32:
-            return 4 * out_features * in_features
         size = out_features, in_features
         return 4 * (math.prod(self.weight_shape(*size)) + self.is_quantised * math.prod(self.scale_shape(*size)))
 

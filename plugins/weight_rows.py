@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
 from pascalvl.plugins.kv_format import RowFormat
 from pascalvl.plugins.kv_rows import quantise
-from pascalvl.plugins.ops.quant_linear.op import GATED_BLOCK, Activation
+from pascalvl.plugins.ops.quant_linear.op import GATED_BLOCK, Activation, Norm
 from pascalvl.plugins.weight_format import WeightFormat, scale_pitch
 
 _NIBBLES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
@@ -93,17 +94,38 @@ def quantise_inputs(x: np.ndarray, form: WeightFormat) -> tuple[np.ndarray, np.n
     return codes.reshape(len(x), -1), most[..., 0] / np.float32(127)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class InputNorm:
+    """A norm of a layer's inputs: float32 ``weight [norm_size]`` and, of layer norm, ``bias``."""
+
+    kind: Norm
+    weight: np.ndarray
+    epsilon: float
+    bias: np.ndarray | None = None
+
+    def normed(self, x: np.ndarray) -> np.ndarray:
+        """Rows ``[rows, in_features]``, each of their segments of norm_size inputs normed by itself, in float64."""
+        segments = x.astype(np.float64).reshape(len(x), -1, len(self.weight))
+        if self.kind is Norm.LAYER:
+            segments = segments - segments.mean(-1, keepdims=True)
+        segments = segments / np.sqrt(np.square(segments).mean(-1, keepdims=True) + self.epsilon) * self.weight
+        return (segments + (0 if self.bias is None else self.bias)).reshape(x.shape)
+
+
 def linear(
     x: np.ndarray,
     weight: QuantisedWeight | np.ndarray,
     bias: np.ndarray | None = None,
     residual: np.ndarray | None = None,
     activation: Activation = Activation.NONE,
+    norm: InputNorm | None = None,
 ) -> np.ndarray:
-    """The op in float64, of float32 ``x [rows, in_features]`` and codes or a float16 weight ``[out_features, padded]``:
-    ``[rows, out_features]``, half as many where gated."""
+    """The op in float64, of float32 ``x [rows, in_features]`` and codes, or a weight ``[out_features, padded]`` in
+    float16 or float32: ``[rows, out_features]``, half as many where gated. Codes meet normed inputs in float32."""
+    if norm is not None:
+        x = norm.normed(x)
     if isinstance(weight, QuantisedWeight):
-        codes, scale = quantise_inputs(x, weight.form)
+        codes, scale = quantise_inputs(x.astype(np.float32), weight.form)
         inputs = codes * np.repeat(scale.astype(np.float64), weight.form.group, 1)
         sums = inputs[:, : weight.in_features] @ weight.dense(np.float64).T
     else:
@@ -111,6 +133,8 @@ def linear(
     sums += 0 if bias is None else bias
     if activation is Activation.GELU_TANH:
         sums = sums * (1 + np.tanh((2 / np.pi) ** 0.5 * (sums + 0.044715 * sums**3))) / 2
+    elif activation is Activation.GELU_ERF:
+        sums = sums * (1 + np.vectorize(math.erf)(sums / 2**0.5)) / 2
     elif activation is Activation.SILU_GATED:
         gate, value = np.moveaxis(sums.reshape(len(x), -1, 2, GATED_BLOCK), 2, 0)
         sums = (gate / (1 + np.exp(-gate)) * value).reshape(len(x), -1)

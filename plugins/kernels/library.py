@@ -77,8 +77,9 @@ class LinearArgs(_Struct):
     """``pascalvl_linear_args``."""
 
     _fields_ = (
-        *_fields(ctypes.c_void_p, "x weight scale zero bias residual out"),
-        *_fields(ctypes.c_int32, "rows in_features out_features bits group activation"),
+        *_fields(ctypes.c_void_p, "x weight scale zero bias residual out norm_weight norm_bias"),
+        *_fields(ctypes.c_int32, "rows in_features out_features bits group activation norm norm_size"),
+        ("epsilon", ctypes.c_float),
     )
 
 

@@ -1,17 +1,44 @@
 // The C ABI of linear layers: checks arguments, chooses kernels and their grids.
 #include <algorithm>
+#include <cmath>
 
 #include "plugins/kernels/host.h"
 
 namespace pascalvl {
 namespace {
 
-constexpr int kLinesAhead = 6;        // of weights that a thread of linear_quantise asks for
+constexpr int kLinesAhead = 6;        // of weights that a thread of linear_quantise or of a norm asks for
 constexpr int kMostAhead = 48 << 10;  // bytes of weights that may wait in the L2 for each multiprocessor
-constexpr int kHalvesGroup = 32;      // inputs by which weights in halves are split: as long as a group of 128 codes
-static_assert(kGeluTanh == int(PASCALVL_GELU_TANH) && kSiluGated == int(PASCALVL_SILU_GATED), "numbered as in the ABI");
+constexpr int kFloatsGroup = 32;      // inputs by which halves and floats are split: as long as a group of 128 codes
+static_assert(kGeluTanh == int(PASCALVL_GELU_TANH) && kSiluGated == int(PASCALVL_SILU_GATED) &&
+                  kGeluErf == int(PASCALVL_GELU_ERF),
+              "numbered as in the ABI");
 
 int up_to(int count, int multiple) { return (count + multiple - 1) / multiple * multiple; }
+
+bool in_codes(const pascalvl_linear_args& a) { return a.bits < 16; }
+
+void check_norm(const pascalvl_linear_args& a) {
+  require(a.norm >= PASCALVL_NO_NORM && a.norm <= PASCALVL_LAYER_NORM,
+          "The norm is %d; expected 0 (none), 1 (RMS) or 2 (layer norm).", a.norm);
+  if (a.norm != PASCALVL_LAYER_NORM) {
+    require(!a.norm_bias, "Norm %d has no norm_bias; expected a null pointer.", a.norm);
+  }
+  if (a.norm == PASCALVL_NO_NORM) {
+    require(!a.norm_weight, "Norm 0 has no norm_weight; expected a null pointer.");
+    return;
+  }
+  require_pointer(a.norm_weight, "norm_weight");
+  if (a.norm == PASCALVL_LAYER_NORM) require_pointer(a.norm_bias, "norm_bias");
+  require_size(a.norm_size, "norm_size");
+  require(a.in_features % a.norm_size == 0, "norm_size is %d; expected a divisor of in_features, which is %d.",
+          a.norm_size, a.in_features);
+  require(!in_codes(a) || a.norm_size == a.in_features || a.norm_size % a.group == 0,
+          "norm_size is %d; expected in_features, which is %d, or a multiple of the groups of %d.", a.norm_size,
+          a.in_features, a.group);
+  require(std::isfinite(a.epsilon) && a.epsilon >= 0, "epsilon is %g; expected a finite number of at least 0.",
+          double(a.epsilon));
+}
 
 void check(const pascalvl_linear_args& a) {
   require_pointer(a.x, "x");
@@ -22,25 +49,29 @@ void check(const pascalvl_linear_args& a) {
   require_size(a.rows, "rows", PASCALVL_MAX_GRID);
   require_size(a.in_features, "in_features");
   require_size(a.out_features, "out_features");
-  require(a.activation >= kNoActivation && a.activation <= kSiluGated,
-          "The activation is %d; expected 0 (none), 1 (GELU by tanh) or 2 (SiLU, gated).", a.activation);
+  require(a.activation >= kNoActivation && a.activation <= kGeluErf,
+          "The activation is %d; expected 0 (none), 1 (GELU by tanh), 2 (SiLU, gated) or 3 (GELU).", a.activation);
   require(a.activation != kSiluGated || a.out_features % (2 * kGatedBlock) == 0,
           "A gated layer has %d outputs; expected a multiple of 128.", a.out_features);
-  require(a.bits == 16 || a.bits == 8 || a.bits == 4, "The weights have %d bits; expected 16, 8 or 4.", a.bits);
-  if (a.bits == 16) {
-    require(!a.scale && !a.zero, "Weights of 16 bits have no %s; expected a null pointer.", a.scale ? "scale" : "zero");
-    return;
+  require(a.bits == 32 || a.bits == 16 || a.bits == 8 || a.bits == 4,
+          "The weights have %d bits; expected 32, 16, 8 or 4.", a.bits);
+  if (in_codes(a)) {
+    require_pointer(a.scale, "scale");
+    if (a.zero) require_pointer(a.zero, "zero");
+    require(a.group == 32 || a.group == 64 || a.group == 128, "Groups have %d inputs; expected 32, 64 or 128.",
+            a.group);
+  } else {
+    require(!a.scale && !a.zero, "Weights of %d bits have no %s; expected a null pointer.", a.bits,
+            a.scale ? "scale" : "zero");
   }
-  require_pointer(a.scale, "scale");
-  if (a.zero) require_pointer(a.zero, "zero");
-  require(a.group == 32 || a.group == 64 || a.group == 128, "Groups have %d inputs; expected 32, 64 or 128.", a.group);
+  check_norm(a);
 }
 
 // Inputs that lie together in a split: those that share a scale.
-int group_of(const pascalvl_linear_args& a) { return a.bits == 16 ? kHalvesGroup : a.group; }
+int group_of(const pascalvl_linear_args& a) { return in_codes(a) ? a.group : kFloatsGroup; }
 
 // Elements of a weight's row.
-int padded_inputs(const pascalvl_linear_args& a) { return up_to(a.in_features, a.bits == 16 ? 8 : a.group); }
+int padded_inputs(const pascalvl_linear_args& a) { return up_to(a.in_features, in_codes(a) ? a.group : 128 / a.bits); }
 
 // Rows that a block of a GEMM computes.
 int gemm_rows(const pascalvl_linear_args& a) { return a.rows <= 16 ? 16 : a.rows <= 32 ? 32 : 64; }
@@ -93,18 +124,34 @@ int linear_splits(const pascalvl_linear_args& a) {
   return best;
 }
 
-// Lines of weights to bring to the L2 while few rows are quantised. Not more than come meanwhile: of a small layer a
-// part, and of a large one what DRAM delivers in 2 to 5 us, which is a third to a half of an SM61's L2.
+// The kernel of a norm: with the fewest threads that have room for what is normed together, or with most.
+struct NormKernel {
+  Kernel kernel;
+  int threads;
+};
+
+NormKernel norm_kernel(const pascalvl_linear_args& a) {
+  NormKernel found{};
+#define PASCALVL_CHOICE(THREADS)                                      \
+  if (!found.threads || a.norm_size > 4 * kNormQuads * found.threads) \
+    found = {Kernel::PASCALVL_LINEAR_NORM_NAME(THREADS), THREADS};
+  PASCALVL_LINEAR_NORM(PASCALVL_CHOICE)
+#undef PASCALVL_CHOICE
+  return found;
+}
+
+// Lines of weights to bring to the L2 while few rows are normed or quantised. Not more than come meanwhile: of a small
+// layer a part, and of a large one what DRAM delivers in 2 to 5 us, which is a third to a half of an SM61's L2.
 int lines_ahead(const pascalvl_linear_args& a) {
-  if (a.rows > kGemvRows || a.bits == 16) return 0;
+  if (a.rows > kGemvRows || (!in_codes(a) && a.norm == PASCALVL_NO_NORM)) return 0;
   const int64_t bytes = int64_t(a.out_features) * padded_inputs(a) * a.bits / 8;
   return int(std::min<int64_t>(bytes / 8, int64_t(kMostAhead) * multiprocessors()) / kLine);
 }
 
 // Parts of the workspace, in bytes.
 struct LinearSizes {
-  size_t codes, x_scale, x_sum, partial;
-  size_t all() const { return codes + x_scale + x_sum + partial; }
+  size_t normed, codes, x_scale, x_sum, partial;
+  size_t all() const { return normed + codes + x_scale + x_sum + partial; }
 };
 
 LinearParams to_params(const pascalvl_linear_args& a, LinearSizes& sizes) {
@@ -126,7 +173,9 @@ LinearParams to_params(const pascalvl_linear_args& a, LinearSizes& sizes) {
   p.splits = linear_splits(a);
   p.activation = a.activation;
   p.lines_ahead = lines_ahead(a);
-  if (a.bits < 16) {
+  if (!in_codes(a)) {
+    if (a.norm != PASCALVL_NO_NORM) sizes.normed = (size_t(a.rows) * a.in_features * sizeof(float) + 15) / 16 * 16;
+  } else {
     sizes.codes = size_t(std::max(a.rows, kGemvRows)) * p.padded;  // kernels of few rows read some that there are not
     sizes.x_scale = size_t(p.padded / p.group) * p.row_pitch * sizeof(float);
     sizes.x_sum = a.zero ? sizes.x_scale : 0;
@@ -137,15 +186,25 @@ LinearParams to_params(const pascalvl_linear_args& a, LinearSizes& sizes) {
 
 void linear(const pascalvl_linear_args& a, LinearParams p, const LinearSizes& sizes, unsigned char* workspace,
             void* stream) {
-  p.codes = workspace;
-  p.x_scale = reinterpret_cast<float*>(workspace + sizes.codes);
-  p.x_sum = reinterpret_cast<float*>(workspace + sizes.codes + sizes.x_scale);
-  p.partial = reinterpret_cast<float*>(workspace + sizes.codes + sizes.x_scale + sizes.x_sum);
+  auto part = [&](size_t bytes) { return workspace += bytes, workspace - bytes; };
+  float* const normed = sizes.normed ? reinterpret_cast<float*>(part(sizes.normed)) : nullptr;
+  p.codes = part(sizes.codes);
+  p.x_scale = reinterpret_cast<float*>(part(sizes.x_scale));
+  p.x_sum = reinterpret_cast<float*>(part(sizes.x_sum));
+  p.partial = reinterpret_cast<float*>(part(sizes.partial));
   const unsigned rows = a.rows;
-  if (a.bits < 16) {
-    const int of_blocks = kLinesAhead * kLinearThreads * a.rows;
-    const unsigned blocks = up_to(p.padded, 512) / 512 + up_to(p.lines_ahead, of_blocks) / of_blocks;
-    launch(Kernel::linear_quantise, {blocks, rows, 1}, p, stream);
+  auto with_weights = [&](int blocks, int threads) {
+    const int of_blocks = kLinesAhead * threads * a.rows;
+    return Dim{unsigned(blocks + up_to(p.lines_ahead, of_blocks) / of_blocks), rows, 1};
+  };
+  if (a.norm != PASCALVL_NO_NORM) {
+    const NormKernel norm = norm_kernel(a);
+    const int blocks = a.in_features / a.norm_size;
+    const NormParams params{p, a.norm_weight, a.norm_bias, normed, a.norm_size, blocks, a.epsilon};
+    launch(norm.kernel, with_weights(blocks, norm.threads), params, stream);
+    if (normed) p.x = normed;
+  } else if (in_codes(a)) {
+    launch(Kernel::linear_quantise, with_weights(up_to(p.padded, 512) / 512, kLinearThreads), p, stream);
   }
   if (a.rows <= kGemvRows) {
     const int columns = kWarpColumns * (kLinearWarps / p.splits);

@@ -1,5 +1,6 @@
-// Linear layers: y = activation(x W^T + bias) + residual. Weights have 8 or 4 bits, and x is quantised to int8 by token
-// and group of inputs before; or they are halves, and x stays as it is.
+// Linear layers: y = activation(norm(x) W^T + bias) + residual. Weights have 8 or 4 bits, and x is quantised to int8 by
+// token and group of inputs before; or they are halves or floats, and x stays as it is. A norm is computed by the
+// kernel that quantises, or by the same one, which leaves floats then.
 //
 // Codes: a group's products are summed in integers by DP4A, exactly; the sum times the two scales is added up in FP32.
 // The integers begin at the bits of 1.5 * 2^23 as a float, so that they are one: one subtraction where a conversion
@@ -9,7 +10,7 @@
 // Zeros: a group's sum of (code - zero) * x is that of code * x less zero times the sum of x, which lies beside the
 // scale of x. Both are integers of at most 2^21, so that one FFMA a group and output subtracts them exactly.
 //
-// Halves are widened on their way to shared memory or registers, then multiplied in FP32 by FFMA.
+// Halves are widened on their way to shared memory or registers, then multiplied in FP32 by FFMA, as floats are.
 //
 // Every kernel that has an output's whole sum ends in `epilogue`.
 #include "plugins/kernels/device.cuh"
@@ -28,10 +29,10 @@ __device__ __forceinline__ int minus_product(int sum, float zero, float x_sum) {
 }
 
 // Four words of weights as they lie in memory to words that are multiplied: 4 or 8 of four int8 codes each, of W8 and
-// W4; 8 of one float each, of halves.
+// W4; 8 or 4 of one float each, of halves and floats.
 template <int kBits>
 struct WeightQuad {
-  static constexpr bool kFloats = kBits == 16;
+  static constexpr bool kFloats = kBits >= 16;
   static constexpr int kElements = 128 / kBits;
   static constexpr int kOfWord = kFloats ? 1 : 4;  // elements
   static constexpr int kWords = kElements / kOfWord;
@@ -40,7 +41,7 @@ struct WeightQuad {
     const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if constexpr (kBits == 8) {
+      if constexpr (kBits == 8 || kBits == 32) {
         to[i] = int(words[i]);
       } else if constexpr (kBits == 4) {
         to[2 * i] = int(words[i] << 4 & 0xf0f0f0f0u);
@@ -76,6 +77,12 @@ __device__ __forceinline__ void load_floats(const float* row, int at, int width,
   for (int i = 0; i < kCount; ++i) to[i] = at + i < width ? row[at + i] : 0;
 }
 
+// Of rows that have whole quads alone.
+__device__ __forceinline__ void load_quad_within(const float* row, int at, int width, float* to) {
+  const float4 quad = at < width ? *reinterpret_cast<const float4*>(row + at) : make_float4(0, 0, 0, 0);
+  to[0] = quad.x, to[1] = quad.y, to[2] = quad.z, to[3] = quad.w;
+}
+
 template <int kCount>
 __device__ __forceinline__ void store_floats(float* row, int at, int width, const float* from) {
   if (kCount == 4 && width % 4 == 0) {
@@ -97,34 +104,163 @@ __device__ __forceinline__ float4 load_inputs(const LinearParams& p, int row, in
   return make_float4(x[0], x[1], x[2], x[3]);
 }
 
-// x to codes and scales, and sums of codes where there are zeros. A warp takes 128 elements of a row, four a lane: one
-// group, or several. So little keeps DRAM idle: before few rows, further blocks ask for the first weights meanwhile.
-// Grid: (padded / 128 / warps of a block, rounded up, and blocks for weights; rows).
+// Asks for the first lines of the weights, by the blocks of kThreads that a grid has beyond its first `blocks`.
+template <int kThreads>
+__device__ __forceinline__ void bring_weights(const LinearParams& p, int blocks) {
+  const int threads = (gridDim.x - blocks) * gridDim.y * kThreads;
+  int line = ((blockIdx.x - blocks) * gridDim.y + blockIdx.y) * kThreads + threadIdx.x;
+  for (; line < p.lines_ahead; line += threads) bring_to_l2(p.weight + kLine * line);
+}
+
+// Quads of inputs of each lane, kApart elements from one to the next, the first at d, to codes and scales, and sums of
+// codes where there are zeros: a warp's quads are 128 of a row, one group or several. Those from `end` on go nowhere.
+template <int kCount, int kApart>
+__device__ __forceinline__ void round_inputs(const LinearParams& p, int row, int d, int end, const float4* quads) {
+  float most[kCount];
+  int sum[kCount];
+  unsigned codes[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) most[i] = max_abs(quads[i]);
+  for (int mask = 1; mask < p.group / 4; mask *= 2) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) most[i] = max2(most[i], __shfl_xor_sync(kAllLanes, most[i], mask));
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    codes[i] = quantise(quads[i], most[i] > 0 ? 127 / most[i] : 0, -127, 127);
+    sum[i] = __dp4a(int(codes[i]), 0x01010101, 0);
+  }
+  if (p.zero) {
+    for (int mask = 1; mask < p.group / 4; mask *= 2) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], mask);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i, d += kApart) {
+    if (d >= end) continue;
+    *reinterpret_cast<unsigned*>(p.codes + (long long)row * p.padded + d) = codes[i];
+    if (d % p.group) continue;
+    const long long at = (long long)(d / p.group) * p.row_pitch + row;
+    p.x_scale[at] = most[i] / 127;
+    if (p.zero) p.x_sum[at] = float(sum[i]);
+  }
+}
+
+// x to codes, four elements a lane. So little keeps DRAM idle: before few rows, further blocks ask for the first
+// weights meanwhile. Grid: (padded / 128 / warps of a block, rounded up, and blocks for weights; rows).
 extern "C" __global__ void __launch_bounds__(kLinearThreads) linear_quantise(const LinearParams p) {
   const int lane = threadIdx.x % kWarp, row = blockIdx.y;
-  const int blocks = ceil_div(p.padded, 4 * kLinearThreads), further = blockIdx.x - blocks;
-  if (further >= 0) {
-    const int threads = (gridDim.x - blocks) * gridDim.y * kLinearThreads;
-    int line = (further * gridDim.y + row) * kLinearThreads + threadIdx.x;
-    for (; line < p.lines_ahead; line += threads) bring_to_l2(p.weight + kLine * line);
-    return;
-  }
+  const int blocks = ceil_div(p.padded, 4 * kLinearThreads);
+  if (int(blockIdx.x) >= blocks) return bring_weights<kLinearThreads>(p, blocks);
   const int d = (blockIdx.x * (kLinearThreads / kWarp) + threadIdx.x / kWarp) * 4 * kWarp + 4 * lane;
   if (d - 4 * lane >= p.padded) return;
   const float4 quad = load_inputs(p, row, d);
-  float most = max_abs(quad);
-  for (int mask = 1; mask < p.group / 4; mask *= 2) most = max2(most, __shfl_xor_sync(kAllLanes, most, mask));
-  const unsigned codes = quantise(quad, most > 0 ? 127 / most : 0, -127, 127);
-  int sum = __dp4a(int(codes), 0x01010101, 0);
-  if (p.zero) {
-    for (int mask = 1; mask < p.group / 4; mask *= 2) sum += __shfl_xor_sync(kAllLanes, sum, mask);
+  round_inputs<1, 0>(p, row, d, p.padded, &quad);
+}
+
+// Norms --------------------------------------------------------------------------------------------------------------
+
+// The sum of a number of each thread. Every thread adds up what the warps have: that is one barrier and as many loads
+// as a warp's shuffles are stages.
+template <int kWarps>
+__device__ __forceinline__ float block_sum(float x, float* shared) {
+  x = warp_sum(x);
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+  for (int i = 0; i < kWarps; i += 4) {
+    const float4 quad = *reinterpret_cast<const float4*>(shared + i);
+    sum = make_float4(sum.x + quad.x, sum.y + quad.y, sum.z + quad.z, sum.w + quad.w);
   }
-  if (d >= p.padded) return;
-  *reinterpret_cast<unsigned*>(p.codes + (long long)row * p.padded + d) = codes;
-  if (d % p.group) return;
-  const long long at = (long long)(d / p.group) * p.row_pitch + row;
-  p.x_scale[at] = most / 127;
-  if (p.zero) p.x_sum[at] = float(sum);
+  return (sum.x + sum.y) + (sum.z + sum.w);
+}
+
+// What is normed together ends here; the last group of a row of codes goes on in zeros.
+__device__ __forceinline__ int norm_end(const NormParams& norm) {
+  return norm.normed ? norm.size : ceil_div(norm.size, norm.layer.group) * norm.layer.group;
+}
+
+// From inputs and the norm's weights, the first quad at `at` of a block's inputs, to what the norm leaves.
+template <int kCount, int kApart>
+__device__ __forceinline__ void finish_norm(const NormParams& norm, int at, float mean, float factor,
+                                            const float (*x)[4], const float (*weight)[4]) {
+  const int row = blockIdx.y, begin = blockIdx.x * norm.size;
+  float4 quads[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    float y[4], bias[4] = {};
+    const int first = at + i * kApart;
+    if (norm.bias) load_floats<4>(norm.bias, first, norm.size, bias);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      y[j] = first + j < norm.size ? (x[i][j] - mean) * factor * weight[i][j] + bias[j] : 0;
+    }
+    quads[i] = make_float4(y[0], y[1], y[2], y[3]);
+    if (!norm.normed) continue;
+    store_floats<4>(norm.normed + (long long)row * norm.layer.in_features + begin, first, norm.size, y);
+  }
+  if (!norm.normed) round_inputs<kCount, kApart>(norm.layer, row, begin + at, begin + norm_end(norm), quads);
+}
+
+// A block norms so many inputs of a row, and leaves them as linear_quantise does, or as floats. A row of decode waits
+// for this: its threads have a quad or two, all of which are on their way at once and stay in registers, with the
+// norm's weights, for which no sum waits; what a warp does with two is interleaved. Of inputs for which the largest
+// block is too small, the rest is read again. A block meets once for RMS, whose mean is 0, and twice for a layer norm,
+// whose variance is that of what the mean leaves. Bound by latency in decode, in prefill by DRAM. Grid: (blocks of a
+// row, and those for weights; rows).
+template <int kThreads>
+__device__ __forceinline__ void linear_norm(const NormParams& norm) {
+  constexpr int kApart = 4 * kThreads, kHeld = kNormQuads * kApart;
+  __shared__ __align__(16) float shared[2][kThreads / kWarp];
+  if (int(blockIdx.x) >= norm.blocks) return bring_weights<kThreads>(norm.layer, norm.blocks);
+  const int size = norm.size, own = 4 * threadIdx.x, of_warp = own - 4 * int(threadIdx.x % kWarp);
+  const float* x_at = norm.layer.x + (long long)blockIdx.y * norm.layer.in_features + blockIdx.x * size;
+  float x[kNormQuads][4], weight[kNormQuads][4];
+  if (size % 4 == 0) {  // asked once, so that the loads follow each other
+#pragma unroll
+    for (int i = 0; i < kNormQuads; ++i) load_quad_within(x_at, own + i * kApart, size, x[i]);
+#pragma unroll
+    for (int i = 0; i < kNormQuads; ++i) load_quad_within(norm.weight, own + i * kApart, size, weight[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kNormQuads; ++i) load_floats<4>(x_at, own + i * kApart, size, x[i]);
+#pragma unroll
+    for (int i = 0; i < kNormQuads; ++i) load_floats<4>(norm.weight, own + i * kApart, size, weight[i]);
+  }
+  const float of_one = 1.0f / size;
+  // The mean over all inputs of what `less` leaves, or of its squares.
+  auto mean_of = [&](float less, bool squares, float* shared) {
+    float sum = 0;
+    auto add = [&](int at, const float* quad) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float rest = at + j < size ? quad[j] - less : 0;
+        sum += squares ? rest * rest : rest;
+      }
+    };
+#pragma unroll
+    for (int i = 0; i < kNormQuads; ++i) add(own + i * kApart, x[i]);
+    for (int at = own + kHeld; at < size; at += kApart) {
+      float quad[4];
+      load_floats<4>(x_at, at, size, quad);
+      add(at, quad);
+    }
+    return block_sum<kThreads / kWarp>(sum, shared) * of_one;
+  };
+  const float mean = norm.bias ? mean_of(0, false, shared[0]) : 0;
+  const float factor = rsqrtf(mean_of(mean, true, shared[1]) + norm.epsilon);
+  const int end = norm_end(norm);
+  if (of_warp >= end) return;
+  if (of_warp + kApart >= end) return finish_norm<1, kApart>(norm, own, mean, factor, x, weight);
+  finish_norm<kNormQuads, kApart>(norm, own, mean, factor, x, weight);
+  for (int at = own + kHeld; at - own + of_warp < end; at += kApart) {
+    float quad[1][4], more[1][4];
+    load_floats<4>(x_at, at, size, quad[0]);
+    load_floats<4>(norm.weight, at, size, more[0]);
+    finish_norm<1, kApart>(norm, at, mean, factor, quad, more);
+  }
 }
 
 // Epilogue
@@ -144,6 +280,8 @@ __device__ __forceinline__ float times_logistic(float x, float y) {
   const float small = power_of_2(-1.4426950408889634f * fabsf(y));
   return x * __fdividef(y < 0 ? small : 1, 1 + small);
 }
+
+__device__ __forceinline__ float gelu_erf(float x) { return 0.5f * x * (1 + erff(0.70710678118654752f * x)); }
 
 // x / 2 * (1 + tanh(u)) is x times the logistic function of 2 u.
 __device__ __forceinline__ float gelu_tanh(float x) {
@@ -184,6 +322,12 @@ __device__ __forceinline__ void epilogue(const LinearParams& p, int row, int col
     for (int i = 0; i < kRows; ++i) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) sum[i * kPitch + j] = gelu_tanh(sum[i * kPitch + j]);
+    }
+  } else if (p.activation == kGeluErf) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) sum[i * kPitch + j] = gelu_erf(sum[i * kPitch + j]);
     }
   }
   if (p.residual) {  // all of it is read before any is written, so that the loads do not wait for stores
@@ -553,6 +697,12 @@ __device__ __forceinline__ void linear_gemv(const LinearParams& p) {
   }
   epilogue<1, 1, 1>(p, m, first + n, &sum, &value);
 }
+
+#define LINEAR_NORM(THREADS)                                                                                        \
+  extern "C" __global__ void __launch_bounds__(THREADS) PASCALVL_LINEAR_NORM_NAME(THREADS)(const NormParams norm) { \
+    linear_norm<THREADS>(norm);                                                                                     \
+  }
+PASCALVL_LINEAR_NORM(LINEAR_NORM)
 
 #define LINEAR_GEMM(ROWS, BITS)                                     \
   extern "C" __global__ void __launch_bounds__(kLinearThreads, 2)   \

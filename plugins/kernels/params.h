@@ -138,7 +138,7 @@ struct AppendParams {
 static_assert(sizeof(AppendParams) <= 4096, "what a kernel takes");
 
 // What becomes of a linear layer's sums, see pascalvl_activation.
-enum Activation : int { kNoActivation = 0, kGeluTanh = 1, kSiluGated = 2 };
+enum Activation : int { kNoActivation = 0, kGeluTanh = 1, kSiluGated = 2, kGeluErf = 3 };
 
 constexpr int kGatedBlock = 64;  // gates that lie together, and the values that they are for
 constexpr int kLinearThreads = 128;
@@ -147,6 +147,8 @@ constexpr int kTileColumns = 2 * kGatedBlock;  // that a block of a GEMM compute
 constexpr int kWarpColumns = 4;                // that a warp of a GEMV computes
 constexpr int kGemvRows = 8;                   // at most
 constexpr int kLine = 128;                     // bytes that DRAM is asked for at once
+
+constexpr int kNormQuads = 2;  // of inputs that a thread of a norm holds in registers
 
 // A linear layer, see pascalvl_linear_args; rows are tokens, columns outputs.
 struct LinearParams {
@@ -163,14 +165,26 @@ struct LinearParams {
   float* partial;        // [splits, rows, out_features]
   int rows;
   int in_features;
-  int padded;  // in_features, up to whole groups (of halves: to a multiple of 8)
+  int padded;  // in_features, up to whole groups (of halves and floats: to whole lines of 16 bytes)
   int out_features;
-  int group;  // of halves: inputs that a split has whole
+  int group;  // of halves and floats: inputs that a split has whole
   int row_pitch;
   int scale_pitch;
   int splits;  // of the inputs
   int activation;
-  int lines_ahead;  // of 128 bytes of the weights, which linear_quantise brings to the L2
+  int lines_ahead;  // of 128 bytes of the weights, which linear_quantise, or a norm, brings to the L2
+};
+
+// What a linear layer's inputs are normed by. Apart from LinearParams: how large those are decides what ptxas makes of
+// the kernels that take them, registers too.
+struct NormParams {
+  LinearParams layer;
+  const float* weight;  // [size]
+  const float* bias;    // the same; null: RMS
+  float* normed;        // [rows, in_features]: where floats are left; null: codes are
+  int size;             // inputs that are normed together,
+  int blocks;           // and how often a row has so many
+  float epsilon;
 };
 
 constexpr int kGreedyThreads = 512;

@@ -101,27 +101,39 @@ int pascalvl_kv_append(const pascalvl_append_args* args, void* stream);
 // The likeliest token of each row of logits [rows, vocab_size], the first of equal ones, and its logit: NaN if any is.
 int pascalvl_greedy(const float* logits, int32_t rows, int32_t vocab_size, int32_t* token, float* logit, void* stream);
 
-enum pascalvl_activation { PASCALVL_NO_ACTIVATION = 0, PASCALVL_GELU_TANH = 1, PASCALVL_SILU_GATED = 2 };
+enum pascalvl_activation {
+  PASCALVL_NO_ACTIVATION = 0,
+  PASCALVL_GELU_TANH = 1,
+  PASCALVL_SILU_GATED = 2,
+  PASCALVL_GELU_ERF = 3,
+};
 
-// out = activation(x W^T + bias) + residual.
-// Of bits 8 or 4: x is quantised to int8 before, by row and group of inputs, scale the largest magnitude / 127; an
-// element of W is (code - zero) * scale, with one scale and zero in half (a whole number, as large as a code at most)
-// for each output and group of 32, 64 or 128 inputs. A row of codes is padded with zeros to whole groups. Codes of 4
-// bits, -8 to 7, are eight to a word: input 8 w + j in the low half of byte j of word w, input 8 w + 4 + j in its high
-// half.
-// Of bits 16: W is halves, a row of which is padded with zeros to a multiple of 8, and x is as it is; scale and zero
-// must be null, and group is not read.
-// Gated: out_features is a multiple of 128; of each 128, the first 64 are gates and the others the values that they are
-// for: out has silu(gate) * value, 64 for each 128.
+enum pascalvl_norm { PASCALVL_NO_NORM = 0, PASCALVL_RMS_NORM = 1, PASCALVL_LAYER_NORM = 2 };
+
+// out = activation(norm(x) W^T + bias) + residual.
+// With a norm, each norm_size of a row's inputs are normed by themselves: RMS, x * rsqrt(mean(x^2) + epsilon) *
+// norm_weight; layer norm, (x - mean(x)) * rsqrt(variance(x) + epsilon) * norm_weight + norm_bias.
+// Of bits 8 or 4: what the norm leaves is quantised to int8, by row and group of inputs, scale the largest magnitude /
+// 127 (groups lie within what is normed together, unless that is the whole row); an element of W is (code - zero) *
+// scale, with one scale and zero in half (a whole number, as large as a code at most) for each output and group of 32,
+// 64 or 128 inputs. A row of codes is padded with zeros to whole groups. Codes of 4 bits, -8 to 7, are eight to a word:
+// input 8 w + j in the low half of byte j of word w, input 8 w + 4 + j in its high half. Of bits 16 or 32: W is halves
+// or floats, a row of which is padded with zeros to a multiple of 8 or 4, and what the norm leaves is as it is; scale
+// and zero must be null, and group is not read. Gated: out_features is a multiple of 128; of each 128, the first 64 are
+// gates and the others the values that they are for: out has silu(gate) * value, 64 for each 128.
 typedef struct {
-  const float* x;         // [rows, in_features]
-  const void* weight;     // [out_features, padded * bits / 8]
-  const uint16_t* scale;  // [padded / group, out_features up to a multiple of 8]; of bits 16 null
-  const uint16_t* zero;   // as scale; null: zeros
-  const float* bias;      // [out_features], or null
-  const float* residual;  // of out's shape, or null
-  float* out;             // [rows, out_features], or half of that where gated
+  const float* x;            // [rows, in_features]
+  const void* weight;        // [out_features, padded * bits / 8]
+  const uint16_t* scale;     // [padded / group, out_features up to a multiple of 8]; of bits 16 or 32 null
+  const uint16_t* zero;      // as scale; null: zeros
+  const float* bias;         // [out_features], or null
+  const float* residual;     // of out's shape, or null
+  float* out;                // [rows, out_features], or half of that where gated
+  const float* norm_weight;  // [norm_size]; null without a norm
+  const float* norm_bias;    // as norm_weight; null but of layer norm
   int32_t rows, in_features, out_features, bits, group, activation;
+  int32_t norm, norm_size;  // norm_size divides in_features; not read without a norm
+  float epsilon;            // not read without a norm
 } pascalvl_linear_args;
 
 int pascalvl_linear_workspace(const pascalvl_linear_args* args, size_t* bytes);

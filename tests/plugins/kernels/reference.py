@@ -11,8 +11,9 @@ from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import AppendArgs, AppendLayer, AttentionArgs, KernelLibrary, LinearArgs, Rows
 from pascalvl.plugins.kv_format import RowFormat
 from pascalvl.plugins.kv_rows import compress, expand, hadamard
-from pascalvl.plugins.ops.quant_linear.op import Activation
-from pascalvl.plugins.weight_rows import QuantisedWeight
+from pascalvl.plugins.ops.quant_linear.op import Activation, Norm
+from pascalvl.plugins.weight_format import WeightFormat
+from pascalvl.plugins.weight_rows import InputNorm, QuantisedWeight
 
 PAIRS = [
     (RowFormat.FLOAT32, RowFormat.FLOAT32),
@@ -332,16 +333,22 @@ def quantised_linear(
     bias=None,
     residual=None,
     activation=Activation.NONE,
+    norm: InputNorm | None = None,
 ) -> np.ndarray:
     """`KernelLibrary.linear`: what `pascalvl.plugins.weight_rows.linear` is the reference of."""
     rows, in_features = x.shape
     if isinstance(weight, QuantisedWeight):
         packed, bits, group, out_features = weight.packed(), weight.form.bits, weight.form.group, len(weight.codes)
     else:
-        packed, bits, group, out_features = {"weight": weight}, 16, 0, len(weight)
+        packed, bits, group, out_features = {"weight": weight}, 8 * weight.itemsize, 0, len(weight)
     out = aligned((rows, out_features // 2 if activation is Activation.SILU_GATED else out_features))
     out[:] = np.nan
-    arrays = {name: copy(array) for name, array in {"x": x, **packed, "bias": bias, "residual": residual}.items()}
+    named = {"x": x, **packed, "bias": bias, "residual": residual}
+    options = {}
+    if norm is not None:
+        named |= {"norm_weight": norm.weight, "norm_bias": norm.bias}
+        options = {"norm": norm.kind, "norm_size": len(norm.weight), "epsilon": norm.epsilon}
+    arrays = {name: copy(array) for name, array in named.items()}
     args = LinearArgs(
         **{name: pointer(array) for name, array in arrays.items()},
         out=pointer(out),
@@ -351,6 +358,7 @@ def quantised_linear(
         bits=bits,
         group=group,
         activation=activation,
+        **options,
     )
     size = library.linear_workspace(args)
     workspace = aligned((size,), np.uint8)
@@ -358,3 +366,29 @@ def quantised_linear(
     library.linear(args, pointer(workspace), size)
     memory.wait()
     return out
+
+
+def random_norm(rng: np.random.Generator, kind: Norm, size: int) -> InputNorm:
+    """One whose epsilon counts."""
+    weight, bias = (rng.standard_normal(size).astype(np.float32) for _ in range(2))
+    return InputNorm(kind, 1 + weight / 4, 0.05, bias / 4 if kind is Norm.LAYER else None)
+
+
+def away_from_ties(x: np.ndarray, norm: InputNorm, form: WeightFormat) -> np.ndarray:
+    """``x`` with those elements moved a little whose codes, once normed, a float32 norm might round to the other side.
+
+    A code is up to 127 and a norm in float32 right to some 1e-7 of it: codes are the same as of a norm in float64, and
+    results can be compared to the accuracy of the sums.
+    """
+    x = x.copy()
+    while True:
+        groups = np.zeros((len(x), form.padded(x.shape[1])))
+        groups[:, : x.shape[1]] = norm.normed(x)
+        groups = groups.reshape(len(x), -1, form.group)
+        most = np.abs(groups).max(-1, keepdims=True)
+        codes = 127 * groups / np.where(most > 0, most, 1)
+        close = (np.abs(codes - np.floor(codes) - 0.5) < 3e-4).reshape(len(x), -1)[:, : x.shape[1]]
+        if not close.any():
+            return x
+        step = np.sqrt(np.square(x.astype(np.float64)).mean(1, keepdims=True)) / 64
+        x = np.where(close, x + step, x).astype(np.float32)

@@ -7,24 +7,44 @@ import pytest
 
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.library import KernelLibrary, LinearArgs
-from pascalvl.plugins.ops.quant_linear.op import Activation
+from pascalvl.plugins.ops.quant_linear.op import Activation, Norm
 from pascalvl.plugins.weight_format import GROUPS, WeightFormat
-from pascalvl.plugins.weight_rows import QuantisedWeight, linear, quantise_inputs, quantise_weight
+from pascalvl.plugins.weight_rows import InputNorm, QuantisedWeight, linear, quantise_inputs, quantise_weight
 from tests.plugins.kernels import reference
-from tests.plugins.kernels.reference import copy, pointer, quantised_linear, relative_error
+from tests.plugins.kernels.reference import (
+    away_from_ties,
+    copy,
+    pointer,
+    quantised_linear,
+    random_norm,
+    relative_error,
+)
 
 FORMATS = [WeightFormat(bits, group) for bits in (8, 4) for group in GROUPS]
-F16 = WeightFormat(16)
+F16, F32 = WeightFormat(16), WeightFormat(32)
 TOLERANCE = 1e-6
-"""FP32 sums over groups, whose own sums are exact: measured up to 2e-7."""
-F16_TOLERANCE = 2e-6
+"""FP32 sums over groups, whose own sums are exact: measured up to 2e-7. The norm adds no more, where codes are the same
+as of a norm in float64, see `away_from_ties`."""
+FLOATS_TOLERANCE = 2e-6
 """FP32 sums of every product, up to 12,288 in turn."""
 ODD_SHAPES = [(1, 32, 4), (1, 130, 5), (2, 96, 33), (3, 640, 130), (7, 1000, 70), (8, 256, 128), (9, 320, 140)]
 ODD_SHAPES += [(6, 4100, 12)]  # four warps share its inputs
 ODD_SHAPES += [(16, 128, 64), (17, 96, 132), (33, 256, 20), (64, 128, 128), (65, 200, 257), (130, 1152, 36)]
 """Rows, inputs, outputs."""
 GATED_SHAPES = [(1, 32, 128), (2, 1030, 256), (3, 2100, 128), (5, 96, 384), (8, 640, 128), (9, 256, 128)]
+NORM_SHAPES = [
+    *((rows, inputs, outputs, inputs) for rows, inputs, outputs in ODD_SHAPES),
+    (1, 2560, 8, 2560),  # a thread has a quad or two
+    (2, 8200, 4, 8200),  # and reads the rest again
+    (1, 9001, 4, 9001),
+    (3, 512, 20, 128),  # several norms a row
+    (9, 1152, 24, 288),
+    (20, 4608, 12, 1152),
+]
+"""Rows, inputs, outputs, inputs that are normed together."""
 GATED_SHAPES += [(16, 1152, 256), (33, 200, 384), (64, 96, 128), (65, 256, 128), (130, 320, 256)]
+RMS = {"norm": Norm.RMS, "norm_weight": 16, "norm_size": 64}
+"""Of bad arguments: never read."""
 LM_HEAD = 2048, 151936
 WIDTHS = {
     "2B": [(2048, 4096), (2048, 6144), (6144, 2048), LM_HEAD],
@@ -42,7 +62,8 @@ def library(request) -> KernelLibrary:
 def random_weight(rng, out_features, in_features, form, with_zero=False):
     weight = rng.standard_normal((out_features, in_features)).astype(np.float32)
     if not form.is_quantised:
-        return np.pad(weight, ((0, 0), (0, form.padded(in_features) - in_features))).astype(np.float16)
+        padding = (0, 0), (0, form.padded(in_features) - in_features)
+        return np.pad(weight, padding).astype(np.float16 if form.bits == 16 else np.float32)
     weight = quantise_weight(weight, form)
     most = 2 ** (form.bits - 1)
     zero = rng.integers(-most, most, weight.scale.shape).astype(np.float16)
@@ -59,21 +80,31 @@ def check(
     with_zero=False,
     with_residual=False,
     activation=Activation.NONE,
+    norm=Norm.NONE,
+    norm_size=None,
 ):
     rng = np.random.default_rng(rows + in_features + out_features)
     spread = np.exp(rng.standard_normal(in_features)).astype(np.float32)  # outliers
     # Results about 1 in size, where activations bend.
     x = (0.1 + rng.standard_normal((rows, in_features)).astype(np.float32)) * spread / np.float32(in_features**0.5)
     weight = random_weight(rng, out_features, in_features, form, with_zero)
+    of_norm = None
+    if norm is not Norm.NONE:
+        of_norm = random_norm(rng, norm, norm_size or in_features)
+        x *= np.float32(in_features**0.5)
+        shrunk = [None if v is None else v / np.float32(in_features**0.5) for v in (of_norm.weight, of_norm.bias)]
+        of_norm = dataclasses.replace(of_norm, weight=shrunk[0], bias=shrunk[1])
+        if form.is_quantised:
+            x = away_from_ties(x, of_norm, form)
     bias = rng.standard_normal(out_features).astype(np.float32) if with_bias else None
     width = out_features // 2 if activation is Activation.SILU_GATED else out_features
     residual = rng.standard_normal((rows, width)).astype(np.float32) if with_residual else None
-    case = x, weight, bias, residual, activation
+    case = x, weight, bias, residual, activation, of_norm
     found, expected = quantised_linear(library, *case), linear(*case)
-    assert relative_error(found, expected) < (TOLERANCE if form.is_quantised else F16_TOLERANCE)
+    assert relative_error(found, expected) < (TOLERANCE if form.is_quantised else FLOATS_TOLERANCE)
 
 
-@pytest.mark.parametrize("form", [*FORMATS, F16], ids=str)
+@pytest.mark.parametrize("form", [*FORMATS, F16, F32], ids=str)
 @pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
 def test_linear_matches_float64(library, shape, form):
     check(library, *shape, form)
@@ -87,13 +118,22 @@ def test_zeros(library, shape, form):
 
 @pytest.mark.parametrize(
     ("form", "with_zero"),
-    [(F16, False), *((form, zero) for form in (WeightFormat(8, 32), WeightFormat(4, 64)) for zero in (False, True))],
+    [
+        (F16, False),
+        (F32, False),
+        *((form, zero) for form in (WeightFormat(8, 32), WeightFormat(4, 64)) for zero in (False, True)),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize(
     ("activation", "shape"),
     [
-        *((activation, shape) for activation in (Activation.NONE, Activation.GELU_TANH) for shape in ODD_SHAPES),
+        *(
+            (activation, shape)
+            for activation in Activation
+            if activation is not Activation.SILU_GATED
+            for shape in ODD_SHAPES
+        ),
         *((Activation.SILU_GATED, shape) for shape in GATED_SHAPES),
     ],
     ids=str,
@@ -101,6 +141,55 @@ def test_zeros(library, shape, form):
 def test_activations_and_residuals(library, activation, shape, form, with_zero):
     for with_bias, with_residual in ((True, False), (False, True), (True, True)):
         check(library, *shape, form, with_bias, with_zero, with_residual, activation)
+
+
+@pytest.mark.parametrize("form", [WeightFormat(8, 32), WeightFormat(4), F16, F32], ids=str)
+@pytest.mark.parametrize("norm", [Norm.RMS, Norm.LAYER], ids=str)
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
+def test_norms(library, shape, norm, form):
+    *sizes, norm_size = shape
+    if form.is_quantised and norm_size != sizes[1]:
+        form = dataclasses.replace(form, group=32)  # which divides what is normed together
+    check(library, *sizes, form, with_zero=form.bits == 4, norm=norm, norm_size=norm_size)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_random_layers(library, seed):
+    """All that a layer may have, at once and in any sizes."""
+    rng = np.random.default_rng(seed)
+    form = WeightFormat((4, 8, 16, 32)[rng.integers(4)], GROUPS[rng.integers(3)])
+    activation, norm = Activation(rng.integers(4)), Norm(rng.integers(3))
+    rows, inputs = int(rng.choice([1, 2, 3, 5, 8, 9, 17, 40])), int(rng.integers(1, 900))
+    outputs = 128 * int(rng.integers(1, 3)) if activation is Activation.SILU_GATED else int(rng.integers(1, 200))
+    norm_size = inputs
+    if norm is not Norm.NONE and rng.integers(2):
+        norm_size = form.group * int(rng.integers(1, 4)) if form.is_quantised else int(rng.integers(3, 300))
+        inputs = norm_size * int(rng.integers(1, 5))
+    bias, residual, zero = rng.integers(2, size=3).astype(bool)
+    check(library, rows, inputs, outputs, form, bias, zero and form.is_quantised, residual, activation, norm, norm_size)
+
+
+def test_norms_of_extreme_inputs(library):
+    """Zeros, of which epsilon makes zeros, numbers whose squares float32 has no more, and all inputs alike."""
+    ends = np.where(np.arange(256) % 3, 1, -1).astype(np.float32)
+    x = np.stack([0 * ends, ends, 1e17 * ends, 1e-30 * ends, np.ones(256, np.float32)])
+    norm = InputNorm(Norm.RMS, ends, 1e-6)
+    layer = InputNorm(Norm.LAYER, ends, 1e-6, 0.5 * ends)
+    weight = np.stack([ends, np.arange(256, dtype=np.float32)])
+    for of_norm in (norm, layer):
+        for w in (weight, quantise_weight(weight, WeightFormat(8, 32))):
+            found, expected = quantised_linear(library, x, w, norm=of_norm), linear(x, w, norm=of_norm)
+            for row, wanted in zip(found, expected, strict=True):
+                np.testing.assert_allclose(row, wanted, rtol=1e-5, atol=1e-6 * np.abs(wanted).max())
+
+
+def test_variance_is_of_what_the_mean_leaves(library):
+    """A mean of 1,000 deviations: the difference of squares would have lost a tenth of the variance, this has 1e-4."""
+    rng = np.random.default_rng(0)
+    x = (1000 + rng.standard_normal((3, 1024))).astype(np.float32)
+    case = x, np.eye(1024, dtype=np.float32)
+    norm = InputNorm(Norm.LAYER, np.ones(1024, np.float32), 1e-6, np.zeros(1024, np.float32))
+    assert relative_error(quantised_linear(library, *case, norm=norm), linear(*case, norm=norm)) < 2e-4
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 32, 64])
@@ -125,7 +214,7 @@ def test_zeros_are_exact(library, bits, rows):
 
 
 @pytest.mark.parametrize("rows", [8, 9])
-@pytest.mark.parametrize("activation", [Activation.GELU_TANH, Activation.SILU_GATED], ids=str)
+@pytest.mark.parametrize("activation", [Activation.GELU_TANH, Activation.SILU_GATED, Activation.GELU_ERF], ids=str)
 def test_activations_do_not_overflow(library, activation, rows):
     x = np.array([0, 1e-30, -1, 100, -100, 1e30, -1e30, -3e38, 3e38], np.float32)[-rows:, None]
     weight = np.zeros((128, 8), np.float16)
@@ -139,14 +228,16 @@ def test_activations_do_not_overflow(library, activation, rows):
 
 @pytest.mark.parametrize("form", [WeightFormat(8), WeightFormat(4), F16], ids=str)
 @pytest.mark.parametrize("rows", [1, 4, 200])
+@pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize("model", WIDTHS)
-def test_widths_of_the_real_models(library, model, rows, form, request):
+def test_widths_of_the_real_models(library, model, has_norm, rows, form, request):
     if "EMULATOR" in request.node.name:
         pytest.skip("takes too long on the emulator")
+    norm = Norm.NONE if not has_norm else Norm.LAYER if model == "vision" else Norm.RMS
     for in_features, out_features in WIDTHS[model]:
         if (in_features, out_features) == LM_HEAD and rows > 1:
             continue  # it meets the last token alone
-        check(library, rows, in_features, out_features, form, with_bias=model == "vision")
+        check(library, rows, in_features, out_features, form, with_bias=model == "vision", norm=norm)
 
 
 def test_extreme_inputs(library):
@@ -165,14 +256,32 @@ def test_extreme_inputs(library):
     ("change", "message"),
     [
         ({"rows": 0}, "rows is 0; it must be at least 1"),
-        ({"bits": 5}, "The weights have 5 bits; expected 16, 8 or 4"),
+        ({"bits": 5}, "The weights have 5 bits; expected 32, 16, 8 or 4"),
         ({"group": 48}, "Groups have 48 inputs; expected 32, 64 or 128"),
         ({"x": None}, "x is a null pointer"),
         ({"scale": None}, "scale is a null pointer"),
         ({"bits": 16}, "Weights of 16 bits have no scale; expected a null pointer"),
         ({"bits": 16, "scale": None, "zero": 16}, "Weights of 16 bits have no zero; expected a null pointer"),
-        ({"activation": 3}, r"The activation is 3; expected 0 \(none\), 1 \(GELU by tanh\) or 2 \(SiLU, gated\)"),
+        ({"bits": 32}, "Weights of 32 bits have no scale; expected a null pointer"),
+        (
+            {"activation": 4},
+            r"The activation is 4; expected 0 \(none\), 1 \(GELU by tanh\), 2 \(SiLU, gated\) or 3 \(GELU\)",
+        ),
         ({"activation": 2}, "A gated layer has 4 outputs; expected a multiple of 128"),
+        ({"norm": 3}, r"The norm is 3; expected 0 \(none\), 1 \(RMS\) or 2 \(layer norm\)"),
+        ({"norm_weight": 16}, "Norm 0 has no norm_weight; expected a null pointer"),
+        ({"norm": 1}, "norm_weight is a null pointer"),
+        (RMS | {"norm_bias": 16}, "Norm 1 has no norm_bias; expected a null pointer"),
+        (RMS | {"norm": 2}, "norm_bias is a null pointer"),
+        (RMS | {"norm_size": 0}, "norm_size is 0; it must be at least 1"),
+        (RMS | {"norm_size": 48}, "norm_size is 48; expected a divisor of in_features, which is 64"),
+        (
+            RMS | {"norm_size": 16},
+            "norm_size is 16; expected in_features, which is 64, or a multiple of the groups of 32",
+        ),
+        (RMS | {"epsilon": -1e-6}, "epsilon is -1e-06; expected a finite number of at least 0"),
+        (RMS | {"epsilon": float("inf")}, "epsilon is inf; expected a finite number of at least 0"),
+        (RMS | {"epsilon": float("nan")}, "epsilon is nan; expected a finite number of at least 0"),
     ],
     ids=str,
 )
