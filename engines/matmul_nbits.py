@@ -110,11 +110,13 @@ def restore(proto: onnx.ModelProto) -> None:
 
 
 def _layers(proto: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, LinearBody, _Layer]]:
-    """Linear layers' nodes."""
+    """Nodes of linear layers whose weight ONNX Runtime takes in another form: floats of 32 bits are its own."""
     for node in proto.graph.node:
         if node.op_type != OP_NAME:
             continue
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        if attributes[ATTR_BITS] == 32:
+            continue
         body = LinearBody.of(attributes)
         names = dict(zip(body.inputs, node.input, strict=True))
         form = WeightFormat(body.bits, attributes[ATTR_GROUP])
@@ -123,7 +125,7 @@ def _layers(proto: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, LinearBody
 
 def _function(domain: str, body: LinearBody) -> str:
     if body.bits == 16:
-        return body.function([f"wide = Cast <to = {TensorProto.FLOAT}> (weight)", *product_of_floats()], domain)
+        return body.function([f"wide = Cast <to = {TensorProto.FLOAT}> (weight)", *product_of_floats("wide")], domain)
     sizes = f"K : int = @{ATTR_IN_FEATURES}, N : int = @{ATTR_OUT_FEATURES}, bits : int = @{ATTR_BITS}"
     operands = ", ".join(["x2", "weight", "scale", *["zero"] * body.has_zero])
     product = (

@@ -23,14 +23,13 @@ from transformers import Qwen3VLConfig
 from pascalvl.engines.backend import REFERENCE, Engine
 from pascalvl.engines.session import SLOTS, Placement, Session
 from pascalvl.engines.torch_steps import CapturedStep
-from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, meta_model, read_config
+from pascalvl.export.checkpoint import HOST_TABLES, meta_model, read_config
 from pascalvl.export.modules import Decoder, VisionEncoder
 from pascalvl.plugins import bindings
-from pascalvl.plugins.bundle import CHECKPOINT_CONFIG, TRANSPOSED, Manifest, read_json
+from pascalvl.plugins.bundle import CHECKPOINT_CONFIG, Manifest, read_json
 from pascalvl.plugins.errors import UserError, reading
 from pascalvl.plugins.kernels import torch_calls
 from pascalvl.plugins.kv_format import CacheConfig
-from pascalvl.plugins.weight_format import F32
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ NAME = REFERENCE
 _GRAPHS = (bindings.VISION, bindings.DECODER)
 _DATA = {graph: f"{graph}.onnx.data" for graph in _GRAPHS}
 _WEIGHTS = "weights.json"
-"""By graph and name (as `TRANSPOSED` says): where in the graph's data a weight starts, its type and shape there."""
+"""By graph and name: where in the graph's data a weight starts, its type and shape."""
 FILES = (CHECKPOINT_CONFIG, _WEIGHTS, *_DATA.values())
 _ALIGNMENT = 256
 _PREFILL_LENGTHS = tuple(1 << i for i in range(3, 10))
@@ -287,18 +286,14 @@ def _load(directory: Path, manifest: Manifest, device: torch.device) -> dict[str
     weights = {}
     with reading(directory / _WEIGHTS, remedy):
         for graph, places in read_json(directory / _WEIGHTS, remedy).items():
-            for note, place in places.items():
+            for name, place in places.items():
                 # Copy on write: PyTorch knows no tensors that cannot be written. None is.
                 array = np.memmap(directory / _DATA[graph], place["dtype"], "c", place["offset"], tuple(place["shape"]))
-                name = note.removesuffix(TRANSPOSED)
                 if (layer := name.removesuffix(".zero")) != name:
                     model.get_submodule(layer).add_zero()
-                array = (array.T if note != name else array).reshape(model.get_parameter(name).shape)
-                weights[name] = torch.from_numpy(array).to(device)
+                weights[name] = torch.from_numpy(array.reshape(model.get_parameter(name).shape)).to(device)
     model.load_state_dict(weights, strict=False, assign=True)
-    if manifest.weights.lm_head.bits == F32.bits:  # else it is no longer the embeddings
-        model.tie_weights()
-    if missing := [n for n, p in model.named_parameters() if p.is_meta and n != TOKEN_EMBEDDINGS]:
+    if missing := [n for n, p in model.named_parameters() if p.is_meta and n not in HOST_TABLES]:
         raise UserError(f"{directory} lacks the weight {missing[0]}: {remedy}.")
     return {graph: module.eval() for graph, module in modules.items()}
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import FineGrainedFP8Config, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from pascalvl.export.host_files import HostFiles
+from pascalvl.export.modules import ACTIVATIONS, activation
 from pascalvl.export.quantization import read_quantization
 from pascalvl.export.scaled_weights import ScaledWeights
 from pascalvl.export.stored_codes import StoredCodes
@@ -36,7 +37,9 @@ _PICKLES = ("pytorch_model*.*", "model*.bin*", "model*.pt*", "consolidated*.pt*"
 """Names of weights, and their index, in PyTorch's own format."""
 _MODEL_TYPE = "qwen3_vl"
 TOKEN_EMBEDDINGS = "model.language_model.embed_tokens.weight"
-"""The one tensor that is in no graph, unless it is the lm_head too: the runtime looks it up on the host."""
+POSITION_EMBEDDINGS = "model.visual.pos_embed.weight"
+HOST_TABLES = (TOKEN_EMBEDDINGS, POSITION_EMBEDDINGS)
+"""The tensors that are in no graph, unless the first is the lm_head too: the runtime reads them on the host."""
 LM_HEAD = "lm_head.weight"
 _FLOATS = ("F32", "F16", "BF16")
 _HARMLESS = re.compile(r"(^|\.)(rotary_emb|rotary_pos_emb)\.inv_freq$")
@@ -300,6 +303,8 @@ class Checkpoint:
 
     def model_config(self) -> ModelConfig:
         """What engines and runtime need to know of the config; raises `UserError` for one that no model has."""
+        for part in ACTIVATIONS:
+            activation(part, getattr(self.hf_config, part).hidden_act)
         rope_type = self.hf_config.text_config.rope_parameters["rope_type"]
         if rope_type not in _STATIC_ROPE_TYPES:
             raise UserError(

@@ -19,7 +19,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from pascalvl.export import conformance
 from pascalvl.export.calibration import CalibrationPrompt, calibrate
-from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint
+from pascalvl.export.checkpoint import POSITION_EMBEDDINGS, TOKEN_EMBEDDINGS, Checkpoint
 from pascalvl.export.fitting import Fit, fit
 from pascalvl.export.modules import Decoder, VisionEncoder
 from pascalvl.export.quantised_weights import (
@@ -34,7 +34,7 @@ from pascalvl.export.quantised_weights import (
 from pascalvl.export.trace import TracedGraph, Weight, example_inputs, trace
 from pascalvl.export.transforms import WeightSource, check_rank, plan_transforms
 from pascalvl.plugins import bindings
-from pascalvl.plugins.bundle import EMBEDDINGS, TRANSPOSED, Manifest, atomic_directory
+from pascalvl.plugins.bundle import EMBEDDINGS, POSITIONS, Manifest, atomic_directory
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.ops.flash_attention.op import OP_NAME, OP_VERSION
@@ -114,13 +114,15 @@ def export_checkpoint(
                     progress.advance(task)
                 graphs[name] = describe(graph.proto)
                 log.info("%s: %d nodes", name, len(graph.proto.graph.node))
-            embeddings = _write_embeddings(checkpoint, directory / EMBEDDINGS)
+            embeddings = _write_table(checkpoint, TOKEN_EMBEDDINGS, directory / EMBEDDINGS)
+            positions = _write_table(checkpoint, POSITION_EMBEDDINGS, directory / POSITIONS)
             progress.add_task("hashing", total=None)
             manifest = Manifest(
                 kind="model",
                 source={"name": checkpoint_directory.resolve().name, "sha256": checkpoint.digest()},
                 model=config,
                 embeddings=embeddings,
+                position_embeddings=positions,
                 graphs=graphs,
                 kv_cache=dataclasses.replace(_CACHE, value_rank=cache.value_rank),
                 weights=weights,
@@ -154,8 +156,8 @@ def trace_vision(
 ) -> TracedGraph:
     """Trace the vision encoder of a model on the meta device, with weights in the formats asked for.
 
-    Where they are quantised, the model's linear layers are replaced, see `VisionEncoder`; ``add_zeros`` is called with
-    those, to give zeros to the ones whose codes have some.
+    The model's linear layers are replaced, see `VisionEncoder`; ``add_zeros`` is called with what takes their place, to
+    give zeros to those whose codes have some.
     """
     inputs = bindings.vision_inputs(config)
     per_token = config.vision.spatial_merge_size**2
@@ -249,13 +251,13 @@ def write_without_weights(graph: TracedGraph, path: Path) -> list[int]:
     proto.graph.input.extend(others)
     for name, weight in graph.weights.items():
         offset = -(-end // _ALIGNMENT) * _ALIGNMENT
-        nbytes = math.prod(weight.graph_shape) * weight.dtype.itemsize
+        nbytes = math.prod(weight.shape) * weight.dtype.itemsize
         external = onnx.TensorProto(
             name=name,
             data_type=onnx.helper.np_dtype_to_tensor_dtype(weight.dtype),
-            dims=weight.graph_shape,
+            dims=weight.shape,
             data_location=onnx.TensorProto.EXTERNAL,
-            doc_string=weight.source + TRANSPOSED * weight.transposed,
+            doc_string=weight.source,
         )
         for key, value in (("location", _data_path(path).name), ("offset", offset), ("length", nbytes)):
             external.external_data.add(key=key, value=str(value))
@@ -272,17 +274,15 @@ def _data_path(graph: Path) -> Path:
 
 
 def _weight_array(weights: WeightSource, weight: Weight) -> np.ndarray:
-    tensor = weights.tensor(weight.source).reshape(weight.shape)
+    tensor = weights.tensor(weight.source)
     if weight.dtype == np.float32:
         tensor = tensor.float()
-    if weight.transposed:
-        tensor = tensor.T
-    return tensor.contiguous().numpy().astype(weight.dtype, copy=False)
+    return tensor.contiguous().numpy()
 
 
-def _write_embeddings(checkpoint: Checkpoint, path: Path) -> dict[str, object]:
-    """Write the token embeddings as they are in the checkpoint, rows on end; returns their type and shape."""
-    table = checkpoint.tensor(TOKEN_EMBEDDINGS).contiguous()
+def _write_table(checkpoint: Checkpoint, name: str, path: Path) -> dict[str, object]:
+    """Write a tensor as it is in the checkpoint, rows on end; returns its type and shape."""
+    table = checkpoint.tensor(name).contiguous()
     path.write_bytes(table.view(torch.uint8).numpy())
     return {"dtype": str(table.dtype).removeprefix("torch."), "shape": list(table.shape)}
 

@@ -30,12 +30,11 @@ from pascalvl.export.quantiser import ALL, Method, compensated, input_scale, rou
 from pascalvl.export.transforms import DECODER_LAYERS, LayerTransform, TransformedWeights, WeightSource, plan_layer
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
+from pascalvl.plugins.ops.quant_linear.torch_op import norm_operands, normed
 from pascalvl.plugins.user_cache import open_cache_folder
 from pascalvl.plugins.weight_format import F32, WeightConfig, WeightFormat
 
-_O_PROJ, _DOWN = "o_proj", "down_proj"
-_INPUTS = {QKV: "self_attn.q_proj", _O_PROJ: "self_attn.o_proj", GATE_UP: "mlp.gate_proj", _DOWN: "mlp.down_proj"}
-"""By layer: one in float that reads the same inputs."""
+_DOWN = "down_proj"
 _SCALED = (QKV, GATE_UP, _DOWN)
 """Layers whose inputs can be scaled by what comes before. Values are spread by their rotation as it is."""
 _LAYOUT = 1
@@ -142,7 +141,8 @@ def _fit_layer(
     prefix = f"{DECODER_LAYERS}{index}."
     source = TransformedWeights(checkpoint, found.transforms)
     layer = DecoderLayer(hidden.layer_module(), text, index, F32)
-    assign(layer, {name: source.tensor(prefix + name) for name, _ in layer.named_parameters()})
+    floats = QuantisedWeights(source, {prefix + name: part for name, part in quant_layers(layer).items()})
+    assign(layer, {name: floats.tensor(prefix + name) for name, _ in layer.named_parameters()})
     if form.bits != 4:
         hidden.run(layer, keep=True)
         found.scales.append({})
@@ -151,8 +151,6 @@ def _fit_layer(
         hidden.run(layer, keep=False)
     module = DecoderLayer(hidden.layer_module(), text, index, form)
     layers = {name.rpartition(".")[2]: (prefix + name, part) for name, part in quant_layers(module).items()}
-    for name, (_, part) in layers.items():
-        moments[name] = nn.functional.pad(moments[name], (0, part.in_features - len(moments[name])) * 2)
     scales = {}
     for name in _SCALED if method.scale else ():
         full, part = layers[name]
@@ -177,19 +175,20 @@ def _fit_layer(
 
 @contextlib.contextmanager
 def _moments(layer: DecoderLayer) -> Iterator[dict[str, torch.Tensor]]:
-    """Collect E x x^T of the inputs of a layer's linear layers, float32, by names of `_INPUTS`."""
+    """Collect E x x^T of what the weights of a layer's linear layers meet, float32, by the layers' own names."""
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
 
-    def add(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            x = inputs[0].flatten(0, -2)
+    def add(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], options: Mapping[str, nn.Module]) -> None:
+            x = normed(inputs[0], norm_operands(options.get("norm"))).flatten(0, -2)
             sums[name] = sums.get(name, 0) + x.T @ x
             counts[name] = counts.get(name, 0) + len(x)
 
         return hook
 
-    handles = [layer.get_submodule(path).register_forward_pre_hook(add(name)) for name, path in _INPUTS.items()]
+    linears = {path.rpartition(".")[2]: linear for path, linear in quant_layers(layer).items()}
+    handles = [x.register_forward_pre_hook(add(name), with_kwargs=True) for name, x in linears.items()]
     try:
         yield sums
     finally:

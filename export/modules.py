@@ -1,10 +1,13 @@
-"""The two PyTorch modules that are exported: Hugging Face's own layers behind the engine interface of `bindings`.
+"""The two PyTorch modules that are exported: Hugging Face's model behind the engine interface of `bindings`.
 
-Where weights are quantised, `QuantLinear` takes the place of linear layers, one for those that read the same inputs;
-`MERGED` says of which they are made. `pascalvl.export.quantised_weights` tells its values.
+Every linear layer is a `QuantLinear`, in whatever format, with the norm before it, the activation behind it and the
+residual in it; one takes the place of all that read the same inputs, as `MERGED` says. Norms stay Hugging Face's own
+modules. `pascalvl.export.quantised_weights` tells the layers' values.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from torch import nn
@@ -13,188 +16,256 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
     Qwen3VLTextAttention,
     Qwen3VLTextDecoderLayer,
     Qwen3VLTextMLP,
-    apply_rotary_pos_emb,
+    Qwen3VLVisionAttention,
+    Qwen3VLVisionBlock,
+    Qwen3VLVisionMLP,
+    Qwen3VLVisionPatchEmbed,
+    Qwen3VLVisionPatchMerger,
 )
 
+from pascalvl.plugins.errors import UserError, shown
+from pascalvl.plugins.kv_format import KVFormat
 from pascalvl.plugins.model_config import TextConfig
-from pascalvl.plugins.ops.flash_attention.torch_op import PACKED_ATTN_IMPLEMENTATION, attention_forward
+from pascalvl.plugins.ops.flash_attention.op import AttentionOptions
+from pascalvl.plugins.ops.flash_attention.torch_op import flash_attention_2
 from pascalvl.plugins.ops.quant_linear.op import GATED_BLOCK, Activation
 from pascalvl.plugins.ops.quant_linear.torch_op import QuantLinear
 from pascalvl.plugins.weight_format import F32, FLOAT_WEIGHTS, WeightConfig, WeightFormat
 
 QKV, GATE_UP = "qkv_proj", "gate_up_proj"
 MERGED = {QKV: ("q_proj", "k_proj", "v_proj"), GATE_UP: ("gate_proj", "up_proj")}
-"""Layers that read the same inputs and are one where they are quantised; gates and values lie as `Activation` says."""
+"""Layers that read the same inputs and are one; gates and values lie as `Activation` says."""
+ACTIVATIONS = {
+    "text_config": {"silu": Activation.SILU_GATED},
+    "vision_config": {"gelu_pytorch_tanh": Activation.GELU_TANH, "gelu": Activation.GELU_ERF},
+}
+"""By a config's part: what the op has of its ``hidden_act``."""
+
+
+def activation(part: str, hidden_act: str) -> Activation:
+    """That of a config's part; raises `UserError` for one that the op does not have."""
+    known = ACTIVATIONS[part]
+    if hidden_act not in known:
+        raise UserError(
+            f"hidden_act {shown(hidden_act)} of the {part} is not supported: expected {' or '.join(known)}."
+        )
+    return known[hidden_act]
+
+
+def _like(linear: nn.Linear, form: WeightFormat, kind: Activation = Activation.NONE) -> QuantLinear:
+    """What takes the place of a linear layer."""
+    device, has_bias = linear.weight.device, linear.bias is not None
+    return QuantLinear(linear.in_features, linear.out_features, form, has_bias, kind, device)
+
+
+class PatchEmbed(nn.Module):
+    """Hugging Face's: a convolution whose stride is its kernel is a matrix product over flattened patches.
+
+    Its weight is in float: pixels are 8 bits already, and would be rounded once more for codes.
+    """
+
+    def __init__(self, patch_embed: Qwen3VLVisionPatchEmbed, form: WeightFormat) -> None:
+        super().__init__()
+        weight = patch_embed.proj.weight
+        size, form = (weight[0].numel(), len(weight)), form if not form.is_quantised else WeightFormat(16, form.group)
+        self.proj = QuantLinear(*size, form, patch_embed.proj.bias is not None, device=weight.device)
+
+    def forward(self, pixel_values: torch.Tensor, position_embeds: torch.Tensor | None = None) -> torch.Tensor:
+        return self.proj(pixel_values, position_embeds)
+
+
+class VisionAttention(nn.Module):
+    """Hugging Face's."""
+
+    def __init__(self, attention: Qwen3VLVisionAttention, form: WeightFormat) -> None:
+        super().__init__()
+        heads, head_dim = attention.num_heads, attention.head_dim
+        self._options = AttentionOptions(False, attention.scaling, heads, heads, head_dim, head_dim)
+        self.qkv, self.proj = _like(attention.qkv, form), _like(attention.proj, form)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        norm: nn.Module,
+        cu_seqlens: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """Returns ``hidden``, ``[patches, hidden_size]``, plus what attention makes of it, normed."""
+        qkv = self.qkv(hidden, norm=norm)
+        (out,) = flash_attention_2(qkv, None, None, *position_embeddings, cu_seqlens, *[None] * 5, *self._options.flat)
+        return self.proj(out, hidden)
+
+
+class VisionMLP(nn.Module):
+    """Hugging Face's."""
+
+    def __init__(self, mlp: Qwen3VLVisionMLP, form: WeightFormat, kind: Activation) -> None:
+        super().__init__()
+        self.linear_fc1, self.linear_fc2 = _like(mlp.linear_fc1, form, kind), _like(mlp.linear_fc2, form)
+
+    def forward(self, hidden: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        """Returns ``hidden`` plus what the MLP makes of it, normed."""
+        return self.linear_fc2(self.linear_fc1(hidden, norm=norm), hidden)
+
+
+class VisionBlock(nn.Module):
+    """Hugging Face's vision block; takes over its norms."""
+
+    def __init__(self, block: Qwen3VLVisionBlock, form: WeightFormat, kind: Activation) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = block.norm1, block.norm2
+        self.attn, self.mlp = VisionAttention(block.attn, form), VisionMLP(block.mlp, form, kind)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        **_: object,
+    ) -> torch.Tensor:
+        """As Hugging Face's model calls it too."""
+        return self.mlp(self.attn(hidden, self.norm1, cu_seqlens, position_embeddings), self.norm2)
+
+
+class PatchMerger(nn.Module):
+    """Hugging Face's; its norm is over each patch of those that are merged, or over all of them."""
+
+    def __init__(self, merger: Qwen3VLVisionPatchMerger, form: WeightFormat) -> None:
+        super().__init__()
+        self.norm = merger.norm
+        self.linear_fc1 = _like(merger.linear_fc1, form, Activation.GELU_ERF)
+        self.linear_fc2 = _like(merger.linear_fc2, form)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.linear_fc2(self.linear_fc1(hidden.view(-1, self.linear_fc1.in_features), norm=self.norm))
 
 
 class VisionEncoder(nn.Module):
-    """Patches to image embeddings and DeepStack features; inputs and outputs as `bindings.vision_inputs` lists them."""
+    """Patches to image embeddings and DeepStack features; inputs and outputs as `bindings.vision_inputs` lists them.
+
+    Replaces the layers of ``model``'s vision encoder, so that its parameters, by their names, are those of this module.
+    """
 
     def __init__(self, model: Qwen3VLForConditionalGeneration, form: WeightFormat = F32) -> None:
         super().__init__()
-        self.visual = model.model.visual
-        self.visual.config._attn_implementation = PACKED_ATTN_IMPLEMENTATION
-        if form.bits == 32:
-            return
-        for block in self.visual.blocks:
-            _quantise(block.attn, ("qkv", "proj"), form)
-            has_kernel = self.visual.config.hidden_act == "gelu_pytorch_tanh"
-            _quantise(block.mlp, ("linear_fc1",), form, Activation.GELU_TANH if has_kernel else Activation.NONE)
-            _quantise(block.mlp, ("linear_fc2",), form)
-            if has_kernel:
-                block.mlp.act_fn = nn.Identity()
-        for merger in (self.visual.merger, *self.visual.deepstack_merger_list):
-            _quantise(merger, ("linear_fc1", "linear_fc2"), form)
+        self.visual = visual = model.model.visual
+        kind = activation("vision_config", visual.config.hidden_act)
+        visual.patch_embed = PatchEmbed(visual.patch_embed, form)
+        for index, block in enumerate(visual.blocks):
+            visual.blocks[index] = VisionBlock(block, form, kind)
+        visual.merger = PatchMerger(visual.merger, form)
+        for level, merger in enumerate(visual.deepstack_merger_list):
+            visual.deepstack_merger_list[level] = PatchMerger(merger, form)
 
     def forward(
         self,
         pixel_values: torch.Tensor,
-        position_indices: torch.Tensor,
-        position_weights: torch.Tensor,
+        position_embeds: torch.Tensor,
         rope_cos: torch.Tensor,
         rope_sin: torch.Tensor,
         cu_seqlens: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         visual = self.visual
-        # A convolution whose stride is its kernel is a matrix product over flattened patches.
-        projection = visual.patch_embed.proj
-        hidden = nn.functional.linear(pixel_values, projection.weight.flatten(1), projection.bias)
-        taps = nn.functional.embedding(position_indices, visual.pos_embed.weight)
-        hidden = hidden + (taps * position_weights[:, :, None]).sum(1)
+        hidden = visual.patch_embed(pixel_values, position_embeds)
         deepstack = {}
         for index, block in enumerate(visual.blocks):
-            hidden = block(hidden, cu_seqlens=cu_seqlens, position_embeddings=(rope_cos, rope_sin), max_seqlen=0)
+            hidden = block(hidden, cu_seqlens, (rope_cos, rope_sin))
             if index in visual.deepstack_visual_indexes:
                 level = visual.deepstack_visual_indexes.index(index)
                 deepstack[level] = visual.deepstack_merger_list[level](hidden)
         return visual.merger(hidden), torch.stack([deepstack[level] for level in sorted(deepstack)])
 
 
+NewRows = tuple[torch.Tensor, ...]
+"""A layer's new keys, values and, of quantised formats, scales, as the cache has them."""
+Past = dict[str, torch.Tensor | str]
+"""A layer's cache: past_key, past_value, past_scale where quantised, past_length, past_visible; kv_format."""
+
+
 class Attention(nn.Module):
-    """A decoder layer's attention, with values of the length that is cached.
-
-    Takes over the submodules of Hugging Face's, with their names. Where values have a length of their own, ``v_proj``
-    and ``o_proj`` are new, and have no values yet; `pascalvl.export.transforms` tells them.
-    """
-
-    is_causal = True
+    """A decoder layer's attention, with values of the length that is cached; takes over Hugging Face's norms."""
 
     def __init__(self, attention: Qwen3VLTextAttention, text: TextConfig, layer: int, form: WeightFormat) -> None:
         super().__init__()
-        self._num_heads, self._num_kv_heads = text.num_attention_heads, text.num_key_value_heads
-        self._head_dim, self._value_dim = text.head_dim, text.value_dims[layer]
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
-        like = {"device": attention.v_proj.weight.device, "dtype": attention.v_proj.weight.dtype}
+        heads, head_dim = (text.num_attention_heads, text.num_key_value_heads), text.head_dim
+        epsilon = attention.q_norm.variance_epsilon
+        self._options = AttentionOptions(True, head_dim**-0.5, *heads, head_dim, text.value_dims[layer], epsilon)
         has_bias, has_output_bias = attention.v_proj.bias is not None, attention.o_proj.bias is not None
-        hidden, of_values = text.hidden_size, self._num_heads * self._value_dim
-        heads = self._num_heads, self._num_kv_heads, self._num_kv_heads
-        dims = self._head_dim, self._head_dim, self._value_dim
-        self._widths = [count * dim for count, dim in zip(heads, dims, strict=True)]
-        """Of queries, keys and values of a token."""
-        if form.bits != 32:
-            self.qkv_proj = QuantLinear(hidden, sum(self._widths), form, has_bias, device=like["device"])
-            self.o_proj = QuantLinear(of_values, hidden, form, has_output_bias, device=like["device"])
-        else:
-            self.qkv_proj = None
-            self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-                attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
-            )  # fmt: skip
-            if self._value_dim != self._head_dim:
-                self.v_proj = nn.Linear(hidden, self._widths[2], has_bias, **like)
-                self.o_proj = nn.Linear(of_values, hidden, has_output_bias, **like)
+        device, width = attention.v_proj.weight.device, sum(self._options.widths)
+        of_values = text.num_attention_heads * text.value_dims[layer]
+        self.qkv_proj = QuantLinear(text.hidden_size, width, form, has_bias, device=device)
+        self.o_proj = QuantLinear(of_values, text.hidden_size, form, has_output_bias, device=device)
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        residual: torch.Tensor,
+        hidden: torch.Tensor,
+        norm: nn.Module,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        new: list[tuple[torch.Tensor, torch.Tensor]] | None,
-        past: dict[str, torch.Tensor | str | None] | None,
+        new: list[NewRows] | None,
+        past: Past | None,
     ) -> torch.Tensor:
-        """Returns ``residual`` plus what the layer's attention makes of ``hidden_states``.
+        """Returns ``hidden`` plus what the layer's attention makes of it, normed.
 
         Args:
-            new: to which this call's keys and values are added, ``[batch, num_kv_heads, seq, dim]``; None: nowhere.
-            past: the external cache, as `attention_forward` takes it; None: there is none.
+            new: to which this call's rows are added; None: nowhere.
+            past: the external cache; None: there is none.
         """
-        batch, seq, _ = hidden_states.shape
-        if self.qkv_proj is None:
-            query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        else:
-            whole, (queries, keys, _) = (
-                self.qkv_proj(hidden_states),
-                self._widths,
-            )  # ONNX's Split has no way to opset 17
-            query, key = whole[..., :queries], whole[..., queries : queries + keys]
-            value = whole[..., queries + keys :]
-        query = self.q_norm(query.view(batch, seq, self._num_heads, self._head_dim)).transpose(1, 2)
-        key = self.k_norm(key.view(batch, seq, self._num_kv_heads, self._head_dim)).transpose(1, 2)
-        value = value.view(batch, seq, self._num_kv_heads, self._value_dim).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        past, options = dict(past or {}), self._options
+        if past:
+            options = dataclasses.replace(options, kv_format=KVFormat(past.pop("kv_format", KVFormat.F32)))
+        names = "past_key", "past_value", "past_scale", "past_length", "past_visible"
+        norms = self.q_norm.weight, self.k_norm.weight
+        qkv = self.qkv_proj(hidden, norm=norm)
+        cache = [past.get(name) for name in names]
+        out, *rows = flash_attention_2(qkv, *norms, *position_embeddings, None, *cache, *options.flat)
         if new is not None:
-            new.append((key, value))
-        output, _ = attention_forward(self, query, key, value, None, self._head_dim**-0.5, **(past or {}))
-        return _added(self.o_proj, output.flatten(2), residual)
+            new.append(tuple(rows))
+        return self.o_proj(out, hidden)
 
 
 class GatedMLP(nn.Module):
-    """A decoder layer's MLP in quantised weights, its hidden width padded to whole blocks of gates."""
+    """A decoder layer's MLP, its hidden width padded to whole blocks of gates."""
 
     def __init__(self, mlp: Qwen3VLTextMLP, form: WeightFormat) -> None:
         super().__init__()
         width = -(-mlp.intermediate_size // GATED_BLOCK) * GATED_BLOCK
-        device = mlp.down_proj.weight.device
-        self.gate_up_proj = QuantLinear(mlp.hidden_size, 2 * width, form, False, Activation.SILU_GATED, device)
+        kind, device = activation("text_config", mlp.config.hidden_act), mlp.down_proj.weight.device
+        self.gate_up_proj = QuantLinear(mlp.hidden_size, 2 * width, form, False, kind, device)
         self.down_proj = QuantLinear(width, mlp.hidden_size, form, device=device)
 
-    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.gate_up_proj(hidden_states), residual)
+    def forward(self, hidden: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        """Returns ``hidden`` plus what the MLP makes of it, normed."""
+        return self.down_proj(self.gate_up_proj(hidden, norm=norm), hidden)
 
 
 class DecoderLayer(nn.Module):
-    """Hugging Face's decoder layer over the external cache; takes over its submodules, with their names."""
+    """Hugging Face's decoder layer over the external cache; takes over its norms, with their names."""
 
     def __init__(self, layer: Qwen3VLTextDecoderLayer, text: TextConfig, index: int, form: WeightFormat) -> None:
         super().__init__()
         self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
         self.self_attn = Attention(layer.self_attn, text, index, form)
-        self.mlp = layer.mlp if form.bits == 32 else GatedMLP(layer.mlp, form)
+        self.mlp = GatedMLP(layer.mlp, form)
 
     def forward(
         self,
         hidden: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        new: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
-        past: dict[str, torch.Tensor | str | None] | None = None,
+        new: list[NewRows] | None = None,
+        past: Past | None = None,
         **_: object,
     ) -> torch.Tensor:
         """As Hugging Face's model calls it too, whose cache stays empty; arguments as those of `Attention`."""
-        hidden = self.self_attn(self.input_layernorm(hidden), hidden, position_embeddings, new, past)
-        return _added(self.mlp, self.post_attention_layernorm(hidden), hidden)
-
-
-def _added(layer: nn.Module, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """``residual + layer(x)``, in one where the layer's weights are quantised."""
-    return layer(x, residual) if isinstance(layer, QuantLinear | GatedMLP) else residual + layer(x)
-
-
-def _quantise(
-    module: nn.Module, names: tuple[str, ...], form: WeightFormat, activation: Activation = Activation.NONE
-) -> None:
-    """Put `QuantLinear` in the place of a module's linear layers."""
-    for name in names:
-        linear = getattr(module, name)
-        size, has_bias = (linear.in_features, linear.out_features), linear.bias is not None
-        setattr(module, name, QuantLinear(*size, form, has_bias, activation, linear.weight.device))
+        hidden = self.self_attn(hidden, self.input_layernorm, position_embeddings, new, past)
+        return self.mlp(hidden, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):
     """New tokens and the cache to logits and new keys and values; arguments as `bindings.decoder_inputs` lists them.
 
-    ``logit_row``, int32 ``[1]``, is the token whose logits are wanted; None, as exported: the last.
-
     Returns what `bindings.decoder_outputs` lists, then the hidden states after each layer. Replaces ``model``'s layers
-    by `DecoderLayer`, so that the model's parameters, by their names, are those of the decoder.
+    and lm_head, so that the model's parameters, by their names, are those of the decoder.
     """
 
     def __init__(
@@ -202,9 +273,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.language_model = model.model.language_model
-        if weights.lm_head.bits != 32:
-            _quantise(model, ("lm_head",), weights.lm_head)
-        self.lm_head = model.lm_head
+        self.lm_head = model.lm_head = _like(model.lm_head, weights.lm_head)
         layers = self.language_model.layers
         for index, form in enumerate(weights.layers(len(layers))):
             layers[index] = DecoderLayer(layers[index], text, index, form)
@@ -217,10 +286,10 @@ class Decoder(nn.Module):
         deepstack_embeds: torch.Tensor,
         past_length: torch.Tensor,
         past_visible: torch.Tensor,
-        caches: list[dict[str, torch.Tensor | str]],
-        logit_row: torch.Tensor | None = None,
+        logit_rows: torch.Tensor,
+        caches: list[Past],
     ) -> tuple[torch.Tensor, ...]:
-        new: list[tuple[torch.Tensor, torch.Tensor]] = []
+        new: list[NewRows] = []
         hidden = inputs_embeds
         after_layers = []
         lengths = {"past_length": past_length, "past_visible": past_visible}
@@ -229,7 +298,6 @@ class Decoder(nn.Module):
             if index < deepstack_embeds.shape[0]:
                 hidden = hidden + deepstack_embeds[index]
             after_layers.append(hidden)
-        # A slice, then a reshape: TensorRT's importers hand a constant index of -1 on to Gather, where it is undefined.
-        last = (hidden[:, -1:] if logit_row is None else hidden.index_select(1, logit_row)).flatten(0, 1)
-        logits = self.lm_head(self.language_model.norm(last))
-        return logits, *(tensor for pair in new for tensor in pair), *after_layers
+        wanted = hidden.flatten(0, 1).index_select(0, logit_rows)
+        logits = self.lm_head(wanted, norm=self.language_model.norm)
+        return logits, *(rows for of_layer in new for rows in of_layer), *after_layers

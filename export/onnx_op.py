@@ -23,11 +23,14 @@ from pascalvl.plugins.ops.quant_linear.onnx_body import LinearBody
 from pascalvl.plugins.ops.quant_linear.op import (
     ATTR_ACTIVATION,
     ATTR_BITS,
+    ATTR_EPSILON,
     ATTR_GROUP,
     ATTR_HAS_BIAS,
     ATTR_HAS_RESIDUAL,
     ATTR_HAS_ZERO,
     ATTR_IN_FEATURES,
+    ATTR_NORM,
+    ATTR_NORM_SIZE,
     ATTR_OUT_FEATURES,
 )
 from pascalvl.plugins.ops.quant_linear.op import OP_NAME as LINEAR
@@ -37,6 +40,7 @@ IR_VERSION = 8
 """The last that TensorRT 8.6's parser reads."""
 
 _DOMAIN = values.Opset(OP_DOMAIN, int(OP_VERSION))
+_LINEAR_DOMAIN = values.Opset(OP_DOMAIN, int(LINEAR_VERSION))
 
 _SCHEMA = OpSchema(
     OP_NAME,
@@ -85,11 +89,14 @@ _LINEAR_SCHEMA = OpSchema(
         ("F", ["tensor(float)"], ""),
     ],
     attributes=[
-        OpSchema.Attribute(name, OpSchema.AttrType.INT, "")
-        for name in (
-            *(ATTR_IN_FEATURES, ATTR_OUT_FEATURES, ATTR_BITS, ATTR_GROUP, ATTR_ACTIVATION),
-            *(ATTR_HAS_ZERO, ATTR_HAS_BIAS, ATTR_HAS_RESIDUAL),
-        )
+        *(
+            OpSchema.Attribute(name, OpSchema.AttrType.INT, "")
+            for name in (
+                *(ATTR_IN_FEATURES, ATTR_OUT_FEATURES, ATTR_BITS, ATTR_GROUP, ATTR_ACTIVATION),
+                *(ATTR_HAS_ZERO, ATTR_HAS_BIAS, ATTR_HAS_RESIDUAL, ATTR_NORM, ATTR_NORM_SIZE),
+            )
+        ),
+        OpSchema.Attribute(ATTR_EPSILON, OpSchema.AttrType.FLOAT, ""),
     ],
 )
 for _schema in (_SCHEMA, _LINEAR_SCHEMA):
@@ -119,14 +126,31 @@ def translate(
     return node(q, k, v, *cache, causal=1, softmax_scale=softmax_scale, kv_format=KVFormat.F32.value)
 
 
-def translate_linear(x, weight, scale, zero, bias, residual, bits: int, group: int, activation: int):
+def translate_linear(
+    x,
+    weight,
+    scale,
+    zero,
+    bias,
+    residual,
+    norm_weight,
+    norm_bias,
+    bits: int,
+    group: int,
+    activation: int,
+    norm: int,
+    epsilon: float,
+):
     """Write a node for torch's `pascalvl::quant_linear`; an entry of the exporter's translation table."""
-    given = [operand for operand in (scale, zero, bias, residual) if operand is not None]
+    optional = scale, zero, bias, residual, norm_weight, norm_bias
+    given = [operand for operand in optional if operand is not None]
     attributes = {ATTR_IN_FEATURES: int(x.shape[-1]), ATTR_OUT_FEATURES: int(weight.shape[0])}
     attributes |= {ATTR_BITS: bits, ATTR_GROUP: group, ATTR_ACTIVATION: activation}
     for name, operand in ((ATTR_HAS_ZERO, zero), (ATTR_HAS_BIAS, bias), (ATTR_HAS_RESIDUAL, residual)):
         attributes[name] = int(operand is not None)
-    return getattr(_DOMAIN, LINEAR)(x, weight, *given, **attributes)
+    norm_size = 0 if norm_weight is None else int(norm_weight.shape[0])
+    attributes |= {ATTR_NORM: norm, ATTR_NORM_SIZE: norm_size, ATTR_EPSILON: float(epsilon)}
+    return getattr(_LINEAR_DOMAIN, LINEAR)(x, weight, *given, **attributes)
 
 
 def add_bodies(model: onnx.ModelProto) -> None:
@@ -145,4 +169,5 @@ def add_bodies(model: onnx.ModelProto) -> None:
     model.opset_import.append(helper.make_opsetid("", OPSET))
     for domain, text in sorted(bodies.items()):
         model.functions.append(onnx.parser.parse_function(text))
-        model.opset_import.append(helper.make_opsetid(domain, int(OP_VERSION)))
+        version = OP_VERSION if domain == OP_DOMAIN else LINEAR_VERSION
+        model.opset_import.append(helper.make_opsetid(domain, int(version)))

@@ -53,8 +53,9 @@ class QuantisedWeights:
             return float_tensor(self._weights, layer, module, part)
         if not module.form.is_quantised:
             weight = float_tensor(self._weights, layer, module, "weight")
-            missing = module.form.padded(module.in_features) - module.in_features
-            return nn.functional.pad(weight, (0, missing)).half().view(torch.int32)
+            if missing := module.form.padded(module.in_features) - module.in_features:
+                weight = nn.functional.pad(weight, (0, missing))
+            return weight if module.form.bits == 32 else weight.half().view(torch.int32)
         if self._latest[0] != layer:
             self._latest = layer, self._packed(layer, module)
         return self._latest[1][part]
@@ -93,6 +94,8 @@ def float_tensor(weights: WeightSource, layer: str, module: QuantLinear, kind: s
     if layer == LM_HEAD and names[0] not in weights:  # tied
         names = [TOKEN_EMBEDDINGS]
     tensors = [weights.tensor(name).float() for name in names]
+    if kind == "weight":
+        tensors = [tensor.flatten(1) for tensor in tensors]  # of a convolution
     return _whole(layer, module, tensors, module.in_features if kind == "weight" else None)
 
 
@@ -131,7 +134,8 @@ def stored_config(checkpoint: Checkpoint, text: TextConfig) -> WeightConfig:
     VisionEncoder(model, form)
     Decoder(model, text, WeightConfig(form, lm_head=form))
     places = [LM_HEAD, _VISION, *(f"{DECODER_LAYERS}{i}" for i in range(text.num_hidden_layers))]
-    names = [part for layer in quant_layers(model) for part in parts(layer)]
+    layers = quant_layers(model).items()
+    names = [part for layer, module in layers if module.form.is_quantised for part in parts(layer)]
 
     def is_stored(place: str) -> bool:
         of_place = [name for name in names if f"{name}.".startswith(f"{place}.")]

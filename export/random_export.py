@@ -20,11 +20,14 @@ from pascalvl.export.transforms import check_rank
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import (
     CHECKPOINT_CONFIG,
+    EMBEDDINGS,
     GENERATION_CONFIG,
     IMAGE_PROCESSOR,
+    POSITIONS,
     Manifest,
     atomic_directory,
     read_json,
+    table_shapes,
 )
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
@@ -86,10 +89,10 @@ def export_random(
                 graphs[name] = describe(graph.proto)
                 progress.update(task, visible=False)
             progress.add_task("drawing and hashing weights", total=None)
-            embeddings = [config.text.vocab_size, config.text.hidden_size]
-            random_weights.write_weights(directory, embeddings)
+            random_weights.write_weights(directory, config)
             for name in graphs:
                 onnx.checker.check_model(str(directory / f"{name}.onnx"))
+            tables = {name: {"dtype": "bfloat16", "shape": shape} for name, shape in table_shapes(config).items()}
             return Manifest(
                 kind="model",
                 source={
@@ -97,7 +100,8 @@ def export_random(
                     "sha256": hashlib.sha256((directory / CHECKPOINT_CONFIG).read_bytes()).hexdigest(),
                 },
                 model=config,
-                embeddings={"dtype": "bfloat16", "shape": embeddings},
+                embeddings=tables[EMBEDDINGS],
+                position_embeddings=tables[POSITIONS],
                 graphs=graphs,
                 kv_cache=dataclasses.replace(_CACHE, value_rank=cache.value_rank),
                 weights=weights,

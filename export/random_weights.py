@@ -24,8 +24,9 @@ import onnx
 from onnx.external_data_helper import ExternalDataInfo
 
 from pascalvl.plugins import bindings
-from pascalvl.plugins.bundle import EMBEDDINGS, Manifest
+from pascalvl.plugins.bundle import Manifest, table_shapes
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.ops.quant_linear.op import ATTR_BITS, ATTR_IN_FEATURES, OP_NAME
 
 STANDARD_DEVIATION = 0.02
@@ -39,12 +40,13 @@ _Draw = Callable[[np.ndarray], np.ndarray]
 """Makes of random bytes ``[rows, n]`` the bytes of a weight's rows, of any type but as many."""
 
 
-def write_weights(directory: Path, embeddings: Sequence[int]) -> None:
-    """Write what a bundle lacks of its graphs' weights, and of embeddings in bfloat16 of that shape."""
+def write_weights(directory: Path, model: ModelConfig) -> None:
+    """Write what a bundle lacks of its graphs' weights, and of the model's tables of embeddings, in bfloat16."""
     for graph in _GRAPHS:
         path = directory / f"{graph}.onnx"
         _write_missing(path.with_name(f"{path.name}.data"), _graph_weights(path))
-    _write_missing(directory / EMBEDDINGS, ((0, block) for block in _drawn(EMBEDDINGS, embeddings, 2, _bfloats)))
+    for name, shape in table_shapes(model).items():
+        _write_missing(directory / name, ((0, block) for block in _drawn(name, shape, 2, _bfloats)))
 
 
 def _write_missing(path: Path, blocks: Iterator[tuple[int, np.ndarray]]) -> None:
@@ -75,7 +77,7 @@ def _graph_weights(path: Path) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _quantised(proto: onnx.ModelProto) -> dict[str, _Draw]:
-    """How codes, halves and scales are drawn, by the names of initializers."""
+    """How linear layers' weights and scales are drawn, by the names of initializers."""
     draws: dict[str, _Draw] = {}
     for node in proto.graph.node:
         if node.op_type == OP_NAME:
@@ -120,10 +122,11 @@ def _bfloats(raw: np.ndarray) -> np.ndarray:
 
 
 def _packed(raw: np.ndarray, bits: int, in_features: int) -> np.ndarray:
-    """Codes of both signs alike, which are the odd ones, or halves; zeros beyond the inputs."""
-    rows = _uniform(raw.view(np.int16)).astype(np.float16).view(np.uint8) if bits == 16 else raw
+    """Codes of both signs alike, which are the odd ones, or floats; zeros beyond the inputs."""
     if bits < 16:
-        rows |= 1 if bits == 8 else 0x11
+        rows = raw | (1 if bits == 8 else 0x11)
+    else:
+        rows = (_floats(raw) if bits == 32 else _uniform(raw.view(np.int16)).astype(np.float16)).view(np.uint8)
     rows[:, in_features * bits // 8 :] = 0
     return rows
 
@@ -143,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         manifest = Manifest.read(bundle, "model")
         if not manifest.source["name"].endswith(SOURCE):
             raise UserError(f"{bundle} is of {manifest.source['name']}: expected one of 'pascalvl export --random'.")
-        write_weights(bundle, manifest.embeddings["shape"])
+        write_weights(bundle, manifest.model)
         manifest.verify(bundle)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """PyTorch module to ONNX graph in the operator set that TensorRT 8.6 reads, without touching a weight.
 
 Modules are traced on the meta device; the graph comes out with its weights as names and shapes only (`Weight` says how
-each is made from a checkpoint tensor), so that a model larger than memory can be exported.
+each is called in the model), so that a model larger than memory can be exported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import onnx.version_converter
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
-from onnxscript import opset18 as op
 from onnxscript import optimizer
 from torch import nn
 
@@ -32,16 +31,11 @@ _INT32 = np.iinfo(np.int32)
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A weight of a graph: checkpoint tensor ``source``, reshaped to ``shape``, then transposed if so told."""
+    """A weight of a graph, the model's tensor ``source``."""
 
     source: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    transposed: bool = False
-
-    @property
-    def graph_shape(self) -> tuple[int, ...]:
-        return self.shape[::-1] if self.transposed else self.shape
 
 
 @dataclasses.dataclass
@@ -74,7 +68,7 @@ def trace(
         arguments: example arguments by name, and their ``dynamic_shapes`` as `torch.export.export` takes them.
         inputs, outputs: bindings in the module's order; they name the graph's.
         marks: names for the module's further outputs, which stay inside the graph (for bisection).
-        sources: checkpoint tensor of each of the module's parameters.
+        sources: the model's name of each of the module's parameters.
     """
     model = _trace(module, arguments, dynamic_shapes)
     graph = model.graph
@@ -104,7 +98,7 @@ def trace(
     proto.ir_version = onnx_op.IR_VERSION
     proto.producer_name, proto.producer_version = "pascalvl", ""
     _use_old_attribute_forms(proto.graph)
-    _fold_weight_views(proto.graph, weights)
+    _declare_weights(proto.graph, weights)
     onnx_op.add_bodies(proto)
     known = {value.name for value in proto.graph.value_info}
     proto.graph.value_info.extend(
@@ -130,7 +124,6 @@ def _trace(module: nn.Module, arguments: Mapping[str, object], dynamic_shapes: M
                 custom_translation_table={
                     torch.ops.pascalvl.flash_attention_2.default: onnx_op.translate,
                     torch.ops.pascalvl.quant_linear.default: onnx_op.translate_linear,
-                    torch.ops.aten.layer_norm.default: _translate_layer_norm,
                 },
                 dynamo=True,
                 opset_version=_EXPORTER_OPSET,
@@ -141,20 +134,6 @@ def _trace(module: nn.Module, arguments: Mapping[str, object], dynamic_shapes: M
             ).model
     finally:
         exporter_log.setLevel(level)
-
-
-def _translate_layer_norm(x, normalized_shape, weight, bias, eps: float = 1e-5, cudnn_enable: bool = True):
-    """Write layer norm over the last axis in primitives; an entry of the exporter's translation table.
-
-    TensorRT 8.6 hands LayerNormalization to Myelin, for which no report on SM61 exists.
-    """
-    if len(normalized_shape) != 1:
-        raise NotImplementedError(f"layer norm over {len(normalized_shape)} axes")
-    last = op.Constant(value_ints=[-1])
-    centred = op.Sub(x, op.ReduceMean(x, last, keepdims=1))
-    variance = op.ReduceMean(op.Mul(centred, centred), last, keepdims=1)
-    deviation = op.Sqrt(op.Add(variance, op.Constant(value_float=eps)))
-    return op.Add(op.Mul(op.Div(centred, deviation), weight), bias)
 
 
 def _make_reshape_targets_constant(graph: ir.Graph) -> None:
@@ -196,21 +175,8 @@ def _use_old_attribute_forms(graph: onnx.GraphProto) -> None:
             node.attribute.remove(attribute)
 
 
-def _fold_weight_views(graph: onnx.GraphProto, weights: dict[str, Weight]) -> None:
-    """Turn transposes and reshapes of weights into weights of that shape, to be laid out when they are written."""
-    shapes = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in graph.value_info}
-    for node in list(graph.node):
-        if node.op_type not in ("Transpose", "Reshape") or node.input[0] not in weights:
-            continue
-        weight = weights[node.input[0]]
-        if weight.transposed:
-            raise NotImplementedError(f"{node.op_type} of the transposed weight {weight.source}")
-        view = node.output[0]
-        if node.op_type == "Reshape":
-            weights[view] = dataclasses.replace(weight, shape=shapes[view])
-        else:
-            weights[view] = dataclasses.replace(weight, transposed=True)
-        graph.node.remove(node)
+def _declare_weights(graph: onnx.GraphProto, weights: dict[str, Weight]) -> None:
+    """Let a graph's inputs end with those weights that it uses, the others of which are forgotten."""
     used = {name for node in graph.node for name in node.input}
     for name in [name for name in weights if name not in used]:
         del weights[name]
@@ -218,10 +184,6 @@ def _fold_weight_views(graph: onnx.GraphProto, weights: dict[str, Weight]) -> No
     del graph.input[:]
     graph.input.extend(others)
     graph.input.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(weight.dtype), weight.graph_shape)
+        onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(weight.dtype), weight.shape)
         for name, weight in weights.items()
     )
-    for values in (graph.value_info, graph.initializer):
-        kept = [value for value in values if value.name not in weights and value.name in used]
-        del values[:]
-        values.extend(kept)

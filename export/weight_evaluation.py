@@ -3,7 +3,7 @@
 Conversations are run in one pass each, every token's true continuation given (teacher forcing), through the very
 modules that are exported, with the inputs of linear layers rounded as the kernels do. Every position of text counts; an
 answer is right where each of its tokens is the likeliest one, which is where greedy decoding would give exactly that
-answer. The token embeddings are as in the checkpoint.
+answer. Token and position embeddings are as in the checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from pascalvl.export.calibration import CalibrationPrompt, make_runnable, model_inputs
-from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint
+from pascalvl.export.checkpoint import HOST_TABLES, Checkpoint
 from pascalvl.export.evaluation import EvaluationPrompt, Figures, compare
 from pascalvl.export.fitting import Fit, fit
 from pascalvl.export.kv_evaluation import load, q4_0, q8_0
@@ -29,7 +29,7 @@ from pascalvl.export.transforms import plan_transforms
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
-from pascalvl.plugins.ops.quant_linear.torch_op import QuantLinear, compute, dense, rounded
+from pascalvl.plugins.ops.quant_linear.torch_op import QuantLinear, compute, dense, norm_operands, rounded
 from pascalvl.plugins.weight_format import WeightConfig
 
 DEFAULT_FORMATS = ("f16", "w8", "w4", "w4,group=64", "w4,group=32")
@@ -118,7 +118,7 @@ def evaluate(
                 progress()
             results.append(_result(name, nbytes, prompts, found, model.config))
 
-        floats = sum(4 * p.numel() for n, p in exact_model.named_parameters() if "embed_tokens" not in n)
+        floats = sum(4 * p.numel() for n, p in exact_model.named_parameters() if n not in HOST_TABLES)
         if exact_model.config.tie_word_embeddings:
             floats += 4 * config.text.vocab_size * config.text.hidden_size
         measure("float32", exact_model, floats)
@@ -160,21 +160,20 @@ def quantised_model(
     source = QuantisedWeights(found.weights(checkpoint), layers, found.codes)
     tensors = {}
     for name, parameter in model.named_parameters():
-        is_tied = name == "lm_head.weight" and name not in source
-        tensors[name] = source.tensor(TOKEN_EMBEDDINGS if is_tied else name).to(parameter.dtype)
+        tensors[name] = source.tensor(name).to(parameter.dtype)
     model.load_state_dict(tensors, assign=True)
     found.discard()
     for layer in layers.values():
         layer.forward = _unpacked(layer)
-    return model, sum(tensor.nbytes for tensor in tensors.values())
+    return model, sum(tensor.nbytes for name, tensor in tensors.items() if name not in HOST_TABLES)
 
 
 def _unpacked(layer: QuantLinear) -> Callable[..., torch.Tensor]:
     """The layer's function, its weight unpacked once for all calls."""
     weight = dense(layer.weight, layer.scale, layer.zero, layer.in_features, layer.form)
 
-    def forward(x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        return compute(x, weight, layer.bias, residual, layer.form, layer.activation)
+    def forward(x: torch.Tensor, residual: torch.Tensor | None = None, norm: nn.Module | None = None) -> torch.Tensor:
+        return compute(x, weight, layer.bias, residual, norm_operands(norm), layer.form, layer.activation)
 
     return forward
 

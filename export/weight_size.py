@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint
+from pascalvl.export.checkpoint import HOST_TABLES, Checkpoint
 from pascalvl.export.modules import Decoder, VisionEncoder
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
@@ -63,7 +63,6 @@ def weight_bytes(checkpoint: Checkpoint, weights: WeightConfig) -> int:
     """Bytes of both graphs' weights in these formats."""
     model, text = checkpoint.meta_model(), checkpoint.model_config().text
     modules = VisionEncoder(model, weights.vision), Decoder(model, text, weights)
-    # Token embeddings stay on the host, but an lm_head in float32 that shares them does not.
-    named = {name: p for module in modules for name, p in module.named_parameters(remove_duplicate=False)}
-    inner = TOKEN_EMBEDDINGS.removeprefix("model.")
-    return sum(parameter.nbytes for name, parameter in named.items() if name != inner)
+    named = {name: p for module in modules for name, p in module.named_parameters()}
+    on_host = [name.removeprefix("model.") for name in HOST_TABLES]
+    return sum(parameter.nbytes for name, parameter in named.items() if name not in on_host)

@@ -28,15 +28,12 @@ PAST_VISIBLE = "past_visible"
 LOGITS = "logits"
 
 PIXEL_VALUES = "pixel_values"
-POSITION_INDICES = "position_indices"
-POSITION_WEIGHTS = "position_weights"
+POSITION_EMBEDS = "position_embeds"
 CU_SEQLENS = "cu_seqlens"
 IMAGE_EMBEDS = "image_embeds"
 
 CAPACITY, CAPACITY_WORDS = "capacity", "capacity_words"
 """Dimensions of a cache: its slots, an even number, and half as many words of a half for each."""
-NUM_POSITION_TAPS = 4
-"""Entries of the learned position grid that a patch mixes (bilinear interpolation)."""
 
 
 def past_key(layer: int) -> str:
@@ -101,8 +98,7 @@ def vision_inputs(config: ModelConfig) -> list[Binding]:
     vision = config.vision
     return [
         _float(PIXEL_VALUES, "patches", vision.patch_dim),
-        _int(POSITION_INDICES, "patches", NUM_POSITION_TAPS),
-        _float(POSITION_WEIGHTS, "patches", NUM_POSITION_TAPS),
+        _float(POSITION_EMBEDS, "patches", vision.hidden_size),
         _float(ROPE_COS, "patches", vision.head_dim),
         _float(ROPE_SIN, "patches", vision.head_dim),
         _int(CU_SEQLENS, "segments_plus_1"),

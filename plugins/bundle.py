@@ -1,10 +1,9 @@
 """Bundles: directories of artefacts with a manifest that says what they are and what bytes they must be.
 
-A *model bundle* (written by export) holds the two ONNX graphs, the checkpoint's config, the embedding table and the
-tokenizer's files. An *engine bundle* (written by a build) holds what one backend runs, and the same tables.
+A *model bundle* (written by export) holds the two ONNX graphs, the checkpoint's config, two tables of embeddings and
+the tokenizer's files. An *engine bundle* (written by a build) holds what one backend runs, and the same tables.
 `manifest.json` carries:
 
-========== ===========================================================================================================
 kind       ``model`` or ``engine``
 version    layout version of the bundle, `BUNDLE_VERSION`
 source     checkpoint name and hash
@@ -17,6 +16,21 @@ backend    engine bundles: backend name, its version, and what else its engines 
 files      per file: size in bytes and SHA-256
 sha256     of all of the above, see `manifest_digest`
 ========== ===========================================================================================================
+=======
+=================== ====================================================================================================
+kind                ``model`` or ``engine``
+version             layout version of the bundle, `BUNDLE_VERSION`
+source              checkpoint name and hash
+model               `ModelConfig`
+embeddings          element type and shape of `EMBEDDINGS`, as in the checkpoint
+position_embeddings the same of `POSITIONS`
+graphs              per graph: opset, IR version, plugin op version, and how many nodes of each operator it has
+kv_cache            `CacheConfig` that the graphs are for (of a model bundle's, a build can change all but the rank)
+weights             `WeightConfig` of the graphs
+backend             engine bundles: backend name, its version, and what else its engines depend on
+files               per file: size in bytes and SHA-256
+sha256              of all of the above, see `manifest_digest`
+=================== ====================================================================================================
 """
 
 from __future__ import annotations
@@ -45,22 +59,19 @@ from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig
 
-BUNDLE_VERSION = 5
+BUNDLE_VERSION = 6
 MANIFEST = "manifest.json"
 EMBEDDINGS = "embeddings.bin"
+POSITIONS = "position_embeddings.bin"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_CONFIG = "generation_config.json"
 IMAGE_PROCESSOR = "preprocessor_config.json"
 VIDEO_PROCESSOR = "video_preprocessor_config.json"
-HOST_FILES = (EMBEDDINGS, TOKENIZER, CHAT_TEMPLATE, GENERATION_CONFIG, IMAGE_PROCESSOR, VIDEO_PROCESSOR)
+HOST_FILES = (EMBEDDINGS, POSITIONS, TOKENIZER, CHAT_TEMPLATE, GENERATION_CONFIG, IMAGE_PROCESSOR, VIDEO_PROCESSOR)
 """Files the runtime reads itself; a build passes them on unchanged."""
 ONNX_FILES = tuple(f"{graph}.onnx{part}" for graph in (bindings.VISION, bindings.DECODER) for part in ("", ".data"))
-"""The graphs of a model bundle, and their weights.
-
-The ``doc_string`` of a weight is the name of its checkpoint tensor, with `TRANSPOSED` behind it where the graph has it
-transposed; either way it may have been reshaped."""
-TRANSPOSED = ".T"
+"""The graphs of a model bundle, and their weights, whose ``doc_string`` is the name that the model has for them."""
 CHECKPOINT_CONFIG = "config.json"
 """Hugging Face's config of a model bundle's checkpoint."""
 MODEL_FILES = (*HOST_FILES, CHECKPOINT_CONFIG, *ONNX_FILES)
@@ -91,6 +102,7 @@ class Manifest:
     source: dict[str, str]
     model: ModelConfig
     embeddings: dict[str, Any]
+    position_embeddings: dict[str, Any]
     graphs: dict[str, dict[str, Any]]
     kv_cache: CacheConfig
     weights: WeightConfig = FLOAT_WEIGHTS
@@ -151,10 +163,15 @@ class Manifest:
         except (UserError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} cannot be used ({str(error).rstrip('.')}): {remedy}.") from error
         manifest.require(HOST_FILES if manifest.kind == "engine" else MODEL_FILES)
-        size = math.prod(manifest.embeddings["shape"]) * _EMBEDDING_BYTES[manifest.embeddings["dtype"]]
-        if manifest.files[EMBEDDINGS]["bytes"] != size:
-            raise UserError(f"{path} cannot be used ({EMBEDDINGS} is of another size): {remedy}.")
+        for name, table in manifest.tables.items():
+            if manifest.files[name]["bytes"] != math.prod(table["shape"]) * _EMBEDDING_BYTES[table["dtype"]]:
+                raise UserError(f"{path} cannot be used ({name} is of another size): {remedy}.")
         return manifest
+
+    @property
+    def tables(self) -> dict[str, dict[str, Any]]:
+        """What is said of the tables that the runtime maps, by the names of their files."""
+        return {EMBEDDINGS: self.embeddings, POSITIONS: self.position_embeddings}
 
     def weight_bytes(self, *graphs: str) -> int:
         """Bytes of what is run of these graphs: their weights, but for some thousandths."""
@@ -172,10 +189,12 @@ class Manifest:
         self.weights.layers(text.num_hidden_layers)
         if not all(_is_short(self.source[key]) for key in ("name", "sha256")):
             raise TypeError("source is not a name and a hash")
-        if set(self.embeddings) != {"dtype", "shape"} or self.embeddings["dtype"] not in tuple(_EMBEDDING_BYTES):
-            raise TypeError(f"embeddings are {shown(self.embeddings)}")
-        if self.embeddings["shape"] != [text.vocab_size, text.hidden_size]:
-            raise ValueError(f"embeddings of shape {shown(self.embeddings['shape'])}")
+        for name, shape in table_shapes(self.model).items():
+            table, what = self.tables[name], Path(name).stem
+            if set(table) != {"dtype", "shape"} or table["dtype"] not in tuple(_EMBEDDING_BYTES):
+                raise TypeError(f"{what} are {shown(table)}")
+            if table["shape"] != shape:
+                raise ValueError(f"{what} of shape {shown(table['shape'])}")
         for name, graph in self.graphs.items():
             counts = graph["opset"], graph["ir_version"], *graph["ops"].values()
             if not all(_is_count(count) for count in counts) or not isinstance(graph["plugin"], str):
@@ -221,6 +240,17 @@ class Manifest:
         manifest = dataclasses.replace(self, files=files)
         (directory / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
         return manifest
+
+
+def table_shapes(model: ModelConfig) -> dict[str, list[int]]:
+    """Shapes of the tables that the runtime maps, by the names of their files: a row for each token, and one for each
+    entry of the vision encoder's position grid.
+    """
+    text, vision = model.text, model.vision
+    return {
+        EMBEDDINGS: [text.vocab_size, text.hidden_size],
+        POSITIONS: [vision.num_position_embeddings, vision.hidden_size],
+    }
 
 
 def manifest_digest(data: dict[str, Any]) -> str:

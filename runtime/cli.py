@@ -886,8 +886,9 @@ def _inspect(args: argparse.Namespace) -> int:
         f"DeepStack after layers {', '.join(map(str, vision.deepstack_visual_indexes))}",
     )
     facts.add_row("weights", f"{manifest.weights}, {weights / 1e9:.3f} GB")
-    embeddings = manifest.embeddings
-    facts.add_row("embeddings", f"{embeddings['dtype']} {embeddings['shape']}, mapped from their file")
+    for file, table in manifest.tables.items():
+        name = Path(file).stem.replace("_", " ")
+        facts.add_row(name, f"{table['dtype']} {table['shape']}, mapped from their file")
     for name, graph in manifest.graphs.items():
         ops = ", ".join(f"{count} {op}" for op, count in graph["ops"].items())
         facts.add_row(f"{name} graph", f"opset {graph['opset']}, IR {graph['ir_version']}, {graph['plugin']}; {ops}")

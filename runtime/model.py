@@ -15,15 +15,16 @@ import numpy as np
 
 from pascalvl.engines import Engine, open_engine
 from pascalvl.plugins import bindings
-from pascalvl.plugins.bundle import EMBEDDINGS, GENERATION_CONFIG, Manifest
+from pascalvl.plugins.bundle import EMBEDDINGS, GENERATION_CONFIG, POSITIONS, Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import TextConfig
+from pascalvl.runtime.embeddings import EmbeddingTable
 from pascalvl.runtime.generation import FinishReason, Generation, GenerationConfig, StopMatcher
 from pascalvl.runtime.image import Patches
 from pascalvl.runtime.kv_cache import KVCache, Prefix
 from pascalvl.runtime.messages import Message
-from pascalvl.runtime.positions import position_grid_taps, rope_tables, vision_cu_seqlens, vision_rope_tables
+from pascalvl.runtime.positions import VisionPositions, rope_tables, vision_cu_seqlens, vision_rope_tables
 from pascalvl.runtime.prompt import Prompt, PromptBuilder, Visual
 from pascalvl.runtime.sampling import Sampler, SamplingParams, check_finite
 
@@ -71,6 +72,8 @@ class VisionLanguageModel:
         max_pixels = engine.max_pixels if max_pixels is None else max_pixels
         self._prompts = PromptBuilder(engine.directory, self.config, max_pixels, control_tokens_in_text)
         self._embeddings = EmbeddingTable(engine.directory / EMBEDDINGS, **self.manifest.embeddings)
+        positions = EmbeddingTable(engine.directory / POSITIONS, **self.manifest.position_embeddings)
+        self._vision_positions = VisionPositions(positions, self.config.vision)
         pinned = PINNED_SLOTS if self.cache_config.pin_images else 0
         self._session = engine.open_session(self.cache_config.slots(self.context_length, pinned))
         log.info("KV cache %s: %d slots, %d bytes", self.cache_config, self._session.capacity, self._session.nbytes)
@@ -339,12 +342,9 @@ class VisionLanguageModel:
     def _encode(self, patches: Patches) -> Features:
         """Run the vision encoder, for a video one temporal patch at a time: they do not see each other."""
         t, h, w = patches.grid
-        vision = self.config.vision
-        indices, weights = position_grid_taps((1, h, w), vision)
-        cos, sin = vision_rope_tables((1, h, w), vision)
+        cos, sin = vision_rope_tables((1, h, w), self.config.vision)
         feeds = {
-            bindings.POSITION_INDICES: indices,
-            bindings.POSITION_WEIGHTS: weights,
+            bindings.POSITION_EMBEDS: self._vision_positions((1, h, w)),
             bindings.ROPE_COS: cos,
             bindings.ROPE_SIN: sin,
             bindings.CU_SEQLENS: vision_cu_seqlens((1, h, w)),
@@ -425,20 +425,6 @@ def _context_length(given: int | None, text: TextConfig, cache: CacheConfig) -> 
     elif not 2 <= given <= longest:
         raise UserError(f"a context of {given} tokens is out of range: expected 2 to {longest} for this model.")
     return given
-
-
-class EmbeddingTable:
-    """The token embeddings, mapped from their file: indexing with ids ``[n]`` gives float32 ``[n, hidden_size]``."""
-
-    def __init__(self, path: Path, dtype: str, shape: Sequence[int]) -> None:
-        self._is_bfloat16 = dtype == "bfloat16"
-        self._rows = np.asarray(np.memmap(path, np.uint16 if self._is_bfloat16 else dtype, "r", shape=tuple(shape)))
-
-    def __getitem__(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        rows = self._rows[token_ids]
-        if self._is_bfloat16:  # the upper half of a float32
-            return (rows.astype(np.uint32) << 16).view(np.float32)
-        return rows.astype(np.float32)
 
 
 def token_identities(prompt: Prompt) -> np.ndarray:

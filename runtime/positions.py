@@ -1,4 +1,4 @@
-"""Where tokens and patches are: M-RoPE positions, rotary tables and the vision encoder's position grid.
+"""Where tokens and patches are: M-RoPE positions, rotary tables and the vision encoder's learned positions.
 
 All on the host in NumPy, equal to Hugging Face's Qwen3-VL: angles are float32 products, as there.
 """
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pascalvl.plugins.model_config import TextConfig, VisionConfig
+from pascalvl.runtime.embeddings import EmbeddingTable
 
 Grid = tuple[int, int, int]
 """Size of a visual in patches: temporal patches, rows, columns."""
@@ -63,22 +64,65 @@ def vision_rope_tables(grid: Grid, config: VisionConfig) -> tuple[np.ndarray, np
     return np.cos(angles), np.sin(angles)
 
 
-def position_grid_taps(grid: Grid, config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Entries of the learned position grid that each patch mixes, and their weights: ``[patches, 4]`` each.
+class VisionPositions:
+    """The vision encoder's learned positions, interpolated to pictures of any size (bilinear, corners aligned).
 
-    Bilinear interpolation with aligned corners; int32 indices into the flattened grid, float32 weights.
+    Those of the latest sizes are kept: a conversation's pictures, and a video's, are often of one.
+
+    Args:
+        table: the learned grid, ``[num_position_embeddings, hidden_size]``, row by row of the grid.
+        config: its sizes.
+        kept_bytes: what results that are kept take at most.
     """
-    side = config.num_grid_per_side
-    place = _patch_rows_and_columns(grid, config.spatial_merge_size)
-    taps, weights = [], []
-    for index, size in zip(place, grid[1:], strict=True):
-        source = index.astype(np.float32) * np.float32(side - 1) / np.float32(max(size - 1, 1))
-        neighbours = np.floor(source)[:, None] + np.array([0, 1], np.float32)
-        taps.append(np.minimum(neighbours.astype(np.int32), side - 1))
-        weights.append(np.maximum(1 - np.abs(source[:, None] - neighbours), 0))
-    indices = taps[0][:, :, None] * side + taps[1][:, None, :]
-    mixed = weights[0][:, :, None] * weights[1][:, None, :]
-    return indices.reshape(-1, 4), mixed.reshape(-1, 4)
+
+    def __init__(self, table: EmbeddingTable, config: VisionConfig, kept_bytes: int = 64 << 20) -> None:
+        self._table = table
+        self._config = config
+        self._kept_bytes = kept_bytes
+        self._kept: dict[tuple[int, int], np.ndarray] = {}
+        """By rows and columns, the latest used last."""
+
+    def __call__(self, grid: Grid) -> np.ndarray:
+        """Of a visual's patches, in their order: float32 ``[t * h * w, hidden_size]``, which nobody may write to."""
+        t, h, w = grid
+        embeds = self._kept.pop((h, w), None)
+        if embeds is None:
+            embeds = self._interpolated(h, w)
+        self._kept[h, w] = embeds
+        while sum(kept.nbytes for kept in self._kept.values()) > self._kept_bytes:
+            del self._kept[next(iter(self._kept))]
+        return embeds if t == 1 else np.tile(embeds, (t, 1))
+
+    def _interpolated(self, h: int, w: int) -> np.ndarray:
+        side, m, hidden = self._config.num_grid_per_side, self._config.spatial_merge_size, self._config.hidden_size
+        (top, bottom), (of_top, of_bottom) = _neighbours(h, side)
+        (left, right), (of_left, of_right) = _neighbours(w, side)
+        embeds = np.empty((h // m, w // m, m, m, hidden), np.float32)
+        rows = embeds.transpose(0, 2, 1, 3, 4)
+        for i in range(h):  # a row of patches at a time: what is between is small
+            line = of_top[i] * self._line(top[i])
+            line += of_bottom[i] * self._line(bottom[i])
+            row = of_left[:, None] * line[left]
+            row += of_right[:, None] * line[right]
+            rows[i // m, i % m] = row.reshape(w // m, m, hidden)
+        return embeds.reshape(h * w, hidden)
+
+    def _line(self, row: int) -> np.ndarray:
+        """A row of the learned grid, ``[side, hidden_size]``."""
+        side = self._config.num_grid_per_side
+        return self._table[row * side : (row + 1) * side]
+
+
+def _neighbours(size: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each of ``size`` rows (or columns) the two of the learned grid that it is between, and their weights.
+
+    Returns:
+        Numbers below ``side``, and float32, ``[2, size]`` each.
+    """
+    source = np.arange(size, dtype=np.float32) * np.float32(side - 1) / np.float32(max(size - 1, 1))
+    neighbours = np.floor(source) + np.array([[0], [1]], np.float32)
+    weights = np.maximum(1 - np.abs(source - neighbours), 0)
+    return np.minimum(neighbours.astype(np.intp), side - 1), weights
 
 
 def vision_cu_seqlens(grid: Grid) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pascalvl.plugins.bundle import EMBEDDINGS, GENERATION_CONFIG, MANIFEST, Manifest
+from pascalvl.plugins.bundle import EMBEDDINGS, GENERATION_CONFIG, MANIFEST, POSITIONS, Manifest
 from pascalvl.runtime import cli
 from pascalvl.runtime.cli import main
 from tests.manifests import edit_manifest
@@ -233,6 +233,8 @@ def _flip_a_byte(bundle):
     [
         (_flip_a_byte, r"decoder.onnx.data was altered: expected SHA-256 [0-9a-f]+…, found"),
         (lambda b: (b / EMBEDDINGS).write_bytes(b"short"), "embeddings.bin was altered: expected .* found 5"),
+        (lambda b: os.truncate(b / POSITIONS, 256), "position_embeddings.bin was altered: expected .* found 256"),
+        (lambda b: (b / POSITIONS).unlink(), "lacks the file position_embeddings.bin"),
         (lambda b: (b / "tokenizer.json").unlink(), "lacks the file tokenizer.json"),
         (lambda b: (b / MANIFEST).unlink(), "it has no manifest.json"),
         (lambda b: (b / MANIFEST).write_text("{"), "manifest.json cannot be read"),

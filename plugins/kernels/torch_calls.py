@@ -14,7 +14,7 @@ from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import AppendArgs, AppendLayer, AttentionArgs, KernelLibrary, LinearArgs, Rows
 from pascalvl.plugins.kv_format import LayerLayout
 from pascalvl.plugins.ops.flash_attention.op import AttentionOptions
-from pascalvl.plugins.ops.quant_linear.op import Activation
+from pascalvl.plugins.ops.quant_linear.op import Activation, Norm
 from pascalvl.plugins.weight_format import WeightFormat
 
 _TARGETS = {"cuda": Target.CUDA, "cpu": Target.EMULATOR}
@@ -163,9 +163,13 @@ def linear(
     zero: torch.Tensor | None,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
     bits: int,
     group: int,
     activation: int,
+    norm: int,
+    epsilon: float,
 ) -> torch.Tensor:
     """Launch a linear layer on torch's current stream; arguments as the op's torch face has them.
 
@@ -174,6 +178,7 @@ def linear(
         UserError: the kernels do not support the arguments; or CUDA fails.
     """
     form, device = WeightFormat(bits, group), x.device
+    dtype = getattr(torch, form.dtype.name)
     in_features, outputs = x.shape[-1], weight.shape[0]
     is_gated = activation == Activation.SILU_GATED
     out = torch.empty(*x.shape[:-1], outputs // (1 + is_gated), device=device)
@@ -181,7 +186,7 @@ def linear(
         return out
     tensors = {
         "x": _checked("x", x, [torch.float32], x.shape, device),
-        "weight": _checked("the weight", weight, [torch.int32], form.weight_shape(outputs, in_features), device),
+        "weight": _checked("the weight", weight, [dtype], form.weight_shape(outputs, in_features), device),
         "out": out,
     }
     if form.is_quantised:
@@ -193,6 +198,12 @@ def linear(
         tensors["bias"] = _checked("the bias", bias, [torch.float32], (outputs,), device)
     if residual is not None:
         tensors["residual"] = _checked("the residual", residual, [torch.float32], out.shape, device)
+    norm_size = 0
+    if norm != Norm.NONE:
+        tensors["norm_weight"] = _checked("the norm's weight", norm_weight, [torch.float32], (None,), device)
+        norm_size = len(norm_weight)
+    if norm == Norm.LAYER:
+        tensors["norm_bias"] = _checked("the norm's bias", norm_bias, [torch.float32], (norm_size,), device)
     args = LinearArgs(
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         rows=x.numel() // in_features,
@@ -201,6 +212,9 @@ def linear(
         bits=bits,
         group=group,
         activation=activation,
+        norm=norm,
+        norm_size=norm_size,
+        epsilon=epsilon,
     )
     with _current(device) as stream:
         workspace = torch.empty(kernels.linear_workspace(args), dtype=torch.uint8, device=device)

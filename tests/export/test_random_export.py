@@ -13,7 +13,7 @@ from pascalvl.engines import build, open_engine
 from pascalvl.export import published_sizes, random_weights
 from pascalvl.export.random_export import export_random
 from pascalvl.plugins import bindings
-from pascalvl.plugins.bundle import CHECKPOINT_CONFIG, EMBEDDINGS, GENERATION_CONFIG, Manifest
+from pascalvl.plugins.bundle import CHECKPOINT_CONFIG, EMBEDDINGS, GENERATION_CONFIG, POSITIONS, Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.ops.quant_linear.op import OP_NAME
@@ -64,6 +64,7 @@ def test_manifest(bundle):
     assert json.loads((bundle / CHECKPOINT_CONFIG).read_text())["text_config"]["num_hidden_layers"] == LAYERS
     assert manifest.model.text.value_dims == (96,) * LAYERS
     assert manifest.embeddings == {"dtype": "bfloat16", "shape": [2048, 256]}
+    assert manifest.position_embeddings == {"dtype": "bfloat16", "shape": [16, 256]}
     assert manifest.graphs[bindings.DECODER]["ops"][OP_NAME] == 4 * (LAYERS - 1) + 1
 
 
@@ -131,9 +132,9 @@ def test_backends_agree(bundle, tmp_path):
 
 
 def test_a_bundle_carried_without_its_weights_gets_them_again(bundle, tmp_path):
-    shutil.copytree(bundle, tmp_path / "carried", ignore=shutil.ignore_patterns("*.data", EMBEDDINGS))
+    shutil.copytree(bundle, tmp_path / "carried", ignore=shutil.ignore_patterns("*.data", EMBEDDINGS, POSITIONS))
     assert random_weights.main([str(tmp_path / "carried")]) == 0
-    for name in (*ONNX_DATA, EMBEDDINGS):
+    for name in (*ONNX_DATA, EMBEDDINGS, POSITIONS):
         assert (tmp_path / "carried" / name).read_bytes() == (bundle / name).read_bytes()
 
 

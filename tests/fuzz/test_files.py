@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from pascalvl.export.checkpoint import Checkpoint
-from pascalvl.plugins.bundle import GENERATION_CONFIG, HOST_FILES, MANIFEST, TOKENIZER, Manifest
+from pascalvl.plugins.bundle import EMBEDDINGS, GENERATION_CONFIG, HOST_FILES, MANIFEST, POSITIONS, TOKENIZER, Manifest
 from pascalvl.runtime import VisionLanguageModel
 from pascalvl.runtime.generation import GenerationConfig
 from pascalvl.runtime.prompt import PromptBuilder
@@ -104,7 +104,7 @@ def use_host_files(directory, config):
 def test_files_that_the_runtime_reads(fuzz, bundle):
     """With hashes that are right: as another's export may have written them."""
     config = Manifest.read(bundle, "engine").model
-    names = sorted(set(HOST_FILES) - {"embeddings.bin", "chat_template.jinja"})
+    names = sorted(set(HOST_FILES) - {EMBEDDINGS, POSITIONS, "chat_template.jinja"})
     contents = {name: (bundle / name).read_bytes() for name in names}
 
     def case(draw):

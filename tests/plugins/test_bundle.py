@@ -32,6 +32,7 @@ MANIFEST = Manifest(
     {"name": "x", "sha256": "0"},
     MODEL,
     {"dtype": "float16", "shape": [512, 64]},
+    {"dtype": "bfloat16", "shape": [16, 64]},
     {"decoder": {"opset": 17, "ir_version": 8, "plugin": "FlashAttention2 1", "ops": {"MatMul": 3}}},
     CacheConfig(KVFormat.F16),
 )
@@ -46,6 +47,7 @@ def written(tmp_path):
     (tmp_path / "decoder.onnx").write_bytes(b"graph")
     (tmp_path / "decoder.onnx.data").write_bytes(bytes(1000))
     (tmp_path / bundle.EMBEDDINGS).write_bytes(bytes(2 * 512 * 64))
+    (tmp_path / bundle.POSITIONS).write_bytes(bytes(2 * 16 * 64))
     MANIFEST.write(tmp_path)
     return tmp_path
 
@@ -56,7 +58,7 @@ def test_manifest_round_trips(written):
     assert set(manifest.files) == set(bundle.MODEL_FILES)
     hashed = []
     manifest.verify(written, hashed.append)
-    assert sum(hashed) == 2 * 512 * 64 + 1005 + 8 * 4
+    assert sum(hashed) == 2 * 512 * 64 + 2 * 16 * 64 + 1005 + 8 * 4
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,7 @@ def test_altered_files_are_found(written, alter, phrase):
     [
         ({"kind": "engine"}, "is a bundle of kind 'engine'"),
         ({"version": 99}, "has bundle version 99"),
+        ({"version": 5}, "has bundle version 5, this PascalVL reads version 6: write the bundle again"),
         ({"kv_cache": "k3v3"}, "unknown KV cache format 'k3v3'"),
         ({"model": {"text": {}}}, "lacks 'vocab_size'"),
         ({"colour": 1}, "cannot be used"),
@@ -91,6 +94,9 @@ def test_altered_files_are_found(written, alter, phrase):
         ({"embeddings": {"dtype": "float16", "shape": [512, 64], "offset": 1}}, "embeddings are .*'offset'"),
         ({"embeddings": {"dtype": "float16", "shape": [511, 64]}}, "embeddings of shape"),
         ({"embeddings": {"dtype": "float32", "shape": [512, 64]}}, "embeddings.bin is of another size"),
+        ({"position_embeddings": {"dtype": "int8", "shape": [16, 64]}}, "position_embeddings are .*'int8'"),
+        ({"position_embeddings": {"dtype": "float16", "shape": [64, 16]}}, "position_embeddings of shape"),
+        ({"position_embeddings": {"dtype": "float32", "shape": [16, 64]}}, "position_embeddings.bin is of another"),
         ({"model": {**MODEL.to_json(), "image_token_id": "1"}}, "image_token_id is '1'"),
         ({"files": {"decoder.onnx": {"bytes": "5"}}}, "cannot be used"),
     ],

@@ -11,12 +11,13 @@ from PIL import Image
 from pascalvl.engines import Engine, open_engine
 from pascalvl.engines.validation import PREFILL_LOGITS, VISION_EMBEDS, decode_logits, vision_deepstack
 from pascalvl.plugins import bindings
-from pascalvl.plugins.bundle import GENERATION_CONFIG, Manifest
+from pascalvl.plugins.bundle import GENERATION_CONFIG, POSITIONS, Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.runtime import FinishReason, SamplingParams, VisionLanguageModel
-from pascalvl.runtime.model import PINNED_SLOTS, EmbeddingTable, token_identities
-from pascalvl.runtime.positions import position_grid_taps, vision_cu_seqlens, vision_rope_tables
+from pascalvl.runtime.embeddings import EmbeddingTable
+from pascalvl.runtime.model import PINNED_SLOTS, token_identities
+from pascalvl.runtime.positions import VisionPositions, vision_cu_seqlens, vision_rope_tables
 from pascalvl.runtime.tokenizer import Tokenizer
 from pascalvl.runtime.video import Video
 from tests.engines.torch_reference import scene
@@ -452,14 +453,13 @@ def test_frames_of_a_video_are_encoded_alone(nano_engine_bundle):
     patches = model.prompt(CONVERSATIONS["video"]).visuals[0].patches
     assert patches.grid[0] > 1
     embeds, deepstack = model._encode(patches)
-    indices, weights = position_grid_taps(patches.grid, model.config.vision)
+    table = EmbeddingTable(nano_engine_bundle / POSITIONS, **model.manifest.position_embeddings)
     cos, sin = vision_rope_tables(patches.grid, model.config.vision)
     packed = open_engine(nano_engine_bundle).run(
         bindings.VISION,
         {
             bindings.PIXEL_VALUES: patches.pixel_values,
-            bindings.POSITION_INDICES: indices,
-            bindings.POSITION_WEIGHTS: weights,
+            bindings.POSITION_EMBEDS: VisionPositions(table, model.config.vision)(patches.grid),
             bindings.ROPE_COS: cos,
             bindings.ROPE_SIN: sin,
             bindings.CU_SEQLENS: vision_cu_seqlens(patches.grid),
@@ -479,19 +479,3 @@ def test_identities(nano_engine_bundle):
     np.testing.assert_array_equal(identities[is_text], prompt.token_ids[is_text])
     assert (identities[of_visual] < 0).all()
     assert len(set(identities[of_visual].tolist())) == len(of_visual)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_embedding_table(tmp_path, dtype):
-    rows = np.random.default_rng(0).standard_normal((10, 6)).astype(np.float32)
-    path = tmp_path / "embeddings.bin"
-    if dtype == "bfloat16":
-        bits = (rows.view(np.uint32) >> 16).astype(np.uint16)
-        rows = (bits.astype(np.uint32) << 16).view(np.float32)
-        bits.tofile(path)
-    else:
-        rows = rows.astype(dtype)
-        rows.tofile(path)
-    found = EmbeddingTable(path, dtype, [10, 6])[np.array([7, 0, 7])]
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, rows[[7, 0, 7]])

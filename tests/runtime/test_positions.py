@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers.vision_utils import (
 
 from pascalvl.export.checkpoint import Checkpoint
 from pascalvl.runtime import positions
+from pascalvl.runtime.embeddings import EmbeddingTable
 
 GRIDS = [(1, 2, 2), (1, 8, 4), (1, 6, 14), (3, 4, 6), (1, 32, 2)]
 # Both sides compute float32 angles alike; the cos and sin of NumPy and torch differ in the last place.
@@ -121,16 +123,76 @@ def test_vision_tables(nano_reference, config, grid):
         np.testing.assert_allclose(found, table.numpy(), atol=LAST_PLACE, rtol=0)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-def test_position_grid_taps(nano_reference, config, grid):
-    vision = config.vision
-    indices, weights = positions.position_grid_taps(grid, vision)
-    expected_indices, expected_weights = get_vision_interpolation_indices_and_weights(
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory, nano_reference):
+    """Nano's learned positions in a type: the table as the runtime maps it, and as torch has it."""
+
+    def make(dtype):
+        tensor = nano_reference.model.visual.pos_embed.weight.detach().to(dtype)
+        path = tmp_path_factory.mktemp("positions") / "positions.bin"
+        path.write_bytes(tensor.view(torch.uint8).numpy())
+        return EmbeddingTable(path, str(dtype).removeprefix("torch."), tensor.shape), tensor
+
+    return make
+
+
+def reference_embeds(tensor, vision, grid):
+    """What Hugging Face's vision model adds to the patches: the forward method's own two lines."""
+    indices, weights = get_vision_interpolation_indices_and_weights(
         torch.tensor([grid]), vision.num_grid_per_side, "bilinear", True, vision.spatial_merge_size
     )
-    assert (indices.dtype, weights.dtype) == (np.int32, np.float32)
-    np.testing.assert_array_equal(indices, expected_indices.numpy())
-    np.testing.assert_array_equal(weights, expected_weights.numpy())
+    return (tensor.float()[indices] * weights[:, :, None]).sum(1).numpy()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("grid", [*GRIDS, (1, 22, 34), (2, 6, 10), (1, 48, 2), (4, 2, 2)])
+def test_vision_positions(learned, config, grid, dtype):
+    table, tensor = learned(dtype)
+    expected = reference_embeds(tensor, config.vision, grid)
+    found = positions.VisionPositions(table, config.vision)(grid)
+    assert found.dtype == np.float32
+    # Rows are mixed before columns, where the reference multiplies their weights: four roundings in the last place.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=4 * LAST_PLACE * np.abs(expected).max())
+
+
+def test_the_learned_grid_itself(learned, config):
+    """A picture of as many patches has the very entries of the table, block by block."""
+    table, tensor = learned(torch.bfloat16)
+    side, merge = config.vision.num_grid_per_side, config.vision.spatial_merge_size
+    blocks = tensor.float().unflatten(0, (side // merge, merge, side // merge, merge)).transpose(1, 2)
+    found = positions.VisionPositions(table, config.vision)((1, side, side))
+    np.testing.assert_array_equal(found, blocks.flatten(0, 3).numpy())
+
+
+def test_latest_vision_positions_are_kept(learned, config):
+    """As many as have room, the longest unused first to go; a video's are its frames'."""
+    table, _ = learned(torch.float32)
+    of_patches = 4 * config.vision.hidden_size
+    embeds = positions.VisionPositions(table, config.vision, kept_bytes=(24 + 32) * of_patches)
+    first, second = embeds((1, 4, 6)), embeds((1, 8, 4))
+    assert embeds((1, 4, 6)) is first
+    np.testing.assert_array_equal(embeds((2, 4, 6)), np.concatenate([first, first]))
+    third = embeds((1, 2, 2))  # no room for the second
+    assert embeds((1, 4, 6)) is first
+    assert embeds((1, 2, 2)) is third
+    again = embeds((1, 8, 4))
+    assert again is not second
+    np.testing.assert_array_equal(again, second)
+    large = embeds((1, 32, 32))
+    assert embeds((1, 32, 32)) is not large
+
+
+def test_interpolation_needs_little_more_than_its_result(learned, config):
+    """A reference that gathers takes four times as much, and their products besides."""
+    table, _ = learned(torch.bfloat16)
+    embeds = positions.VisionPositions(table, config.vision)
+    tracemalloc.start()
+    try:
+        found = embeds((1, 128, 128))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.2 * found.nbytes
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -66,6 +66,16 @@ class AttentionOptions:
     kv_format: KVFormat = KVFormat.F32
 
     @property
+    def flat(self) -> tuple[bool, float, int, int, int, int, float, str]:
+        """As the torch op takes them."""
+        return (*dataclasses.astuple(self)[:-1], self.kv_format.value)
+
+    @classmethod
+    def of(cls, *flat: bool | float | str) -> AttentionOptions:
+        """From what the torch op takes."""
+        return cls(*flat[:-1], KVFormat(flat[-1]))
+
+    @property
     def layout(self) -> LayerLayout:
         """Of the cache."""
         return LayerLayout(self.kv_format, self.num_kv_heads, self.head_dim, self.value_dim)

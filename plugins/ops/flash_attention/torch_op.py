@@ -42,14 +42,14 @@ def flash_attention_2(
 
     Args:
         qkv to past_visible: the op's inputs, those that there are; past_key None: no past.
-        causal to kv_format: its attributes, see `AttentionOptions`.
+        causal to kv_format: `AttentionOptions.flat`.
 
     Raises:
         ValueError: the kernels do not support the arguments, for example the head size; says which they do. Or a past,
             or a format that is not f32, without them.
     """
     sizes = num_heads, num_kv_heads, head_dim, value_dim
-    options = AttentionOptions(causal, softmax_scale, *sizes, epsilon, KVFormat(kv_format))
+    options = AttentionOptions.of(causal, softmax_scale, *sizes, epsilon, kv_format)
     if not torch_calls.serves(qkv.device):
         if past_key is not None or options.kv_format is not KVFormat.F32:
             raise ValueError(f"a cache in {kv_format} is for the kernels, on CUDA; found tensors on {qkv.device}")
@@ -72,7 +72,7 @@ def _(
     outputs = [qkv.new_empty(*qkv.shape[:-1], num_heads * value_dim)]
     if causal:
         sizes = num_heads, num_kv_heads, head_dim, value_dim
-        layout = AttentionOptions(causal, softmax_scale, *sizes, epsilon, KVFormat(kv_format)).layout
+        layout = AttentionOptions.of(causal, softmax_scale, *sizes, epsilon, kv_format).layout
         outputs += [rows for rows in torch_calls.new_rows(layout, *qkv.shape[:2], qkv.device) if rows is not None]
     return outputs
 

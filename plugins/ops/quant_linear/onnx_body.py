@@ -14,15 +14,19 @@ from pascalvl.plugins.ops.onnx_text import FLOAT, OPSET, UINT32, half_table, hal
 from pascalvl.plugins.ops.quant_linear.op import (
     ATTR_ACTIVATION,
     ATTR_BITS,
+    ATTR_EPSILON,
     ATTR_GROUP,
     ATTR_HAS_BIAS,
     ATTR_HAS_RESIDUAL,
     ATTR_HAS_ZERO,
     ATTR_IN_FEATURES,
+    ATTR_NORM,
+    ATTR_NORM_SIZE,
     ATTR_OUT_FEATURES,
     GATED_BLOCK,
     OP_NAME,
     Activation,
+    Norm,
 )
 
 
@@ -35,43 +39,46 @@ class LinearBody:
     has_bias: bool = False
     has_residual: bool = False
     activation: Activation = Activation.NONE
+    norm: Norm = Norm.NONE
 
     @classmethod
     def of(cls, attributes: Mapping[str, int]) -> LinearBody:
         """That of a node with these attributes."""
         flags = (bool(attributes[name]) for name in (ATTR_HAS_ZERO, ATTR_HAS_BIAS, ATTR_HAS_RESIDUAL))
-        return cls(attributes[ATTR_BITS], *flags, Activation(attributes[ATTR_ACTIVATION]))
+        return cls(attributes[ATTR_BITS], *flags, Activation(attributes[ATTR_ACTIVATION]), Norm(attributes[ATTR_NORM]))
 
     @property
     def domain(self) -> str:
         """Domain of the nodes that have this body."""
         parts = [f"w{self.bits}", *[name for name in ("zero", "bias", "residual") if getattr(self, f"has_{name}")]]
-        if self.activation is not Activation.NONE:
-            parts.append(self.activation.name.lower())
+        parts += [kind.name.lower() for kind in (self.activation, self.norm) if kind]
         return ".".join([OP_DOMAIN, *parts])
 
     @property
     def inputs(self) -> list[str]:
         """In the op's order."""
         given = {"scale": self.bits < 16, "zero": self.has_zero, "bias": self.has_bias, "residual": self.has_residual}
+        given |= {"norm_weight": self.norm is not Norm.NONE, "norm_bias": self.norm is Norm.LAYER}
         return ["x", "weight", *(name for name, is_there in given.items() if is_there)]
 
     @property
     def text(self) -> str:
+        if self.bits == 32:
+            return self.function(product_of_floats("weight"), self.domain)
         if self.bits == 16:
-            return self.function([*half_table(), *halves("weight", "wide"), *product_of_floats()], self.domain)
+            return self.function([*half_table(), *halves("weight", "wide"), *product_of_floats("wide")], self.domain)
         return self.function(_codes(self.bits, self.has_zero), self.domain)
 
     def function(self, product: list[str], domain: str, opset: str = "") -> str:
-        """The body with other lines that compute ``product``, ``[rows, out_features]``, of ``x2``, which is x as
-        ``[rows, in_features]``; ``opset`` is what they need besides."""
+        """The body with other lines that compute ``product``, ``[rows, out_features]``, of ``x2``, which is x, normed,
+        as ``[rows, in_features]``; ``opset`` is what they need besides."""
         lines = [
             *(f"{name} = Constant <value_ints = [{value}]> ()" for name, value in (("zero_", 0), ("one", 1))),
             "minus_one = Constant <value_ints = [-1]> ()",
             "lead = Shape <start = 0, end = -1> (x)",
             "in_features = Shape <start = -1> (x)",
             "rows_of = Concat <axis = 0> (minus_one, in_features)",
-            "x2 = Reshape (x, rows_of)",
+            *_NORMS[self.norm],
             *product,
             "biased = Add (product, bias)" if self.has_bias else "biased = Identity (product)",
             *_ACTIVATIONS[self.activation],
@@ -80,7 +87,7 @@ class LinearBody:
             "output = Add (shaped, residual)" if self.has_residual else "output = Identity (shaped)",
         ]
         known = [ATTR_IN_FEATURES, ATTR_OUT_FEATURES, ATTR_BITS, ATTR_GROUP, ATTR_ACTIVATION]
-        known += [ATTR_HAS_ZERO, ATTR_HAS_BIAS, ATTR_HAS_RESIDUAL]
+        known += [ATTR_HAS_ZERO, ATTR_HAS_BIAS, ATTR_HAS_RESIDUAL, ATTR_NORM, ATTR_NORM_SIZE, ATTR_EPSILON]
         return "\n".join(
             [
                 f'<opset_import: ["" : {OPSET}{opset}], domain: "{domain}">',
@@ -91,13 +98,22 @@ class LinearBody:
         )
 
 
-def product_of_floats() -> list[str]:
-    """``product`` of a weight in float32 ``wide [out_features, padded]``."""
+def product_of_floats(weight: str) -> list[str]:
+    """``product`` of a weight in float32 ``[out_features, padded]``, read as it lies."""
     return [
-        "cut = Slice (wide, zero_, in_features, one)",
-        "columns = Transpose <perm = [1, 0]> (cut)",
-        "product = MatMul (x2, columns)",
+        f"padded = Shape <start = 1, end = 2> ({weight})",
+        *_PAD_INPUTS,
+        f"product = Gemm <transB = 1> (x_padded, {weight})",
     ]
+
+
+_PAD_INPUTS = (
+    "no_pads = Constant <value_ints = [0, 0, 0]> ()",
+    "missing = Sub (padded, in_features)",
+    "pads = Concat <axis = 0> (no_pads, missing)",
+    "x_padded = Pad (x2, pads)",
+)
+"""``x_padded``: ``x2`` with zeros up to ``padded`` inputs."""
 
 
 def _codes(bits: int, has_zero: bool) -> list[str]:
@@ -113,7 +129,6 @@ def _codes(bits: int, has_zero: bool) -> list[str]:
         f"group_ = Constant <value_int : int = @{ATTR_GROUP}> ()",
         "group_of = Unsqueeze (group_, zero_)",
         "two = Constant <value_ints = [2]> ()",
-        "no_pads = Constant <value_ints = [0, 0, 0]> ()",
         f"words = Cast <to = {UINT32}> (weight)",
     ]
     for plane, shift in zip(planes, shifts, strict=True):
@@ -145,9 +160,7 @@ def _codes(bits: int, has_zero: bool) -> list[str]:
         "weight_rows = Reshape (weights, of_outputs)",
         "columns = Transpose <perm = [1, 0]> (weight_rows)",
         "padded = Shape <start = 1, end = 2> (weight_rows)",
-        "missing = Sub (padded, in_features)",
-        "pads = Concat <axis = 0> (no_pads, missing)",
-        "x_padded = Pad (x2, pads)",
+        *_PAD_INPUTS,
         "x_groups_of = Concat <axis = 0> (zero_, minus_one, group_of)",
         "x_grouped = Reshape (x_padded, x_groups_of)",
         "magnitudes = Abs (x_grouped)",
@@ -175,6 +188,39 @@ def _of_outputs(name: str) -> list[str]:
     ]
 
 
+_SEGMENTS = (
+    f"segment_size = Constant <value_int : int = @{ATTR_NORM_SIZE}> ()",
+    "segment_of = Unsqueeze (segment_size, zero_)",
+    "segments_of = Concat <axis = 0> (minus_one, segment_of)",
+    "segments = Reshape (x, segments_of)",
+)
+_SCALED_SEGMENTS = (
+    "segment_squares = Mul (centred_segments, centred_segments)",
+    "segment_variance = ReduceMean <axes = [-1], keepdims = 1> (segment_squares)",
+    f"segment_epsilon = Constant <value_float : float = @{ATTR_EPSILON}> ()",
+    "segment_sum = Add (segment_variance, segment_epsilon)",
+    "segment_deviation = Sqrt (segment_sum)",
+    "segment_units = Div (centred_segments, segment_deviation)",
+    "segments_scaled = Mul (segment_units, norm_weight)",
+)
+_NORMS = {
+    Norm.NONE: ["x2 = Reshape (x, rows_of)"],
+    Norm.RMS: [
+        *_SEGMENTS,
+        "centred_segments = Identity (segments)",
+        *_SCALED_SEGMENTS,
+        "x2 = Reshape (segments_scaled, rows_of)",
+    ],
+    Norm.LAYER: [
+        *_SEGMENTS,
+        "segment_mean = ReduceMean <axes = [-1], keepdims = 1> (segments)",
+        "centred_segments = Sub (segments, segment_mean)",
+        *_SCALED_SEGMENTS,
+        "segments_moved = Add (segments_scaled, norm_bias)",
+        "x2 = Reshape (segments_moved, rows_of)",
+    ],
+}
+"""``x2``: x as rows, normed."""
 _ACTIVATIONS = {
     Activation.NONE: ["active = Identity (biased)"],
     Activation.GELU_TANH: [
@@ -189,6 +235,16 @@ _ACTIVATIONS = {
         "argument = Mul (both, inner)",
         "tangent = Tanh (argument)",
         "share = Add (tangent, unit)",
+        "half_of = Mul (biased, half)",
+        "active = Mul (half_of, share)",
+    ],
+    Activation.GELU_ERF: [
+        f"inverse_root = Constant <value = float {{{0.5**0.5!r}}}> ()",
+        "half = Constant <value = float {0.5}> ()",
+        "unit = Constant <value = float {1.0}> ()",
+        "argument = Mul (biased, inverse_root)",
+        "error = Erf (argument)",
+        "share = Add (error, unit)",
         "half_of = Mul (biased, half)",
         "active = Mul (half_of, share)",
     ],

@@ -13,7 +13,10 @@ half as many where the activation is gated.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
+
+from pascalvl.plugins.weight_format import WeightFormat
 
 OP_NAME = "QuantLinear"
 OP_VERSION = "2"
@@ -63,3 +66,30 @@ class Norm(enum.IntEnum):
     """x * rsqrt(mean(x^2) + epsilon) * norm_weight (Zhang and Sennrich, arXiv:1910.07467)."""
     LAYER = 2
     """(x - mean) * rsqrt(variance + epsilon) * norm_weight + norm_bias (Ba et al., arXiv:1607.06450)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearOptions:
+    """The op's arguments that are no tensors.
+
+    Attributes:
+        form: of the weight.
+        activation: what becomes of the sums.
+        norm: what x is normed by.
+        epsilon: of the norm.
+    """
+
+    form: WeightFormat
+    activation: Activation = Activation.NONE
+    norm: Norm = Norm.NONE
+    epsilon: float = 0.0
+
+    @classmethod
+    def of(cls, bits: int, group: int, activation: int, norm: int, epsilon: float) -> LinearOptions:
+        """Inverse of `flat`."""
+        return cls(WeightFormat(bits, group), Activation(activation), Norm(norm), epsilon)
+
+    @property
+    def flat(self) -> tuple[int, int, int, int, float]:
+        """As the torch op's schema has them."""
+        return self.form.bits, self.form.group, int(self.activation), int(self.norm), self.epsilon
