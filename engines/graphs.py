@@ -14,8 +14,15 @@ from onnx.checker import ValidationError
 from pascalvl.plugins import bindings, errors
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
+from pascalvl.plugins.ops.flash_attention import op as flash_attention
 from pascalvl.plugins.ops.flash_attention.onnx_body import CausalBody
 from pascalvl.plugins.ops.flash_attention.op import ATTR_KV_FORMAT, OP_DOMAIN, OP_NAME, OP_VERSION
+from pascalvl.plugins.ops.quant_linear import op as quant_linear
+
+OP_VERSIONS = {op.OP_NAME: op.OP_VERSION for op in (flash_attention, quant_linear)}
+"""Of the ops that are left to plugins."""
+PLUGIN_VERSION = "plugin_version"
+"""The attribute by which TensorRT's parser is told a plugin's version; without it, it takes 1."""
 
 
 def reading(path: Path, remedy: str) -> contextlib.AbstractContextManager[None]:
@@ -24,12 +31,19 @@ def reading(path: Path, remedy: str) -> contextlib.AbstractContextManager[None]:
 
 
 def set_cache(decoder: onnx.ModelProto, model: ModelConfig, cache: CacheConfig) -> None:
-    """Make an exported decoder graph read a cache as asked for: its inputs, its nodes, and the op's bodies."""
-    del decoder.graph.input[:]
-    decoder.graph.input.extend(
-        helper.make_tensor_value_info(binding.name, helper.np_dtype_to_tensor_dtype(binding.dtype), binding.shape)
-        for binding in bindings.decoder_inputs(model, cache)
-    )
+    """Make an exported decoder graph read and write a cache as asked for.
+
+    That changes its inputs and outputs, its nodes of the op, and their bodies.
+    """
+    for values, found in (
+        (decoder.graph.input, bindings.decoder_inputs(model, cache)),
+        (decoder.graph.output, bindings.decoder_outputs(model, cache)),
+    ):
+        del values[:]
+        values.extend(
+            helper.make_tensor_value_info(binding.name, helper.np_dtype_to_tensor_dtype(binding.dtype), binding.shape)
+            for binding in found
+        )
     layouts, bodies = cache.layers(model.text), set()
     for node in decoder.graph.node:
         if node.op_type != OP_NAME:
@@ -37,11 +51,13 @@ def set_cache(decoder: onnx.ModelProto, model: ModelConfig, cache: CacheConfig) 
         layer = next(layer for layer in range(len(layouts)) if bindings.past_key(layer) in node.input)
         body = CausalBody.of(layouts[layer])
         bodies.add(body)
-        names = {
-            binding.name.rpartition(".")[0]: binding.name for binding in bindings.cache_inputs(model, cache, layer)
-        }
-        del node.input[3:]
-        node.input.extend(names.get(name, name) for name in body.inputs[3:])
+        for names, found in (
+            (node.input, bindings.cache_inputs(model, cache, layer)),
+            (node.output, bindings.new_rows(model, cache, layer)),
+        ):
+            kept = [name for name in names if name not in {binding.name for binding in found}]
+            del names[:]
+            names.extend([*kept, *(binding.name for binding in found)])
         node.domain = body.domain
         attribute = next(a for a in node.attribute if a.name == ATTR_KV_FORMAT)
         attribute.s = body.kv_format.value.encode()
@@ -62,6 +78,12 @@ def mark_layers(decoder: onnx.ModelProto, model: ModelConfig) -> None:
         decoder.graph.output.append(value)
 
 
-def strip_functions(graph: onnx.ModelProto) -> None:
-    """Leave the ops to plugins: TensorRT 10's parser would take their bodies in their place."""
+def leave_ops_to_plugins(graph: onnx.ModelProto) -> None:
+    """Make TensorRT's parser look for the ops among the plugins, in the version that they have.
+
+    TensorRT 10's would take their bodies in their place.
+    """
     del graph.functions[:]
+    for node in graph.graph.node:
+        if node.op_type in OP_VERSIONS:
+            node.attribute.append(helper.make_attribute(PLUGIN_VERSION, OP_VERSIONS[node.op_type]))

@@ -22,7 +22,9 @@ from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import ONNX_FILES, Manifest
 from pascalvl.plugins.errors import UserError, library_reason, shown
 from pascalvl.plugins.kv_format import CacheConfig
-from pascalvl.plugins.ops.flash_attention.op import ATTR_CAUSAL, ATTR_SOFTMAX_SCALE, OP_DOMAIN, OP_NAME
+from pascalvl.plugins.ops.flash_attention.onnx_body import PACKED_ATTRIBUTES, PACKED_INPUTS, PACKED_PROLOGUE
+from pascalvl.plugins.ops.flash_attention.op import ATTR_NUM_HEADS, ATTR_SOFTMAX_SCALE, OP_DOMAIN, OP_NAME
+from pascalvl.plugins.ops.onnx_text import INT64, OPSET
 
 NAME = "onnxruntime"
 FILES = ONNX_FILES
@@ -40,43 +42,40 @@ _FAILURES = (
     UnicodeDecodeError,  # a message that is no text
 )
 _PACKED_ATTENTION = f"""
-<opset_import: ["" : 17, "com.microsoft" : 1], domain: "{OP_DOMAIN}">
-{OP_NAME} <{ATTR_SOFTMAX_SCALE}, {ATTR_CAUSAL}> (q, k, v, cu_seqlens) => (output) {{
-  flat = Constant <value_ints = [0, 0, -1]> ()
+<opset_import: ["" : {OPSET}, "com.microsoft" : 1], domain: "{OP_DOMAIN}">
+{OP_NAME} <{", ".join(PACKED_ATTRIBUTES)}> ({", ".join(PACKED_INPUTS)}) => (output) {{
+  {" ".join(PACKED_PROLOGUE)}
   axis = Constant <value_ints = [1]> ()
-  zero = Constant <value_ints = [0]> ()
-  one = Constant <value = int64 {{1}}> ()
+  next_of = Constant <value = int64 {{1}}> ()
   true = Constant <value = bool {{1}}> ()
-  q_rows = Transpose <perm = [0, 2, 1, 3]> (q)
-  k_rows = Transpose <perm = [0, 2, 1, 3]> (k)
-  v_rows = Transpose <perm = [0, 2, 1, 3]> (v)
-  queries = Reshape (q_rows, flat)
-  keys = Reshape (k_rows, flat)
-  values = Reshape (v_rows, flat)
-  bounds = Cast <to = 7> (cu_seqlens)
+  tokens = Shape <start = 0, end = 1> (qkv)
+  flat_of = Concat <axis = 0> (one, tokens, minus_one)
+  qk = Reshape (roped, flat_of)
+  queries, keys = Split <axis = 2> (qk)
+  values = Unsqueeze (v_flat, zero)
+  bounds = Cast <to = {INT64}> (cu_seqlens)
   num_bounds = Size (bounds)
-  segments = Sub (num_bounds, one)
+  segments = Sub (num_bounds, next_of)
   nothing = Slice (queries, zero, zero, axis)
   packed = Loop (segments, true, nothing) <body = segment (int64 i, bool go_on, float[b, t, h] done)
                                                 => (bool going_on, float[b, u, h] further) {{
     going_on = Identity (go_on)
-    next = Add (i, one)
-    first = Gather <axis = 0> (bounds, i)
-    last = Gather <axis = 0> (bounds, next)
-    start = Unsqueeze (first, zero)
-    stop = Unsqueeze (last, zero)
+    next = Add (i, next_of)
+    first_token = Gather <axis = 0> (bounds, i)
+    last_token = Gather <axis = 0> (bounds, next)
+    start = Unsqueeze (first_token, zero)
+    stop = Unsqueeze (last_token, zero)
     own_queries = Slice (queries, start, stop, axis)
     own_keys = Slice (keys, start, stop, axis)
     own_values = Slice (values, start, stop, axis)
-    attended = com.microsoft.MultiHeadAttention <num_heads : int = NUM_HEADS, scale : float = @{ATTR_SOFTMAX_SCALE}>
-      (own_queries, own_keys, own_values)
+    attended = com.microsoft.MultiHeadAttention
+      <num_heads : int = @{ATTR_NUM_HEADS}, scale : float = @{ATTR_SOFTMAX_SCALE}> (own_queries, own_keys, own_values)
     further = Concat <axis = 1> (done, attended)
   }}>
-  shape = Shape (q_rows)
-  output = Reshape (packed, shape)
+  output = Squeeze (packed, zero)
 }}
 """
-"""The op where not causal, for ``NUM_HEADS`` heads."""
+"""The op where not causal."""
 
 
 class OnnxRuntimeEngine(Engine):
@@ -141,7 +140,7 @@ def build(model_bundle: Path, directory: Path, manifest: Manifest, cache: CacheC
             if graph == bindings.DECODER:
                 graphs.set_cache(proto, manifest.model, cache)
             else:
-                _use_blocked_attention(proto, manifest.model.vision.num_heads)
+                _use_blocked_attention(proto)
             matmul_nbits.lower(proto, model_bundle / f"{graph}.onnx.data", directory / f"{graph}.onnx.data")
             onnx.save(proto, _path(directory, graph))
         _session(directory, _path(directory, graph), f"what was made of {model_bundle}", manifest.remedy)
@@ -177,14 +176,14 @@ def _session(directory: Path, model: Path | bytes, what: str, remedy: str) -> or
         ) from error
 
 
-def _use_blocked_attention(proto, num_heads: int) -> None:
+def _use_blocked_attention(proto) -> None:
     """Give a vision graph's attention a body whose memory grows with the patches and not with their square."""
     from onnx import helper, parser
 
     others = [function for function in proto.functions if function.name != OP_NAME]
     del proto.functions[:]
     proto.functions.extend(others)
-    proto.functions.append(parser.parse_function(_PACKED_ATTENTION.replace("NUM_HEADS", str(num_heads))))
+    proto.functions.append(parser.parse_function(_PACKED_ATTENTION))
     proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
 
 

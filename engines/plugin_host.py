@@ -26,8 +26,6 @@ from pascalvl.engines.tensorrt_engine import Buffers, TensorRTEngine
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import ONNX_FILES, Manifest
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.ops.flash_attention import op as flash_attention
-from pascalvl.plugins.ops.quant_linear import op as quant_linear
 from pascalvl.plugins.tensorrt.host import HostedPlugin, PluginHost, plugin_host
 
 FILES = ()
@@ -35,8 +33,6 @@ FILES = ()
 MAJOR = 8
 """Whose plugin interface is spoken: that of TensorRT 8.6 and 9.x, which serve Pascal cards."""
 _LIMITS = Limits(prefill_chunk=512, max_patches=65536, max_context=262144)
-_VERSIONS = {op.OP_NAME: op.OP_VERSION for op in (flash_attention, quant_linear)}
-"""Of the ops that the plugins run."""
 _CACHES = ("past_key.", "past_value.", "past_scale.")
 
 
@@ -63,7 +59,7 @@ class _Plugins:
 
     def operators(self, proto: onnx.ModelProto) -> list[type[OpRun]]:
         """A graph's ops, each of its domains, for onnx's evaluator."""
-        ops = {(node.domain, node.op_type) for node in proto.graph.node if node.op_type in _VERSIONS}
+        ops = {(node.domain, node.op_type) for node in proto.graph.node if node.op_type in graphs.OP_VERSIONS}
         return [self._operator(domain, name) for domain, name in sorted(ops)]
 
     def _operator(self, domain: str, name: str) -> type[OpRun]:
@@ -80,8 +76,10 @@ class _Plugins:
 
     def upload_constants(self, proto: onnx.ModelProto) -> dict[str, OnDevice]:
         """Put what only plugins read of a graph's weights on the device; returns that, by name."""
-        readers = Counter(name for node in proto.graph.node if node.op_type not in _VERSIONS for name in node.input)
-        names = {name for node in proto.graph.node if node.op_type in _VERSIONS for name in node.input}
+        readers = Counter(
+            name for node in proto.graph.node if node.op_type not in graphs.OP_VERSIONS for name in node.input
+        )
+        names = {name for node in proto.graph.node if node.op_type in graphs.OP_VERSIONS for name in node.input}
         constants = {}
         for tensor in proto.graph.initializer:
             if tensor.name in names and not readers[tensor.name]:
@@ -94,7 +92,9 @@ class _Plugins:
 
     def _run(self, key: int, node: onnx.NodeProto, inputs: Sequence[np.ndarray]) -> np.ndarray:
         if key not in self._plugins:
-            self._plugins[key] = self._host.create(_attributes(node), node.op_type, _VERSIONS[node.op_type])
+            attributes = _attributes(node)
+            version = attributes.pop(graphs.PLUGIN_VERSION)
+            self._plugins[key] = self._host.create(attributes, node.op_type, version)
         shapes = [(array.dtype, array.shape) for array in inputs]
         (dtype, shape), workspace = self._plugins[key].prepare(shapes)
         pointers = [self._pointer(i, array) for i, array in enumerate(inputs)]
@@ -118,7 +118,7 @@ class ReferencePlan:
     """In the place of TensorRT's ``ICudaEngine``: a graph, without the ops' bodies, and its profiles."""
 
     def __init__(self, proto: onnx.ModelProto, ranges: list[Shapes], plugins: _Plugins, device: Device):
-        graphs.strip_functions(proto)
+        graphs.leave_ops_to_plugins(proto)
         self.evaluator = ReferenceEvaluator(proto, new_ops=plugins.operators(proto))
         self.evaluator.rt_inits_.update(plugins.upload_constants(proto))
         self.ranges = ranges

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from pascalvl.plugins import bindings
-from pascalvl.plugins.kv_format import HALVES_PER_WORD, CacheConfig
+from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 
 PREFILL, DECODE = 0, 1
@@ -26,17 +26,15 @@ class Limits:
     max_patches: int
     """Patches of a picture."""
     max_context: int
-    """Tokens of the cache, an even number."""
+    """Tokens of the cache."""
 
 
 def profiles(graph: str, model: ModelConfig, cache: CacheConfig, limits: Limits) -> list[Shapes]:
     """A graph's profiles. The runtime runs one sequence, and one picture at a time."""
     merged = model.vision.spatial_merge_size**2
-    capacities = HALVES_PER_WORD, min(_USUAL_CONTEXT, limits.max_context), limits.max_context
-    smallest, usual, largest = map(bindings.cache_sizes, capacities)
     sizes = {
         "batch": (1, 1, 1),
-        **{name: (smallest[name], usual[name], largest[name]) for name in largest},
+        bindings.CAPACITY: (1, min(_USUAL_CONTEXT, limits.max_context), limits.max_context),
         "patches": (merged, max(limits.max_patches // 4 // merged * merged, merged), limits.max_patches),
         "segments_plus_1": (2, 2, 2),
     }

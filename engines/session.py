@@ -11,8 +11,6 @@ import numpy as np
 
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bindings import Binding
-from pascalvl.plugins.kv_format import RowFormat, capacity_of
-from pascalvl.plugins.kv_rows import compress
 
 if TYPE_CHECKING:
     from pascalvl.engines.backend import Engine
@@ -48,16 +46,16 @@ class Session(abc.ABC):
 
     Args:
         engine: what runs.
-        capacity: slots that there is room for, at least, see `capacity_of`.
+        capacity: slots that there is room for.
     """
 
     def __init__(self, engine: Engine, capacity: int) -> None:
-        self.capacity = capacity_of(capacity)
+        self.capacity = capacity
         self.model, self.cache = engine.manifest.model, engine.manifest.kv_cache
         self.layouts = self.cache.layers(self.model.text)
         self.layer_inputs = [bindings.cache_inputs(self.model, self.cache, layer) for layer in range(len(self.layouts))]
         """By layer: the tensors of its cache."""
-        self.sizes = {"batch": 1, **bindings.cache_sizes(self.capacity)}
+        self.sizes = {"batch": 1, bindings.CAPACITY: capacity}
 
     @property
     @abc.abstractmethod
@@ -101,19 +99,14 @@ class Session(abc.ABC):
         return None
 
     def read(self, slots: np.ndarray) -> dict[str, np.ndarray]:
-        """Copies of what is in ``slots``, by the names of `bindings`: the cache's tensors with as many slots, scales as
-        halves."""
-        return {
-            binding.name: np.take(binding.content_of(self._fetch(binding)), slots, binding.slot_axis)
-            for binding in self._stored()
-        }
+        """Copies of what is in ``slots``, by the names of `bindings`: the cache's tensors with as many slots."""
+        return {binding.name: np.take(self._fetch(binding), slots, bindings.SLOT_AXIS) for binding in self._stored()}
 
     def write(self, slots: np.ndarray, rows: Mapping[str, np.ndarray]) -> None:
         """Put the first of what `read` gave into ``slots``."""
         for binding in self._stored():
-            lead = (slice(None),) * binding.slot_axis
             array = self._fetch(binding)
-            binding.content_of(array)[(*lead, slots)] = rows[binding.name][(*lead, slice(len(slots)))]
+            array[:, :, slots] = rows[binding.name][:, :, : len(slots)]
             self._put(binding, array)
 
     @abc.abstractmethod
@@ -125,8 +118,8 @@ class Session(abc.ABC):
         """Set one of the cache's tensors to what `_fetch` gave, changed."""
 
     def _stored(self) -> list[Binding]:
-        """The tensors that hold what is in slots."""
-        return [binding for inputs in self.layer_inputs for binding in inputs if binding.slot_axis is not None]
+        """The cache's tensors."""
+        return [binding for inputs in self.layer_inputs for binding in inputs]
 
     def shape_of(self, binding: Binding) -> tuple[int, ...]:
         """Shape of one of the cache's tensors."""
@@ -148,11 +141,7 @@ class HostSession(Session):
     def __init__(self, engine: Engine, capacity: int) -> None:
         super().__init__(engine, capacity)
         self._engine = engine
-        self._past = {
-            binding.name: np.zeros(self.shape_of(binding), binding.dtype)
-            for inputs in self.layer_inputs
-            for binding in inputs
-        }
+        self._past = {binding.name: np.zeros(self.shape_of(binding), binding.dtype) for binding in self._stored()}
         self._no_deepstack = np.zeros((self.model.num_deepstack, 1, 1, self.model.text.hidden_size), np.float32)
 
     @property
@@ -165,15 +154,10 @@ class HostSession(Session):
             bindings.PAST_VISIBLE: self.visible(placement),
         }
         outputs = self._engine.run(bindings.DECODER, {**self._past, **seen, **feeds})
-        for layer, layout in enumerate(self.layouts):
-            new = outputs.pop(bindings.new_key(layer)), outputs.pop(bindings.new_value(layer))
-            names = [binding.name for binding in self.layer_inputs[layer]]
-            for which, (rows, row_format) in enumerate(zip(new, layout.kv_format.rows, strict=True)):
-                scales = None
-                if row_format.is_quantised:
-                    scales = self._past[bindings.past_scale(layer)][which].view(np.float16)
-                is_rotated = layout.is_rotated and which == 0
-                _store(self._past[names[which]], scales, rows, placement.slots, row_format, is_rotated)
+        stored = placement.slots >= 0
+        for layer, inputs in enumerate(self.layer_inputs):
+            for past, new in zip(inputs, bindings.new_rows(self.model, self.cache, layer), strict=True):
+                self._past[past.name][:, :, placement.slots[stored]] = outputs.pop(new.name)[:, :, stored]
         return outputs
 
     def decode(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> np.ndarray:
@@ -184,19 +168,3 @@ class HostSession(Session):
 
     def _put(self, binding: Binding, array: np.ndarray) -> None:
         pass
-
-
-def _store(
-    cache: np.ndarray,
-    scales: np.ndarray | None,
-    rows: np.ndarray,
-    slots: np.ndarray,
-    row_format: RowFormat,
-    is_rotated: bool,
-) -> None:
-    """Put new rows ``[1, num_kv_heads, seq, dim]`` into a layer's keys or values, and their scales."""
-    stored = slots >= 0
-    codes, scale = compress(rows[:, :, stored], row_format, is_rotated)
-    cache[:, :, slots[stored]] = codes
-    if scales is not None:
-        scales[:, :, slots[stored]] = scale

@@ -35,7 +35,7 @@ from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
-from pascalvl.plugins.kv_format import CacheConfig, capacity_of
+from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.ops.flash_attention import op as flash_attention
 from pascalvl.plugins.ops.quant_linear import op as quant_linear
@@ -263,7 +263,7 @@ def _limits(model: ModelConfig, options: BuildOptions) -> Limits:
     if patches < merged:
         smallest = merged * model.vision.patch_size**2
         raise UserError(f"max_pixels is out of range: expected at least {smallest}, found {options.max_pixels}.")
-    return Limits(options.prefill_chunk, patches, capacity_of(min(options.max_context, longest)))
+    return Limits(options.prefill_chunk, patches, min(options.max_context, longest))
 
 
 def _preview_features(gpu: Gpu, options: BuildOptions) -> tuple[str, ...] | None:
@@ -433,7 +433,7 @@ def _prepare(model_bundle: Path, folder: Path, graph: str, manifest: Manifest, c
         proto = onnx.load(model_bundle / name, load_external_data=False)
         if graph == bindings.DECODER:
             graphs.set_cache(proto, manifest.model, cache)
-        graphs.strip_functions(proto)
+        graphs.leave_ops_to_plugins(proto)
         onnx.save(proto, folder / name)
     (folder / f"{name}.data").symlink_to((model_bundle / f"{name}.data").resolve())
     return folder / name

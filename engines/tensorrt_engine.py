@@ -69,7 +69,7 @@ class TensorRTEngine(Engine):
         }
         self.outputs = {
             bindings.VISION: bindings.vision_outputs(model),
-            bindings.DECODER: bindings.decoder_outputs(model),
+            bindings.DECODER: bindings.decoder_outputs(model, manifest.kv_cache),
         }
         if marked_layers:
             self.outputs[bindings.DECODER] += bindings.decoder_hidden_states(model)

@@ -75,7 +75,7 @@ class TorchEngine(Engine):
         self._output_names = {
             bindings.VISION: [binding.name for binding in bindings.vision_outputs(manifest.model)],
             bindings.DECODER: [
-                *(binding.name for binding in bindings.decoder_outputs(manifest.model)),
+                *(binding.name for binding in bindings.decoder_outputs(manifest.model, manifest.kv_cache)),
                 *(bindings.hidden_states(layer) for layer in layers if marked_layers),
             ],
         }
@@ -195,12 +195,12 @@ class TorchSession(Session):
         inputs = dict(inputs)
         slots = inputs.pop(SLOTS.name)
         outputs = self._engine.forward(bindings.DECODER, {**inputs, **self._past})
-        new = [
-            (outputs.pop(bindings.new_key(layer)), outputs.pop(bindings.new_value(layer)))
-            for layer in range(len(self.layouts))
-        ]
-        # Of floats, there are no scales.
-        caches = [(*(self._past[binding.name] for binding in layer), None)[:3] for layer in self.layer_inputs]
+        new, caches = [], []
+        for layer, inputs_of_layer in enumerate(self.layer_inputs):
+            rows = bindings.new_rows(self.model, self.cache, layer)
+            # Of floats, there are no scales.
+            new.append((*(outputs.pop(binding.name) for binding in rows), None)[:3])
+            caches.append((*(self._past[binding.name] for binding in inputs_of_layer), None)[:3])
         torch_calls.kv_append(self._engine.kernels, self.layouts, new, caches, slots)
         return outputs
 

@@ -20,7 +20,9 @@ from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from pascalvl.export.onnx_op import IR_VERSION
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kv_format import KVFormat
 from pascalvl.plugins.ops.flash_attention import op as flash_attention
+from pascalvl.plugins.ops.flash_attention.onnx_body import CausalBody
 from pascalvl.plugins.ops.flash_attention.op import OP_DOMAIN
 from pascalvl.plugins.ops.onnx_text import OPSET
 from pascalvl.plugins.ops.quant_linear import op as quant_linear
@@ -207,6 +209,16 @@ def _fields_reach_the_plugin(node: _Node) -> Iterator[str]:
             yield f"attribute {name} is {attribute.i}, beyond int32"
 
 
+def _has_the_plugins_outputs(node: _Node) -> Iterator[str]:
+    """Importers give all outputs of a plugin the names of the node's, one by one, however many it has."""
+    kv_format = node.get(flash_attention.ATTR_KV_FORMAT, b"").decode()
+    body = next((CausalBody(known) for known in KVFormat if known.value == kv_format), CausalBody())
+    expected = len(body.outputs) if node.get(flash_attention.ATTR_CAUSAL) else 1
+    found = sum(map(bool, node.proto.output))
+    if not found == len(node.proto.output) == expected:
+        yield f"it has {found} outputs, expected {expected}"
+
+
 def _names(op: object) -> tuple[str, ...]:
     """The attributes of one of the ops."""
     return tuple(value for name, value in vars(op).items() if name.startswith("ATTR_"))
@@ -216,7 +228,10 @@ _FLOATS, _ANY, _INDICES = (_FLOAT,), (_FLOAT, _INT32), (_INT64,)
 _ELEMENTWISE = _Rules((_FLOATS,), rules=(_operands_are_alike,))
 _UNARY = _Rules((_FLOATS,))
 _PLUGINS = {
-    op.OP_NAME: _Rules((_ANY,), _names(op), rules=(_fields_reach_the_plugin,)) for op in (flash_attention, quant_linear)
+    flash_attention.OP_NAME: _Rules(
+        (_ANY,), _names(flash_attention), rules=(_fields_reach_the_plugin, _has_the_plugins_outputs)
+    ),
+    quant_linear.OP_NAME: _Rules((_ANY,), _names(quant_linear), rules=(_fields_reach_the_plugin,)),
 }
 _RULES = {
     **dict.fromkeys(("Add", "Div", "Mul", "Pow", "Sub"), _ELEMENTWISE),

@@ -208,7 +208,7 @@ def trace_decoder(
         arguments(example_inputs(inputs, sizes)),
         arguments(_dynamic_shapes(inputs, dims)),
         inputs,
-        bindings.decoder_outputs(config),
+        bindings.decoder_outputs(config, _CACHE),
         [bindings.hidden_states(layer) for layer in range(config.text.num_hidden_layers)],
         _sources(model, {"language_model": "model.language_model", "lm_head": "lm_head"}),
     )

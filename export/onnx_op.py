@@ -9,11 +9,16 @@ from onnx.defs import OpSchema
 from onnxscript import values
 
 from pascalvl.plugins.kv_format import KVFormat
-from pascalvl.plugins.ops.flash_attention.onnx_body import CausalBody, packed_body
+from pascalvl.plugins.ops.flash_attention.onnx_body import PACKED_INPUTS, CausalBody, packed_body
 from pascalvl.plugins.ops.flash_attention.op import (
     ATTR_CAUSAL,
+    ATTR_EPSILON,
+    ATTR_HEAD_DIM,
     ATTR_KV_FORMAT,
+    ATTR_NUM_HEADS,
+    ATTR_NUM_KV_HEADS,
     ATTR_SOFTMAX_SCALE,
+    ATTR_VALUE_DIM,
     OP_DOMAIN,
     OP_NAME,
     OP_VERSION,
@@ -39,6 +44,7 @@ from pascalvl.plugins.ops.quant_linear.op import OP_VERSION as LINEAR_VERSION
 IR_VERSION = 8
 """The last that TensorRT 8.6's parser reads."""
 
+_SIZES = (ATTR_NUM_HEADS, ATTR_NUM_KV_HEADS, ATTR_HEAD_DIM, ATTR_VALUE_DIM)
 _DOMAIN = values.Opset(OP_DOMAIN, int(OP_VERSION))
 _LINEAR_DOMAIN = values.Opset(OP_DOMAIN, int(LINEAR_VERSION))
 
@@ -46,25 +52,31 @@ _SCHEMA = OpSchema(
     OP_NAME,
     OP_DOMAIN,
     int(OP_VERSION),
-    doc="See pascalvl.plugins.flash_attention.",
+    doc="See pascalvl.plugins.ops.flash_attention.op.",
     inputs=[
-        OpSchema.FormalParameter("q", "T"),
-        OpSchema.FormalParameter("k", "T"),
-        OpSchema.FormalParameter("v", "T"),
-        OpSchema.FormalParameter("lengths", "L", "cu_seqlens, or past_length where causal"),
-        OpSchema.FormalParameter("past_visible", "L", param_option=OpSchema.FormalParameterOption.Optional),
-        OpSchema.FormalParameter("past_key", "C", param_option=OpSchema.FormalParameterOption.Optional),
-        OpSchema.FormalParameter("past_value", "C", param_option=OpSchema.FormalParameterOption.Optional),
+        OpSchema.FormalParameter(
+            "operands",
+            "T",
+            "those of the mode",
+            param_option=OpSchema.FormalParameterOption.Variadic,
+            is_homogeneous=False,
+            min_arity=len(PACKED_INPUTS),
+        )
     ],
-    outputs=[OpSchema.FormalParameter("output", "T")],
+    outputs=[
+        OpSchema.FormalParameter("output", "F"),
+        *(
+            OpSchema.FormalParameter(name, "F", param_option=OpSchema.FormalParameterOption.Optional)
+            for name in CausalBody().outputs[1:]
+        ),
+    ],
     type_constraints=[
-        ("T", ["tensor(float)"], ""),
-        ("C", ["tensor(float)"], "as exported; builds choose other formats"),
-        ("L", ["tensor(int32)"], ""),
+        ("T", ["tensor(float)", "tensor(int32)"], ""),
+        ("F", ["tensor(float)"], ""),
     ],
     attributes=[
-        OpSchema.Attribute(ATTR_CAUSAL, OpSchema.AttrType.INT, "which of the two modes"),
-        OpSchema.Attribute(ATTR_SOFTMAX_SCALE, OpSchema.AttrType.FLOAT, "factor on q k^T"),
+        *(OpSchema.Attribute(name, OpSchema.AttrType.INT, "") for name in (ATTR_CAUSAL, *_SIZES)),
+        *(OpSchema.Attribute(name, OpSchema.AttrType.FLOAT, "") for name in (ATTR_SOFTMAX_SCALE, ATTR_EPSILON)),
         OpSchema.Attribute(ATTR_KV_FORMAT, helper.make_attribute(ATTR_KV_FORMAT, ""), "cache format, where causal"),
     ],
 )
@@ -105,25 +117,38 @@ for _schema in (_SCHEMA, _LINEAR_SCHEMA):
 
 
 def translate(
-    q,
-    k,
-    v,
+    qkv,
+    q_norm,
+    k_norm,
+    rope_cos,
+    rope_sin,
     cu_seqlens,
     past_key,
     past_value,
+    past_scale,
     past_length,
     past_visible,
-    past_scale,
     causal: bool,
     softmax_scale: float,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    epsilon: float,
     kv_format: str,
 ):
-    """Write a node for torch's `pascalvl::flash_attention_2`; an entry of the exporter's translation table."""
+    """Write a node for torch's `pascalvl::flash_attention_2`; an entry of the exporter's translation table.
+
+    Returns its outputs, a list: where causal three, for the cache is in f32 as exported.
+    """
+    attributes = {ATTR_CAUSAL: int(causal), ATTR_SOFTMAX_SCALE: softmax_scale, ATTR_EPSILON: epsilon}
+    sizes = num_heads, num_kv_heads, head_dim, value_dim
+    attributes |= dict(zip(_SIZES, sizes, strict=True))
     node = getattr(_DOMAIN, OP_NAME)
     if not causal:
-        return node(q, k, v, cu_seqlens, causal=0, softmax_scale=softmax_scale)
-    cache = past_length, past_visible, past_key, past_value
-    return node(q, k, v, *cache, causal=1, softmax_scale=softmax_scale, kv_format=KVFormat.F32.value)
+        return node(qkv, rope_cos, rope_sin, cu_seqlens, **attributes)[:1]
+    operands = qkv, q_norm, k_norm, rope_cos, rope_sin, past_length, past_visible, past_key, past_value
+    return node(*operands, **attributes, **{ATTR_KV_FORMAT: KVFormat.F32.value})
 
 
 def translate_linear(
@@ -159,7 +184,10 @@ def add_bodies(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
         if node.op_type == OP_NAME:
-            bodies[OP_DOMAIN] = CausalBody().text if attributes[ATTR_CAUSAL] else packed_body()
+            is_causal = attributes[ATTR_CAUSAL]
+            bodies[OP_DOMAIN] = CausalBody().text if is_causal else packed_body()
+            if not is_causal:  # the exporter gives a node all outputs that the schema has
+                del node.output[1:]
         elif node.op_type == LINEAR:
             body = LinearBody.of(attributes)
             node.domain = body.domain

@@ -3,17 +3,19 @@
 Dimensions that vary between calls are strings; equal strings are equal lengths.
 
 The engines are pure functions. The decoder reads the cache (``past_key.i``, ``past_value.i``: the whole capacity, of
-which the first ``past_length`` rows of a sequence are valid) and returns the keys and values of this call's tokens
-for the runtime to append. `pascalvl.plugins.ops.flash_attention.op` tells what each of the cache's tensors means.
+which the first ``past_length`` rows of a sequence are valid) and returns the rows of this call's tokens, in the
+cache's format, for the runtime to append. `pascalvl.plugins.ops.flash_attention.op` tells what each of the cache's
+tensors means.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
-from pascalvl.plugins.kv_format import HALVES_PER_WORD, CacheConfig
+from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 
 DECODER = "decoder"
@@ -32,8 +34,10 @@ POSITION_EMBEDS = "position_embeds"
 CU_SEQLENS = "cu_seqlens"
 IMAGE_EMBEDS = "image_embeds"
 
-CAPACITY, CAPACITY_WORDS = "capacity", "capacity_words"
-"""Dimensions of a cache: its slots, an even number, and half as many words of a half for each."""
+CAPACITY = "capacity"
+"""Dimension of a cache: its slots."""
+SLOT_AXIS = 2
+"""Of a cache's tensors, and of those of new rows."""
 
 
 def past_key(layer: int) -> str:
@@ -56,6 +60,10 @@ def new_value(layer: int) -> str:
     return f"new_value.{layer}"
 
 
+def new_scale(layer: int) -> str:
+    return f"new_scale.{layer}"
+
+
 def hidden_states(layer: int) -> str:
     """Name, inside the decoder graph, of decoder layer ``layer``'s output (after DeepStack): a mark for bisection."""
     return f"hidden_states.{layer}"
@@ -69,17 +77,6 @@ class Binding:
     dtype: np.dtype
     """float32, or int32: all that an engine takes."""
     shape: tuple[int | str, ...]
-    content: np.dtype | None = None
-    """What the bytes of int32 words are, where that is not int32: halves, or bytes that hold codes."""
-
-    @property
-    def slot_axis(self) -> int | None:
-        """The axis of a cache's tensor along which slots lie, in its `content_of`; None: of other tensors."""
-        return next((axis for axis, size in enumerate(self.shape) if size in (CAPACITY, CAPACITY_WORDS)), None)
-
-    def content_of(self, array: np.ndarray) -> np.ndarray:
-        """A view of the tensor's elements: halves of words of halves, else as it is."""
-        return array.view(self.content) if self.content == np.float16 else array
 
 
 def _float(name: str, *shape: int | str) -> Binding:
@@ -88,10 +85,6 @@ def _float(name: str, *shape: int | str) -> Binding:
 
 def _int(name: str, *shape: int | str) -> Binding:
     return Binding(name, np.dtype(np.int32), shape)
-
-
-def _halves(name: str, *shape: int | str) -> Binding:
-    return Binding(name, np.dtype(np.int32), shape, np.dtype(np.float16))
 
 
 def vision_inputs(config: ModelConfig) -> list[Binding]:
@@ -128,32 +121,33 @@ def decoder_inputs(config: ModelConfig, cache: CacheConfig) -> list[Binding]:
 
 def cache_inputs(config: ModelConfig, cache: CacheConfig, layer: int) -> list[Binding]:
     """The decoder's inputs that are a layer's cache, in the op's order."""
+    return _rows(config, cache, layer, (past_key, past_value, past_scale), CAPACITY)
+
+
+def new_rows(config: ModelConfig, cache: CacheConfig, layer: int) -> list[Binding]:
+    """The decoder's outputs that go into a layer's cache as they are, in the order of `cache_inputs`."""
+    return _rows(config, cache, layer, (new_key, new_value, new_scale), "seq")
+
+
+def _rows(
+    config: ModelConfig, cache: CacheConfig, layer: int, names: tuple[Callable[[int], str], ...], size: str
+) -> list[Binding]:
+    """Keys, values and, where they are quantised, scales of a layer, of so many tokens."""
     layout = cache.layers(config.text)[layer]
-    heads = layout.num_kv_heads
-    inputs = [
-        Binding(name(layer), row.dtype, ("batch", heads, CAPACITY, elements), row.content)
-        for name, row, elements in zip((past_key, past_value), layout.kv_format.rows, layout.row_elements, strict=True)
+    lead = "batch", layout.num_kv_heads, size
+    rows = [
+        Binding(name(layer), row.dtype, (*lead, elements))
+        for name, row, elements in zip(names[:2], layout.kv_format.rows, layout.row_elements, strict=True)
     ]
-    if layout.kv_format.is_quantised:
-        inputs.append(_halves(past_scale(layer), 2, "batch", heads, CAPACITY_WORDS))
-    return inputs
+    return [*rows, _int(names[2](layer), *lead)] if layout.kv_format.is_quantised else rows
 
 
-def cache_sizes(capacity: int) -> dict[str, int]:
-    """The dimensions that a cache's slots give: ``capacity``, which is even, and the words of a row of halves."""
-    return {CAPACITY: capacity, CAPACITY_WORDS: capacity // HALVES_PER_WORD}
-
-
-def decoder_outputs(config: ModelConfig) -> list[Binding]:
-    """Logits of the last position, and this call's keys (after RoPE) and values, uncompressed."""
+def decoder_outputs(config: ModelConfig, cache: CacheConfig) -> list[Binding]:
+    """Logits of the last position, and this call's keys and values as the cache has them."""
     text = config.text
     return [
         _float(LOGITS, "batch", text.vocab_size),
-        *(
-            _float(name(layer), "batch", text.num_key_value_heads, "seq", dim)
-            for layer, value_dim in enumerate(text.value_dims)
-            for name, dim in ((new_key, text.head_dim), (new_value, value_dim))
-        ),
+        *(binding for layer in range(text.num_hidden_layers) for binding in new_rows(config, cache, layer)),
     ]
 
 

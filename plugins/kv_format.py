@@ -4,7 +4,8 @@ The one definition for Python, the ONNX function body and the kernels.
 
 Keys and values of a layer live in two separate arrays ``[batch, num_kv_heads, capacity, row]``; a row holds one
 token's head and starts on a 16-byte boundary. Quantised rows are codes, whose scales, one float16 a row, live in a
-third array ``[2, batch, num_kv_heads, capacity]``, of keys and then values.
+third array ``[batch, num_kv_heads, capacity]`` of int32 words: a slot's has the key's scale in its lower half and the
+value's in its upper.
 
 Codes and halves travel as int32 words, their bytes unchanged, two halves to a word, the first in its lower half:
 TensorRT hands no half to a plugin unless all of its layers may compute in half, at 1/64 of the rate on SM61.
@@ -24,13 +25,6 @@ from pascalvl.plugins.model_config import LONGEST_GRAMMAR, TextConfig
 ROW_ALIGNMENT = 16
 WORD_BYTES = 4
 HALVES_PER_WORD = 2
-
-
-def capacity_of(slots: int) -> int:
-    """The capacity of a cache of so many slots: an even number, for two scales share a word."""
-    return slots + slots % HALVES_PER_WORD
-
-
 ROTATED_DIM = 128
 """Length of the keys that the kernels rotate (by the Hadamard matrix); others are stored as they come."""
 RANKS = (64, 96, 112, 128)
@@ -60,12 +54,6 @@ class RowFormat(enum.IntEnum):
     def dtype(self) -> np.dtype:
         """Element type of the array that holds the rows: float32, or words of what else there is."""
         return np.dtype(np.float32 if self is RowFormat.FLOAT32 else np.int32)
-
-    @property
-    def content(self) -> np.dtype | None:
-        """What the bytes of words are: halves, codes, or two codes each; None: there are no words."""
-        kinds = {RowFormat.FLOAT16: np.float16, RowFormat.INT8: np.int8, RowFormat.INT4: np.uint8}
-        return np.dtype(kinds[self]) if self in kinds else None
 
     def row_bytes(self, dim: int) -> int:
         """Bytes of a row of ``dim`` elements."""
@@ -273,7 +261,7 @@ class CacheConfig:
 
     def nbytes(self, text: TextConfig, tokens: int, pinned: int = 0) -> int:
         """Bytes of the cache of such a conversation."""
-        return capacity_of(self.slots(tokens, pinned)) * self.bytes_per_token(text)
+        return self.slots(tokens, pinned) * self.bytes_per_token(text)
 
 
 def _read_rank(option: str, value: str) -> Rank:

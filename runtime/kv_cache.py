@@ -19,6 +19,7 @@ import numpy as np
 
 from pascalvl.engines import Session
 from pascalvl.engines.session import ALWAYS_VISIBLE, Placement
+from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import open_regular
 from pascalvl.plugins.errors import UserError, reason
 from pascalvl.plugins.kv_format import CacheConfig
@@ -120,11 +121,9 @@ def _layout(session: Session, tokens: int) -> _Layout:
     """Of a prefix of so many tokens, as `Session.read` gives its rows."""
     layout = {_IDENTITIES: (np.dtype(np.int64), (tokens,))}
     for binding in (binding for inputs in session.layer_inputs for binding in inputs):
-        if (axis := binding.slot_axis) is not None:
-            shape = list(session.shape_of(binding))
-            shape[axis] = 0
-            content = binding.content_of(np.empty(shape, binding.dtype))
-            layout[binding.name] = content.dtype, (*content.shape[:axis], tokens, *content.shape[axis + 1 :])
+        shape = list(session.shape_of(binding))
+        shape[bindings.SLOT_AXIS] = tokens
+        layout[binding.name] = binding.dtype, tuple(shape)
     return layout
 
 

@@ -1,15 +1,15 @@
-"""What the ONNX bodies of the ops share: the operator set, and lines that read halves."""
+"""What the ONNX bodies of the ops share: the operator set, and lines that read and write halves."""
 
 from __future__ import annotations
 
 OPSET = 17
 """The last that TensorRT 8.6's parser reads."""
-FLOAT, INT, INT64, UINT32 = 1, 6, 7, 12
+FLOAT, INT, INT64, HALF, UINT32 = 1, 6, 7, 10, 12
 """ONNX's numbers of element types."""
 
 
 def half_table() -> list[str]:
-    """What `halves` needs, once a body.
+    """What `halves` and `half_bits` need, once a body.
 
     Opset 17 cannot take bits as another type, so they are looked up in a table of all halves, which integer arithmetic
     makes of constants alone: a runtime computes it once, when it loads the graph.
@@ -65,5 +65,62 @@ def halves(words: str, result: str) -> list[str]:
         "$elements = Mul ($words, half_pair)",
         "$shape = Concat <axis = 0> ($lead, $elements)",
         f"{result} = Reshape ($pairs, $shape)",
+    ]
+    return [line.replace("$", f"{result}_") for line in lines]
+
+
+def half_bits(floats: str, result: str) -> list[str]:
+    """``result``: float32 ``floats [..., 2 n]``, rounded to halves, in int32 words ``[..., n]``; after `half_table`.
+
+    Besides, ``result_floats``: the same halves as floats, ``[..., 2 n]``. What is no number becomes 0x7e00.
+    """
+    constants = {
+        # Beyond all finite halves: the lowest magnitude that has the highest exponent, which is that of infinity.
+        **{"ceiling": "float {65536.0}", "no_number": "int32 {32256}", "pairs_of": "int64[2] {-1, 2}"},
+        # The sign, of the lower half and of the upper, which is a word's own.
+        **{"signs": "int32[2] {32768, -32768}", "places": "int32[2] {1, 65536}"},
+    }
+    lines = [
+        *(f"${name} = Constant <value = {value}> ()" for name, value in constants.items()),
+        f"$rounded = Cast <to = {HALF}> ({floats})",
+        f"$floats = Cast <to = {FLOAT}> ($rounded)",
+        "$is_none = IsNaN ($floats)",
+        "$any_magnitude = Abs ($floats)",
+        "$magnitude = Min ($any_magnitude, $ceiling)",
+    ]
+    # By bisection: the last exponent whose lowest magnitude is not greater.
+    exponent = "half_none"
+    for step in (16, 8, 4, 2, 1):
+        lines += [
+            f"$step{step} = Constant <value = int32 {{{step}}}> ()",
+            f"$next{step} = Add ({exponent}, $step{step})",
+            f"$base{step} = Gather (half_bases, $next{step})",
+            f"$reaches{step} = GreaterOrEqual ($magnitude, $base{step})",
+            f"$exponent{step} = Where ($reaches{step}, $next{step}, {exponent})",
+        ]
+        exponent = f"$exponent{step}"
+    lines += [
+        f"$base = Gather (half_bases, {exponent})",
+        f"$unit = Gather (half_units, {exponent})",
+        "$over = Sub ($magnitude, $base)",
+        "$steps = Div ($over, $unit)",
+        f"$mantissa = Cast <to = {INT}> ($steps)",
+        f"$upper = Mul ({exponent}, half_mantissas)",
+        "$number = Add ($upper, $mantissa)",
+        "$bits = Where ($is_none, $no_number, $number)",
+        # That of zero shows in its inverse, and that of infinity does not.
+        "$inverse = Div (half_unit, $floats)",
+        "$is_negative = Less ($floats, half_zero)",
+        "$has_negative_inverse = Less ($inverse, half_zero)",
+        "$has_sign = Or ($is_negative, $has_negative_inverse)",
+        f"$sign = Cast <to = {INT}> ($has_sign)",
+        f"$lead = Shape <start = 0, end = -1> ({floats})",
+        "$shape = Concat <axis = 0> ($lead, $pairs_of)",
+        "$bit_pairs = Reshape ($bits, $shape)",
+        "$sign_pairs = Reshape ($sign, $shape)",
+        "$signs_placed = Mul ($sign_pairs, $signs)",
+        "$signed = Add ($bit_pairs, $signs_placed)",
+        "$placed = Mul ($signed, $places)",
+        f"{result} = ReduceSum <keepdims = 0> ($placed, half_last)",
     ]
     return [line.replace("$", f"{result}_") for line in lines]

@@ -17,7 +17,7 @@ from pascalvl.plugins.kernels.library import KernelLibrary
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.tensorrt.host import HostedPlugin
 from pascalvl.runtime import VisionLanguageModel
-from tests.engines.decoder import decoder_feeds
+from tests.engines.decoder import decoder_feeds, floats_of
 from tests.engines.torch_reference import answer, reference_answer, scene, user
 
 CONTEXT, NEW_TOKENS = 256, 20
@@ -57,10 +57,12 @@ def test_the_manifest_says_so(nano_quantised_bundle):
 @pytest.mark.parametrize("backend", TOLERANCE)
 @pytest.mark.parametrize("seq", [1, 3])
 def test_decoder_outputs(backend, seq, engines):
-    feeds = decoder_feeds(Manifest.read(engines("onnxruntime"), "engine"), seq=seq, capacity=10, past=4)
-    expected = opened(engines, "onnxruntime").run(bindings.DECODER, feeds)
-    engine = opened(engines, backend)
-    found = engine.run(bindings.DECODER, feeds)
+    manifest = Manifest.read(engines("onnxruntime"), "engine")
+    feeds = decoder_feeds(manifest, seq=seq, capacity=10, past=4)
+    found, expected = (
+        floats_of(manifest.model, manifest.kv_cache, opened(engines, name).run(bindings.DECODER, feeds))
+        for name in (backend, "onnxruntime")
+    )
     for name, value in expected.items():
         rms = np.sqrt(np.square(value).mean())
         assert np.sqrt(np.square(found[name] - value).mean()) < TOLERANCE[backend] * rms, name

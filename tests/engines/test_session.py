@@ -11,7 +11,6 @@ from pascalvl.engines.session import ALWAYS_VISIBLE, Placement
 from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
-from pascalvl.plugins.kv_rows import compress, expand, hadamard
 from pascalvl.plugins.model_config import TextConfig
 from tests.engines.decoder import CACHES
 
@@ -29,7 +28,7 @@ CONFIG = TextConfig(
     value_dims=(128, 96, 128, 64),
 )
 MODEL = SimpleNamespace(text=CONFIG, num_deepstack=1)
-CAPACITY = 20
+CAPACITY = 19
 
 
 class RandomEngine(Engine):
@@ -43,8 +42,8 @@ class RandomEngine(Engine):
         assert graph == bindings.DECODER
         sizes = {"batch": 1, "seq": feeds[bindings.INPUTS_EMBEDS].shape[1]}
         outputs = {
-            b.name: self.rng.standard_normal([sizes.get(d, d) for d in b.shape], np.float32)
-            for b in bindings.decoder_outputs(MODEL)
+            b.name: self.rng.integers(-(1 << 31), 1 << 31, [sizes.get(d, d) for d in b.shape]).astype(b.dtype)
+            for b in bindings.decoder_outputs(MODEL, self.manifest.kv_cache)
         }
         self.feeds, self.outputs = feeds, dict(outputs)
         return outputs
@@ -68,26 +67,17 @@ def _prefill(session, placement):
 
 
 def _stored(engine, session, slots):
-    """What the decoder reads in ``slots``, as floats: by layer, keys (rotated or not) and values."""
+    """What the decoder reads in ``slots``, by the names of new rows."""
     for layer, layout in enumerate(session.layouts):
-        for which, name in enumerate((bindings.past_key, bindings.past_value)):
-            rows = engine.feeds[name(layer)]
-            assert rows.flags.c_contiguous
-            assert rows.shape == (1, 2, CAPACITY, layout.row_elements[which])
-            row_format = layout.kv_format.rows[which]
-            scale = None
-            if row_format.is_quantised:
-                scale = engine.feeds[bindings.past_scale(layer)].view(np.float16)[which][:, :, slots]
-            yield layer, which, expand(rows[:, :, slots], scale, row_format, layout.dims[which])
-
-
-def _close(found, new, layout, which):
-    """Whether stored elements are the new ones, as near as the format is."""
-    if layout.is_rotated and which == 0:
-        new = hadamard(new)
-    row_format = layout.kv_format.rows[which]
-    # The rows themselves are tested with the kernels.
-    np.testing.assert_array_equal(found, expand(*compress(new, row_format), row_format, layout.dims[which]))
+        inputs = bindings.cache_inputs(MODEL, session.cache, layer)
+        new = bindings.new_rows(MODEL, session.cache, layer)
+        assert len(inputs) == 2 + layout.kv_format.is_quantised
+        for past, rows in zip(inputs, new, strict=True):
+            found = engine.feeds[past.name]
+            assert found.flags.c_contiguous
+            assert found.dtype == past.dtype == rows.dtype
+            assert found.shape[:3] == (1, 2, CAPACITY)
+            yield rows.name, found[:, :, slots]
 
 
 @pytest.mark.parametrize("kv", CACHES)
@@ -100,11 +90,9 @@ def test_rows_are_where_the_decoder_reads_them(kv):
     second = engine.outputs
     np.testing.assert_array_equal(logits, second[bindings.LOGITS])
     assert engine.feeds[bindings.PAST_LENGTH].tolist() == [7]
-    names = bindings.new_key, bindings.new_value
-    for layer, which, found in _stored(engine, session, [4, 9, 2, 0]):
-        new = names[which](layer)
-        expected = np.concatenate([first[new][:, :, [0, 1, 3]], second[new]], axis=2)
-        _close(found, expected, session.layouts[layer], which)
+    for name, found in _stored(engine, session, [4, 9, 2, 0]):
+        expected = np.concatenate([first[name][:, :, [0, 1, 3]], second[name]], axis=2)
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("kv", CACHES)
@@ -130,11 +118,11 @@ def test_slots_can_be_copied_elsewhere(kv):
     session, other = engine.open_session(CAPACITY), engine.open_session(CAPACITY)
     _prefill(session, _placement(0, [5, 6, 7]))
     _prefill(session, _placement(0, [0, 0, 0]))
-    expected = {(layer, which): x for layer, which, x in _stored(engine, session, [7, 5])}
+    expected = dict(_stored(engine, session, [7, 5]))
     other.write(np.array([1, 2]), session.read(np.array([7, 5, 6])))
     _prefill(other, _placement(0, [0, 0, 0]))
-    for layer, which, found in _stored(engine, other, [1, 2]):
-        np.testing.assert_array_equal(found, expected[layer, which])
+    for name, found in _stored(engine, other, [1, 2]):
+        np.testing.assert_array_equal(found, expected[name])
 
 
 def test_greedy_takes_the_first_of_equal_logits(monkeypatch):
@@ -148,15 +136,6 @@ def test_greedy_takes_the_first_of_equal_logits(monkeypatch):
 def test_bytes_are_those_foretold(kv):
     session = RandomEngine(kv).open_session(CAPACITY)
     assert session.nbytes == session.cache.nbytes(CONFIG, CAPACITY)
-
-
-def test_an_odd_capacity_is_rounded_up():
-    """Two scales share a word."""
-    engine = RandomEngine("k8v4")
-    session = engine.open_session(CAPACITY - 1)
-    assert session.capacity == CAPACITY
-    _prefill(session, _placement(0, [0]))
-    assert engine.feeds[bindings.past_scale(0)].shape == (2, 1, 2, CAPACITY // 2)
 
 
 def test_more_context_than_memory():

@@ -100,7 +100,7 @@ def built(stand_in, nano_model_bundle, tmp_path_factory):
         patch.setattr(module, "_load_plugin", lambda: folder / "kernels-0123456789abcdef" / "plugin.so")
         patch.setattr(module, "_monitor", monitor)
         patch.setattr(stand_in, "Builder", Builder)
-        patch.setattr("pascalvl.engines.graphs.strip_functions", expand)
+        patch.setattr("pascalvl.engines.graphs.leave_ops_to_plugins", expand)
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         manifest = build(nano_model_bundle, folder / "engine", "tensorrt", CacheConfig(KVFormat.F32), SMALL)
     return types.SimpleNamespace(
@@ -189,20 +189,20 @@ def test_profiles(tensorrt, nano_model_bundle):
     assert prefill[bindings.INPUTS_EMBEDS] == ((1, 1, hidden), (1, 512, hidden), (1, 512, hidden))
     assert decode[bindings.INPUTS_EMBEDS] == ((1, 1, hidden),) * 3
     for profile in (prefill, decode):
-        assert [shape[2] for shape in profile[bindings.past_value(0)]] == [2, 4096, 5000]
+        assert [shape[2] for shape in profile[bindings.past_value(0)]] == [1, 4096, 5000]
     assert prefill[bindings.DEEPSTACK_EMBEDS][2] == (model.num_deepstack, 1, 512, hidden)
     names = [binding.name for binding in bindings.decoder_inputs(model, CacheConfig(KVFormat.F32))]
     assert list(prefill) == list(decode) == names
 
 
-def test_profiles_of_scales_in_words(tensorrt, nano_model_bundle):
-    """Two scales in a word: half as many words as there are slots, an even number."""
+def test_profiles_of_scales(tensorrt, nano_model_bundle):
+    """As many words as there are slots, whether that is even or odd."""
     model, cache = Manifest.read(nano_model_bundle, "model").model, CacheConfig(KVFormat.K8V4)
     limits = tensorrt._limits(model, BuildOptions(max_context=4999))
-    assert limits.max_context == 5000
+    assert limits.max_context == 4999
     for profile in profiles(bindings.DECODER, model, cache, limits):
-        assert [shape[2] for shape in profile[bindings.past_key(0)]] == [2, 4096, 5000]
-        assert [shape[3] for shape in profile[bindings.past_scale(0)]] == [1, 2048, 2500]
+        for name in (bindings.past_key(0), bindings.past_scale(0)):
+            assert [shape[bindings.SLOT_AXIS] for shape in profile[name]] == [1, 4096, 4999]
 
 
 def test_weights_are_linked_not_copied(tensorrt, nano_model_bundle, tmp_path):
@@ -263,7 +263,7 @@ def test_networks_have_an_explicit_batch(tensorrt, tmp_path, monkeypatch, versio
 
 
 def test_error_of_a_build_is_one_sentence(tensorrt, nano_model_bundle, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("pascalvl.engines.graphs.strip_functions", expand)
+    monkeypatch.setattr("pascalvl.engines.graphs.leave_ops_to_plugins", expand)
     # Patches in other numbers than their positions.
     odd = {bindings.ROPE_COS: (((3, 32),) * 3)}
     monkeypatch.setattr(tensorrt, "profiles", lambda *args: [{**shapes, **odd} for shapes in profiles(*args)])
@@ -285,7 +285,7 @@ def test_interruption_in_a_callback_ends_the_build(tensorrt, nano_model_bundle, 
         steps.append(completed)
         raise interruption
 
-    monkeypatch.setattr("pascalvl.engines.graphs.strip_functions", expand)
+    monkeypatch.setattr("pascalvl.engines.graphs.leave_ops_to_plugins", expand)
     monkeypatch.setattr(Progress, "update", interrupted)
     with pytest.raises(interruption):
         build(nano_model_bundle, tmp_path / "engine", "tensorrt", options=SMALL)

@@ -88,9 +88,9 @@ RULES = {
     ),
     "doubles": (of("y = Relu (x)", x="double[n, 64]"), "'x' has type DOUBLE, expected FLOAT", graph("y = Relu (x)")),
     "halves at a plugin": (
-        of(plugin("causal = 1", "x, past"), ".float16[n, 64] past"),
+        of(plugin("causal = 0", "x, past"), ".float16[n, 64] past"),
         "past has type FLOAT16, expected FLOAT or INT32",
-        of(plugin("causal = 1", "x, past"), ".int32[n, 32] past"),
+        of(plugin("causal = 0", "x, past"), ".int32[n, 32] past"),
     ),
     "halves among the weights": (
         of("y = pascalvl.w8.QuantLinear <bits = 8> (x, w)", "float16[2] w = {1, 2}"),
@@ -103,14 +103,14 @@ RULES = {
         of("y = pascalvl.w8.QuantLinear <bits = 8> (x, w)", "int32[2] w = {1, 2}"),
     ),
     "int64 between nodes": (
-        of(plugin("causal = 1", "x, lengths"), ".int64[n] lengths"),
+        of(plugin("causal = 0", "x, lengths"), ".int64[n] lengths"),
         "'lengths' has type INT64, expected FLOAT or INT32",
-        of(plugin("causal = 1", "x, lengths"), ".int32[n] lengths"),
+        of(plugin("causal = 0", "x, lengths"), ".int32[n] lengths"),
     ),
     "int64 as a constant of a plugin": (
-        of(plugin("causal = 1", "x, lengths"), "int64[1] lengths = {3}"),
+        of(plugin("causal = 0", "x, lengths"), "int64[1] lengths = {3}"),
         "lengths has type INT64, expected FLOAT or INT32",
-        of(plugin("causal = 1", "x, lengths"), "int32[1] lengths = {3}"),
+        of(plugin("causal = 0", "x, lengths"), "int32[1] lengths = {3}"),
     ),
     "conditions": (
         of("y = Add (x, c)", ".bool[n, s, 64] c"),
@@ -138,9 +138,9 @@ RULES = {
         of("y = Slice (x, a, b, c)", "int64[1] a = {0}", f"int64[1] b = {{{(1 << 31) - 1}}}", "int64[1] c = {1}"),
     ),
     "an input left out": (
-        graph(plugin("causal = 1", 'x, "", x').replace('""', "")),
+        graph(plugin("causal = 0", 'x, "", x').replace('""', "")),
         "an input is left out",
-        graph(plugin("causal = 1", "x, x")),
+        graph(plugin("causal = 0", "x, x")),
     ),
     "more than eight dimensions": (
         of("y = Relu (x)", x="float[1, 1, 1, 1, 1, 1, 1, 1, n]", y="float[1, 1, 1, 1, 1, 1, 1, 1, n]"),
@@ -297,19 +297,39 @@ RULES = {
         graph("y = Transpose <perm = [1, 0, 2]> (x)"),
     ),
     "an attribute that the plugin does not have": (
-        graph(plugin("causal = 1, dropout = 1")),
+        graph(plugin("causal = 0, dropout = 1")),
         "attribute dropout has no meaning to importers",
-        graph(plugin("causal = 1")),
+        graph(plugin("causal = 0")),
     ),
     "an integer that a field cuts": (
         graph(plugin(f"causal = {1 << 32}")),
         "attribute causal is 4294967296, beyond int32",
-        graph(plugin("causal = 1")),
+        graph(plugin("causal = 0")),
     ),
     "an attribute that is no field": (
         graph(plugin("causal = [1, 2]")),
         "attribute causal is of kind INTS, expected FLOAT, INT or STRING",
-        graph(plugin('causal = 1, softmax_scale = 0.5, kv_format = "f32"')),
+        graph(plugin('causal = 0, softmax_scale = 0.5, kv_format = "f32"')),
+    ),
+    "new rows left out": (
+        graph(plugin('causal = 1, kv_format = "f16"')),
+        "it has 1 outputs, expected 3",
+        graph(plugin('causal = 1, kv_format = "f16"').replace("y =", "y, key, value =")),
+    ),
+    "scales left out": (
+        graph(plugin('causal = 1, kv_format = "k8v4"').replace("y =", "y, key, value =")),
+        "it has 3 outputs, expected 4",
+        graph(plugin('causal = 1, kv_format = "k8v4"').replace("y =", "y, key, value, scale =")),
+    ),
+    "an output without a name": (
+        graph(plugin('causal = 1, kv_format = "f32"').replace("y =", 'y, "", value =').replace('""', "")),
+        "it has 2 outputs, expected 3",
+        graph(plugin('causal = 1, kv_format = "f32"').replace("y =", "y, key, value =")),
+    ),
+    "outputs that there are not": (
+        graph(plugin("causal = 0").replace("y =", "y, key =")),
+        "it has 2 outputs, expected 1",
+        graph(plugin("causal = 0")),
     ),
 }
 

@@ -176,7 +176,9 @@ def _vision_bindings(config):
 
 
 def _decoder_bindings(config):
-    return bindings.decoder_inputs(config, CacheConfig(KVFormat.F32)), bindings.decoder_outputs(config)
+    return tuple(
+        names(config, CacheConfig(KVFormat.F32)) for names in (bindings.decoder_inputs, bindings.decoder_outputs)
+    )
 
 
 def _signature(value):

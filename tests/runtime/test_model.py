@@ -43,7 +43,7 @@ class ScriptedEngine(Engine):
         shapes = {"batch": 1, "seq": seq}
         outputs = {
             binding.name: np.zeros([shapes.get(d, d) for d in binding.shape], binding.dtype)
-            for binding in bindings.decoder_outputs(self.manifest.model)
+            for binding in bindings.decoder_outputs(self.manifest.model, self.manifest.kv_cache)
         }
         token = self.token_ids[self.decoder_runs]
         outputs[bindings.LOGITS][0, token : token + 2] = [1.0, 0.5]

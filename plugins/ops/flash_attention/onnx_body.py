@@ -8,16 +8,29 @@ another body, so each has a domain of its own, which begins with `OP_DOMAIN` (Te
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from pascalvl.plugins.kv_format import ROTATED_DIM, KVFormat, LayerLayout, RowFormat
 from pascalvl.plugins.ops.flash_attention.op import (
     ATTR_CAUSAL,
+    ATTR_EPSILON,
+    ATTR_HEAD_DIM,
     ATTR_KV_FORMAT,
+    ATTR_NUM_HEADS,
+    ATTR_NUM_KV_HEADS,
     ATTR_SOFTMAX_SCALE,
+    ATTR_VALUE_DIM,
     OP_DOMAIN,
     OP_NAME,
 )
-from pascalvl.plugins.ops.onnx_text import FLOAT, INT, INT64, OPSET, UINT32, half_table, halves
+from pascalvl.plugins.ops.onnx_text import FLOAT, HALF, INT, INT64, OPSET, UINT32, half_bits, half_table, halves
+
+PACKED_INPUTS = ("qkv", "rope_cos", "rope_sin", "cu_seqlens")
+"""Those of the op where not causal, in its order."""
+PACKED_ATTRIBUTES = (
+    *(ATTR_CAUSAL, ATTR_SOFTMAX_SCALE, ATTR_EPSILON),
+    *(ATTR_NUM_HEADS, ATTR_NUM_KV_HEADS, ATTR_HEAD_DIM, ATTR_VALUE_DIM),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,42 +55,52 @@ class CausalBody:
     def inputs(self) -> list[str]:
         """In the op's order."""
         return [
-            *("q", "k", "v", "past_length", "past_visible", "past_key", "past_value"),
+            *("qkv", "q_norm", "k_norm", "rope_cos", "rope_sin"),
+            *("past_length", "past_visible", "past_key", "past_value"),
             *["past_scale"] * self.kv_format.is_quantised,
         ]
 
     @property
+    def outputs(self) -> list[str]:
+        """In the op's order."""
+        return ["output", "new_key", "new_value", *["new_scale"] * self.kv_format.is_quantised]
+
+    @property
     def text(self) -> str:
         key_row, value_row = self.kv_format.rows
-        sources = ["past", "new"]
         lines = [
-            *_CONSTANTS,
             *(half_table() if self.kv_format is not KVFormat.F32 else ()),
+            *_PROLOGUE,
+            *(_hadamard("roped_heads", "qk_rows") if self.is_rotated else ["qk_rows = Identity (roped_heads)"]),
+            "q = Slice (qk_rows, zero, num_heads, one)",
+            "k = Slice (qk_rows, num_heads, qk_heads, one)",
             # Of the capacity, take what the longest sequence fills: the cost follows the past, not the capacity.
             "longest = ReduceMax <keepdims = 1> (past_length)",
             f"most = Cast <to = {INT64}> (longest)",
-            "one_more = Add (most, one)",
-            "most_words = Div (one_more, two)",
-            "queries = Shape <start = 2, end = 3> (q)",
-            *_rows("past_key", key_row, 0),
-            *_rows("past_value", value_row, 1),
-            *(_quantised_queries(self.is_rotated) if key_row.is_quantised else ["past_q = Identity (q)"]),
-            *_VISIBLE_PAST,
-            *_VISIBLE_NEW,
-            "kv_heads = Shape <start = 0, end = 2> (k)",
-            *(line for source in sources for line in _scores(source, "past_q" if source == "past" else "q")),
-            f"scores = Concat <axis = 3> ({', '.join(f'{source}_scores' for source in sources)})",
-            f"visible = Concat <axis = 2> ({', '.join(f'{source}_seen' for source in sources)})",
-            *_attended(sources, value_row),
+            *(_PAST_SCALES if self.kv_format.is_quantised else ()),
+            *_past_rows("key", key_row),
+            *_past_rows("value", value_row),
+            *_new_rows("key", "k", key_row),
+            *_new_rows("value", "v", value_row),
+            *(_NEW_SCALES if self.kv_format.is_quantised else ()),
+            *(_QUANTISED_QUERIES if key_row.is_quantised else ["queries = Identity (q)"]),
+            *_VISIBLE,
+            *_SCORES,
+            *_attended(value_row),
         ]
-        return _function(self.domain, self.inputs, [ATTR_SOFTMAX_SCALE, ATTR_CAUSAL, ATTR_KV_FORMAT], lines)
+        return _function(self.domain, self.inputs, self.outputs, [*PACKED_ATTRIBUTES, ATTR_KV_FORMAT], lines)
 
 
 def packed_body() -> str:
     """The op where not causal."""
     lines = [
-        *_CONSTANTS,
-        "total = Shape <start = 2, end = 3> (q)",
+        *PACKED_PROLOGUE,
+        "rows_of_heads = Transpose <perm = [1, 0, 2]> (roped)",
+        "q, k = Split <axis = 0> (rows_of_heads)",
+        "v_of = Concat <axis = 0> (zero, num_heads, head_dim)",
+        "v_tokens = Reshape (v_flat, v_of)",
+        "v = Transpose <perm = [1, 0, 2]> (v_tokens)",
+        "total = Shape <start = 0, end = 1> (qkv)",
         *_range("tokens", "total"),
         "column = Unsqueeze (tokens, one)",
         "passed = GreaterOrEqual (column, cu_seqlens)",
@@ -85,37 +108,47 @@ def packed_body() -> str:
         "segment = ReduceSum <keepdims = 1> (bounds_passed, one)",
         "other = Transpose <perm = [1, 0]> (segment)",
         "visible = Equal (segment, other)",
-        "keys = Transpose <perm = [0, 1, 3, 2]> (k)",
+        "keys = Transpose <perm = [0, 2, 1]> (k)",
         "products = MatMul (q, keys)",
         "scores = Mul (products, scale)",
         "masked = Where (visible, scores, lowest)",
         "weights = Softmax <axis = -1> (masked)",
         "attended = MatMul (weights, v)",
-        "output = Transpose <perm = [0, 2, 1, 3]> (attended)",
+        "of_tokens = Transpose <perm = [1, 0, 2]> (attended)",
+        "flat = Concat <axis = 0> (zero, minus_one)",
+        "output = Reshape (of_tokens, flat)",
     ]
-    return _function(OP_DOMAIN, ["q", "k", "v", "cu_seqlens"], [ATTR_SOFTMAX_SCALE, ATTR_CAUSAL], lines)
+    return _function(OP_DOMAIN, PACKED_INPUTS, ["output"], PACKED_ATTRIBUTES, lines)
 
 
-def _function(domain: str, inputs: list[str], attributes: list[str], lines: list[str]) -> str:
+def _function(
+    domain: str, inputs: Sequence[str], outputs: Sequence[str], attributes: Sequence[str], lines: list[str]
+) -> str:
     return "\n".join(
         [
             f'<opset_import: ["" : {OPSET}], domain: "{domain}">',
-            f"{OP_NAME} <{', '.join(attributes)}> ({', '.join(inputs)}) => (output) {{",
+            f"{OP_NAME} <{', '.join(attributes)}> ({', '.join(inputs)}) => ({', '.join(outputs)}) {{",
             *lines,
             "}",
         ]
     )
 
 
+_SIZES = (ATTR_NUM_HEADS, ATTR_NUM_KV_HEADS, ATTR_HEAD_DIM, ATTR_VALUE_DIM)
 _CONSTANTS = [
     *(f"{name} = Constant <value_ints = [{value}]> ()" for name, value in (("zero", 0), ("one", 1), ("two", 2))),
     "three = Constant <value_ints = [3]> ()",
+    "four = Constant <value_ints = [4]> ()",
     "minus_one = Constant <value_ints = [-1]> ()",
     "axes_of_heads = Constant <value_ints = [1, 2]> ()",
     "first = Constant <value = int64 {0}> ()",
     "step = Constant <value = int64 {1}> ()",
+    "no_float = Constant <value = float {0.0}> ()",
+    "unit = Constant <value = float {1.0}> ()",
     "lowest = Constant <value = float {-3.4028234663852886e38}> ()",
     f"scale = Constant <value_float : float = @{ATTR_SOFTMAX_SCALE}> ()",
+    *(f"{size}_ = Constant <value_int : int = @{size}> ()" for size in _SIZES),
+    *(f"{size} = Unsqueeze ({size}_, zero)" for size in _SIZES),
 ]
 
 
@@ -128,62 +161,256 @@ def _range(name: str, length: str) -> list[str]:
     ]
 
 
-def _rows(name: str, row: RowFormat, which: int) -> list[str]:
-    """Rows of the past as floats, ``past_keys`` or ``past_rows``; of quantised ones in the order of `_planar`."""
-    result = ("past_keys", "past_rows")[which]
-    lines = [f"{name}_cut = Slice ({name}, zero, most, two)"]
-    if row is RowFormat.FLOAT32:
-        return [*lines, f"{result} = Identity ({name}_cut)"]
-    if row is RowFormat.FLOAT16:
-        return [*lines, *halves(f"{name}_cut", result)]
-    # A code is brought to a word's upper end, made positive there (of int8, by flipping its sign), and moved down.
-    bits = 8 if row is RowFormat.INT8 else 4
-    shifts = [24, 16, 8, 0] if row is RowFormat.INT8 else [28, 20, 12, 4, 24, 16, 8, 0]
-    flipped = 1 << 31 if row is RowFormat.INT8 else 0
-    planes = [f"{name}_plane{number}" for number in range(len(shifts))]
-    lines += [
-        f"{name}_flipped = Constant <value = uint32 {{{flipped}}}> ()",
-        f"{name}_down = Constant <value = uint32 {{{32 - bits}}}> ()",
-        f"{name}_centre = Constant <value = float {{{1 << bits - 1}}}> ()",
-        f"{name}_words = Cast <to = {UINT32}> ({name}_cut)",
-    ]
-    for plane, shift in zip(planes, shifts, strict=True):
+# Prologue -------------------------------------------------------------------------------------------------------------
+
+_ROPE = [
+    "lower, upper = Split <axis = -1> (plain)",
+    "minus_upper = Neg (upper)",
+    "turned = Concat <axis = -1> (minus_upper, lower)",
+    "by_cos = Mul (plain, cos)",
+    "by_sin = Mul (turned, sin)",
+    "roped = Add (by_cos, by_sin)",
+]
+"""``plain [..., heads, head_dim]`` to ``roped``, with ``cos`` and ``sin [..., 1, head_dim]``."""
+
+PACKED_PROLOGUE = [
+    *_CONSTANTS,
+    "width = Shape <start = 1, end = 2> (qkv)",
+    "q_width = Mul (num_heads, head_dim)",
+    "qk_width = Mul (q_width, two)",
+    "qk_flat = Slice (qkv, zero, qk_width, one)",
+    "v_flat = Slice (qkv, qk_width, width, one)",
+    "qk_of = Concat <axis = 0> (zero, minus_one, head_dim)",
+    "plain = Reshape (qk_flat, qk_of)",
+    "cos = Unsqueeze (rope_cos, one)",
+    "sin = Unsqueeze (rope_sin, one)",
+    *_ROPE,
+]
+"""Where not causal: ``roped [tokens, 2 num_heads, head_dim]``, queries and then keys, and values ``v_flat [tokens,
+num_heads * head_dim]``; and constants, as `_CONSTANTS` names them."""
+
+_PROLOGUE = [
+    *_CONSTANTS,
+    "batch = Shape <start = 0, end = 1> (qkv)",
+    "seq = Shape <start = 1, end = 2> (qkv)",
+    "width = Shape <start = 2, end = 3> (qkv)",
+    "qk_heads = Add (num_heads, num_kv_heads)",
+    "qk_width = Mul (qk_heads, head_dim)",
+    "qk_flat = Slice (qkv, zero, qk_width, two)",
+    "v_flat = Slice (qkv, qk_width, width, two)",
+    "qk_of = Concat <axis = 0> (zero, zero, qk_heads, head_dim)",
+    "qk = Reshape (qk_flat, qk_of)",
+    "v_of = Concat <axis = 0> (zero, zero, num_kv_heads, value_dim)",
+    "v_tokens = Reshape (v_flat, v_of)",
+    "v = Transpose <perm = [0, 2, 1, 3]> (v_tokens)",
+    f"epsilon = Constant <value_float : float = @{ATTR_EPSILON}> ()",
+    "squares = Mul (qk, qk)",
+    "mean_square = ReduceMean <axes = [-1], keepdims = 1> (squares)",
+    "variance = Add (mean_square, epsilon)",
+    "deviation = Sqrt (variance)",
+    "inverse_deviation = Reciprocal (deviation)",
+    "of_unit_size = Mul (qk, inverse_deviation)",
+    "q_norm_of = Concat <axis = 0> (num_heads, head_dim)",
+    "k_norm_of = Concat <axis = 0> (num_kv_heads, head_dim)",
+    "q_norms = Expand (q_norm, q_norm_of)",
+    "k_norms = Expand (k_norm, k_norm_of)",
+    "norms = Concat <axis = 0> (q_norms, k_norms)",
+    "plain = Mul (of_unit_size, norms)",
+    "cos = Unsqueeze (rope_cos, two)",
+    "sin = Unsqueeze (rope_sin, two)",
+    *_ROPE,
+    "roped_heads = Transpose <perm = [0, 2, 1, 3]> (roped)",
+]
+"""Where causal: queries and then keys ``roped_heads [batch, num_heads + num_kv_heads, seq, head_dim]``, and ``v``."""
+
+
+def _hadamard(x: str, result: str) -> list[str]:
+    """As `pascalvl.plugins.kv_rows.hadamard` of rows of `ROTATED_DIM`, with its order of additions."""
+    lines, step, rows = [], 1, x
+    while step < ROTATED_DIM:
+        name = f"{result}_{step}"
         lines += [
-            f"{plane}_up = Constant <value = uint32 {{{shift}}}> ()",
-            f'{plane}_upper = BitShift <direction = "LEFT"> ({name}_words, {plane}_up)',
-            f"{plane}_positive = Add ({plane}_upper, {name}_flipped)",
-            f'{plane}_codes = BitShift <direction = "RIGHT"> ({plane}_positive, {name}_down)',
+            f"{name}_pairs_of = Constant <value_ints = [0, 0, 0, {ROTATED_DIM // step // 2}, {2 * step}]> ()",
+            f"{name}_pairs = Reshape ({rows}, {name}_pairs_of)",
+            f"{name}_a, {name}_b = Split <axis = -1> ({name}_pairs)",
+            f"{name}_sum = Add ({name}_a, {name}_b)",
+            f"{name}_difference = Sub ({name}_a, {name}_b)",
+            f"{name} = Concat <axis = -1> ({name}_sum, {name}_difference)",
+        ]
+        rows, step = name, 2 * step
+    return [
+        *lines,
+        f"{result}_of = Constant <value_ints = [0, 0, 0, {ROTATED_DIM}]> ()",
+        f"{result}_long = Reshape ({rows}, {result}_of)",
+        f"{result}_norm = Constant <value = float {{{ROTATED_DIM**-0.5!r}}}> ()",
+        f"{result} = Mul ({result}_long, {result}_norm)",
+    ]
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+_PAST_SCALES = [
+    "past_scale_cut = Slice (past_scale, zero, most, two)",
+    "past_scale_words = Unsqueeze (past_scale_cut, three)",
+    *halves("past_scale_words", "past_scales"),
+    "past_key_scale, past_value_scale = Split <axis = -1> (past_scales)",
+]
+_NEW_SCALES = [
+    "new_scales = Concat <axis = -1> (new_key_scale, new_value_scale)",
+    *half_bits("new_scales", "new_scale_words"),
+    "new_scale = Squeeze (new_scale_words, three)",
+]
+
+_NIBBLES = [0, 2, 4, 6, 1, 3, 5, 7]
+"""Where a word holds each of eight 4-bit codes."""
+
+
+def _bits_below(row: RowFormat) -> list[int]:
+    """Of the codes in a word, in the order of their elements: how many bits lie below each."""
+    return [0, 8, 16, 24] if row is RowFormat.INT8 else [4 * nibble for nibble in _NIBBLES]
+
+
+def _past_rows(name: str, row: RowFormat) -> list[str]:
+    """Rows of the past as floats, ``past_keys`` or ``past_values``; of quantised ones in the order of `_planar`."""
+    result, past = f"past_{name}s", f"past_{name}"
+    lines = [f"{past}_cut = Slice ({past}, zero, most, two)"]
+    if row is RowFormat.FLOAT32:
+        return [*lines, f"{result} = Identity ({past}_cut)"]
+    if row is RowFormat.FLOAT16:
+        return [*lines, *halves(f"{past}_cut", result)]
+    # A code is brought to a word's upper end, made positive there (of int8, by flipping its sign), and moved down.
+    below = _bits_below(row)
+    bits = 32 // len(below)
+    flipped = 1 << 31 if row is RowFormat.INT8 else 0
+    planes = [f"{past}_plane{number}" for number in range(len(below))]
+    lines += [
+        f"{past}_flipped = Constant <value = uint32 {{{flipped}}}> ()",
+        f"{past}_down = Constant <value = uint32 {{{32 - bits}}}> ()",
+        f"{past}_centre = Constant <value = float {{{1 << bits - 1}}}> ()",
+        f"{past}_words = Cast <to = {UINT32}> ({past}_cut)",
+    ]
+    for plane, place in zip(planes, below, strict=True):
+        lines += [
+            f"{plane}_up = Constant <value = uint32 {{{32 - bits - place}}}> ()",
+            f'{plane}_upper = BitShift <direction = "LEFT"> ({past}_words, {plane}_up)',
+            f"{plane}_positive = Add ({plane}_upper, {past}_flipped)",
+            f'{plane}_codes = BitShift <direction = "RIGHT"> ({plane}_positive, {past}_down)',
             f"{plane} = Cast <to = {FLOAT}> ({plane}_codes)",
         ]
     return [
         *lines,
-        f"{name}_biased = Concat <axis = 3> ({', '.join(planes)})",
-        f"{name}_plain = Sub ({name}_biased, {name}_centre)",
-        f"{name}_which = Constant <value = int64 {{{which}}}> ()",
-        f"{name}_scales = Gather <axis = 0> (past_scale, {name}_which)",
-        f"{name}_scale_words = Slice ({name}_scales, zero, most_words, two)",
-        *halves(f"{name}_scale_words", f"{name}_scale_pairs"),
-        f"{name}_scale = Slice ({name}_scale_pairs, zero, most, two)",
-        f"{name}_scale_column = Unsqueeze ({name}_scale, three)",
-        f"{result} = Mul ({name}_plain, {name}_scale_column)",
-        f"{name}_planes = Constant <value_ints = [{len(shifts)}]> ()",
-        f"{name}_words_of_row = Shape <start = 3, end = 4> ({name})",
-        f"{name}_elements = Mul ({name}_words_of_row, {name}_planes)",
+        f"{past}_biased = Concat <axis = 3> ({', '.join(planes)})",
+        f"{past}_plain = Sub ({past}_biased, {past}_centre)",
+        f"{result} = Mul ({past}_plain, {past}_scale)",
+        f"{name}_planes = Constant <value_ints = [{len(below)}]> ()",
+        f"{name}_words = Shape <start = 3, end = 4> ({past})",
+        f"{name}_elements = Mul ({name}_words, {name}_planes)",
+    ]
+
+
+def _new_rows(name: str, x: str, row: RowFormat) -> list[str]:
+    """Rows ``x`` in the cache's format, ``new_key`` or ``new_value``, and those as `_past_rows` gives the past's."""
+    result, new = f"new_{name}s", f"new_{name}"
+    if row is RowFormat.FLOAT32:
+        return [f"{new} = Identity ({x})", f"{result} = Identity ({x})"]
+    if row is RowFormat.FLOAT16:
+        return [*half_bits(x, new), f"{result} = Identity ({new}_floats)"]
+    return [
+        *_largest(new, x, row),
+        # The scale as it is stored, and without a sign where it is 0.
+        f"{new}_half = Cast <to = {HALF}> ({new}_wide)",
+        f"{new}_signed = Cast <to = {FLOAT}> ({new}_half)",
+        f"{new}_is_none = Equal ({new}_signed, no_float)",
+        f"{new}_scale = Where ({new}_is_none, no_float, {new}_signed)",
+        f"{new}_any_inverse = Div (unit, {new}_scale)",
+        f"{new}_inverse = Where ({new}_is_none, no_float, {new}_any_inverse)",
+        f"{new}_scaled = Mul ({x}, {new}_inverse)",
+        f"{new}_steps = Round ({new}_scaled)",
+        # Infinity times zero.
+        f"{new}_is_no_number = IsNaN ({new}_steps)",
+        f"{new}_numbers = Where ({new}_is_no_number, no_float, {new}_steps)",
+        f"{new}_codes = Clip ({new}_numbers, {new}_least_code, {new}_most_code)",
+        *_packed(new, row),
+        f"{new}_stepped = Mul ({new}_codes, {new}_scale)",
+        *_planar(name, f"{new}_stepped", result),
+    ]
+
+
+def _largest(new: str, x: str, row: RowFormat) -> list[str]:
+    """``new_wide``: the scale of each row in float32; and the bounds of codes."""
+    least, most = (-127, 127) if row is RowFormat.INT8 else (-8, 7)
+    lines = [
+        f"{new}_least_code = Constant <value = float {{{least}.0}}> ()",
+        f"{new}_most_code = Constant <value = float {{{most}.0}}> ()",
+    ]
+    if row is RowFormat.INT8:
+        return [
+            *lines,
+            f"{new}_magnitudes = Abs ({x})",
+            f"{new}_largest = ReduceMax <axes = [-1], keepdims = 1> ({new}_magnitudes)",
+            f"{new}_wide = Div ({new}_largest, {new}_most_code)",
+        ]
+    return [
+        *lines,
+        f"{new}_most = ReduceMax <axes = [-1], keepdims = 1> ({x})",
+        f"{new}_least = ReduceMin <axes = [-1], keepdims = 1> ({x})",
+        f"{new}_minus_least = Neg ({new}_least)",
+        f"{new}_is_most = GreaterOrEqual ({new}_most, {new}_minus_least)",
+        f"{new}_largest = Where ({new}_is_most, {new}_most, {new}_least)",
+        f"{new}_wide = Div ({new}_largest, {new}_least_code)",
+    ]
+
+
+def _packed(new: str, row: RowFormat) -> list[str]:
+    """``new_codes`` in words: the sum of each code times what its place is worth.
+
+    Codes are taken as positive, but for the one in a word's upper end, which gives the word its sign.
+    """
+    below = _bits_below(row)
+    bits = 32 // len(below)
+    uppermost = [place == max(below) for place in below]
+    places = ", ".join(str(1 << place) for place in below)
+    # Of int8, the others that are negative take 2^8; of int4, which is stored with 8 more, the upper half loses 2^4.
+    by = ", ".join(str(-16 * upper if row is RowFormat.INT4 else 256 * (not upper)) for upper in uppermost)
+    more, bound, compare = (8, 8, "GreaterOrEqual") if row is RowFormat.INT4 else (0, 0, "Less")
+    return [
+        f"{new}_more = Constant <value = int32 {{{more}}}> ()",
+        f"{new}_bound = Constant <value = int32 {{{bound}}}> ()",
+        f"{new}_by = Constant <value = int32[{len(below)}] {{{by}}}> ()",
+        f"{new}_places = Constant <value = int32[{len(below)}] {{{places}}}> ()",
+        f"{new}_words_of = Constant <value_ints = [0, 0, 0, -1, {32 // bits}]> ()",
+        f"{new}_signed_codes = Cast <to = {INT}> ({new}_codes)",
+        f"{new}_stored_codes = Add ({new}_signed_codes, {new}_more)",
+        f"{new}_grouped = Reshape ({new}_stored_codes, {new}_words_of)",
+        f"{new}_is_other = {compare} ({new}_grouped, {new}_bound)",
+        f"{new}_others = Cast <to = {INT}> ({new}_is_other)",
+        f"{new}_wraps = Mul ({new}_others, {new}_by)",
+        f"{new}_wrapped = Add ({new}_grouped, {new}_wraps)",
+        f"{new}_placed = Mul ({new}_wrapped, {new}_places)",
+        f"{new}_used = ReduceSum <keepdims = 0> ({new}_placed, four)",
+        *_padded(f"{new}_used", new, f"{new.removeprefix('new_')}_words"),
+    ]
+
+
+def _padded(x: str, result: str, size: str) -> list[str]:
+    """The last of four axes with zeros up to ``size``."""
+    return [
+        f"{result}_dim = Shape <start = 3, end = 4> ({x})",
+        f"{result}_missing = Sub ({size}, {result}_dim)",
+        f"{result}_no_pads = Constant <value_ints = [0, 0, 0, 0, 0, 0, 0]> ()",
+        f"{result}_pads = Concat <axis = 0> ({result}_no_pads, {result}_missing)",
+        f"{result} = Pad ({x}, {result}_pads)",
     ]
 
 
 def _planar(name: str, x: str, result: str) -> list[str]:
-    """Elements in the order in which those of rows ``name`` come out of their words: first the first of each word.
+    """Elements in the order in which those of ``past_name`` come out of their words: first the first of each word.
 
     To bring a few queries or new rows into that order costs less than to bring the whole past into the usual one.
     """
     return [
-        f"{result}_dim = Shape <start = 3, end = 4> ({x})",
-        f"{result}_missing = Sub ({name}_elements, {result}_dim)",
-        f"{result}_no_pads = Constant <value_ints = [0, 0, 0, 0, 0, 0, 0]> ()",
-        f"{result}_pads = Concat <axis = 0> ({result}_no_pads, {result}_missing)",
-        f"{result}_padded = Pad ({x}, {result}_pads)",
-        *_swapped(f"{result}_padded", result, f"{name}_words_of_row, {name}_planes", name),
+        *_padded(x, f"{result}_padded", f"{name}_elements"),
+        *_swapped(f"{result}_padded", result, f"{name}_words, {name}_planes", name),
     ]
 
 
@@ -199,45 +426,24 @@ def _swapped(x: str, result: str, split: str, name: str) -> list[str]:
     ]
 
 
-def _quantised_queries(is_rotated: bool) -> list[str]:
-    """``past_q``: queries as they meet codes."""
-    lines = ["turned = Identity (q)"]
-    if is_rotated:
-        # Sylvester's matrix, doubled from 1.
-        lines = ["h1 = Constant <value = float[1, 1] {1.0}> ()"]
-        size = 1
-        while size < ROTATED_DIM:
-            lines += [
-                f"n{size} = Neg (h{size})",
-                f"upper{size} = Concat <axis = 1> (h{size}, h{size})",
-                f"lower{size} = Concat <axis = 1> (h{size}, n{size})",
-                f"h{2 * size} = Concat <axis = 0> (upper{size}, lower{size})",
-            ]
-            size *= 2
-        lines += [
-            f"norm = Constant <value = float {{{ROTATED_DIM**-0.5!r}}}> ()",
-            f"turned_long = MatMul (q, h{size})",
-            "turned = Mul (turned_long, norm)",
-        ]
-    return [
-        *lines,
-        "no_float = Constant <value = float {0.0}> ()",
-        "codes_most = Constant <value = float {127.0}> ()",
-        "magnitudes = Abs (turned)",
-        "largest = ReduceMax <axes = [-1], keepdims = 1> (magnitudes)",
-        "is_something = Greater (largest, no_float)",
-        "codes_per_unit = Div (codes_most, largest)",
-        "inverse = Where (is_something, codes_per_unit, no_float)",
-        "q_scaled = Mul (turned, inverse)",
-        "q_codes = Round (q_scaled)",
-        "q_scale = Div (largest, codes_most)",
-        "q_stepped = Mul (q_codes, q_scale)",
-        *_planar("past_key", "q_stepped", "past_q"),
-    ]
+# Attention ------------------------------------------------------------------------------------------------------------
 
+_QUANTISED_QUERIES = [
+    "codes_most = Constant <value = float {127.0}> ()",
+    "magnitudes = Abs (q)",
+    "largest = ReduceMax <axes = [-1], keepdims = 1> (magnitudes)",
+    "is_something = Greater (largest, no_float)",
+    "codes_per_unit = Div (codes_most, largest)",
+    "inverse = Where (is_something, codes_per_unit, no_float)",
+    "q_scaled = Mul (q, inverse)",
+    "q_codes = Round (q_scaled)",
+    "q_scale = Div (largest, codes_most)",
+    "q_stepped = Mul (q_codes, q_scale)",
+    *_planar("key", "q_stepped", "queries"),
+]
 
-_VISIBLE_PAST = [
-    *_range("numbers", "queries"),
+_VISIBLE = [
+    *_range("numbers", "seq"),
     "number_column = Unsqueeze (numbers, one)",
     *_range("slots", "most"),
     "past_column = Unsqueeze (past_length, one)",
@@ -247,56 +453,53 @@ _VISIBLE_PAST = [
     "past_visible_of_all = Unsqueeze (past_visible_cut, one)",
     "in_sight = Less (number_column, past_visible_of_all)",
     "past_seen = And (in_past_of_all, in_sight)",
-]
-_VISIBLE_NEW = [
     "not_later = GreaterOrEqual (number_column, numbers)",
-    "batch = Shape <start = 0, end = 1> (q)",
-    "new_shape = Concat <axis = 0> (batch, queries, one)",
+    "new_shape = Concat <axis = 0> (batch, seq, one)",
     "new_seen = Expand (not_later, new_shape)",
-    "new_keys = Identity (k)",
-    "new_rows = Identity (v)",
+    "visible = Concat <axis = 2> (past_seen, new_seen)",
+    "visible_of_heads = Unsqueeze (visible, axes_of_heads)",
+]
+
+_SCORES = [
+    # The queries of a group stay folded on one axis, so that its keys are not repeated in memory.
+    "query_width = Shape <start = 3, end = 4> (queries)",
+    "folding = Concat <axis = 0> (batch, num_kv_heads, minus_one, query_width)",
+    "folded = Reshape (queries, folding)",
+    *(
+        line
+        for source in ("past", "new")
+        for line in (
+            f"{source}_columns = Transpose <perm = [0, 1, 3, 2]> ({source}_keys)",
+            f"{source}_products = MatMul (folded, {source}_columns)",
+        )
+    ),
+    "products = Concat <axis = 3> (past_products, new_products)",
+    "scores = Mul (products, scale)",
 ]
 
 
-def _scores(source: str, queries: str) -> list[str]:
-    """The queries of a group stay folded on one axis, so that its keys are not repeated in memory."""
-    return [
-        f"{source}_width = Shape <start = 3, end = 4> ({queries})",
-        f"{source}_folding = Concat <axis = 0> (kv_heads, minus_one, {source}_width)",
-        f"{source}_folded = Reshape ({queries}, {source}_folding)",
-        f"{source}_columns = Transpose <perm = [0, 1, 3, 2]> ({source}_keys)",
-        f"{source}_products = MatMul ({source}_folded, {source}_columns)",
-        f"{source}_scores = Mul ({source}_products, scale)",
-    ]
-
-
-def _attended(sources: list[str], value_row: RowFormat) -> list[str]:
+def _attended(value_row: RowFormat) -> list[str]:
     """Scores to the output."""
-    rows, after = [f"{source}_rows" for source in sources], ["plain = Identity (attended)"]
-    lines = []
+    after = ["plain_attended = Identity (attended)"]
     if value_row.is_quantised:
-        lines = [line for row in rows[1:] for line in _planar("past_value", row, f"{row}_planar")]
-        rows[1:] = [f"{row}_planar" for row in rows[1:]]
         after = [
-            *_swapped("attended", "padded", "past_value_planes, past_value_words_of_row", "past_value"),
-            "value_dim = Shape <start = 3, end = 4> (v)",
-            "plain = Slice (padded, zero, value_dim, three)",
+            *_swapped("attended", "padded", "value_planes, value_words", "value"),
+            "plain_attended = Slice (padded, zero, value_dim, three)",
         ]
     return [
-        *lines,
-        f"values = Concat <axis = 2> ({', '.join(rows)})",
+        "values = Concat <axis = 2> (past_values, new_values)",
         "lengths = Shape <start = 3, end = 4> (scores)",
-        "unfolding = Concat <axis = 0> (kv_heads, minus_one, queries, lengths)",
+        "unfolding = Concat <axis = 0> (batch, num_kv_heads, minus_one, seq, lengths)",
         "unfolded = Reshape (scores, unfolding)",
-        "visible_of_heads = Unsqueeze (visible, axes_of_heads)",
         "masked = Where (visible_of_heads, unfolded, lowest)",
         "weights = Softmax <axis = -1> (masked)",
         "shape = Shape (scores)",
         "folded_weights = Reshape (weights, shape)",
         "attended = MatMul (folded_weights, values)",
         *after,
-        "heads = Shape <start = 0, end = 3> (q)",
-        "whole = Concat <axis = 0> (heads, minus_one)",
-        "of_heads = Reshape (plain, whole)",
-        "output = Transpose <perm = [0, 2, 1, 3]> (of_heads)",
+        "whole = Concat <axis = 0> (batch, num_heads, seq, minus_one)",
+        "of_heads = Reshape (plain_attended, whole)",
+        "of_tokens = Transpose <perm = [0, 2, 1, 3]> (of_heads)",
+        "flat = Concat <axis = 0> (zero, zero, minus_one)",
+        "output = Reshape (of_tokens, flat)",
     ]

@@ -35,8 +35,8 @@ import dataclasses
 from pascalvl.plugins.kv_format import KVFormat, LayerLayout
 
 OP_NAME = "FlashAttention2"
-OP_VERSION = "1"
-"""What TensorRT's parser asks for of a node that has no ``plugin_version``."""
+OP_VERSION = "2"
+"""In TensorRT: what a node's attribute ``plugin_version`` asks for."""
 OP_DOMAIN = "pascalvl"
 
 ATTR_CAUSAL = "causal"
