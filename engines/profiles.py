@@ -32,16 +32,17 @@ class Limits:
 def profiles(graph: str, model: ModelConfig, cache: CacheConfig, limits: Limits) -> list[Shapes]:
     """A graph's profiles. The runtime runs one sequence, and one picture at a time."""
     merged = model.vision.spatial_merge_size**2
+    one = 1, 1, 1
     sizes = {
-        "batch": (1, 1, 1),
+        "batch": one,
         bindings.CAPACITY: (1, min(_USUAL_CONTEXT, limits.max_context), limits.max_context),
         "patches": (merged, max(limits.max_patches // 4 // merged * merged, merged), limits.max_patches),
         "segments_plus_1": (2, 2, 2),
+        "rows": one,
     }
     if graph == bindings.VISION:
         return [_shapes(bindings.vision_inputs(model), sizes)]
     inputs, chunk = bindings.decoder_inputs(model, cache), limits.prefill_chunk
-    one = (1, 1, 1)
     prefill = {**sizes, "seq": (1, chunk, chunk), "visible_slots": (1, 1, limits.max_context)}
     return [_shapes(inputs, prefill), _shapes(inputs, {**sizes, "seq": one, "visible_slots": one})]
 

@@ -33,6 +33,11 @@ class Placement:
     """... each of them, int32 ``[capacity]``, by as many of the call's first tokens; None: by all."""
 
     @property
+    def last(self) -> np.ndarray:
+        """`bindings.LOGIT_ROWS` of the call's last token."""
+        return np.array([len(self.slots) - 1], np.int32)
+
+    @property
     def arrays(self) -> dict[str, np.ndarray]:
         """By the names of inputs, `SLOTS` among them; without `bindings.PAST_VISIBLE`."""
         return {bindings.PAST_LENGTH: np.array([self.past_length], np.int32), SLOTS.name: self.slots[None]}
@@ -152,6 +157,7 @@ class HostSession(Session):
         seen = {
             bindings.PAST_LENGTH: placement.arrays[bindings.PAST_LENGTH],
             bindings.PAST_VISIBLE: self.visible(placement),
+            bindings.LOGIT_ROWS: placement.last,
         }
         outputs = self._engine.run(bindings.DECODER, {**self._past, **seen, **feeds})
         stored = placement.slots >= 0

@@ -140,7 +140,7 @@ class TorchSession(Session):
                 step.stage(arrays)
                 step.run()
                 return {bindings.LOGITS: step.logits.numpy(force=True)}
-            arrays[bindings.PAST_VISIBLE] = self.visible(placement)
+            arrays |= {bindings.PAST_VISIBLE: self.visible(placement), bindings.LOGIT_ROWS: placement.last}
             outputs = self._run(self._engine.tensors(arrays))
             return {name: output.numpy(force=True) for name, output in outputs.items()}
 

@@ -16,9 +16,6 @@ from pascalvl.plugins.model_config import TextConfig
 
 log = logging.getLogger(__name__)
 
-LOGIT_ROW = "logit_row"
-"""Input: int32 ``[1]``, the token whose logits are wanted."""
-
 
 class CapturedStep:
     """The decoder and what appends over up to ``seq`` tokens, which see all of the past, fed from one pinned array.
@@ -28,8 +25,7 @@ class CapturedStep:
 
     Args:
         what: how logs call it.
-        run: the decoder on inputs by name on the device, of several tokens `LOGIT_ROW` too, and the appending; returns
-            the decoder's outputs.
+        run: the decoder on inputs by name on the device, and the appending; returns the decoder's outputs.
         text: the model's.
         device: where it runs.
         seq: tokens.
@@ -60,10 +56,8 @@ class CapturedStep:
             bindings.ROPE_SIN: (1, seq, text.head_dim),
             bindings.DEEPSTACK_EMBEDS: (levels, 1, seq, text.hidden_size),
         }
-        integers = {bindings.PAST_LENGTH: (1,), bindings.PAST_VISIBLE: (1, 1), SLOTS.name: (1, seq)}
-        if seq > 1:
-            integers[LOGIT_ROW] = (1,)
-        shapes = {**floats, **integers}
+        integers = {bindings.PAST_LENGTH: (1,), bindings.PAST_VISIBLE: (1, 1), bindings.LOGIT_ROWS: (1,)}
+        shapes = {**floats, **integers, SLOTS.name: (1, seq)}
         sizes = [math.prod(shape) for shape in shapes.values()]
         self._staged = torch.zeros(sum(sizes), pin_memory=device.type == "cuda")
         self._inputs = self._staged.to(device)
@@ -95,8 +89,7 @@ class CapturedStep:
                 staged[:, :count] = array
             else:
                 staged[..., :count, :] = array
-        if LOGIT_ROW in self._host:
-            self._host[LOGIT_ROW][:] = count - 1
+        self._host[bindings.LOGIT_ROWS][:] = count - 1
 
     def run(self) -> None:
         """Run what is staged, and wait for it; the first time on CUDA, record it for the next times."""

@@ -192,7 +192,7 @@ def trace_decoder(
     The model's layers are replaced, see `Decoder`; ``add_zeros`` as for `trace_vision`.
     """
     inputs = bindings.decoder_inputs(config, _CACHE)
-    sizes = {"batch": 2, "seq": 3, bindings.CAPACITY: 5, "visible_slots": 7}
+    sizes = {"batch": 2, "seq": 3, bindings.CAPACITY: 5, "visible_slots": 7, "rows": 4}
     dims = {name: torch.export.Dim(name) for name in sizes}
     cache_start = len(inputs) - 2 * config.text.num_hidden_layers
 

@@ -28,7 +28,6 @@ from pascalvl.plugins.ops.quant_linear.onnx_body import LinearBody
 from pascalvl.plugins.ops.quant_linear.op import (
     ATTR_ACTIVATION,
     ATTR_BITS,
-    ATTR_EPSILON,
     ATTR_GROUP,
     ATTR_HAS_BIAS,
     ATTR_HAS_RESIDUAL,
@@ -38,6 +37,7 @@ from pascalvl.plugins.ops.quant_linear.op import (
     ATTR_NORM_SIZE,
     ATTR_OUT_FEATURES,
 )
+from pascalvl.plugins.ops.quant_linear.op import ATTR_EPSILON as LINEAR_EPSILON
 from pascalvl.plugins.ops.quant_linear.op import OP_NAME as LINEAR
 from pascalvl.plugins.ops.quant_linear.op import OP_VERSION as LINEAR_VERSION
 
@@ -108,7 +108,7 @@ _LINEAR_SCHEMA = OpSchema(
                 *(ATTR_HAS_ZERO, ATTR_HAS_BIAS, ATTR_HAS_RESIDUAL, ATTR_NORM, ATTR_NORM_SIZE),
             )
         ),
-        OpSchema.Attribute(ATTR_EPSILON, OpSchema.AttrType.FLOAT, ""),
+        OpSchema.Attribute(LINEAR_EPSILON, OpSchema.AttrType.FLOAT, ""),
     ],
 )
 for _schema in (_SCHEMA, _LINEAR_SCHEMA):
@@ -174,7 +174,7 @@ def translate_linear(
     for name, operand in ((ATTR_HAS_ZERO, zero), (ATTR_HAS_BIAS, bias), (ATTR_HAS_RESIDUAL, residual)):
         attributes[name] = int(operand is not None)
     norm_size = 0 if norm_weight is None else int(norm_weight.shape[0])
-    attributes |= {ATTR_NORM: norm, ATTR_NORM_SIZE: norm_size, ATTR_EPSILON: float(epsilon)}
+    attributes |= {ATTR_NORM: norm, ATTR_NORM_SIZE: norm_size, LINEAR_EPSILON: float(epsilon)}
     return getattr(_LINEAR_DOMAIN, LINEAR)(x, weight, *given, **attributes)
 
 

@@ -27,6 +27,7 @@ ROPE_SIN = "rope_sin"
 DEEPSTACK_EMBEDS = "deepstack_embeds"
 PAST_LENGTH = "past_length"
 PAST_VISIBLE = "past_visible"
+LOGIT_ROWS = "logit_rows"
 LOGITS = "logits"
 
 PIXEL_VALUES = "pixel_values"
@@ -115,6 +116,7 @@ def decoder_inputs(config: ModelConfig, cache: CacheConfig) -> list[Binding]:
         _float(DEEPSTACK_EMBEDS, config.num_deepstack, "batch", "seq", text.hidden_size),
         _int(PAST_LENGTH, "batch"),
         _int(PAST_VISIBLE, "batch", "visible_slots"),
+        _int(LOGIT_ROWS, "rows"),
         *(binding for layer in range(text.num_hidden_layers) for binding in cache_inputs(config, cache, layer)),
     ]
 
@@ -143,10 +145,11 @@ def _rows(
 
 
 def decoder_outputs(config: ModelConfig, cache: CacheConfig) -> list[Binding]:
-    """Logits of the last position, and this call's keys and values as the cache has them."""
+    """Logits of the tokens that `LOGIT_ROWS` numbers, over all sequences, and this call's keys and values as the cache
+    has them."""
     text = config.text
     return [
-        _float(LOGITS, "batch", text.vocab_size),
+        _float(LOGITS, "rows", text.vocab_size),
         *(binding for layer in range(text.num_hidden_layers) for binding in new_rows(config, cache, layer)),
     ]
 

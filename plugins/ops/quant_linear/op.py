@@ -20,7 +20,7 @@ from pascalvl.plugins.weight_format import WeightFormat
 
 OP_NAME = "QuantLinear"
 OP_VERSION = "2"
-"""What TensorRT's parser asks for of a node that has no ``plugin_version``."""
+"""In TensorRT: what a node's attribute ``plugin_version`` asks for."""
 
 ATTR_IN_FEATURES = "in_features"
 """Those of x, which a row of codes may exceed."""
