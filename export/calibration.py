@@ -18,7 +18,7 @@ from transformers.utils import logging
 from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint
 from pascalvl.export.transforms import DECODER_LAYERS, LayerStatistics, WeightSource
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.ops.flash_attention.torch_op import attention_forward
+from pascalvl.plugins.ops.flash_attention.drop_in import attention_forward
 
 LEAST_TOKENS = 128
 """A head's statistics have as many dimensions."""

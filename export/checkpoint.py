@@ -25,7 +25,7 @@ from pascalvl.export.tensor_names import resolve, transformers_reads
 from pascalvl.plugins import bundle
 from pascalvl.plugins.errors import UserError, library_reason, reason, shown
 from pascalvl.plugins.model_config import TOKEN_IDS, ModelConfig, TextConfig, VisionConfig, check_sizes
-from pascalvl.plugins.ops.flash_attention.torch_op import ATTN_IMPLEMENTATION
+from pascalvl.plugins.ops.flash_attention.drop_in import ATTN_IMPLEMENTATION
 
 log = logging.getLogger(__name__)
 

@@ -298,6 +298,6 @@ class Decoder(nn.Module):
             if index < deepstack_embeds.shape[0]:
                 hidden = hidden + deepstack_embeds[index]
             after_layers.append(hidden)
-        wanted = hidden.flatten(0, 1).index_select(0, logit_rows)
+        wanted = nn.functional.embedding(logit_rows, hidden.flatten(0, 1))
         logits = self.lm_head(wanted, norm=self.language_model.norm)
         return logits, *(rows for of_layer in new for rows in of_layer), *after_layers
