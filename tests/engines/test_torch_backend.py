@@ -1,6 +1,7 @@
 """The torch backend on the CPU: the exported modules with the emulated kernels and the external cache."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -244,4 +245,6 @@ def test_command_line(bundle, nano_engine_bundle, capsys):
     assert main(["run", str(nano_engine_bundle), *options]) == 2
     assert "was built for backend 'onnxruntime', not 'torch': build it with --backend torch" in capsys.readouterr().err
     assert main(["inspect", str(bundle)]) == 0
-    assert f"torch, version {torch.__version__}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"torch, version {torch.__version__}" in out
+    assert re.search(r"\n *position embeddings +float16 \[256, 128\]", out)
