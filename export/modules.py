@@ -61,14 +61,15 @@ def _like(linear: nn.Linear, form: WeightFormat, kind: Activation = Activation.N
 class PatchEmbed(nn.Module):
     """Hugging Face's: a convolution whose stride is its kernel is a matrix product over flattened patches.
 
-    Its weight is in float: pixels are 8 bits already, and would be rounded once more for codes.
+    Its weight is in float: no checkpoint has codes for it, and it is some 0.4% of the encoder's work.
     """
 
     def __init__(self, patch_embed: Qwen3VLVisionPatchEmbed, form: WeightFormat) -> None:
         super().__init__()
         weight = patch_embed.proj.weight
-        size, form = (weight[0].numel(), len(weight)), form if not form.is_quantised else WeightFormat(16, form.group)
-        self.proj = QuantLinear(*size, form, patch_embed.proj.bias is not None, device=weight.device)
+        form = WeightFormat(max(form.bits, 16), form.group)
+        has_bias = patch_embed.proj.bias is not None
+        self.proj = QuantLinear(weight[0].numel(), len(weight), form, has_bias, device=weight.device)
 
     def forward(self, pixel_values: torch.Tensor, position_embeds: torch.Tensor | None = None) -> torch.Tensor:
         return self.proj(pixel_values, position_embeds)
@@ -133,6 +134,12 @@ class PatchMerger(nn.Module):
     def __init__(self, merger: Qwen3VLVisionPatchMerger, form: WeightFormat) -> None:
         super().__init__()
         self.norm = merger.norm
+        size = merger.norm.weight.numel()
+        if form.is_quantised and size != merger.linear_fc1.in_features and size % form.group:
+            raise UserError(
+                f"the vision encoder's hidden size of {size} is no multiple of groups of {form.group} inputs, as the "
+                "kernels need it: give --weights another group, or vision=f16."
+            )
         self.linear_fc1 = _like(merger.linear_fc1, form, Activation.GELU_ERF)
         self.linear_fc2 = _like(merger.linear_fc2, form)
 

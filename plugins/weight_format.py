@@ -75,8 +75,8 @@ def scale_pitch(out_features: int) -> int:
 class WeightConfig:
     """What a user asks of the weights; `parse` reads it, `str` writes it. Fixed by an export.
 
-    Norms and biases stay float32, and the first layer of the vision encoder, which reads pixels, is in float16 where
-    its others are in codes; token and position embeddings are as in the checkpoint.
+    Norms and biases stay float32, and the vision encoder's first layer, which reads pixels, is in float16 where its
+    others are in codes; token and position embeddings are as in the checkpoint.
     """
 
     form: WeightFormat = F32

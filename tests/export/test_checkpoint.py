@@ -70,6 +70,12 @@ def test_quantised_checkpoint(copy, quantization):
     ("part", "change", "phrase"),
     [
         ("text", {"hidden_act": "zelu"}, "zelu"),
+        ("text", {"hidden_act": "gelu"}, "hidden_act 'gelu' of the text_config is not supported: expected silu."),
+        (
+            "vision",
+            {"hidden_act": "silu"},
+            "of the vision_config is not supported: expected gelu_pytorch_tanh or gelu.",
+        ),
         ("text", {"rope_scaling": {"rope_type": "magic"}}, "rope type 'magic' is not supported"),
         ("text", {"rope_theta": "hot"}, "is not a valid Qwen3-VL config"),
         ("text", {"rope_theta": 0}, "rope_inv_freq"),

@@ -28,7 +28,7 @@ from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 from pascalvl.plugins.ops.flash_attention.op import OP_DOMAIN, OP_NAME
 from pascalvl.plugins.ops.flash_attention.drop_in import ATTN_IMPLEMENTATION
-from pascalvl.plugins.weight_format import WeightConfig
+from pascalvl.plugins.weight_format import WeightConfig, WeightFormat
 
 # Both sides float32, summed in different orders: a few units in 1e-6 of values of size one after a few layers.
 TOLERANCE = 2e-5
@@ -147,6 +147,15 @@ def test_graphs_of_the_real_sizes_fit_tensorrt(size, weights):
         assert Counter(kinds_of(traced.proto)) == KINDS[graph]
     lm_head = next(w for w in traced.weights.values() if w.source == "lm_head.weight")
     assert lm_head.shape == weights.lm_head.weight_shape(model_config.text.vocab_size, model_config.text.hidden_size)
+
+
+def test_groups_that_norms_do_not_fill():
+    """Those of the mergers, over a patch each; rows may end within a group."""
+    config = published_sizes.config("2B", {"num_hidden_layers": 1}, {"hidden_size": 1120, "num_heads": 16, "depth": 1})
+    with pytest.raises(UserError, match="hidden size of 1120 is no multiple of groups of 128 inputs"):
+        VisionEncoder(meta_model(config), WeightFormat(8))
+    for form in (WeightFormat(8, 32), WeightFormat(16)):
+        VisionEncoder(meta_model(config), form)
 
 
 @pytest.mark.parametrize("weights", ["f32", "w4"])

@@ -105,7 +105,8 @@ def test_moments_are_those_of_the_inputs(checkpoint):
     config = checkpoint.model_config()
     layer = fitting.DecoderLayer(hidden.layer_module(), config.text, 0, fitting.F32)
     prefix = "model.language_model.layers.0."
-    fitting.assign(layer, {name: checkpoint.tensor(prefix + name) for name, _ in layer.named_parameters()})
+    source = QuantisedWeights(checkpoint, {prefix + name: part for name, part in quant_layers(layer).items()})
+    fitting.assign(layer, {name: source.tensor(prefix + name) for name, _ in layer.named_parameters()})
     states = torch.cat([state[0] for state in hidden.states]).double()
     with fitting._moments(layer) as moments:
         hidden.run(layer, keep=False)

@@ -65,7 +65,7 @@ def test_manifest(bundle):
     assert manifest.model.text.value_dims == (96,) * LAYERS
     assert manifest.embeddings == {"dtype": "bfloat16", "shape": [2048, 256]}
     assert manifest.position_embeddings == {"dtype": "bfloat16", "shape": [16, 256]}
-    assert manifest.graphs[bindings.DECODER]["ops"][OP_NAME] == 4 * (LAYERS - 1) + 1
+    assert manifest.graphs[bindings.DECODER]["ops"][OP_NAME] == 4 * LAYERS + 1
 
 
 def test_tokens_are_chosen_as_published(bundle):
@@ -77,12 +77,12 @@ def test_tokens_are_chosen_as_published(bundle):
 @pytest.mark.parametrize("graph", [bindings.VISION, bindings.DECODER])
 def test_weights_are_spread_as_they_are_initialised(bundle, graph):
     nodes, tensors = initializers(bundle, graph)
-    seen, counts = set(), dict.fromkeys(("w4", "w8", "f16"), 0)
+    seen, counts = set(), dict.fromkeys(("w4", "w8", "f16", "f32"), 0)
     for node in nodes:
         if node.op_type != OP_NAME:
             continue
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
-        form = WEIGHTS.form.parse({4: "w4", 8: "w8", 16: "f16"}[attributes["bits"]])
+        form = WEIGHTS.form.parse({4: "w4", 8: "w8", 16: "f16", 32: "f32"}[attributes["bits"]])
         words = numpy_helper.to_array(tensors[node.input[1]])
         in_features = attributes["in_features"]
         if form.is_quantised:
@@ -91,12 +91,12 @@ def test_weights_are_spread_as_they_are_initialised(bundle, graph):
             assert not weight.codes[:, in_features:].any()
             dense = weight.dense()
         else:
-            dense = words.view(np.float16)[:, :in_features].astype(np.float32)
+            dense = (words.view(np.float16) if form.bits == 16 else words)[:, :in_features].astype(np.float32)
         assert dense.std() == pytest.approx(0.02, rel=0.06)  # scales vary
         assert abs(dense.mean()) < 5 * dense.std() / dense.size**0.5
         counts[form.name] += 1
-        seen.update(node.input[1:3])
-    expected = {bindings.VISION: (0, 4 * 3 + 2 * 4, 0), bindings.DECODER: (4, 4 + 1, 4)}[graph]
+        seen.update(node.input[1 : 2 + form.is_quantised])
+    expected = {bindings.VISION: (0, 4 * 3 + 2 * 4, 1, 0), bindings.DECODER: (4, 4 + 1, 4, 4)}[graph]
     assert tuple(counts.values()) == expected
     for tensor in tensors.values():
         if tensor.name in seen or not tensor.doc_string:  # a constant of the graph

@@ -12,6 +12,7 @@ from pascalvl.export import transforms
 from pascalvl.export.calibration import CalibrationPrompt, CalibrationVisual, calibrate
 from pascalvl.export.checkpoint import Checkpoint
 from pascalvl.export.modules import Decoder
+from pascalvl.export.quantised_weights import QuantisedWeights, quant_layers
 from pascalvl.export.transforms import LayerStatistics, TransformedWeights, plan_transforms
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
@@ -67,10 +68,9 @@ def run_decoder(checkpoint, text, planned, reference, token_ids):
     text = dataclasses.replace(text, value_dims=tuple(t.value_dim for t in planned))
     model = checkpoint.meta_model()
     decoder = Decoder(model, text).eval()
-    weights = TransformedWeights(checkpoint, planned)
+    weights = QuantisedWeights(TransformedWeights(checkpoint, planned), quant_layers(model))
     state = {name: weights.tensor(name).float() for name, _ in model.named_parameters()}
     model.load_state_dict(state, assign=True, strict=False)
-    model.tie_weights()
 
     language_model, seq = reference.model.language_model, token_ids.shape[1]
     embeds = language_model.embed_tokens(token_ids)

@@ -14,19 +14,29 @@ import numpy as np
 from pascalvl.engines.device import open_device
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
+from pascalvl.plugins.kernels.library import AttentionArgs, Rows
 from pascalvl.plugins.kv_format import KVFormat, LayerLayout
-from pascalvl.plugins.kv_rows import compress, expand, hadamard
+from pascalvl.plugins.kv_rows import hadamard
 from pascalvl.plugins.ops.flash_attention import op as flash_attention
 from pascalvl.plugins.ops.quant_linear import op as quant_linear
-from pascalvl.plugins.ops.quant_linear.onnx_body import LinearBody
-from pascalvl.plugins.ops.quant_linear.op import Activation
+from pascalvl.plugins.ops.quant_linear.op import Activation, Norm
 from pascalvl.plugins.tensorrt.host import PluginHost
 from pascalvl.plugins.weight_format import WeightFormat
-from pascalvl.plugins.weight_rows import QuantisedWeight, linear, quantise_weight
-from tests.plugins.kernels.reference import attention, relative_error
+from pascalvl.plugins.weight_rows import InputNorm, QuantisedWeight, linear, quantise_weight
+from tests.plugins.kernels import reference
+from tests.plugins.kernels.reference import (
+    HostRows,
+    Prologue,
+    Shape,
+    attention,
+    away_from_ties,
+    expected_attention,
+    random_norm,
+    relative_error,
+)
 
 F32, F16, I32 = np.float32, np.float16, np.int32
-CAPACITY = 1024
+CAPACITY = 1023
 """Slots of the cache whose workspace is asked for."""
 LEAST, MOST = np.iinfo(I32).min, np.iinfo(I32).max
 
@@ -46,17 +56,17 @@ def main() -> None:
         *inputs: np.ndarray,
         recorded: bool = target is Target.CUDA,
         op: ModuleType = flash_attention,
-    ) -> np.ndarray:
+    ) -> list[np.ndarray]:
         shapes = [(array.dtype, array.shape) for array in inputs]
         plugin = host.create(attributes, op.OP_NAME, op.OP_VERSION)
-        (dtype, shape), workspace = plugin.prepare(shapes)
+        results, workspace = plugin.prepare(shapes)
         buffers = [device.allocate(array.nbytes) for array in inputs]
-        output, working = np.empty(shape, dtype), device.allocate(workspace)
-        result = device.allocate(output.nbytes)
-        pointers = [buffer.pointer for buffer in buffers]
+        outputs, working = [np.empty(shape, dtype) for dtype, shape in results], device.allocate(workspace)
+        given = [device.allocate(array.nbytes) for array in outputs]
+        pointers, to = ([buffer.pointer for buffer in side] for side in (buffers, given))
 
         def enqueue() -> None:
-            plugin.enqueue(shapes, pointers, (dtype, shape), result.pointer, working.pointer, device.stream)
+            plugin.enqueue(shapes, pointers, results, to, working.pointer, device.stream)
 
         if recorded:  # TensorRT's users record engines; the plugin is ready for that once initialised
             replay = device.capture(enqueue)
@@ -66,127 +76,168 @@ def main() -> None:
         for buffer, array in zip(buffers, inputs, strict=True):
             device.upload(buffer.pointer, array)
         replay()
-        device.download(output, result.pointer)
+        for array, pointer in zip(outputs, to, strict=True):
+            device.download(array, pointer)
         device.synchronize()
-        return output
+        return outputs
 
-    def causal(layout: LayerLayout, seq: int, masked: bool = False) -> float:
-        """Over two sequences; with a mask or without."""
-        past, capacity = np.array([40, 23], I32), 64
+    def attributes_of(layout: LayerLayout, num_heads: int) -> dict:
+        return {
+            **{"causal": 1, "softmax_scale": 0.1, "epsilon": 0.1, "kv_format": layout.kv_format.value},
+            **{"num_heads": num_heads, "num_kv_heads": layout.num_kv_heads},
+            **{"head_dim": layout.key_dim, "value_dim": layout.value_dim},
+        }
+
+    def tables(*shape: int) -> list[np.ndarray]:
+        """Cosines and sines ``[..., head_dim]``."""
+        angle = np.tile(rng.uniform(0, 6.3, (*shape[:-1], shape[-1] // 2)), 2)
+        return [f(angle).astype(F32) for f in (np.cos, np.sin)]
+
+    def causal(layout: LayerLayout, seq: int, masked: bool = False) -> list[float]:
+        """Over two sequences; with a mask or without. Errors of the result, and of new keys and values."""
+        past, capacity = np.array([40, 23], I32), 65
         heads, (key_dim, value_dim) = layout.num_kv_heads, layout.dims
         q, k, v = normal(2, 4, seq, key_dim), normal(2, heads, seq, key_dim), normal(2, heads, seq, value_dim)
-        rotated = layout.is_rotated, False
-        rows, scales = zip(
-            *(
-                compress(normal(2, heads, capacity, dim), row, turned)
-                for dim, row, turned in zip(layout.dims, layout.kv_format.rows, rotated, strict=True)
-            ),
-            strict=True,
+        prologue = Prologue(normal(key_dim), normal(key_dim), *tables(2, seq, key_dim), 0.1)
+        cache, new = (
+            HostRows(
+                device.kernels,
+                Shape(2, 4, heads, key_dim, value_dim, slots),
+                layout.kv_format.rows,
+                layout.is_rotated,
+            )
+            for slots in (capacity, seq)
         )
-        visible = np.full((2, 1), seq, I32)
-        if masked:
-            visible = rng.integers(0, seq + 1, (2, capacity)).astype(I32)
-        inputs = [q, k, v, past, visible, *rows]
-        if layout.kv_format.is_quantised:
-            inputs.append(np.stack(scales).view(I32))
-        attributes = {"causal": 1, "softmax_scale": 0.1, "kv_format": layout.kv_format.value}
-        found = run(attributes, *inputs)
-        keys, values = (
-            expand(*arguments) for arguments in zip(rows, scales, layout.kv_format.rows, layout.dims, strict=True)
+        cache.fill(normal(1, 2, heads, capacity, key_dim), normal(1, 2, heads, capacity, value_dim))
+        visible = rng.integers(0, seq + 1, (2, capacity)).astype(I32) if masked else None
+        out, *rows = run(
+            attributes_of(layout, 4),
+            *(reference.packed(q, k, v), prologue.q_norm, prologue.k_norm, prologue.rope_cos, prologue.rope_sin),
+            *(past, np.full((2, 1), seq, I32) if visible is None else visible),
+            *(array[0].view(F32 if layout.kv_format is KVFormat.F32 else I32) for array in cache.arrays),
         )
-        errors = []
-        for b in range(2):
-            met = q[b]
-            if layout.kv_format.is_quantised:
-                met = hadamard(met) if layout.is_rotated else met
-                step = np.abs(met).max(-1, keepdims=True) / 127
-                met = np.rint(met / step) * step
-            # Cached keys and new ones meet different forms of q: both stacked, zeros where the other form is due.
-            both = np.concatenate([met, q[b]], -1)
-            old, new = keys[b, :, : past[b]], k[b]
-            seen = [np.arange(seq)[:, None] < np.broadcast_to(visible[b], capacity)[: past[b]]]
-            stacked = [np.concatenate([old, 0 * old], -1), np.concatenate([0 * new, new], -1)]
-            both_values = np.concatenate([values[b, :, : past[b]], v[b]], 1)
-            seen.append(np.arange(seq)[None] <= np.arange(seq)[:, None])
-            expected = attention(both, np.concatenate(stacked, 1), both_values, np.concatenate(seen, 1), 0.1)
-            errors.append(relative_error(found[b], expected))
-        return float(max(errors))
+        for array, found in zip(new.arrays, rows, strict=True):
+            array[0] = found.view(array.dtype)
+        met, keys = (prologue.of(x, norm).astype(F32) for x, norm in ((q, prologue.q_norm), (k, prologue.k_norm)))
+        expected = expected_attention(cache, new, met, past, 0.1, visible)
+        keys = hadamard(keys) if layout.is_rotated else keys
+        errors = [relative_error(new.contents(which), x) for which, x in enumerate((keys, v))]
+        return [relative_error(out.reshape(expected.shape), expected), *errors]
 
-    def workspace(seq: int, batch: int, slots: int, name: str = "f16") -> int:
-        """Bytes for inputs of these sizes, a value for each of ``slots`` in past_visible."""
-        layout = LayerLayout(KVFormat(name), 1, 128, 128)
-        shapes = [(F32, (batch, heads, seq, 128)) for heads in (4, 1, 1)]
-        shapes += [(I32, (batch,)), (I32, (batch, slots))]
+    def causal_shapes(layout: LayerLayout, num_heads: int, batch: int, seq: int, capacity: int, slots: int) -> list:
+        """Types and shapes of a node's inputs, a value for each of ``slots`` in past_visible."""
+        table = F32, (batch, seq, layout.key_dim)
+        shapes = [(F32, (batch, seq, num_heads * layout.key_dim + layout.num_kv_heads * sum(layout.dims)))]
+        shapes += [(F32, (layout.key_dim,))] * 2 + [table, table, (I32, (batch,)), (I32, (batch, slots))]
+        lead = batch, layout.num_kv_heads, capacity
         for row, elements in zip(layout.kv_format.rows, layout.row_elements, strict=True):
-            shapes.append((row.dtype, (batch, 1, CAPACITY, elements)))
-        if layout.kv_format.is_quantised:
-            shapes.append((I32, (2, batch, 1, CAPACITY // 2)))
-        return host.create({"causal": 1, "softmax_scale": 0.1, "kv_format": name}).prepare(shapes)[1]
+            shapes.append((row.dtype, (*lead, elements)))
+        return [*shapes, (I32, lead)] if layout.kv_format.is_quantised else shapes
 
-    def causal_refused(kv_format: str, change: dict[int, np.ndarray], count: int = 8) -> str:
-        """Of a call over a cache of 16 slots, some of the inputs of which are others."""
-        q, new = normal(1, 4, 1, 128), normal(1, 2, 1, 128)
-        scale = np.ones((2, 1, 2, 16), F16).view(I32)
-        inputs = [q, new, new, lengths, visible, words, words, scale]
-        for position, array in change.items():
+    def workspace(batch: int, seq: int, slots: int, name: str) -> list[int]:
+        """Bytes for inputs of these sizes; and the most that the kernels ask for with fewer tokens and sequences."""
+        layout = LayerLayout(KVFormat(name), 1, 128, 128)
+        asked = host.create(attributes_of(layout, 4)).prepare(causal_shapes(layout, 4, batch, seq, CAPACITY, slots))[1]
+        here = device.allocate(16).pointer
+        rows, (key_format, value_format) = Rows(key=here, value=here, scale=here), layout.kv_format.rows
+        needed = (
+            device.kernels.attention_workspace(
+                AttentionArgs(
+                    **dict.fromkeys(("qkv", "out", "past_length"), here),
+                    **{"new_rows": rows, "past": rows, "past_visible": here if masked else None},
+                    **{"batch": b, "num_heads": 4, "num_kv_heads": 1, "seq": s, "key_dim": 128, "value_dim": 128},
+                    **{"key_format": key_format, "value_format": value_format, "capacity": CAPACITY, "causal": 1},
+                )
+            )
+            for b, s, masked in itertools.product(range(1, batch + 1), range(1, seq + 1), (False, True))
+        )
+        return [asked, max(needed)]
+
+    def causal_refused(kv_format: str, change: dict[int, np.ndarray] | None = None, count: int = 10) -> str:
+        """Of a call over a cache of 15 slots, some of the inputs of which are others."""
+        layout = LayerLayout(KVFormat(kv_format), 2, 128, 128)
+        inputs = [np.ones(shape, dtype) for dtype, shape in causal_shapes(layout, 4, 1, 1, 15, 1)]
+        for position, array in (change or {}).items():
             inputs[position] = array
-        return refused({**text, "kv_format": kv_format}, *inputs[:count])
+        return refused(attributes_of(layout, 4), *inputs[:count])
 
     def packed() -> float:
         q, k, v = (normal(1, 3, 50, 64) for _ in range(3))
-        bounds = np.array([0, 20, 50], I32)
-        # As exported nodes are, with an empty format.
-        found = run({"causal": 0, "softmax_scale": 0.125, "kv_format": ""}, q, k, v, bounds)
+        prologue = Prologue(None, None, *tables(1, 50, 64))
+        found = run(
+            vision,
+            *(reference.packed(q, k, v)[0], prologue.rope_cos[0], prologue.rope_sin[0]),
+            np.array([0, 20, 50], I32),
+        )
         segment = np.arange(50) >= 20
-        return float(relative_error(found[0], attention(q[0], k[0], v[0], segment[:, None] == segment[None], 0.125)))
+        visible = segment[:, None] == segment[None]
+        expected = attention(prologue.roped(q)[0], prologue.roped(k)[0], v[0], visible, vision["softmax_scale"])
+        return relative_error(found[0].reshape(50, 3, 64), expected)
 
-    def layer(bits: int, outputs: int = 20, **options: int) -> tuple[dict, list[np.ndarray]]:
-        """Attributes and inputs of a QuantLinear node, 2 x 7 rows of 100 features."""
+    def packed_refused(*change: np.ndarray) -> str:
+        inputs = [np.ones((8, 2 * 3 * 64), F32), *[np.ones((8, 64), F32)] * 2, np.array([0, 8], I32)]
+        return refused({**vision, "num_heads": 2, "num_kv_heads": 2}, *change, *inputs[len(change) :])
+
+    def layer(bits: int, outputs: int = 20, inputs: int = 100, **options: int) -> tuple[dict, dict[str, np.ndarray]]:
+        """Attributes, and inputs by name, of a QuantLinear node, 2 x 7 rows of 100 features."""
         results = outputs // 2 if options.get("activation") == Activation.SILU_GATED else outputs
-        inputs = [normal(2, 7, 100)]
-        if bits == 16:
-            inputs.append(np.pad(normal(outputs, 100), ((0, 0), (0, 4))).astype(F16).view(I32))
-        else:
-            weight = quantise_weight(normal(outputs, 100), WeightFormat(bits, 32))
+        attributes = {"in_features": inputs, "out_features": outputs, "bits": bits, "group": 32}
+        attributes |= dict.fromkeys(("activation", "has_zero", "has_bias", "has_residual", "norm"), 0)
+        attributes |= {"norm_size": inputs if options.get("norm") else 0, "epsilon": 0.0, **options}
+        form = WeightFormat(bits, 32)
+        named = {"x": normal(2, 7, inputs)}
+        if form.is_quantised:
+            weight = quantise_weight(normal(outputs, inputs), form)
             if options.get("has_zero"):
                 zero = rng.integers(-8, 8, weight.scale.shape).astype(F16)
                 weight = dataclasses.replace(weight, zero=zero)
-            inputs += weight.packed().values()
-        if options.get("has_bias"):
-            inputs.append(normal(outputs))
-        if options.get("has_residual"):
-            inputs.append(normal(2, 7, results))
-        attributes = dict.fromkeys(("activation", "has_zero", "has_bias", "has_residual"), 0)
-        return {"in_features": 100, "out_features": outputs, "bits": bits, "group": 32, **attributes, **options}, inputs
+            named |= weight.packed()
+        else:
+            floats = np.pad(normal(outputs, inputs), ((0, 0), (0, form.padded(inputs) - inputs)))
+            named["weight"] = floats.astype(F16).view(I32) if bits == 16 else floats
+        if attributes["has_bias"]:
+            named["bias"] = normal(outputs)
+        if attributes["has_residual"]:
+            named["residual"] = normal(2, 7, results)
+        if attributes["norm"]:
+            norm = random_norm(rng, Norm(attributes["norm"]), attributes["norm_size"])
+            attributes["epsilon"] = norm.epsilon
+            named["norm_weight"] = norm.weight
+            if norm.bias is not None:
+                named["norm_bias"] = norm.bias
+            if form.is_quantised:
+                named["x"] = away_from_ties(named["x"].reshape(14, -1), norm, form).reshape(2, 7, -1)
+        return attributes, named
 
     def linear_error(bits: int, **options: int) -> float:
-        attributes, inputs = layer(bits, **options)
-        found = run(attributes, *inputs, op=quant_linear)
-        names = LinearBody.of(attributes).inputs
-        named = dict(zip(names, inputs, strict=True))
-        weight = named["weight"].view(F16)
-        if bits != 16:
-            weight = QuantisedWeight.unpacked(named, 100, WeightFormat(bits, 32))
+        attributes, named = layer(bits, **options)
+        (found,) = run(attributes, *named.values(), op=quant_linear)
+        weight = named["weight"].view(F16 if bits == 16 else F32)
+        if bits < 16:
+            weight = QuantisedWeight.unpacked(named, named["x"].shape[-1], WeightFormat(bits, 32))
         rows = {name: named[name].reshape(14, -1) if name in named else None for name in ("x", "residual")}
-        activation = Activation(attributes["activation"])
-        expected = linear(rows["x"], weight, named.get("bias"), rows["residual"], activation)
+        activation, norm = Activation(attributes["activation"]), None
+        if attributes["norm"]:
+            operands = named["norm_weight"], attributes["epsilon"], named.get("norm_bias")
+            norm = InputNorm(Norm(attributes["norm"]), *operands)
+        expected = linear(rows["x"], weight, named.get("bias"), rows["residual"], activation, norm)
         return float(relative_error(found.reshape(14, -1), expected))
 
-    def linear_refused(change: dict[int, np.ndarray] | None = None, count: int = 5, **attributes: int) -> str:
-        given, inputs = layer(8, has_bias=1, has_residual=1)
-        for position, array in (change or {}).items():
-            inputs[position] = array
+    def linear_refused(change: dict[str, np.ndarray] | None = None, count: int = 7, **attributes: int | float) -> str:
+        given, named = layer(8, has_bias=1, has_residual=1, norm=2)
+        inputs = list((named | (change or {})).values())
         return refused({**given, **attributes}, *inputs[:count], op=quant_linear)
 
     def untold_workspace() -> str:
         """Of a call with sizes that are right, after TensorRT was told no workspace for sizes that are not."""
-        attributes, inputs = layer(8)
+        attributes, named = layer(8)
+        inputs = list(named.values())
         plugin = host.create(attributes, quant_linear.OP_NAME, quant_linear.OP_VERSION)
         shapes = [(array.dtype, array.shape) for array in inputs]
         plugin.prepare([(F32, (70_000, 100)), *shapes[1:]])
         pointers = [device.allocate(array.nbytes).pointer for array in inputs]
         try:
-            plugin.enqueue(shapes, pointers, (F32, (2, 7, 20)), device.allocate(1 << 16).pointer, 0, device.stream)
+            plugin.enqueue(shapes, pointers, [(F32, (2, 7, 20))], [device.allocate(1 << 16).pointer], 0, device.stream)
         except UserError as error:
             return str(error)
         return ""
@@ -198,29 +249,33 @@ def main() -> None:
 
         def check(case: str, attributes: dict, op: ModuleType, shapes: list) -> None:
             plugin = host.create(attributes, op.OP_NAME, op.OP_VERSION)
-            assert plugin.prepare(shapes)[1] == 0, case
+            results, needed = plugin.prepare(shapes)
+            assert needed == 0, case
             try:
-                plugin.enqueue(shapes, [0] * len(shapes), (F32, (1,)), 0, 0, device.stream)
+                plugin.enqueue(shapes, [0] * len(shapes), results, [0] * len(results), 0, device.stream)
                 told[case] = ""
             except UserError as error:
                 told[case] = str(error)
 
-        usual = {"batch": 1, "heads": 4, "kv": 2, "seq": 3, "capacity": 16, "bounds": 2, "rows": 7}
+        usual = {"batch": 1, "seq": 3, "capacity": 15, "bounds": 2, "rows": 7}
+        layout = LayerLayout(KVFormat.K8V8, 2, 128, 128)
         for name, value in itertools.product(usual, strange):
-            batch, heads, kv, seq, capacity, bounds, rows = (usual | {name: value}).values()
-            q, new = (F32, (batch, heads, seq, 128)), (F32, (batch, kv, seq, 128))
-            row, case = (I32, (batch, kv, capacity, 32)), f"{name} {value}"
-            if name in ("batch", "heads", "kv", "seq", "capacity"):
-                past = [(I32, (batch,)), (I32, (batch, 1)), row, row, (I32, (2, batch, kv, capacity // 2))]
-                check(case, {**text, "kv_format": "k8v8"}, flash_attention, [q, new, new, *past])
-            if name in ("heads", "seq", "bounds"):
-                packed = F32, (1, heads, seq, 64)
-                check(f"packed {case}", vision, flash_attention, [packed, packed, packed, (I32, (bounds,))])
+            batch, seq, capacity, bounds, rows = (usual | {name: value}).values()
+            case = f"{name} {value}"
+            if name in ("batch", "seq", "capacity"):
+                shapes = causal_shapes(layout, 4, batch, seq, capacity, 1)
+                check(case, attributes_of(layout, 4), flash_attention, shapes)
+            if name in ("seq", "bounds"):
+                table = F32, (seq, 64)
+                check(f"packed {case}", vision, flash_attention, [(F32, (seq, 576)), table, table, (I32, (bounds,))])
             if name == "rows":
-                attributes, inputs = layer(8)
-                weight = [(array.dtype, array.shape) for array in inputs[1:]]
+                attributes, named = layer(8)
+                weight = [(array.dtype, array.shape) for name, array in named.items() if name != "x"]
                 check(case, attributes, quant_linear, [(F32, (rows, 100)), *weight])
                 check(f"{case} twice", attributes, quant_linear, [(F32, (rows, rows, 100)), *weight])
+        for name, value in itertools.product(("num_heads", "num_kv_heads", "head_dim", "value_dim"), strange[:6]):
+            told[f"{name} {value}"] = refused({**attributes_of(layout, 4), name: value})
+            told[f"packed {name} {value}"] = refused({**vision, name: value})
         return told
 
     def refused(attributes: dict, *inputs: np.ndarray, op: ModuleType = flash_attention) -> str:
@@ -230,60 +285,74 @@ def main() -> None:
             return str(error)
         return ""
 
-    vision, text = {"causal": 0, "softmax_scale": 0.1}, {"causal": 1, "softmax_scale": 0.1, "kv_format": "f16"}
-    lengths, visible, cache = np.array([4], I32), np.array([[4]], I32), normal(1, 2, 16, 128)
-    words = np.zeros((1, 2, 16, 32), I32)
+    # As exported nodes are, with an empty format.
+    vision = {"causal": 0, "softmax_scale": 0.125, "epsilon": 0.0, "kv_format": ""}
+    vision |= {"num_heads": 3, "num_kv_heads": 3, "head_dim": 64, "value_dim": 64}
+    text = attributes_of(LayerLayout(KVFormat.F16, 2, 128, 128), 4)
+    floats, words = np.ones((1, 2, 15, 128), F32), np.ones((1, 2, 15, 32), I32)
     print(
         json.dumps(
             {
-                "errors": {
+                "causal": {
                     **{f"{f.value} decode": causal(LayerLayout(f, 2, 128, 128), 1) for f in KVFormat},
                     **{f"{f.value} prefill": causal(LayerLayout(f, 2, 128, 128), 9) for f in KVFormat},
-                    "rank": causal(LayerLayout(KVFormat.K4V4, 2, 128, 96), 9),
-                    "mask": causal(LayerLayout(KVFormat.K8V4, 2, 128, 128), 9, masked=True),
-                    "mask for one token": causal(LayerLayout(KVFormat.F16, 2, 128, 128), 1, masked=True),
+                    "k4v4 rank": causal(LayerLayout(KVFormat.K4V4, 2, 128, 96), 9),
+                    "k8v4 mask": causal(LayerLayout(KVFormat.K8V4, 2, 128, 128), 9, masked=True),
+                    "f16 mask for one token": causal(LayerLayout(KVFormat.F16, 2, 128, 128), 1, masked=True),
+                },
+                "errors": {
                     "packed": packed(),
-                    **{f"linear, {bits} bits": linear_error(bits) for bits in (16, 8, 4)},
+                    **{f"linear, {bits} bits": linear_error(bits) for bits in (32, 16, 8, 4)},
                     "linear with all": linear_error(4, has_zero=1, has_bias=1, has_residual=1, activation=1),
                     "linear, gated": linear_error(8, outputs=256, activation=2, has_residual=1),
+                    **{f"RMS, {bits} bits": linear_error(bits, norm=1, activation=3) for bits in (32, 16, 8, 4)},
+                    **{f"layer norm, {bits} bits": linear_error(bits, norm=2, has_residual=1) for bits in (16, 4)},
+                    "norms of a part": linear_error(8, inputs=192, norm=2, norm_size=64),
                 },
                 "workspaces": {
-                    name: [workspace(*most, *more), max(workspace(*sizes, *more) for sizes in within)]
-                    for name, most, within, more in (
-                        ("a token without a mask", (2, 1, CAPACITY), [(1, 1, 1)], ()),
-                        ("of codes", (2, 1, CAPACITY), [(1, 1, 1), (1, 1, CAPACITY)], ("k8v4",)),
-                        ("fewer sequences", (1, 3, 1), [(1, 2, 1), (1, 1, 1)], ()),
-                        ("fewer tokens", (1, 600, 1), [(1, 20, 1), (1, 5, 1)], ()),
-                    )
+                    f"{sizes} {name}": workspace(*sizes, name)
+                    for name in ("f16", "k8v4")
+                    for sizes in ((1, 1, 1), (2, 1, CAPACITY), (3, 7, 1), (1, 600, 1))
                 },
                 "sizes": sizes_refused(),
                 "refused": {
-                    "k": causal_refused("k8v8", {1: normal(1, 2, 2, 128)}),
-                    "mask": causal_refused("k8v8", {4: np.ones((1, 5), I32)}),
-                    "lengths": causal_refused("k8v8", {3: np.ones(2, I32)}),
-                    "scale": causal_refused("k8v8", {7: np.ones((2, 1, 2, 16), I32)}),
-                    "halves": causal_refused("k8v8", {7: np.ones((2, 1, 2, 8), F16)}),
-                    "odd": causal_refused("k8v8", {5: words[:, :, 1:], 6: words[:, :, 1:]}),
-                    "no scale": causal_refused("k8v8", {}, 7),
-                    "attributes": refused({"causal": 3, "softmax_scale": 0.1}, lengths),
-                    "no format": refused({"causal": 1, "softmax_scale": 0.1}, lengths),
-                    "inputs": refused(vision, normal(1, 2, 8, 64), normal(1, 2, 8, 64), normal(1, 2, 8, 64)),
-                    "type": refused(text, *(normal(1, 2, 4, 128) for _ in range(3)), lengths, visible, cache, cache),
-                    "words": refused(
-                        {**text, "kv_format": "k8v4"},
-                        *(normal(1, 2, 4, 128) for _ in range(3)),
-                        *(lengths, visible, words, words, np.zeros((2, 1, 2, 8), I32)),
-                    ),
-                    "linear features": linear_refused({0: normal(2, 7, 96)}),
-                    "linear weight": linear_refused({1: np.zeros((20, 25), I32)}),
-                    "linear residual": linear_refused({4: normal(2, 6, 20)}),
+                    "qkv": causal_refused("k8v8", {0: np.ones((1, 1, 512), F32)}),
+                    "qkv's axes": causal_refused("k8v8", {0: np.ones((1, 1024), F32)}),
+                    "norm": causal_refused("k8v8", {2: np.ones(64, F32)}),
+                    "table": causal_refused("k8v8", {3: np.ones((1, 2, 128), F32)}),
+                    "mask": causal_refused("k8v8", {6: np.ones((1, 5), I32)}),
+                    "lengths": causal_refused("k8v8", {5: np.ones(2, I32)}),
+                    "scale": causal_refused("k8v8", {9: np.ones((1, 2, 16), I32)}),
+                    "halves": causal_refused("k8v8", {9: np.ones((1, 2, 15), F16)}),
+                    "no scale": causal_refused("k8v8", count=9),
+                    "type": causal_refused("f16", {7: floats, 8: floats}),
+                    "words": causal_refused("k8v4", {8: words}),
+                    "axes": causal_refused("k8v4", {7: words[0]}),
+                    "attributes": refused({**text, "causal": 3}),
+                    "no format": refused({**text, "kv_format": ""}),
+                    "heads": refused({**text, "num_heads": 5}),
+                    "key size": refused({**text, "head_dim": 80}),
+                    "inputs": refused(vision, *[floats] * 3),
+                    "packed qkv": packed_refused(np.ones((8, 192), F32)),
+                    "bounds": packed_refused(*[np.ones((8, n), F32) for n in (384, 64, 64)], np.ones((1, 2), I32)),
+                    "head size": refused({**vision, "head_dim": 80, "value_dim": 80}),
+                    "linear features": linear_refused({"x": normal(2, 7, 96)}),
+                    "linear weight": linear_refused({"weight": np.zeros((20, 25), I32)}),
+                    "linear residual": linear_refused({"residual": normal(2, 6, 20)}),
                     "linear inputs": linear_refused(count=4),
-                    "linear types": linear_refused({2: normal(4, 24)}),
+                    "linear types": linear_refused({"scale": normal(4, 24)}),
+                    "linear floats": linear_refused(bits=32, count=6),
+                    "norm's weight": linear_refused({"norm_weight": normal(96)}),
+                    "norm's bias": linear_refused({"norm_bias": normal(1, 100)}),
+                    "linear norm": linear_refused(norm=3),
+                    "norm size": linear_refused(norm_size=48),
+                    "norm's groups": linear_refused(norm_size=50),
+                    "no norm": linear_refused(norm=0),
+                    "epsilon": linear_refused(epsilon=-0.5),
                     "linear bits": linear_refused(bits=3),
                     "linear activation": linear_refused(activation=7),
-                    "linear gates": linear_refused(activation=2, has_residual=0, count=4),
+                    "linear gates": linear_refused(activation=2),
                     "workspace": untold_workspace(),
-                    "head size": refused(vision, *(normal(1, 2, 8, 80) for _ in range(3)), np.array([0, 8], I32)),
                 },
             }
         )

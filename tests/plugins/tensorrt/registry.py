@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-OP, LINEAR = ("FlashAttention2", "1", ""), ("QuantLinear", "1", "")
+OP, LINEAR = ("FlashAttention2", "1", ""), ("QuantLinear", "2", "")
 
 
 NUMBERS = [-(1 << 31), -1, 0, 1, 2, 5, 64, 1 << 15, 1 << 24, (1 << 24) + 1, 1 << 30, (1 << 31) - 1]
@@ -79,7 +79,7 @@ def main() -> None:
 
     linear = registry.get_plugin_creator(*LINEAR)
     sizes = {"in_features": 64, "out_features": 8, "bits": 4, "group": 32, "activation": 0}
-    layer = {**sizes, "has_zero": 0, "has_bias": 1, "has_residual": 0}
+    layer = {**sizes, "has_zero": 0, "has_bias": 1, "has_residual": 0, "norm": 1, "norm_size": 32, "epsilon": 0.5}
     of_linear = bytes(create(linear, **layer).serialize())
     plugin = create(causal=1, softmax_scale=0.125, kv_format="f16")
     data = bytes(plugin.serialize())
@@ -104,9 +104,10 @@ def main() -> None:
                     "fields": [field.name for field in linear.field_names],
                     "bytes": of_linear.hex(),
                     "copy": attempt(lambda: linear.deserialize_plugin("node", of_linear)),
-                    "foreign": attempt(lambda: linear.deserialize_plugin("node", data + bytes(16))),
+                    "foreign": attempt(lambda: linear.deserialize_plugin("node", data.ljust(len(of_linear), b"\0"))),
                     "bits": attempt(lambda: create(linear, **{**layer, "bits": 5})),
                     "incomplete": attempt(lambda: create(linear, **sizes)),
+                    "epsilon": attempt(lambda: create(linear, **{**layer, "epsilon": float("nan")})),
                 },
                 "vision": attempt(lambda: create(causal=0, softmax_scale=0.125)),
                 "refused": {

@@ -10,13 +10,8 @@ import pytest
 
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
-from pascalvl.plugins.ops.flash_attention.op import (
-    ATTR_CAUSAL,
-    ATTR_KV_FORMAT,
-    ATTR_SOFTMAX_SCALE,
-    OP_NAME,
-    OP_VERSION,
-)
+from pascalvl.plugins.ops.flash_attention import op as flash_attention
+from pascalvl.plugins.ops.flash_attention.op import OP_NAME, OP_VERSION
 from pascalvl.plugins.ops.quant_linear import op as quant_linear
 from pascalvl.plugins.tensorrt import build as plugin_build
 
@@ -38,31 +33,36 @@ def tried(tmp_path_factory) -> tuple[dict, str]:
 def test_the_creator_is_found_by_the_nodes_names(tried):
     found, _ = tried
     assert found["found"]
-    assert found["fields"] == [ATTR_CAUSAL, ATTR_SOFTMAX_SCALE, ATTR_KV_FORMAT]
+    ops = vars(flash_attention)
+    assert sorted(found["fields"]) == sorted(value for name, value in ops.items() if name.startswith("ATTR_"))
     assert found["identity"] == [OP_NAME, OP_VERSION, ""]
-    assert found["outputs"] == 1
+    assert found["outputs"] == [4, 3, 1]
 
 
 def test_plugins_survive_serialisation_and_cloning(tried):
     found, _ = tried
-    assert bytes.fromhex(found["bytes"]) == struct.pack("<4sIifi", b"PVFA", 3, 1, 0.125, 1)
+    assert bytes.fromhex(found["bytes"]) == struct.pack("<4sIi2f5i", b"PVFA", 4, 1, 0.125, 0.5, 4, 2, 128, 96, 3)
     assert found["clone"] == found["copy"] == found["bytes"]
-    assert bytes.fromhex(found["vision"]) == struct.pack("<4sIifi", b"PVFA", 3, 0, 0.125, 0)
+    assert bytes.fromhex(found["vision"]) == struct.pack("<4sIi2f5i", b"PVFA", 4, 0, 0.125, 0, 2, 2, 72, 72, 0)
 
 
 def test_what_is_not_understood_is_refused_in_words(tried):
     found, told = tried
     assert set(found["refused"].values()) == {None}
     for sentence in (
-        "a serialised plugin of 19 bytes; expected 20: build the engine again",
+        "a serialised plugin of 39 bytes; expected 40: build the engine again",
         "the serialised plugin is not this one's",
-        "the serialised plugin has layout 9; expected 3",
-        "attribute softmax_scale is missing",
+        "the serialised plugin has layout 9; expected 4",
+        "attribute num_heads is missing",
         "attribute causal is 2; expected 0 or 1",
         "attribute causal must be one int32",
         "attribute kv_format is 'k8'; expected one of f32, f16, k8v8, k8v4, k4v4",
-        "attribute softmax_scale is nan; expected a number of 1000000 at most",
-        "attribute softmax_scale is -inf; expected a number of 1000000 at most",
+        "num_heads 4 is not a multiple of num_kv_heads 3.",
+        "softmax_scale is nan; expected a number between -1e+06 and 1e+06.",
+        "softmax_scale is -inf; expected a number between -1e+06 and 1e+06.",
+        "epsilon is -0.5; expected a number from 0 to 1.",
+        "key_dim is 72; expected 64, 96, 112 or 128.",
+        "Packed attention has head sizes 64, 72 and 128; found key_dim 72 and value_dim 64.",
     ):
         assert f"{OP_NAME}: {sentence}" in told
 
@@ -71,17 +71,25 @@ def test_made_up_bytes_are_a_plugin_or_refused(tried):
     """Those that are taken are what the kernels take, too."""
     made_up = tried[0]["made up"]
 
-    def is_attention(causal, scale, kv_format):
-        cached = kv_format in range(5) if causal else kv_format == 0
-        return causal in (0, 1) and abs(scale) <= 1e6 and cached
+    def is_attention(causal, scale, epsilon, heads, kv_heads, head_dim, value_dim, kv_format):
+        in_grid = {heads, kv_heads} <= set(range(1, 65536)) and heads % kv_heads == 0
+        dims = {head_dim, value_dim} <= {64, 96, 112, 128}
+        if not causal:
+            dims = head_dim == value_dim and head_dim in (64, 72, 128) and heads == kv_heads
+        cached = kv_format in range(5 if causal else 1)
+        return causal in (0, 1) and abs(scale) <= 1e6 and 0 <= epsilon <= 1 and in_grid and dims and cached
 
-    def is_linear(inputs, outputs, bits, group, activation, has_zero, has_bias, has_residual):
+    def is_linear(inputs, outputs, bits, group, activation, has_zero, has_bias, has_residual, norm, size, epsilon):
         sizes = inputs in range(1, (1 << 24) + 1) and outputs in range(1, (1 << 24) + 1)
-        codes = bits == 16 or (bits in (8, 4) and group in (32, 64, 128))
-        flags = {has_zero, has_bias, has_residual} <= {0, 1} and not (bits == 16 and has_zero)
-        return sizes and codes and flags and (activation in (0, 1) or (activation == 2 and outputs % 128 == 0))
+        codes = bits in (32, 16) or (bits in (8, 4) and group in (32, 64, 128))
+        flags = {has_zero, has_bias, has_residual} <= {0, 1} and not (bits >= 16 and has_zero)
+        if not (sizes and codes and flags and norm in (0, 1, 2) and 0 <= epsilon < float("inf")):
+            return False
+        whole = size > 0 and inputs % size == 0 and (bits >= 16 or size == inputs or size % group == 0)
+        normed = whole if norm else size == 0
+        return normed and (activation in (0, 1, 3) or (activation == 2 and outputs % 128 == 0))
 
-    for name, form, is_right in (("attention", "4sIifi", is_attention), ("linear", "4sI8i", is_linear)):
+    for name, form, is_right in (("attention", "4sIi2f5i", is_attention), ("linear", "4sI10if", is_linear)):
         head = struct.unpack_from(
             "<4sI", bytes.fromhex(tried[0]["linear"]["bytes"] if name == "linear" else tried[0]["bytes"])
         )
@@ -100,8 +108,9 @@ def test_the_second_creator(tried):
     ops = vars(quant_linear)
     assert sorted(linear["fields"]) == sorted(value for name, value in ops.items() if name.startswith("ATTR_"))
     assert linear["copy"] == linear["bytes"]
-    assert [linear[what] for what in ("foreign", "bits", "incomplete")] == [None] * 3
-    assert "attribute bits is 5; expected 16, 8 or 4" in told
+    assert [linear[what] for what in ("foreign", "bits", "incomplete", "epsilon")] == [None] * 4
+    assert "attribute bits is 5; expected 32, 16, 8 or 4" in told
+    assert "attribute epsilon is nan; expected a finite number of at least 0" in told
     assert "attribute has_zero is missing" in told
     assert "attribute in_features is 2147483647; expected 1 to 16777216" in told
 
