@@ -403,7 +403,7 @@ def check_engine(
         return [Row("engine", f"for {name}, which needs none of TensorRT and its plugin")]
     again = f"build it again here with --backend {BACKEND}"
 
-    def compare(what: str, wanted: object, here: str, fits: bool, state: State = State.MISSING) -> Row:
+    def compare(what: str, wanted: object, here: str, fits: bool) -> Row:
         if wanted is None:
             remedy = f"Its manifest does not say: {again}."
             return Row(f"engine's {what}", "unknown", State.WARNING, remedy)
@@ -412,7 +412,7 @@ def check_engine(
             return Row(f"engine's {what}", str(wanted), State.WARNING, remedy)
         if fits:
             return Row(f"engine's {what}", str(wanted))
-        return Row(f"engine's {what}", str(wanted), state, f"Here it is {here}: {again}.")
+        return Row(f"engine's {what}", str(wanted), State.MISSING, f"Here it is {here}: {again}.")
 
     version, cuda, capability = (backend.get(key) for key in ("version", "cuda", "capability"))
     here = tensorrt.version
@@ -421,10 +421,11 @@ def check_engine(
     rows.append(compare("CUDA", cuda, _dotted(runs) if runs else "", bool(runs) and _numbers(str(cuda))[:1] <= runs))
     here = _dotted(gpu.capability) if gpu else ""
     rows.append(compare("compute capability", capability, here, str(capability) == here))
-    # The plugin of other sources reads what this one wrote as long as the op's version is the same.
-    here = plugin.library.parent.name.removeprefix("kernels-") if plugin.library else ""
-    wanted = backend.get("plugin")
-    rows.append(compare("plugin", wanted, here, str(wanted) in (here, OP_VERSION), State.WARNING))
+    here = plugin_build.contract()
+    rows.append(compare("contract", backend.get("contract"), here, backend.get("contract") == here))
+    # The plugin of other sources runs what this one wrote as long as the contract is the same.
+    here = plugin_build.source_hash(plugin.library) if plugin.library else "none"
+    rows.append(Row("engine's plugin", f"sources {backend.get('plugin', 'unknown')}, here {here}"))
     return rows
 
 

@@ -68,8 +68,8 @@ class _Plugins:
         class Op(OpRun):
             op_domain = domain
 
-            def _run(self, *inputs: np.ndarray, **_: Any) -> tuple[np.ndarray]:
-                return (run(id(self), self.onnx_node, inputs),)
+            def _run(self, *inputs: np.ndarray, **_: Any) -> tuple[np.ndarray, ...]:
+                return run(id(self), self.onnx_node, inputs)
 
         Op.__name__ = name
         return Op
@@ -90,21 +90,22 @@ class _Plugins:
                 constants[tensor.name] = OnDevice.at(buffer.pointer, array.dtype, array.shape)
         return constants
 
-    def _run(self, key: int, node: onnx.NodeProto, inputs: Sequence[np.ndarray]) -> np.ndarray:
+    def _run(self, key: int, node: onnx.NodeProto, inputs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
         if key not in self._plugins:
             attributes = _attributes(node)
             version = attributes.pop(graphs.PLUGIN_VERSION)
             self._plugins[key] = self._host.create(attributes, node.op_type, version)
         shapes = [(array.dtype, array.shape) for array in inputs]
-        (dtype, shape), workspace = self._plugins[key].prepare(shapes)
+        results, workspace = self._plugins[key].prepare(shapes)
         pointers = [self._pointer(i, array) for i, array in enumerate(inputs)]
-        output = np.empty(shape, dtype)
-        to = self._buffers.get("output", output.nbytes)
+        outputs = tuple(np.empty(shape, dtype) for dtype, shape in results)
+        to = [self._buffers.get(f"output {i}", array.nbytes) for i, array in enumerate(outputs)]
         working = self._buffers.get("workspace", workspace)
-        self._plugins[key].enqueue(shapes, pointers, (dtype, shape), to, working, self._device.stream)
-        self._device.download(output, to)
+        self._plugins[key].enqueue(shapes, pointers, results, to, working, self._device.stream)
+        for array, pointer in zip(outputs, to, strict=True):
+            self._device.download(array, pointer)
         self._device.synchronize()
-        return output
+        return outputs
 
     def _pointer(self, number: int, array: np.ndarray) -> int:
         if isinstance(array, OnDevice):

@@ -1,8 +1,8 @@
 """The backend for the cards: both graphs as TensorRT plans, attention by the FlashAttention2 plugin, all in float32.
 
 For Pascal TensorRT 8.6 or 9, for cards from Turing on also 10. The calls are those that all of these versions have.
-A plan is for the version of TensorRT, the compute capability and the plugin that it was built with, which the manifest
-notes and `open_engine` checks.
+A plan is for the version of TensorRT and the compute capability that it was built with, and for all plugins of one
+contract (the ops' versions, what lies in plans and caches), which the manifest notes and `open_engine` checks.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def build(
         "cuda": _cuda_version(),
         "capability": _dotted(gpu.capability),
         "gpu": gpu.name,
-        "plugin": _plugin_hash(plugin),
+        "contract": plugin_build.contract(),
+        "plugin": plugin_build.source_hash(plugin),
         **{name: str(limit) for name, limit in dataclasses.asdict(limits).items()},
     }
 
@@ -124,7 +125,9 @@ def open_engine(directory: Path, manifest: Manifest, marked_layers: bool) -> Ten
     _check_same(directory, "by TensorRT", built.get("version"), trt.__version__)
     _check_same(directory, "for compute capability", built.get("capability"), _dotted(gpu.capability))
     plugin = _load_plugin()
-    _check_same(directory, "with the plugin of hash", built.get("plugin"), _plugin_hash(plugin))
+    _check_same(directory, "for the contract", built.get("contract"), plugin_build.contract())
+    sources = built.get("plugin"), plugin_build.source_hash(plugin)
+    log.info("the plans were built with the plugin of sources %s; here they are %s", *sources)
 
     from pascalvl.engines.device import CudaDevice
     from pascalvl.engines.tensorrt_engine import TensorRTEngine
@@ -239,12 +242,6 @@ def _expose_tensorrt() -> None:
             f"the package tensorrt {trt.__version__} did not load {name} ({error}): install it again, for Pascal: "
             f"{INSTALL_TENSORRT_8}."
         ) from error
-
-
-def _plugin_hash(library: Path) -> str:
-    """Hash of the sources of a plugin's library, which `cached_library` names the folder after: equal where equal
-    sources were compiled by different compilers."""
-    return library.parent.name.rpartition("-")[2]
 
 
 # Choices --------------------------------------------------------------------------------------------------------------

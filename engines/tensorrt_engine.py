@@ -6,8 +6,7 @@ Of TensorRT it uses the engine's and the execution context's methods that 8.6, 9
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,9 +19,7 @@ from pascalvl.engines.session import ALWAYS_VISIBLE, SLOTS, Placement, Session
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kernels.library import AppendArgs, Cache
-from pascalvl.plugins.kv_format import WORD_BYTES, LayerLayout
-from pascalvl.plugins.model_config import TextConfig
+from pascalvl.plugins.kernels.library import AppendArgs, AppendLayer, Rows
 
 _CHOICE = [
     bindings.Binding("token", np.dtype(np.int32), (1,)),
@@ -136,10 +133,9 @@ class TensorRTEngine(Engine):
 class TensorRTSession(Session):
     """The cache in the device's memory, with the decoder's contexts for prompts and for one token.
 
-    All memory is allocated here, once. Keys and values of new tokens of all layers lie in one staging area, from where
-    one launch appends those of all layers with the same layout. What varies between decode steps is written to one
-    array in host memory, which the step copies to the device, places in the cache with it: the host's word counts, also
-    after an interrupt.
+    All memory is allocated here, once. The decoder writes the new rows of all layers beside the cache, and one launch
+    copies them into it. What varies between decode steps is written to one array in host memory, which the step copies
+    to the device, places in the cache with it: the host's word counts, also after an interrupt.
     """
 
     def __init__(self, engine: TensorRTEngine, capacity: int) -> None:
@@ -147,15 +143,13 @@ class TensorRTSession(Session):
         self._engine, self._device = engine, engine.device
         text = self.model.text
         chunk = min(engine.max_prefill, self.capacity)
-        sizes = {**self.sizes, "seq": chunk, "visible_slots": self.capacity}
+        sizes = {**self.sizes, "seq": chunk, "visible_slots": self.capacity, "rows": 1}
         self._cache = Tensors(self._device, [b for inputs in self.layer_inputs for b in inputs], sizes)
 
         decoder = engine.inputs[bindings.DECODER]
-        outputs = [b for b in engine.outputs[bindings.DECODER] if b.name not in _new_names(text)]
-        self._outputs = Tensors(self._device, outputs, sizes)
-        self._runs = [
-            _Run(self._device, self.layouts[layers[0]], layers, chunk) for layers in _neighbours(self.layouts)
-        ]
+        self._outputs = Tensors(self._device, engine.outputs[bindings.DECODER], sizes)
+        self._new_rows = [bindings.new_rows(self.model, self.cache, layer) for layer in range(len(self.layouts))]
+        self._layers = [self._layer(number) for number in range(len(self.layouts))]
 
         own = [binding for binding in decoder if binding.name not in self._cache.pointers]
         self._inputs = Tensors(self._device, [*own, SLOTS], sizes)
@@ -169,7 +163,7 @@ class TensorRTSession(Session):
         self._step_inputs.arrays[bindings.PAST_VISIBLE][:] = ALWAYS_VISIBLE
         self._step_inputs.arrays[SLOTS.name][:] = -1
         self._decode_context = self._context(profiles.DECODE, self._step_inputs, no_deepstack)
-        self._bind_tokens(self._decode_context, 1)
+        self._set_tokens(self._decode_context, 1)
         self._kept = no_deepstack
         self._choice = StagedTensors(self._device, _CHOICE, {})
         self._logits = self._device.host_array(4 * text.vocab_size).view(np.float32)[None]
@@ -188,17 +182,19 @@ class TensorRTSession(Session):
 
     def prefill(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> dict[str, np.ndarray]:
         seq = feeds[bindings.INPUTS_EMBEDS].shape[1]
-        self._bind_tokens(self._prefill_context, seq)
+        self._set_tokens(self._prefill_context, seq)
         visible = self.visible(placement)
         self._prefill_context.set_shape(bindings.PAST_VISIBLE, visible.shape)
-        for name, array in {**feeds, **placement.arrays, bindings.PAST_VISIBLE: visible}.items():
+        given = {bindings.PAST_VISIBLE: visible, bindings.LOGIT_ROWS: placement.last}
+        for name, array in {**feeds, **placement.arrays, **given}.items():
             self._device.upload(self._inputs.pointers[name], np.ascontiguousarray(array))
         self._prefill_context.execute()
         self._append(seq, self._inputs)
+        stay = {binding.name for rows in self._new_rows for binding in rows}
         outputs = {
-            binding.name: np.empty(shape_of(binding, {"batch": 1, "seq": seq}), binding.dtype)
+            binding.name: np.empty(shape_of(binding, {"batch": 1, "seq": seq, "rows": 1}), binding.dtype)
             for binding in self._engine.outputs[bindings.DECODER]
-            if binding.name in self._outputs.pointers
+            if binding.name not in stay
         }
         for name, array in outputs.items():
             self._device.download(array, self._outputs.pointers[name])
@@ -257,91 +253,32 @@ class TensorRTSession(Session):
             context.bind_output(name, pointer)
         return context
 
-    def _bind_tokens(self, context: Context, seq: int) -> None:
-        """Give a context the shapes of ``seq`` tokens, and where in the staging area their keys and values go."""
+    def _set_tokens(self, context: Context, seq: int) -> None:
+        """Give a context the shapes of ``seq`` tokens."""
         for binding in self._engine.inputs[bindings.DECODER]:
             if "seq" in binding.shape:
                 context.set_shape(binding.name, shape_of(binding, {"batch": 1, "seq": seq}))
-        for run in self._runs:
-            for number, layer in enumerate(run.layers):
-                key, value = run.new(number, seq)
-                context.bind_output(bindings.new_key(layer), key)
-                context.bind_output(bindings.new_value(layer), value)
 
     def _append(self, seq: int, inputs: Tensors) -> None:
-        for run in self._runs:
-            self._append_run(run, seq, inputs.pointers[SLOTS.name])
-
-    def _append_run(self, run: _Run, seq: int, slots: int) -> None:
-        """Append the new tokens of some layers to their caches."""
-        layout, names = run.layout, [binding.name for binding in self.layer_inputs[run.layers[0]]]
-        key, value = run.new(0, seq)
-        pointers = [self._cache.pointers[name] for name in names]
-        # Layers with the same layout lie at equal distances.
-        next_layer = run.layers[min(1, len(run.layers) - 1)]
-        stride = (
-            self._cache.pointers[bindings.past_key(next_layer)] - self._cache.pointers[bindings.past_key(run.layers[0])]
-        )
-        scales, capacity = (None, None), self._cache.shapes[names[0]][2]
-        if layout.kv_format.is_quantised:
-            scales = pointers[2], pointers[2] + int(np.prod(self._cache.shapes[names[2]][1:])) * WORD_BYTES
-        args = AppendArgs(
-            key=key,
-            value=value,
-            layers=len(run.layers),
+        """Copy the new rows of all layers into their caches."""
+        args = AppendArgs.of(
+            self._layers,
+            slots=inputs.pointers[SLOTS.name],
             batch=1,
-            num_kv_heads=layout.num_kv_heads,
+            num_kv_heads=self.model.text.num_key_value_heads,
             seq=seq,
-            key_dim=layout.key_dim,
-            value_dim=layout.value_dim,
-            slots=slots,
-            cache=Cache(
-                key=pointers[0],
-                value=pointers[1],
-                key_scale=scales[0],
-                value_scale=scales[1],
-                key_format=layout.kv_format.rows[0],
-                value_format=layout.kv_format.rows[1],
-                capacity=capacity,
-                rotated=layout.is_rotated,
-            ),
-            key_stride=stride,
-            value_stride=stride,
-            key_scale_stride=stride,
-            value_scale_stride=stride,
+            capacity=self.capacity,
         )
         self._device.kernels.kv_append(args, self._device.stream)
 
-
-def _neighbours(layouts: Sequence[LayerLayout]) -> list[list[int]]:
-    """Layers by runs of the same layout; alone where their new tokens, side by side, would not lie aligned."""
-
-    def key(layer: int) -> tuple[LayerLayout, int]:
-        layout = layouts[layer]
-        lie_aligned = all(4 * layout.num_kv_heads * dim % ALIGNMENT == 0 for dim in layout.dims)
-        return layout, -1 if lie_aligned else layer
-
-    return [list(layers) for _, layers in itertools.groupby(range(len(layouts)), key)]
-
-
-class _Run:
-    """Neighbouring layers with the same layout, and the staging area of their new keys and values.
-
-    For ``seq`` tokens that holds ``[layers, 1, num_kv_heads, seq, dim]`` of keys, and as much of values.
-    """
-
-    def __init__(self, device: Device, layout: LayerLayout, layers: list[int], chunk: int) -> None:
-        self.layout, self.layers = layout, layers
-        key, value = (4 * layout.num_kv_heads * dim for dim in layout.dims)
-        self._token_bytes = key, value
-        self._value_start = _aligned(len(layers) * key * chunk)
-        self._buffer = device.allocate(self._value_start + len(layers) * value * chunk)
-
-    def new(self, number: int, seq: int) -> tuple[int, int]:
-        """Where keys and values of the run's layer ``number`` are."""
-        key, value = self._token_bytes
-        start = self._buffer.pointer
-        return start + number * seq * key, start + self._value_start + number * seq * value
+    def _layer(self, number: int) -> AppendLayer:
+        """Where a layer's new rows are and where they go."""
+        new, cache = (
+            Rows(**dict(zip(("key", "value", "scale"), (tensors.pointers[b.name] for b in names), strict=False)))
+            for tensors, names in ((self._outputs, self._new_rows[number]), (self._cache, self.layer_inputs[number]))
+        )
+        key_row, value_row = self.layouts[number].row_bytes
+        return AppendLayer(new_rows=new, cache=cache, key_row=key_row, value_row=value_row)
 
 
 class Context:
@@ -450,11 +387,6 @@ class StagedTensors(Tensors):
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def _new_names(text: TextConfig) -> set[str]:
-    layers = range(text.num_hidden_layers)
-    return {name(layer) for layer in layers for name in (bindings.new_key, bindings.new_value)}
 
 
 def shape_of(binding: bindings.Binding, sizes: Mapping[str, int]) -> tuple[int, ...]:

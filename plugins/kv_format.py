@@ -22,6 +22,8 @@ import numpy as np
 from pascalvl.plugins.errors import UserError, shown
 from pascalvl.plugins.model_config import LONGEST_GRAMMAR, TextConfig
 
+ROW_LAYOUT = 2
+"""Of rows and scales as described above: one more whenever what engines and their runtime must share changes."""
 ROW_ALIGNMENT = 16
 WORD_BYTES = 4
 HALVES_PER_WORD = 2

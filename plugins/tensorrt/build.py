@@ -8,6 +8,7 @@ inside. Without TensorRT's headers the project's own declarations serve (interfa
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -58,12 +59,23 @@ def cached(major: int, target: Target) -> Path:
     return kernels_build.cached_library(name, sources, lambda library: build(library, major, target=target))
 
 
+def source_hash(library: Path) -> str:
+    """Hash of the sources of a library that `cached` gave: equal where equal ones were compiled by other compilers."""
+    return library.parent.name.rpartition("-")[2]  # as `cached_library` names its folder
+
+
+def contract() -> str:
+    """What a plan and the plugins that run it must have in common, besides TensorRT: a text, equal where they fit."""
+    ops = [f"{op.OP_NAME} {op.OP_VERSION} layout {op.SERIALISED_LAYOUT}" for op in (flash_attention, quant_linear)]
+    return ", ".join([*ops, f"cache rows {kv_format.ROW_LAYOUT}"])
+
+
 def _flags(major: int, headers: Sequence[Path]) -> list[str]:
     flags = [
-        f'-DPASCALVL_{prefix}{name}="{value}"'
+        f"-DPASCALVL_{prefix}{name}={value if isinstance(value, int) else json.dumps(value)}"
         for prefix, op in (("", flash_attention), ("LINEAR_", quant_linear))
         for name, value in vars(op).items()
-        if name.startswith(("OP_", "ATTR_"))
+        if name.startswith(("OP_", "ATTR_")) or name == "SERIALISED_LAYOUT"
     ]
     formats = ",".join(f'{{"{f.value}",{int(f.rows[0])},{int(f.rows[1])}}}' for f in KVFormat)
     flags += [f"-DPASCALVL_KV_FORMATS={formats}", f"-DPASCALVL_ROTATED_DIM={ROTATED_DIM}"]

@@ -1,6 +1,5 @@
 // FlashAttention2 as a TensorRT plugin over the kernels' C ABI. What the op is: plugins/ops/flash_attention/op.py.
 #include <algorithm>
-#include <cmath>
 
 #include "plugins/kernels/params.h"
 #include "plugins/tensorrt/plugin.h"
@@ -24,14 +23,15 @@ DataType row_type(int32_t format) { return format == PASCALVL_FLOAT32 ? DataType
 // What a node's attributes say; also the bytes of a serialised plugin.
 struct Attributes {
   static constexpr uint32_t kMagic = 0x41465650;  // "PVFA"
-  static constexpr uint32_t kLayout = 3;
+  static constexpr uint32_t kLayout = PASCALVL_SERIALISED_LAYOUT;
   uint32_t magic = kMagic;
   uint32_t layout = kLayout;
   int32_t causal = 0;
-  float softmax_scale = 0;
+  float softmax_scale = 0, epsilon = 0;
+  int32_t num_heads = 0, num_kv_heads = 0, head_dim = 0, value_dim = 0;
   int32_t kv_format = 0;  // number in kFormats; only where causal
 };
-static_assert(sizeof(Attributes) == 20, "no padding is written");
+static_assert(sizeof(Attributes) == 40, "no padding is written");
 
 int32_t parse_kv_format(const std::string& name) {
   std::string known;
@@ -42,8 +42,10 @@ int32_t parse_kv_format(const std::string& name) {
   throw std::invalid_argument("attribute " PASCALVL_ATTR_KV_FORMAT " is '" + name + "'; expected one of " + known);
 }
 
-// Inputs, in the node's order: those from kVisible on where causal, from kPastScale on as the cache has them.
-enum Input { kQuery, kKey, kValue, kLengths, kVisible, kPastKey, kPastValue, kPastScale };
+// Inputs and outputs in the node's order: where causal, scales only where quantised; and where not.
+enum Input { kQkv, kQNorm, kKNorm, kRopeCos, kRopeSin, kPastLength, kPastVisible, kPastKey, kPastValue, kPastScale };
+enum Output { kOut, kNewKey, kNewValue, kNewScale };
+enum PackedInput { kPackedQkv, kPackedCos, kPackedSin, kCuSeqlens };
 
 class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
  public:
@@ -52,44 +54,74 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
   static constexpr const char* kName = PASCALVL_OP_NAME;
   static constexpr const char* kVersion = PASCALVL_OP_VERSION;
   static inline const PluginField kFields[] = {{PASCALVL_ATTR_CAUSAL, nullptr, PluginFieldType::kINT32, 1},
+                                               {PASCALVL_ATTR_NUM_HEADS, nullptr, PluginFieldType::kINT32, 1},
+                                               {PASCALVL_ATTR_NUM_KV_HEADS, nullptr, PluginFieldType::kINT32, 1},
+                                               {PASCALVL_ATTR_HEAD_DIM, nullptr, PluginFieldType::kINT32, 1},
+                                               {PASCALVL_ATTR_VALUE_DIM, nullptr, PluginFieldType::kINT32, 1},
                                                {PASCALVL_ATTR_SOFTMAX_SCALE, nullptr, PluginFieldType::kFLOAT32, 1},
+                                               {PASCALVL_ATTR_EPSILON, nullptr, PluginFieldType::kFLOAT32, 1},
                                                {PASCALVL_ATTR_KV_FORMAT, nullptr, PluginFieldType::kCHAR, 1}};
 
   static Attributes parse(const Fields& fields) {
-    Attributes attributes;
+    Attributes a;
+    const auto read = [&](const char* name, auto& number) {
+      require(fields.read(name, number), std::string("attribute ") + name + " is missing");
+    };
+    read(PASCALVL_ATTR_CAUSAL, a.causal);
+    read(PASCALVL_ATTR_NUM_HEADS, a.num_heads);
+    read(PASCALVL_ATTR_NUM_KV_HEADS, a.num_kv_heads);
+    read(PASCALVL_ATTR_HEAD_DIM, a.head_dim);
+    read(PASCALVL_ATTR_VALUE_DIM, a.value_dim);
+    read(PASCALVL_ATTR_SOFTMAX_SCALE, a.softmax_scale);
+    read(PASCALVL_ATTR_EPSILON, a.epsilon);
     std::string kv_format;  // an empty text is what exported nodes have that read no cache
-    fields.read(PASCALVL_ATTR_CAUSAL, attributes.causal);
     fields.read(PASCALVL_ATTR_KV_FORMAT, kv_format);
-    require(attributes.causal == 0 || attributes.causal == 1,
-            "attribute " PASCALVL_ATTR_CAUSAL " is " + std::to_string(attributes.causal) + "; expected 0 or 1");
-    if (attributes.causal) attributes.kv_format = parse_kv_format(kv_format);
-    require(fields.read(PASCALVL_ATTR_SOFTMAX_SCALE, attributes.softmax_scale),
-            "attribute " PASCALVL_ATTR_SOFTMAX_SCALE " is missing");
-    validate(attributes);
-    return attributes;
+    if (a.causal) a.kv_format = parse_kv_format(kv_format);
+    validate(a);
+    return a;
   }
 
-  // What the kernels would refuse, in whatever bytes claim to be a plugin too.
+  // What the kernels would refuse, in whatever bytes claim to be a plugin too: they are asked for a token without a
+  // past, which takes no device.
   static void validate(const Attributes& a) {
-    require((a.causal == 0 || a.causal == 1) && a.kv_format >= 0 && a.kv_format < (a.causal ? kNumFormats : 1),
-            "the serialised plugin's attributes are out of range: build the engine again");
-    require(std::fabs(a.softmax_scale) <= PASCALVL_MAX_SOFTMAX_SCALE,
-            "attribute " PASCALVL_ATTR_SOFTMAX_SCALE " is " + std::to_string(a.softmax_scale) +
-                "; expected a number of " + std::to_string(int(PASCALVL_MAX_SOFTMAX_SCALE)) + " at most");
+    require(a.causal == 0 || a.causal == 1,
+            "attribute " PASCALVL_ATTR_CAUSAL " is " + std::to_string(a.causal) + "; expected 0 or 1");
+    require(a.kv_format >= 0 && a.kv_format < (a.causal ? kNumFormats : 1),
+            "the serialised plugin has cache format number " + std::to_string(a.kv_format) + "; expected 0 to " +
+                std::to_string(a.causal ? kNumFormats - 1 : 0) + ": build the engine again");
+    pascalvl_attention_args args = arguments(a);
+    args.batch = args.seq = args.num_sequences = 1;
+    size_t bytes = 0;
+    check(pascalvl_attention_workspace(&args, &bytes));
   }
 
-  // q [batch, num_heads, seq, head_dim] to [batch, seq, num_heads, value_dim].
-  DimsExprs getOutputDimensions(int32_t, const DimsExprs* inputs, int32_t, IExprBuilder&) noexcept override {
-    const DimsExprs &q = inputs[kQuery], &v = inputs[kValue];
-    DimsExprs out{};
-    out.nbDims = 4;
-    out.d[0] = q.d[0], out.d[1] = q.d[2], out.d[2] = q.d[1], out.d[3] = v.d[3];
-    return out;
+  int32_t getNbOutputs() const noexcept override { return !attributes_.causal ? 1 : is_quantised(format()) ? 4 : 3; }
+
+  DataType getOutputDataType(int32_t number, const DataType*, int32_t) const noexcept override {
+    return output_type(number);
+  }
+
+  // qkv [lead ..., width] to out [lead ..., num_heads * value_dim], and the new rows of [batch, seq, width].
+  DimsExprs getOutputDimensions(int32_t number, const DimsExprs* inputs, int32_t,
+                                IExprBuilder& builder) noexcept override {
+    const Attributes& a = attributes_;
+    const DimsExprs& qkv = inputs[kQkv];
+    // One of fewer dimensions is refused later.
+    const auto lead = [&](int32_t axis) { return axis + 1 < qkv.nbDims ? qkv.d[axis] : builder.constant(1); };
+    if (number == kOut) {
+      const auto* width = builder.constant(a.num_heads * a.value_dim);
+      return a.causal ? DimsExprs{3, {lead(0), lead(1), width}} : DimsExprs{2, {lead(0), width}};
+    }
+    const auto* heads = builder.constant(a.num_kv_heads);
+    if (number == kNewScale) return {3, {lead(0), heads, lead(1)}};
+    const int32_t elements =
+        number == kNewKey ? row_elements(format().key, a.head_dim) : row_elements(format().value, a.value_dim);
+    return {4, {lead(0), heads, lead(1), builder.constant(elements)}};
   }
 
   bool supportsFormatCombination(int32_t position, const PluginTensorDesc* tensors, int32_t num_inputs,
                                  int32_t num_outputs) noexcept override {
-    const DataType type = position < num_inputs ? input_type(position) : DataType::kFLOAT;
+    const DataType type = position < num_inputs ? input_type(position) : output_type(position - num_inputs);
     return supports(tensors[position], type, num_inputs, num_inputs_expected(), num_outputs);
   }
 
@@ -124,23 +156,24 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
       size_t bytes = 0;
       check(pascalvl_attention_workspace(&args, &bytes));  // before the sizes are multiplied here
       require_workspace();
-      args.q = static_cast<const float*>(inputs[kQuery]);
-      args.k = static_cast<const float*>(inputs[kKey]);
-      args.v = static_cast<const float*>(inputs[kValue]);
-      args.out = static_cast<float*>(outputs[0]);
-      const auto* lengths = static_cast<const int32_t*>(inputs[kLengths]);
+      const auto floats = [&](int32_t input) { return static_cast<const float*>(inputs[input]); };
+      const auto integers = [&](int32_t input) { return static_cast<const int32_t*>(inputs[input]); };
+      args.qkv = floats(kQkv);
+      args.out = static_cast<float*>(outputs[kOut]);
       if (args.causal) {
-        args.past_length = lengths;
-        if (args.past_visible) args.past_visible = static_cast<const int32_t*>(inputs[kVisible]);
-        args.cache.key = const_cast<void*>(inputs[kPastKey]);
-        args.cache.value = const_cast<void*>(inputs[kPastValue]);
+        args.q_norm = floats(kQNorm), args.k_norm = floats(kKNorm);
+        args.rope_cos = floats(kRopeCos), args.rope_sin = floats(kRopeSin);
+        args.past_length = integers(kPastLength);
+        if (args.past_visible) args.past_visible = integers(kPastVisible);
+        args.past = {const_cast<void*>(inputs[kPastKey]), const_cast<void*>(inputs[kPastValue]), nullptr};
+        args.new_rows = {outputs[kNewKey], outputs[kNewValue], nullptr};
         if (is_quantised(format())) {
-          auto* scales = static_cast<uint16_t*>(const_cast<void*>(inputs[kPastScale]));
-          args.cache.key_scale = scales;
-          args.cache.value_scale = scales + int64_t(args.batch) * args.num_kv_heads * args.cache.capacity;
+          args.past.scale = static_cast<uint32_t*>(const_cast<void*>(inputs[kPastScale]));
+          args.new_rows.scale = static_cast<uint32_t*>(outputs[kNewScale]);
         }
       } else {
-        args.cu_seqlens = lengths;
+        args.rope_cos = floats(kPackedCos), args.rope_sin = floats(kPackedSin);
+        args.cu_seqlens = integers(kCuSeqlens);
       }
       check(pascalvl_attention(&args, workspace, bytes, stream));
       return 0;
@@ -151,23 +184,21 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
   const KVFormat& format() const { return kFormats[attributes_.kv_format]; }
 
   int32_t num_inputs_expected() const {
-    if (!attributes_.causal) return kLengths + 1;
+    if (!attributes_.causal) return kCuSeqlens + 1;
     return is_quantised(format()) ? kPastScale + 1 : kPastValue + 1;
   }
 
   DataType input_type(int32_t position) const {
-    switch (position) {
-      case kQuery:
-      case kKey:
-      case kValue:
-        return DataType::kFLOAT;
-      case kPastKey:
-        return row_type(format().key);
-      case kPastValue:
-        return row_type(format().value);
-      default:
-        return DataType::kINT32;
-    }
+    if (!attributes_.causal) return position == kCuSeqlens ? DataType::kINT32 : DataType::kFLOAT;
+    if (position == kPastKey) return row_type(format().key);
+    if (position == kPastValue) return row_type(format().value);
+    return position < kPastLength ? DataType::kFLOAT : DataType::kINT32;
+  }
+
+  DataType output_type(int32_t number) const {
+    if (number == kNewKey) return row_type(format().key);
+    if (number == kNewValue) return row_type(format().value);
+    return number == kOut ? DataType::kFLOAT : DataType::kINT32;
   }
 
   static void expect(const Dims& dims, const Dims& expected, const char* name, const char* or_else = "") {
@@ -187,58 +218,81 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
     return int32_t(pascalvl_row_bytes(format, dim) / sizeof(uint32_t));
   }
 
-  // The arguments of a call; for pointers, what is never read but looks like one.
-  pascalvl_attention_args sizes(const PluginTensorDesc* inputs) const {
-    const Dims &q = inputs[kQuery].dims, &k = inputs[kKey].dims, &v = inputs[kValue].dims;
-    for (const Dims* dims : {&q, &k, &v})
-      require(dims->nbDims == 4, "q, k and v have 4 dimensions; found " + text(*dims));
-    expect(k, {4, {q.d[0], k.d[1], q.d[2], q.d[3]}}, "k");
-    expect(v, {4, {q.d[0], k.d[1], q.d[2], v.d[3]}}, "v");
-    require(inputs[kLengths].dims.nbDims == 1,
-            "past_length and cu_seqlens have 1 dimension; found " + text(inputs[kLengths].dims));
+  // The arguments that attributes give; for pointers, what is never read but looks like one.
+  static pascalvl_attention_args arguments(const Attributes& a) {
     alignas(16) static char somewhere[16];
     const auto* values = reinterpret_cast<const float*>(somewhere);
-    const auto* lengths = reinterpret_cast<const int32_t*>(somewhere);
+    const KVFormat& format = kFormats[a.kv_format];
     pascalvl_attention_args args{};
-    args.q = args.k = args.v = values;
+    args.qkv = args.rope_cos = args.rope_sin = values;
     args.out = reinterpret_cast<float*>(somewhere);
-    args.batch = size(q, 0);
-    args.num_heads = size(q, 1);
-    args.num_kv_heads = size(k, 1);
-    args.seq = size(q, 2);
-    args.key_dim = size(q, 3);
-    args.value_dim = size(v, 3);
-    args.softmax_scale = attributes_.softmax_scale;
-    args.causal = attributes_.causal;
-    if (args.causal) {
-      const Dims &past = inputs[kPastKey].dims, &visible = inputs[kVisible].dims;
-      require(past.nbDims == 4, "the past has 4 dimensions; found " + text(past));
-      const auto capacity = past.d[2];
-      expect(past, {4, {k.d[0], k.d[1], capacity, row_elements(format().key, args.key_dim)}}, "the past of keys");
-      expect(inputs[kPastValue].dims, {4, {k.d[0], k.d[1], capacity, row_elements(format().value, args.value_dim)}},
-             "the past of values");
-      expect(inputs[kLengths].dims, {1, {k.d[0]}}, "past_length");
-      args.past_length = lengths;
-      // One number for all slots is not looked at: it comes where all new tokens see them.
-      if (visible.nbDims != 2 || visible.d[1] != 1 || capacity == 1) {
-        expect(visible, {2, {k.d[0], capacity}}, "past_visible", ", or 1 last for all slots alike");
-        args.past_visible = lengths;
-      } else {
-        expect(visible, {2, {k.d[0], 1}}, "past_visible");
-      }
-      args.cache.key = args.cache.value = somewhere;
-      args.cache.key_format = format().key;
-      args.cache.value_format = format().value;
-      args.cache.capacity = size(past, 2);
-      if (is_quantised(format())) {
-        require(capacity % 2 == 0, "a quantised cache has an even capacity; found " + std::to_string(capacity));
-        expect(inputs[kPastScale].dims, {4, {2, k.d[0], k.d[1], capacity / 2}}, "past_scale");
-        args.cache.key_scale = args.cache.value_scale = somewhere;
-        args.cache.rotated = args.key_dim == PASCALVL_ROTATED_DIM;
-      }
+    args.num_heads = a.num_heads;
+    args.num_kv_heads = a.num_kv_heads;
+    args.key_dim = a.head_dim;
+    args.value_dim = a.value_dim;
+    args.softmax_scale = a.softmax_scale;
+    args.epsilon = a.epsilon;
+    args.causal = a.causal;
+    if (a.causal) {
+      args.q_norm = args.k_norm = values;
+      args.key_format = format.key;
+      args.value_format = format.value;
+      args.rotated = is_quantised(format) && a.head_dim == PASCALVL_ROTATED_DIM;
+      args.new_rows = {somewhere, somewhere, is_quantised(format) ? reinterpret_cast<uint32_t*>(somewhere) : nullptr};
     } else {
-      args.cu_seqlens = lengths;
-      args.num_sequences = std::max(size(inputs[kLengths].dims, 0), 1) - 1;
+      args.cu_seqlens = reinterpret_cast<const int32_t*>(somewhere);
+    }
+    return args;
+  }
+
+  // The same of a call.
+  pascalvl_attention_args sizes(const PluginTensorDesc* inputs) const {
+    const Attributes& a = attributes_;
+    pascalvl_attention_args args = arguments(a);
+    const Dims& qkv = inputs[kQkv].dims;
+    const int64_t width = int64_t(a.num_heads) * a.head_dim + int64_t(a.num_kv_heads) * (a.head_dim + a.value_dim);
+    const int32_t axes = a.causal ? 3 : 2;
+    require(qkv.nbDims == axes && qkv.d[axes - 1] == width, "qkv has shape " + text(qkv) + "; expected " +
+                                                                std::to_string(axes) + " dimensions, the last of " +
+                                                                std::to_string(width));
+    Dims table = qkv;
+    table.d[axes - 1] = a.head_dim;
+    const int32_t cos = a.causal ? int32_t(kRopeCos) : int32_t(kPackedCos);
+    expect(inputs[cos].dims, table, "rope_cos");
+    expect(inputs[cos + 1].dims, table, "rope_sin");
+    if (!a.causal) {
+      const Dims& bounds = inputs[kCuSeqlens].dims;
+      require(bounds.nbDims == 1, "cu_seqlens has shape " + text(bounds) + "; expected 1 dimension");
+      args.batch = 1;
+      args.seq = size(qkv, 0);
+      args.num_sequences = std::max(size(bounds, 0), 1) - 1;
+      return args;
+    }
+    args.batch = size(qkv, 0);
+    args.seq = size(qkv, 1);
+    expect(inputs[kQNorm].dims, {1, {a.head_dim}}, "q_norm");
+    expect(inputs[kKNorm].dims, {1, {a.head_dim}}, "k_norm");
+    expect(inputs[kPastLength].dims, {1, {qkv.d[0]}}, "past_length");
+    const Dims &past = inputs[kPastKey].dims, &visible = inputs[kPastVisible].dims;
+    require(past.nbDims == 4, "past_key has shape " + text(past) + "; expected 4 dimensions");
+    const auto capacity = past.d[2];
+    const auto rows = [&](int32_t row_format, int32_t dim) {
+      return Dims{4, {qkv.d[0], a.num_kv_heads, capacity, row_elements(row_format, dim)}};
+    };
+    expect(past, rows(format().key, a.head_dim), "past_key");
+    expect(inputs[kPastValue].dims, rows(format().value, a.value_dim), "past_value");
+    if (is_quantised(format())) {
+      expect(inputs[kPastScale].dims, {3, {qkv.d[0], a.num_kv_heads, capacity}}, "past_scale");
+    }
+    args.past = args.new_rows;
+    args.capacity = size(past, 2);
+    args.past_length = static_cast<const int32_t*>(args.past.key);
+    // One number for all slots is not looked at: it comes where all new tokens see them.
+    if (visible.nbDims != 2 || visible.d[1] != 1 || capacity == 1) {
+      expect(visible, {2, {qkv.d[0], capacity}}, "past_visible", ", or 1 last for all slots alike");
+      args.past_visible = args.past_length;
+    } else {
+      expect(visible, {2, {qkv.d[0], 1}}, "past_visible");
     }
     return args;
   }

@@ -136,9 +136,11 @@ extern "C" {
 
 const char* pascalvl_host_messages() { return messages.c_str(); }
 
-// Makes a node of a plugin: what a parser, a build and the loading of an engine do to it, in turn.
+// Makes a node of a plugin, and tells how many outputs it has: what a parser, a build and the loading of an engine do
+// to it, in turn.
 int pascalvl_host_create(const char* name, const char* version, const char* const* names, const void* const* data,
-                         const int32_t* types, const int32_t* lengths, int32_t count, void** node) {
+                         const int32_t* types, const int32_t* lengths, int32_t count, void** node,
+                         int32_t* num_outputs) {
   return guarded([&] {
     IPluginCreator* creator = nullptr;
     for (IPluginCreator* candidate : registry.creators) {
@@ -159,18 +161,19 @@ int pascalvl_host_create(const char* name, const char* version, const char* cons
     made->context = owned(made->engine->clone(), "clone");
     require(made->engine->initialize() == 0, "the plugin could not be initialised");
     made->context->attachToContext(nullptr, nullptr, nullptr);
+    *num_outputs = made->context->getNbOutputs();
     *node = made.release();
   });
 }
 
 void pascalvl_host_destroy(void* node) { delete static_cast<Node*>(node); }
 
-// Asks the plugin for its output and its workspace with inputs of these sizes, and configures it for them.
-int pascalvl_host_prepare(void* node, const pascalvl_host_tensor* inputs, int32_t count, pascalvl_host_tensor* output,
+// Asks the plugin for its outputs and its workspace with inputs of these sizes, and configures it for them.
+int pascalvl_host_prepare(void* node, const pascalvl_host_tensor* inputs, int32_t count, pascalvl_host_tensor* outputs,
                           size_t* workspace) {
   return guarded([&] {
     IPluginV2DynamicExt& plugin = *static_cast<Node*>(node)->context;
-    require(plugin.getNbOutputs() == 1, "the plugin has several outputs");
+    const int32_t num_outputs = plugin.getNbOutputs();
     std::vector<PluginTensorDesc> tensors = descriptions(inputs, count);
     std::vector<DimsExprs> sizes(count);
     for (int32_t i = 0; i < count; ++i) {
@@ -182,33 +185,36 @@ int pascalvl_host_prepare(void* node, const pascalvl_host_tensor* inputs, int32_
     std::vector<DataType> types;
     for (const PluginTensorDesc& tensor : tensors) types.push_back(tensor.type);
     Builder builder;
-    const DimsExprs found = plugin.getOutputDimensions(0, sizes.data(), count, builder);
-    output->type = int32_t(plugin.getOutputDataType(0, types.data(), count));
-    output->num_dims = found.nbDims;
-    for (int d = 0; d < found.nbDims; ++d) output->dims[d] = *reinterpret_cast<const int64_t*>(found.d[d]);
-
-    tensors.push_back(description(*output));
-    for (int32_t i = 0; i <= count; ++i) {
-      require(plugin.supportsFormatCombination(i, tensors.data(), count, 1),
+    for (int32_t i = 0; i < num_outputs; ++i) {
+      pascalvl_host_tensor& output = outputs[i];
+      const DimsExprs found = plugin.getOutputDimensions(i, sizes.data(), count, builder);
+      output.type = int32_t(plugin.getOutputDataType(i, types.data(), count));
+      output.num_dims = found.nbDims;
+      for (int d = 0; d < found.nbDims; ++d) output.dims[d] = *reinterpret_cast<const int64_t*>(found.d[d]);
+      tensors.push_back(description(output));
+    }
+    for (int32_t i = 0; i < count + num_outputs; ++i) {
+      require(plugin.supportsFormatCombination(i, tensors.data(), count, num_outputs),
               "the plugin does not take tensor number " + std::to_string(i) + " of its " + std::to_string(count) +
-                  " inputs and 1 output");
+                  " inputs and " + std::to_string(num_outputs) + (num_outputs == 1 ? " output" : " outputs"));
     }
     std::vector<DynamicPluginTensorDesc> ranges;
     for (const PluginTensorDesc& tensor : tensors) ranges.push_back(exactly(tensor));
-    plugin.configurePlugin(ranges.data(), count, &ranges[count], 1);
-    *workspace = plugin.getWorkspaceSize(tensors.data(), count, &tensors[count], 1);
+    plugin.configurePlugin(ranges.data(), count, &ranges[count], num_outputs);
+    *workspace = plugin.getWorkspaceSize(tensors.data(), count, &tensors[count], num_outputs);
   });
 }
 
 // Runs the plugin; pointers are to the memory that its library computes on.
 int pascalvl_host_enqueue(void* node, const pascalvl_host_tensor* inputs, int32_t count,
-                          const pascalvl_host_tensor* output, const void* const* input_pointers, void* output_pointer,
-                          void* workspace, void* stream) {
+                          const pascalvl_host_tensor* outputs, const void* const* input_pointers,
+                          void* const* output_pointers, void* workspace, void* stream) {
   return guarded([&] {
+    IPluginV2DynamicExt& plugin = *static_cast<Node*>(node)->context;
     const std::vector<PluginTensorDesc> tensors = descriptions(inputs, count);
-    const PluginTensorDesc result = description(*output);
-    const int32_t status = static_cast<Node*>(node)->context->enqueue(
-        tensors.data(), &result, input_pointers, &output_pointer, workspace, static_cast<cudaStream_t>(stream));
+    const std::vector<PluginTensorDesc> results = descriptions(outputs, plugin.getNbOutputs());
+    const int32_t status = plugin.enqueue(tensors.data(), results.data(), input_pointers, output_pointers, workspace,
+                                          static_cast<cudaStream_t>(stream));
     require(status == 0, "the plugin returned status " + std::to_string(status));
   });
 }

@@ -71,7 +71,7 @@ class PluginHost:
                 kind, dtype = _FIELD_TYPES[type(value)]
                 fields.append((kind, np.array([value], dtype)))
         count = len(fields)
-        node = ctypes.c_void_p()
+        node, num_outputs = ctypes.c_void_p(), ctypes.c_int32()
         self.call(
             "pascalvl_host_create",
             name.encode(),
@@ -82,8 +82,9 @@ class PluginHost:
             (ctypes.c_int32 * count)(*(array.size for _, array in fields)),
             count,
             ctypes.byref(node),
+            ctypes.byref(num_outputs),
         )
-        return HostedPlugin(self, node)
+        return HostedPlugin(self, node, num_outputs.value)
 
     def destroy(self, node: ctypes.c_void_p) -> None:
         self._library.pascalvl_host_destroy(node)
@@ -98,39 +99,41 @@ def plugin_host(target: Target) -> PluginHost:
 class HostedPlugin:
     """One node's plugin."""
 
-    def __init__(self, host: PluginHost, node: ctypes.c_void_p) -> None:
+    def __init__(self, host: PluginHost, node: ctypes.c_void_p, num_outputs: int) -> None:
         self._host = host
         self._node = node
+        self._num_outputs = num_outputs
 
     def __del__(self) -> None:
         self._host.destroy(self._node)
 
-    def prepare(self, inputs: Sequence[Shaped]) -> tuple[Shaped, int]:
-        """Configure the plugin for inputs; returns its output's type and shape, and the bytes of workspace it needs."""
-        output, workspace = _Tensor(), ctypes.c_size_t()
+    def prepare(self, inputs: Sequence[Shaped]) -> tuple[list[Shaped], int]:
+        """Configure the plugin for inputs; returns its outputs' types and shapes, and bytes of workspace."""
+        outputs, workspace = (_Tensor * self._num_outputs)(), ctypes.c_size_t()
         self._host.call(
-            "pascalvl_host_prepare",
-            self._node,
-            _tensors(inputs),
-            len(inputs),
-            ctypes.byref(output),
-            ctypes.byref(workspace),
+            "pascalvl_host_prepare", self._node, _tensors(inputs), len(inputs), outputs, ctypes.byref(workspace)
         )
-        dtype = next(dtype for dtype, number in _TYPES.items() if number == output.type)
-        return (dtype, tuple(output.dims[: output.num_dims])), workspace.value
+        dtypes = {number: dtype for dtype, number in _TYPES.items()}
+        return [(dtypes[output.type], tuple(output.dims[: output.num_dims])) for output in outputs], workspace.value
 
     def enqueue(
-        self, inputs: Sequence[Shaped], pointers: Sequence[int], output: Shaped, to: int, workspace: int, stream: int
+        self,
+        inputs: Sequence[Shaped],
+        pointers: Sequence[int],
+        outputs: Sequence[Shaped],
+        to: Sequence[int],
+        workspace: int,
+        stream: int,
     ) -> None:
-        """Run the plugin on a stream, on inputs at ``pointers``, to the output at ``to``."""
+        """Run the plugin on a stream, on inputs at ``pointers``, to outputs at ``to``, those that `prepare` told."""
         self._host.call(
             "pascalvl_host_enqueue",
             self._node,
             _tensors(inputs),
             len(inputs),
-            _tensors([output]),
+            _tensors(outputs),
             (ctypes.c_void_p * len(pointers))(*pointers),
-            ctypes.c_void_p(to),
+            (ctypes.c_void_p * len(to))(*to),
             ctypes.c_void_p(workspace),
             ctypes.c_void_p(stream),
         )

@@ -147,11 +147,12 @@ class Plugin : public IPluginV2DynamicExt {
 
  protected:
   // supportsFormatCombination, where the plugin takes so many inputs and the tensor asked for should have a type.
-  static bool supports(const PluginTensorDesc& tensor, DataType type, int32_t num_inputs, int32_t expected,
-                       int32_t num_outputs) noexcept {
-    if (num_inputs != expected || num_outputs != 1) {
+  bool supports(const PluginTensorDesc& tensor, DataType type, int32_t num_inputs, int32_t expected,
+                int32_t num_outputs) const noexcept {
+    if (num_inputs != expected || num_outputs != this->getNbOutputs()) {
       report(Op::kName, "found " + std::to_string(num_inputs) + " inputs and " + std::to_string(num_outputs) +
-                            " outputs; expected " + std::to_string(expected) + " and 1");
+                            " outputs; expected " + std::to_string(expected) + " and " +
+                            std::to_string(this->getNbOutputs()));
       return false;
     }
     return tensor.type == type && tensor.format == TensorFormat::kLINEAR;

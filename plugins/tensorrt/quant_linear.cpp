@@ -11,7 +11,7 @@ namespace {
 // What a node's attributes say; also the bytes of a serialised plugin.
 struct Attributes {
   static constexpr uint32_t kMagic = 0x4c515650;  // "PVQL"
-  static constexpr uint32_t kLayout = 2;
+  static constexpr uint32_t kLayout = PASCALVL_LINEAR_SERIALISED_LAYOUT;
   uint32_t magic = kMagic;
   uint32_t layout = kLayout;
   int32_t in_features = 0, out_features = 0, bits = 0, group = 0, activation = 0;

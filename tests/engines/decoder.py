@@ -41,7 +41,7 @@ def decoder_feeds(manifest: Manifest, seq: int, capacity: int, past: int) -> dic
         if layout.kv_format.is_quantised:
             feeds[bindings.past_scale(layer)] = scale_words(*scales)
     feeds |= {bindings.PAST_LENGTH: np.array([past], np.int32), bindings.PAST_VISIBLE: np.array([[seq]], np.int32)}
-    return feeds
+    return {**feeds, bindings.LOGIT_ROWS: np.array([seq - 1], np.int32)}
 
 
 def floats_of(model: ModelConfig, cache: CacheConfig, outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -28,7 +28,8 @@ RTX3090 = dataclasses.replace(GTX1080, name="NVIDIA GeForce RTX 3090", capabilit
 DRIVER = Driver("580.95.05", (13, 0))
 NONE, TRT8, TRT10 = TensorRT(), TensorRT("8.6.1"), TensorRT("10.16.1.11")
 PLUGIN = Plugin(Path("cache/kernels-0123456789abcdef/libpascalvl_plugin8.so"))
-BUNDLE = {"name": "tensorrt", "version": "8.6.1", "cuda": "12.9", "capability": "6.1", "plugin": "0123456789abcdef"}
+BUNDLE = {"name": "tensorrt", "version": "8.6.1", "cuda": "12.9", "capability": "6.1"}
+BUNDLE |= {"contract": plugin_build.contract(), "plugin": "0123456789abcdef"}
 without_driver = pytest.mark.skipif(doctor.find_driver() is not None, reason="there is an NVIDIA driver")
 without_tensorrt = pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
 
@@ -230,34 +231,45 @@ def engine(backend, tensorrt=TRT8, card=GTX1080, driver=DRIVER, plugin=PLUGIN, o
 
 def test_engine_that_runs_here():
     rows = engine(BUNDLE)
-    assert list(rows) == ["engine's TensorRT", "engine's CUDA", "engine's compute capability", "engine's plugin"]
-    for row, found in zip(rows.values(), ("8.6.1", "12.9", "6.1", "0123456789abcdef"), strict=True):
-        check(row, State.OK, found)
+    names = "TensorRT", "CUDA", "compute capability", "contract", "plugin"
+    sources = "sources 0123456789abcdef, here 0123456789abcdef"
+    for name, found in zip(names, ("8.6.1", "12.9", "6.1", plugin_build.contract(), sources), strict=True):
+        check(rows[f"engine's {name}"], State.OK, found)
+    assert len(rows) == len(names)
+    # The plugin of other sources runs it, too.
+    other = engine({**BUNDLE, "plugin": "fedcba9876543210"})["engine's plugin"]
+    check(other, State.OK, "sources fedcba9876543210, here 0123456789abcdef")
     # Minor versions of CUDA run each other's binaries, and `.post1` is the same library.
     assert engine(BUNDLE, TensorRT("8.6.1.post1"), gpu((6, 1), (12, 0))) == rows
 
 
 @pytest.mark.parametrize(
-    ("name", "key", "value", "state", "here"),
+    ("name", "key", "value", "here"),
     [
-        ("TensorRT", "version", "8.6.0", State.MISSING, "8.6.1"),
-        ("CUDA", "cuda", "14.0", State.MISSING, "13.0"),
-        ("compute capability", "capability", "8.6", State.MISSING, "6.1"),
-        ("plugin", "plugin", "fedcba9876543210", State.WARNING, "0123456789abcdef"),
+        ("TensorRT", "version", "8.6.0", "8.6.1"),
+        ("CUDA", "cuda", "14.0", "13.0"),
+        ("compute capability", "capability", "8.6", "6.1"),
+        ("contract", "contract", "FlashAttention2 1 layout 3", plugin_build.contract()),
     ],
 )
-def test_engine_for_something_else(name, key, value, state, here):
+def test_engine_for_something_else(name, key, value, here):
     rows = engine({**BUNDLE, key: value})
-    check(rows.pop(f"engine's {name}"), state, value, f"Here it is {here}: build it again here with --backend tensorrt")
+    row = rows.pop(f"engine's {name}")
+    check(row, State.MISSING, value, f"Here it is {here}: build it again here with --backend tensorrt")
     assert {row.state for row in rows.values()} == {State.OK}
 
 
 def test_engine_with_nothing_to_compare():
     rows = engine(BUNDLE, NONE, None, None, Plugin())
-    for row, found in zip(rows.values(), ("8.6.1", "12.9", "6.1", "0123456789abcdef"), strict=True):
+    *of_machine, contract, sources = rows.values()
+    for row, found in zip(of_machine, ("8.6.1", "12.9", "6.1"), strict=True):
         check(row, State.WARNING, found, "nothing here to compare it with")
-    for row in engine({"name": "tensorrt"}).values():
+    check(contract, State.OK, plugin_build.contract())
+    check(sources, State.OK, "sources 0123456789abcdef, here none")
+    *compared, sources = engine({"name": "tensorrt"}).values()
+    for row in compared:
         check(row, State.WARNING, "unknown", "does not say: build it again")
+    check(sources, State.OK, "sources unknown, here 0123456789abcdef")
 
 
 def test_engine_of_another_backend():

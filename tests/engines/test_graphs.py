@@ -30,7 +30,6 @@ CONFIG = TextConfig(
     mrope_section=(12, 10, 10),
     rope_inv_freq=(0.5,) * 32,
     rope_attention_scaling=1.0,
-    key_dims=(DIM, DIM),
     value_dims=(DIM, DIM),
 )
 MODEL = SimpleNamespace(text=CONFIG, num_deepstack=1)

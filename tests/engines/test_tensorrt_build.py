@@ -128,6 +128,7 @@ def test_bundle(built):
         "version": "10.16.1.11",
         "capability": "7.5",
         "gpu": "Tesla T4",
+        "contract": plugin_build.contract(),
         "plugin": "0123456789abcdef",
         "prefill_chunk": "64",
         "max_patches": str(256 * 256 // built.manifest.model.vision.patch_size**2),
@@ -455,10 +456,23 @@ def test_engines_for_another_machine(tensorrt, built, monkeypatch):
     set_gpu(monkeypatch, tensorrt, capability=(8, 6))
     with pytest.raises(UserError, match=r"were built for compute capability 7\.5, found 8\.6: build them again"):
         open_engine(built.directory)
-    set_gpu(monkeypatch, tensorrt)
-    library = built.folder / "kernels-fedcba9876543210" / "plugin.so"
-    monkeypatch.setattr(tensorrt, "_load_plugin", lambda: library)
-    with pytest.raises(UserError, match="with the plugin of hash 0123456789abcdef, found fedcba9876543210"):
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value", "found"),
+    [
+        (plugin_build.flash_attention, "OP_VERSION", "9", "FlashAttention2 9 layout"),
+        (plugin_build.flash_attention, "SERIALISED_LAYOUT", 9, r"FlashAttention2 \d layout 9, QuantLinear"),
+        (plugin_build.quant_linear, "SERIALISED_LAYOUT", 9, r"QuantLinear \d layout 9, cache rows"),
+        (plugin_build.kv_format, "ROW_LAYOUT", 9, "cache rows 9"),
+    ],
+)
+def test_engines_of_another_contract(tensorrt, built, monkeypatch, module, name, value, found):
+    expected = plugin_build.contract()
+    monkeypatch.setattr(module, name, value)
+    with pytest.raises(
+        UserError, match=rf"were built for the contract {expected}, found .*{found}.*: build them again"
+    ):
         open_engine(built.directory)
 
 
@@ -467,8 +481,14 @@ def test_no_hidden_states(tensorrt, built):
         open_engine(built.directory, marked_layers=True)
 
 
-def test_plans_reach_the_engine(tensorrt, built, monkeypatch):
-    """With a made-up runtime, which needs a GPU: the plans are handed over whole, and one that is refused is told."""
+def test_plans_reach_the_engine(tensorrt, built, monkeypatch, caplog):
+    """With a made-up runtime, which needs a GPU: the plans are handed over whole, and one that is refused is told.
+
+    Whatever the sources of the plugin that they were built with: the contract is the same.
+    """
+    library = built.folder / "kernels-fedcba9876543210" / "plugin.so"
+    monkeypatch.setattr(tensorrt, "_load_plugin", lambda: library)
+    caplog.set_level(logging.INFO)
     read = []
 
     class Runtime:
@@ -490,7 +510,8 @@ def test_plans_reach_the_engine(tensorrt, built, monkeypatch):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(tensorrt.trt, "Runtime", Runtime)
     directory, _, engines, found, marked = open_engine(built.directory)
-    assert (directory, found, marked) == (built.directory, "libpascalvl_plugin10.so", False)
+    assert (directory, found, marked) == (built.directory, "plugin.so", False)
+    assert "with the plugin of sources 0123456789abcdef; here they are fedcba9876543210" in caplog.text
     assert engines == {bindings.VISION: "engine 1", bindings.DECODER: "engine 2"}
     assert read == [(directory / name).read_bytes() for name in ("vision.plan", "decoder.plan")]
     with pytest.raises(UserError, match=r"cannot load .*vision.plan \(out of memory\) onto Tesla T4, of whose 8\.5 GB"):

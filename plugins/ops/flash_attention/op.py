@@ -38,6 +38,8 @@ OP_NAME = "FlashAttention2"
 OP_VERSION = "2"
 """In TensorRT: what a node's attribute ``plugin_version`` asks for."""
 OP_DOMAIN = "pascalvl"
+SERIALISED_LAYOUT = 4
+"""Of the attributes in a plan, for TensorRT's plugin: one more whenever it changes."""
 
 ATTR_CAUSAL = "causal"
 ATTR_SOFTMAX_SCALE = "softmax_scale"

@@ -21,6 +21,8 @@ from pascalvl.plugins.weight_format import WeightFormat
 OP_NAME = "QuantLinear"
 OP_VERSION = "2"
 """In TensorRT: what a node's attribute ``plugin_version`` asks for."""
+SERIALISED_LAYOUT = 2
+"""Of the attributes in a plan, for TensorRT's plugin: one more whenever it changes."""
 
 ATTR_IN_FEATURES = "in_features"
 """Those of x, which a row of codes may exceed."""

@@ -193,10 +193,10 @@ def append(library: KernelLibrary, cache: HostRows, new: HostRows, slots: np.nda
 
 @dataclasses.dataclass(frozen=True)
 class Prologue:
-    """Weights of norms ``[key_dim]``, and tables of RoPE ``[batch, seq, key_dim]``."""
+    """Weights of norms ``[key_dim]``, where there are some, and tables of RoPE ``[batch, seq, key_dim]``."""
 
-    q_norm: np.ndarray
-    k_norm: np.ndarray
+    q_norm: np.ndarray | None
+    k_norm: np.ndarray | None
     rope_cos: np.ndarray
     rope_sin: np.ndarray
     epsilon: float = 1e-6
@@ -204,7 +204,11 @@ class Prologue:
     def of(self, x: np.ndarray, norm: np.ndarray) -> np.ndarray:
         """Queries or keys ``[batch, heads, seq, key_dim]`` in float64."""
         x = x.astype(np.float64)
-        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + self.epsilon) * norm
+        return self.roped(x / np.sqrt((x**2).mean(-1, keepdims=True) + self.epsilon) * norm)
+
+    def roped(self, x: np.ndarray) -> np.ndarray:
+        """The same without a norm."""
+        x = x.astype(np.float64)
         first, second = np.split(x, 2, -1)
         cos, sin = (table[:, None].astype(np.float64) for table in (self.rope_cos, self.rope_sin))
         return x * cos + np.concatenate([-second, first], -1) * sin

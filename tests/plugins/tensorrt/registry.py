@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-OP, LINEAR = ("FlashAttention2", "1", ""), ("QuantLinear", "2", "")
+OP, LINEAR = ("FlashAttention2", "2", ""), ("QuantLinear", "2", "")
 
 
 NUMBERS = [-(1 << 31), -1, 0, 1, 2, 5, 64, 1 << 15, 1 << 24, (1 << 24) + 1, 1 << 30, (1 << 31) - 1]
@@ -81,7 +81,11 @@ def main() -> None:
     sizes = {"in_features": 64, "out_features": 8, "bits": 4, "group": 32, "activation": 0}
     layer = {**sizes, "has_zero": 0, "has_bias": 1, "has_residual": 0, "norm": 1, "norm_size": 32, "epsilon": 0.5}
     of_linear = bytes(create(linear, **layer).serialize())
-    plugin = create(causal=1, softmax_scale=0.125, kv_format="f16")
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 128, "value_dim": 96}
+    text = {"causal": 1, **heads, "softmax_scale": 0.125, "epsilon": 0.5, "kv_format": "k8v4"}
+    vision = {"causal": 0, "softmax_scale": 0.125, "epsilon": 0.0, **dict.fromkeys(("num_heads", "num_kv_heads"), 2)}
+    vision |= {"head_dim": 72, "value_dim": 72}
+    plugin = create(**text)
     data = bytes(plugin.serialize())
     taken = {}
     for name, maker, serialised in (("attention", creator, data), ("linear", linear, of_linear)):
@@ -96,7 +100,9 @@ def main() -> None:
                 "made up": taken,
                 "fields": [field.name for field in creator.field_names],
                 "identity": [plugin.plugin_type, plugin.plugin_version, plugin.plugin_namespace],
-                "outputs": plugin.num_outputs,
+                "outputs": [
+                    maker.num_outputs for maker in (plugin, create(**{**text, "kv_format": "f16"}), create(**vision))
+                ],
                 "bytes": data.hex(),
                 "clone": attempt(plugin.clone),
                 "copy": attempt(lambda: creator.deserialize_plugin("node", data)),
@@ -109,17 +115,21 @@ def main() -> None:
                     "incomplete": attempt(lambda: create(linear, **sizes)),
                     "epsilon": attempt(lambda: create(linear, **{**layer, "epsilon": float("nan")})),
                 },
-                "vision": attempt(lambda: create(causal=0, softmax_scale=0.125)),
+                "vision": attempt(lambda: create(**vision)),
                 "refused": {
                     "truncated": attempt(lambda: creator.deserialize_plugin("node", data[:-1])),
                     "foreign": attempt(lambda: creator.deserialize_plugin("node", b"x" * len(data))),
                     "newer": attempt(lambda: creator.deserialize_plugin("node", data[:4] + b"\x09" + data[5:])),
-                    "no scale": attempt(lambda: create(causal=1, kv_format="f16")),
-                    "causal": attempt(lambda: create(causal=2, softmax_scale=0.125)),
-                    "type": attempt(lambda: create(causal=1.0, softmax_scale=0.125)),
-                    "kv format": attempt(lambda: create(causal=1, softmax_scale=0.125, kv_format="k8")),
-                    "no number": attempt(lambda: create(causal=0, softmax_scale=float("nan"))),
-                    "infinite": attempt(lambda: create(causal=0, softmax_scale=float("-inf"))),
+                    "no heads": attempt(lambda: create(**{k: x for k, x in text.items() if k != "num_heads"})),
+                    **{
+                        f"{name} {value}": attempt(lambda name=name, value=value: create(**{**text, name: value}))
+                        for name, value in (
+                            *(("causal", 2), ("causal", 1.0), ("kv_format", "k8"), ("num_kv_heads", 3)),
+                            *(("softmax_scale", float("nan")), ("softmax_scale", float("-inf"))),
+                            *(("epsilon", -0.5), ("head_dim", 72)),
+                        )
+                    },
+                    "head size": attempt(lambda: create(**{**vision, "value_dim": 64})),
                     "features": attempt(lambda: create(linear, **{**layer, "in_features": (1 << 31) - 1})),
                 },
             }
