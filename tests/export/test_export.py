@@ -26,8 +26,8 @@ from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
-from pascalvl.plugins.ops.flash_attention.op import OP_DOMAIN, OP_NAME
 from pascalvl.plugins.ops.flash_attention.drop_in import ATTN_IMPLEMENTATION
+from pascalvl.plugins.ops.flash_attention.op import OP_DOMAIN, OP_NAME
 from pascalvl.plugins.weight_format import WeightConfig, WeightFormat
 
 # Both sides float32, summed in different orders: a few units in 1e-6 of values of size one after a few layers.
@@ -263,10 +263,11 @@ def _compare_decoder(model, tmp_path):
 
 def _decoder_feeds(config, **sizes):
     """Zeros, with all slots visible."""
-    sizes["visible_slots"] = 1
+    sizes |= {"visible_slots": 1, "rows": sizes["batch"]}
     feeds = {b.name: np.zeros([sizes.get(d, d) for d in b.shape], b.dtype)
              for b in bindings.decoder_inputs(config, CacheConfig(KVFormat.F32))}  # fmt: skip
     feeds[bindings.PAST_VISIBLE][:] = np.iinfo(np.int32).max
+    feeds[bindings.LOGIT_ROWS][:] = np.arange(1, sizes["batch"] + 1) * sizes["seq"] - 1  # the last of each sequence
     return feeds
 
 
