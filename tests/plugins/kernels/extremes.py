@@ -83,15 +83,22 @@ def is_appended(a: AppendArgs, layer: AppendLayer) -> bool:
 
 def linear_bytes(a: LinearArgs) -> list[int]:
     """What the workspace may have, for any number of splits; empty: the call is refused."""
-    fits = a.rows in GRID and a.in_features in SIZES and a.out_features in SIZES and a.activation in (0, 1, 2)
+    fits = a.rows in GRID and a.in_features in SIZES and a.out_features in SIZES and a.activation in (0, 1, 2, 3)
     if not fits or (a.activation == 2 and a.out_features % 128):
         return []
-    if a.bits != 16 and (a.bits not in (8, 4) or a.group not in (32, 64, 128)):
+    in_codes = a.bits in (8, 4)
+    if a.bits not in (32, 16, 8, 4) or (in_codes and a.group not in (32, 64, 128)):
         return []
-    if bool(a.scale) != (a.bits != 16) or (a.bits == 16 and a.zero):
+    if bool(a.scale) != in_codes or (a.zero and not in_codes):
         return []
-    size = 0
-    if a.bits != 16:
+    if a.norm not in (0, 1, 2) or bool(a.norm_weight) != (a.norm > 0) or bool(a.norm_bias) != (a.norm == 2):
+        return []
+    if a.norm and (a.norm_size not in SIZES or a.in_features % a.norm_size):
+        return []
+    if a.norm and in_codes and a.norm_size != a.in_features and a.norm_size % a.group:
+        return []
+    size = up_to(4 * a.rows * a.in_features, 16) if a.norm else 0
+    if in_codes:
         padded = up_to(a.in_features, a.group)
         tile = 16 if a.rows <= 16 else 32 if a.rows <= 32 else 64
         size = max(a.rows, 8) * padded + padded // a.group * up_to(a.rows, tile) * 4 * (2 if a.zero else 1)
@@ -192,8 +199,18 @@ def main() -> None:
 
     sizes = {"rows": 20, "in_features": 300, "out_features": 256, "group": 64, "activation": 0}
     arrays = dict.fromkeys(("x", "weight", "out"), somewhere)
-    for bits, options in ((16, ()), (8, ("scale",)), (4, ("scale", "zero"))):
-        try_linear(library, LinearArgs(**arrays, **sizes, **dict.fromkeys(options, somewhere), bits=bits))
+    for bits, norm, norm_size, options in (
+        (32, 1, 150, ("norm_weight",)),
+        (16, 0, 0, ()),
+        (8, 2, 300, ("scale", "norm_weight", "norm_bias")),
+        (4, 0, 0, ("scale", "zero")),
+    ):
+        normed = {"norm": norm, "norm_size": norm_size}
+        try_linear(library, LinearArgs(**arrays, **sizes, **dict.fromkeys(options, somewhere), bits=bits, **normed))
+    for epsilon in (float("nan"), float("inf"), -float("inf"), -1e-30):
+        options = {"norm": 1, "norm_size": 300, "norm_weight": somewhere, "epsilon": epsilon}
+        told = refusal(library.linear_workspace, LinearArgs(**arrays, **sizes, **options, bits=16))
+        assert "epsilon is" in told, epsilon
 
     layers = [AppendLayer(new_rows=rows, cache=rows, key_row=128, value_row=64) for _ in range(2)]
     args = AppendArgs.of(layers, slots=somewhere, batch=1, num_kv_heads=2, seq=3, capacity=9)

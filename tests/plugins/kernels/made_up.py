@@ -15,9 +15,9 @@ import numpy as np
 
 from pascalvl.plugins.kernels.build import Target
 from pascalvl.plugins.kernels.library import KernelLibrary
-from pascalvl.plugins.ops.quant_linear.op import Activation
+from pascalvl.plugins.ops.quant_linear.op import Activation, Norm
 from pascalvl.plugins.weight_format import WeightFormat
-from pascalvl.plugins.weight_rows import QuantisedWeight
+from pascalvl.plugins.weight_rows import InputNorm, QuantisedWeight
 from tests.plugins.kernels import reference
 from tests.plugins.kernels.reference import (
     PAIRS,
@@ -145,19 +145,24 @@ def attend_both_ways(library: KernelLibrary, made_up: MadeUp, guarded: GuardedMe
 
 
 def multiply(library: KernelLibrary, made_up: MadeUp, guarded: GuardedMemory) -> None:
-    for bits, rows, has_zero in itertools.product((16, 8, 4), (1, 2, 4, 8, 9, 20, 40), (False, True)):
-        if has_zero and bits == 16:
+    for bits, rows, has_zero in itertools.product((32, 16, 8, 4), (1, 2, 4, 8, 9, 20, 40), (False, True)):
+        if has_zero and bits >= 16:
             continue
         form, inputs, outputs = WeightFormat(bits, 32), 100, 128
         x, padded = made_up.bits(rows, inputs), form.padded(inputs)
-        if bits == 16:
-            weight = made_up.bits(outputs, padded, dtype=np.float16)
+        if bits >= 16:
+            weight = made_up.bits(outputs, padded, dtype=np.float16 if bits == 16 else np.float32)
         else:
             codes = made_up.bits(outputs, padded, dtype=np.int8) >> (8 - bits)
             halves = [made_up.bits(outputs, padded // 32, dtype=np.float16) for _ in range(1 + has_zero)]
             weight = QuantisedWeight(codes, halves[0], inputs, form, halves[1] if has_zero else None)
-        reference.quantised_linear(library, x, weight, activation=Activation.SILU_GATED)
-        guarded.check()
+        for kind, activation in zip(Norm, (Activation.SILU_GATED, Activation.GELU_ERF, Activation.NONE), strict=True):
+            if kind and rows not in (2, 9):
+                continue
+            operands = made_up.bits(inputs), 1e-6, made_up.bits(inputs) if kind is Norm.LAYER else None
+            norm = InputNorm(kind, *operands) if kind else None
+            reference.quantised_linear(library, x, weight, activation=activation, norm=norm)
+            guarded.check()
 
 
 def main() -> None:

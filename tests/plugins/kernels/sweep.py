@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pascalvl.plugins.kernels.library import KernelLibrary
-from pascalvl.plugins.ops.quant_linear.op import Activation
+from pascalvl.plugins.ops.quant_linear.op import Activation, Norm
 from pascalvl.plugins.weight_format import WeightFormat
 from pascalvl.plugins.weight_rows import linear, quantise_weight
 from tests.plugins.kernels.reference import (
@@ -20,11 +20,13 @@ from tests.plugins.kernels.reference import (
     Shape,
     aligned,
     append,
+    away_from_ties,
     causal_attention,
     expected_attention,
     packed_attention,
     pointer,
     quantised_linear,
+    random_norm,
     relative_error,
 )
 
@@ -67,15 +69,17 @@ def main() -> None:
     for dim in (64, 72):
         q, k, v = (normal(rng, 1, 70, dim) for _ in range(3))
         packed_attention(library, q, k, v, np.array([0, 66, 70], np.int32), 0.1)
-    for bits in (16, 8, 4):
-        for rows, inputs, outputs, activation, with_more in (
-            (1, 260, 5, Activation.NONE, False),
-            (3, 1030, 4, Activation.GELU_TANH, True),
-            (2, 1030, 128, Activation.SILU_GATED, True),
-            (9, 260, 5, Activation.NONE, True),  # the inputs are split
-            (9, 260, 128, Activation.SILU_GATED, True),
-            (33, 70, 9, Activation.GELU_TANH, False),
-            (33, 30, 128, Activation.SILU_GATED, True),
+    for bits in (32, 16, 8, 4):
+        for rows, inputs, outputs, activation, with_more, kind, size in (
+            (1, 260, 5, Activation.NONE, False, Norm.LAYER, 260),
+            (3, 1030, 4, Activation.GELU_TANH, True, Norm.NONE, 0),
+            (2, 1030, 128, Activation.SILU_GATED, True, Norm.RMS, 1030),
+            (1, 2500, 4, Activation.GELU_ERF, False, Norm.RMS, 2500),
+            (1, 8201, 4, Activation.NONE, True, Norm.LAYER, 8201),  # more than threads hold
+            (9, 260, 5, Activation.NONE, True, Norm.NONE, 0),  # the inputs are split
+            (9, 256, 128, Activation.SILU_GATED, True, Norm.LAYER, 128),
+            (33, 70, 9, Activation.GELU_TANH, False, Norm.NONE, 0),
+            (33, 30, 128, Activation.SILU_GATED, True, Norm.NONE, 0),
         ):
             form = WeightFormat(bits, 32)
             weight = np.pad(normal(rng, outputs, inputs), ((0, 0), (0, form.padded(inputs) - inputs)))
@@ -84,10 +88,13 @@ def main() -> None:
                 zero = rng.integers(-8, 8, weight.scale.shape).astype(np.float16)
                 weight = dataclasses.replace(weight, zero=zero if with_more else None)
             else:
-                weight = weight.astype(np.float16)
+                weight = weight.astype(np.float16 if bits == 16 else np.float32)
             x, bias = normal(rng, rows, inputs) / 16, normal(rng, outputs)
+            norm = random_norm(rng, kind, size) if size else None
+            if norm and form.is_quantised:
+                x = away_from_ties(x, norm, form)
             width = outputs // 2 if activation is Activation.SILU_GATED else outputs
-            case = x, weight, bias, normal(rng, rows, width) if with_more else None, activation
+            case = x, weight, bias, normal(rng, rows, width) if with_more else None, activation, norm
             assert relative_error(quantised_linear(library, *case), linear(*case)) < 2e-6
     logits, token, logit = normal(rng, 2, 700), aligned((2,), np.int32), aligned((2,))
     library.greedy(pointer(logits), 2, 700, pointer(token), pointer(logit))
