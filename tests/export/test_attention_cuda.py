@@ -144,7 +144,7 @@ def test_kv_append_writes_the_new_rows_and_no_others():
         ("Packed attention has head sizes 64, 72 and 128", reference.packed_case([0, 3], head_dim=80)),
         ("Decode has 1, 2, 4 or 8 query heads a kv head; found 3", reference.causal_case(6, 2, 1, [2], 2, head_dim=64)),
         (
-            "take q as torch.float32 .* found torch.float64",
+            "take qkv as torch.float32 .* found torch.float64",
             reference.converted(reference.packed_case([0, 3]), torch.float64),
         ),
         (
