@@ -7,13 +7,14 @@ import dataclasses
 import importlib
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pascalvl.engines.build_options import BuildOptions
-from pascalvl.engines.session import HostSession, Session
+from pascalvl.engines.session import Features, HostSession, Session
+from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import HOST_FILES, Manifest, atomic_directory
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
@@ -62,6 +63,19 @@ class Engine(abc.ABC):
         Raises:
             MemoryError: the outputs or intermediate results do not fit in memory.
         """
+
+    def encode(self, feeds: Sequence[Mapping[str, np.ndarray]]) -> Features:
+        """Evaluate the vision encoder on some feeds, one after the other: a picture's, or those of a video's patches in
+        time; raises `MemoryError` as `run` does."""
+        outputs = [self.run(bindings.VISION, feed) for feed in feeds]
+        embeds, levels = (
+            [output[name] for output in outputs] for name in (bindings.IMAGE_EMBEDS, bindings.DEEPSTACK_EMBEDS)
+        )
+        return Features(np.concatenate(embeds), np.concatenate(levels, axis=1))
+
+    def on_host(self, features: Features) -> Features:
+        """Features of this engine as NumPy's arrays."""
+        return features
 
     def open_session(self, capacity: int) -> Session:
         """Lay out the cache of a sequence of up to ``capacity`` tokens; raises `UserError` if there is no room."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,6 +43,28 @@ class Placement:
         return {bindings.PAST_LENGTH: np.array([self.past_length], np.int32), SLOTS.name: self.slots[None]}
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Features:
+    """What the vision encoder makes of a picture or video, wherever an engine keeps it: NumPy's arrays, or its own.
+
+    ``embeds`` are ``[tokens, hidden_size]``, DeepStack's ``levels`` ``[num_deepstack, tokens, hidden_size]``.
+    """
+
+    embeds: Any
+    levels: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VisualRows:
+    """Tokens of a call that are of a picture or video."""
+
+    features: Features
+    source: slice
+    """Which of its tokens."""
+    tokens: np.ndarray
+    """int64 ``[n]``: their numbers in the call."""
+
+
 class Session(abc.ABC):
     """One sequence's keys and values, where the engine reads them, and the decoder run over new tokens.
 
@@ -68,12 +90,15 @@ class Session(abc.ABC):
         """Bytes of the storage."""
 
     @abc.abstractmethod
-    def prefill(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> dict[str, np.ndarray]:
+    def prefill(
+        self, feeds: Mapping[str, np.ndarray], placement: Placement, visuals: Sequence[VisualRows] = ()
+    ) -> dict[str, np.ndarray]:
         """Run new tokens and store their keys and values.
 
         Args:
-            feeds: `bindings.INPUTS_EMBEDS`, `ROPE_COS`, `ROPE_SIN` and `DEEPSTACK_EMBEDS` of the tokens, batch 1.
+            feeds: `bindings.INPUTS_EMBEDS`, `ROPE_COS` and `ROPE_SIN` of the tokens, batch 1.
             placement: where their past and their own places are.
+            visuals: what takes the place of some tokens' embeddings, and is added behind the first layers.
 
         Returns:
             `bindings.LOGITS` of the last, ``[1, vocab_size]``; of an engine opened with marked layers also the
@@ -85,7 +110,7 @@ class Session(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> np.ndarray:
-        """Run one token of text, which sees all of its past, ``feeds`` without `bindings.DEEPSTACK_EMBEDS`.
+        """Run one token of text, which sees all of its past; ``feeds`` as for `prefill`.
 
         Returns logits ``[1, vocab_size]``.
         """
@@ -130,6 +155,15 @@ class Session(abc.ABC):
         """Shape of one of the cache's tensors."""
         return tuple(self.sizes[size] if isinstance(size, str) else size for size in binding.shape)
 
+    def with_visuals(self, feeds: Mapping[str, np.ndarray], visuals: Sequence[VisualRows]) -> dict[str, np.ndarray]:
+        """Feeds with visuals, whose features are NumPy's, in them, and `bindings.DEEPSTACK_EMBEDS`."""
+        embeds = feeds[bindings.INPUTS_EMBEDS].copy()
+        deepstack = np.zeros((self.model.num_deepstack, *embeds.shape), np.float32)
+        for visual in visuals:
+            embeds[0, visual.tokens] = visual.features.embeds[visual.source]
+            deepstack[:, 0, visual.tokens] = visual.features.levels[:, visual.source]
+        return {**feeds, bindings.INPUTS_EMBEDS: embeds, bindings.DEEPSTACK_EMBEDS: deepstack}
+
     def visible(self, placement: Placement) -> np.ndarray:
         """`bindings.PAST_VISIBLE` of a call."""
         if placement.visible is None:
@@ -147,19 +181,20 @@ class HostSession(Session):
         super().__init__(engine, capacity)
         self._engine = engine
         self._past = {binding.name: np.zeros(self.shape_of(binding), binding.dtype) for binding in self._stored()}
-        self._no_deepstack = np.zeros((self.model.num_deepstack, 1, 1, self.model.text.hidden_size), np.float32)
 
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self._past.values())
 
-    def prefill(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> dict[str, np.ndarray]:
+    def prefill(
+        self, feeds: Mapping[str, np.ndarray], placement: Placement, visuals: Sequence[VisualRows] = ()
+    ) -> dict[str, np.ndarray]:
         seen = {
             bindings.PAST_LENGTH: placement.arrays[bindings.PAST_LENGTH],
             bindings.PAST_VISIBLE: self.visible(placement),
             bindings.LOGIT_ROWS: placement.last,
         }
-        outputs = self._engine.run(bindings.DECODER, {**self._past, **seen, **feeds})
+        outputs = self._engine.run(bindings.DECODER, {**self._past, **seen, **self.with_visuals(feeds, visuals)})
         stored = placement.slots >= 0
         for layer, inputs in enumerate(self.layer_inputs):
             for past, new in zip(inputs, bindings.new_rows(self.model, self.cache, layer), strict=True):
@@ -167,7 +202,7 @@ class HostSession(Session):
         return outputs
 
     def decode(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> np.ndarray:
-        return self.prefill({**feeds, bindings.DEEPSTACK_EMBEDS: self._no_deepstack}, placement)[bindings.LOGITS]
+        return self.prefill(feeds, placement)[bindings.LOGITS]
 
     def _fetch(self, binding: Binding) -> np.ndarray:
         return self._past[binding.name]

@@ -6,7 +6,7 @@ Of TensorRT it uses the engine's and the execution context's methods that 8.6, 9
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ import numpy as np
 from pascalvl.engines import profiles
 from pascalvl.engines.backend import Engine
 from pascalvl.engines.device import ALIGNMENT, Buffer, Device
-from pascalvl.engines.session import ALWAYS_VISIBLE, SLOTS, Placement, Session
+from pascalvl.engines.session import ALWAYS_VISIBLE, SLOTS, Placement, Session, VisualRows
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
@@ -180,13 +180,15 @@ class TensorRTSession(Session):
         """Whether the decode step is one CUDA graph."""
         return self._replay is not None
 
-    def prefill(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> dict[str, np.ndarray]:
+    def prefill(
+        self, feeds: Mapping[str, np.ndarray], placement: Placement, visuals: Sequence[VisualRows] = ()
+    ) -> dict[str, np.ndarray]:
         seq = feeds[bindings.INPUTS_EMBEDS].shape[1]
         self._set_tokens(self._prefill_context, seq)
         visible = self.visible(placement)
         self._prefill_context.set_shape(bindings.PAST_VISIBLE, visible.shape)
         given = {bindings.PAST_VISIBLE: visible, bindings.LOGIT_ROWS: placement.last}
-        for name, array in {**feeds, **placement.arrays, **given}.items():
+        for name, array in {**self.with_visuals(feeds, visuals), **placement.arrays, **given}.items():
             self._device.upload(self._inputs.pointers[name], np.ascontiguousarray(array))
         self._prefill_context.execute()
         self._append(seq, self._inputs)

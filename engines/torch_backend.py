@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,8 @@ from torch import nn
 from transformers import Qwen3VLConfig
 
 from pascalvl.engines.backend import REFERENCE, Engine
-from pascalvl.engines.session import SLOTS, Placement, Session
-from pascalvl.engines.torch_steps import CapturedStep
+from pascalvl.engines.session import SLOTS, Features, Placement, Session, VisualRows
+from pascalvl.engines.torch_steps import CapturedStep, PlacedVisuals
 from pascalvl.export.checkpoint import HOST_TABLES, meta_model, read_config
 from pascalvl.export.modules import Decoder, VisionEncoder
 from pascalvl.plugins import bindings
@@ -100,6 +100,19 @@ class TorchEngine(Engine):
             outputs = self.forward(graph, self.tensors(feeds))
             return {name: output.numpy(force=True) for name, output in outputs.items()}
 
+    def encode(self, feeds: Sequence[Mapping[str, np.ndarray]]) -> Features:
+        """As the base class; features stay on the device."""
+        with evaluation(f"the {bindings.VISION} engine"):
+            outputs = [self.forward(bindings.VISION, self.tensors(feed)) for feed in feeds]
+            embeds = torch.cat([output[bindings.IMAGE_EMBEDS] for output in outputs])
+            levels = torch.cat([output[bindings.DEEPSTACK_EMBEDS] for output in outputs], 1)
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
+            return Features(embeds, levels)
+
+    def on_host(self, features: Features) -> Features:
+        return Features(features.embeds.numpy(force=True), features.levels.numpy(force=True))
+
     def _new_session(self, capacity: int) -> Session:
         return TorchSession(self, capacity)
 
@@ -127,35 +140,42 @@ class TorchSession(Session):
             if engine.device.type == "cuda":
                 self.decode_step.run()  # records it, before there is anything to store
         self._pool = self.decode_step.graph.pool() if self.decode_step.graph else None
-        self._prefill_steps: dict[int, CapturedStep] = {}
+        self._prefill_steps: dict[tuple[int, int], CapturedStep] = {}
 
     @property
     def nbytes(self) -> int:
         return self._storage.nbytes
 
-    def prefill(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> dict[str, np.ndarray]:
-        arrays = {**feeds, **placement.arrays}
+    def prefill(
+        self, feeds: Mapping[str, np.ndarray], placement: Placement, visuals: Sequence[VisualRows] = ()
+    ) -> dict[str, np.ndarray]:
+        arrays, count = {**feeds, **placement.arrays}, len(placement.slots)
+        levels = self.model.num_deepstack if visuals else 0
         with evaluation("the decoder engine"):
-            if step := self._prefill_step(len(placement.slots), placement):
+            if step := self._prefill_step(count, levels, placement):
                 step.stage(arrays)
+                step.place(visuals)
                 step.run()
                 return {bindings.LOGITS: step.logits.numpy(force=True)}
             arrays |= {bindings.PAST_VISIBLE: self.visible(placement), bindings.LOGIT_ROWS: placement.last}
-            outputs = self._run(self._engine.tensors(arrays))
+            inputs = self._engine.tensors(arrays)
+            placed = PlacedVisuals(self.model.text, self._engine.device, count, levels)
+            placed.place(visuals)
+            outputs = self._run({**inputs, **placed.inputs(inputs[bindings.INPUTS_EMBEDS])})
             return {name: output.numpy(force=True) for name, output in outputs.items()}
 
-    def _prefill_step(self, count: int, placement: Placement) -> CapturedStep | None:
-        """The step that so many tokens are padded to; None: the call is none that is captured."""
+    def _prefill_step(self, count: int, levels: int, placement: Placement) -> CapturedStep | None:
+        """The step that so many tokens are padded to, some with so many ``levels`` of DeepStack; None: the call is none
+        that is captured."""
         seq = next((length for length in _PREFILL_LENGTHS if length >= count), None)
         if seq is None or placement.visible is not None or self._engine.marked_layers or not self.decode_step.graph:
             return None
-        if seq not in self._prefill_steps:
-            levels = self.model.num_deepstack
-            self._prefill_steps[seq] = self._step(f"prefill of {seq} tokens", seq, levels, self._pool)
-        return self._prefill_steps[seq]
+        if (seq, levels) not in self._prefill_steps:
+            what = f"prefill of {seq} tokens{', visuals among them' if levels else ''}"
+            self._prefill_steps[seq, levels] = self._step(what, seq, levels, self._pool)
+        return self._prefill_steps[seq, levels]
 
     def _step(self, what: str, seq: int, levels: int = 0, pool: object | None = None) -> CapturedStep:
-        """DeepStack adds nothing to text: a decode step has no ``levels`` of it."""
         device = self._engine.device
         return CapturedStep(what, self._run, self.model.text, device, seq, levels, pool)
 

@@ -4,17 +4,41 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from pascalvl.engines.session import ALWAYS_VISIBLE, SLOTS
+from pascalvl.engines.session import ALWAYS_VISIBLE, SLOTS, VisualRows
 from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.model_config import TextConfig
 
 log = logging.getLogger(__name__)
+
+
+class PlacedVisuals:
+    """Features of pictures and videos among a call's ``seq`` tokens; they stay on the device."""
+
+    def __init__(self, text: TextConfig, device: torch.device, seq: int, levels: int) -> None:
+        self._rows = torch.zeros(1 + levels, 1, seq, text.hidden_size, device=device)
+        """Embeddings, then DeepStack's levels."""
+        self._is_visual = torch.zeros(1, seq, 1, dtype=torch.bool, device=device)
+
+    def place(self, visuals: Sequence[VisualRows]) -> None:
+        """Set which tokens are of visuals."""
+        self._rows.zero_()
+        self._is_visual.zero_()
+        for visual in visuals:
+            tokens = torch.from_numpy(visual.tokens).to(self._rows.device)
+            self._rows[0, 0, tokens] = visual.features.embeds[visual.source]
+            self._rows[1:, 0, tokens] = visual.features.levels[:, visual.source]
+            self._is_visual[0, tokens] = True
+
+    def inputs(self, embeds: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The decoder's inputs where ``embeds`` ``[1, seq, hidden_size]`` are those of the text."""
+        mixed = torch.where(self._is_visual, self._rows[0], embeds)
+        return {bindings.INPUTS_EMBEDS: mixed, bindings.DEEPSTACK_EMBEDS: self._rows[1:]}
 
 
 class CapturedStep:
@@ -29,7 +53,7 @@ class CapturedStep:
         text: the model's.
         device: where it runs.
         seq: tokens.
-        levels: of DeepStack that are added.
+        levels: of DeepStack; there are visuals among the tokens, see `place`. 0: there are none.
         pool: memory of another step's graph, which this one's is made in; None: its own.
 
     Attributes:
@@ -54,7 +78,6 @@ class CapturedStep:
             bindings.INPUTS_EMBEDS: (1, seq, text.hidden_size),
             bindings.ROPE_COS: (1, seq, text.head_dim),
             bindings.ROPE_SIN: (1, seq, text.head_dim),
-            bindings.DEEPSTACK_EMBEDS: (levels, 1, seq, text.hidden_size),
         }
         integers = {bindings.PAST_LENGTH: (1,), bindings.PAST_VISIBLE: (1, 1), bindings.LOGIT_ROWS: (1,)}
         shapes = {**floats, **integers, SLOTS.name: (1, seq)}
@@ -68,6 +91,8 @@ class CapturedStep:
             }
             for whole in (self._staged, self._inputs)
         )
+        self._visuals = PlacedVisuals(text, device, seq, levels) if levels else None
+        self._no_deepstack = torch.zeros(0, 1, seq, text.hidden_size, device=device)
         self._host = {name: tensor.numpy() for name, tensor in staged.items()}
         self._host[bindings.PAST_VISIBLE][:] = ALWAYS_VISIBLE
         self.store_nothing()
@@ -91,6 +116,11 @@ class CapturedStep:
                 staged[..., :count, :] = array
         self._host[bindings.LOGIT_ROWS][:] = count - 1
 
+    def place(self, visuals: Sequence[VisualRows]) -> None:
+        """Set which tokens of the next run are of visuals."""
+        if self._visuals:
+            self._visuals.place(visuals)
+
     def run(self) -> None:
         """Run what is staged, and wait for it; the first time on CUDA, record it for the next times."""
         if self.graph:
@@ -112,7 +142,10 @@ class CapturedStep:
     def step(self) -> None:
         """From what is staged to `logits` on the device and `likeliest` on the host, without waiting for the device."""
         self._inputs.copy_(self._staged, non_blocking=True)
-        self.logits = self._decode(self._step_inputs)[bindings.LOGITS]
+        inputs = {**self._step_inputs, bindings.DEEPSTACK_EMBEDS: self._no_deepstack}
+        if self._visuals:
+            inputs |= self._visuals.inputs(inputs[bindings.INPUTS_EMBEDS])
+        self.logits = self._decode(inputs)[bindings.LOGITS]
         logit, token = self.logits[0].max(0)  # the first of equal ones, or of NaNs
         self._likeliest.copy_(torch.stack((token.double(), logit.double())), non_blocking=True)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pascalvl.engines import Engine, open_engine
+from pascalvl.engines.session import Features, VisualRows
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import EMBEDDINGS, GENERATION_CONFIG, POSITIONS, Manifest
 from pascalvl.plugins.errors import UserError
@@ -35,9 +36,6 @@ DEFAULT_CONTEXT_LENGTH = 4096
 PINNED_SLOTS = 4096
 """Room beside a window for pictures that stay: four of a megapixel."""
 DEFAULT_PREFILL_CHUNK = 512
-
-Features = tuple[np.ndarray, np.ndarray]
-"""A visual for the decoder: embeddings ``[n, hidden_size]`` and DeepStack's ``[num_deepstack, n, hidden_size]``."""
 
 
 class VisionLanguageModel:
@@ -260,8 +258,9 @@ class VisionLanguageModel:
         features = [self._encode(visual.patches) for visual in prompt.visuals]
         traced = {}
         if features:
-            traced[validation.VISION_EMBEDS] = np.concatenate([embeds for embeds, _ in features])
-            deepstack = np.concatenate([levels for _, levels in features], axis=1)
+            on_host = [self._engine.on_host(feature) for feature in features]
+            traced[validation.VISION_EMBEDS] = np.concatenate([feature.embeds for feature in on_host])
+            deepstack = np.concatenate([feature.levels for feature in on_host], axis=1)
             traced.update((validation.vision_deepstack(i), level) for i, level in enumerate(deepstack))
         seen = list(zip(prompt.visuals, features, strict=True))
         chunks = list(self._prefill(prompt, token_identities(prompt), seen))
@@ -349,14 +348,8 @@ class VisionLanguageModel:
             bindings.ROPE_SIN: sin,
             bindings.CU_SEQLENS: vision_cu_seqlens((1, h, w)),
         }
-        outputs = [
-            self._engine.run(bindings.VISION, {**feeds, bindings.PIXEL_VALUES: pixel_values})
-            for pixel_values in patches.pixel_values.reshape(t, h * w, -1)
-        ]
-        return (
-            np.concatenate([output[bindings.IMAGE_EMBEDS] for output in outputs]),
-            np.concatenate([output[bindings.DEEPSTACK_EMBEDS] for output in outputs], axis=1),
-        )
+        pixels = patches.pixel_values.reshape(t, h * w, -1)
+        return self._engine.encode([{**feeds, bindings.PIXEL_VALUES: pixel_values} for pixel_values in pixels])
 
     def _prefill(
         self, prompt: Prompt, identities: np.ndarray, seen: Sequence[tuple[Visual, Features]]
@@ -366,15 +359,14 @@ class VisionLanguageModel:
         for start in range(self._cache.length, len(identities), self._prefill_chunk):
             chunk = slice(start, min(start + self._prefill_chunk, len(identities)))
             feeds = self._feeds(prompt.token_ids[chunk], prompt.position_ids[:, chunk])
-            embeds = feeds[bindings.INPUTS_EMBEDS]
-            deepstack = np.zeros((self.config.num_deepstack, *embeds.shape), np.float32)
-            for visual, (image_embeds, levels) in seen:
+            visuals = []
+            for visual, features in seen:
                 first, last = np.searchsorted(visual.token_indices, (start, chunk.stop))
-                rows = visual.token_indices[first:last] - start
-                embeds[0, rows] = image_embeds[first:last]
-                deepstack[:, 0, rows] = levels[:, first:last]
+                if first < last:
+                    tokens = visual.token_indices[first:last] - start
+                    visuals.append(VisualRows(features, slice(first, last), tokens))
             with self._cache.appending(identities[chunk], pinned[chunk]) as placement:
-                outputs = self._session.prefill({**feeds, bindings.DEEPSTACK_EMBEDS: deepstack}, placement)
+                outputs = self._session.prefill(feeds, placement, visuals)
             yield outputs
 
     def _next(self, token: int, position: int, sampler: Sampler) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pascalvl.engines import Engine
-from pascalvl.engines.session import ALWAYS_VISIBLE, Placement
+from pascalvl.engines.session import ALWAYS_VISIBLE, Features, Placement, VisualRows
 from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
@@ -40,7 +40,7 @@ class RandomEngine(Engine):
 
     def run(self, graph, feeds):
         assert graph == bindings.DECODER
-        sizes = {"batch": 1, "seq": feeds[bindings.INPUTS_EMBEDS].shape[1]}
+        sizes = {"batch": 1, "seq": feeds[bindings.INPUTS_EMBEDS].shape[1], "rows": 1}
         outputs = {
             b.name: self.rng.integers(-(1 << 31), 1 << 31, [sizes.get(d, d) for d in b.shape]).astype(b.dtype)
             for b in bindings.decoder_outputs(MODEL, self.manifest.kv_cache)
@@ -59,11 +59,8 @@ def _placement(past_length, slots, **options):
     return Placement(past_length, np.array(slots, np.int32), **options)
 
 
-def _prefill(session, placement):
-    tokens = len(placement.slots)
-    return session.prefill(
-        {**_feeds(tokens), bindings.DEEPSTACK_EMBEDS: np.zeros((1, 1, tokens, 8), np.float32)}, placement
-    )
+def _prefill(session, placement, visuals=()):
+    return session.prefill(_feeds(len(placement.slots)), placement, visuals)
 
 
 def _stored(engine, session, slots):
@@ -93,6 +90,26 @@ def test_rows_are_where_the_decoder_reads_them(kv):
     for name, found in _stored(engine, session, [4, 9, 2, 0]):
         expected = np.concatenate([first[name][:, :, [0, 1, 3]], second[name]], axis=2)
         np.testing.assert_array_equal(found, expected)
+
+
+def test_visuals_take_the_place_of_embeddings():
+    engine = RandomEngine("f32")
+    session = engine.open_session(CAPACITY)
+    rng = np.random.default_rng(0)
+    features = [Features(rng.standard_normal((n, 8)), rng.standard_normal((1, n, 8))) for n in (4, 3)]
+    visuals = [
+        VisualRows(features[0], slice(2, 4), np.array([1, 2])),
+        VisualRows(features[1], slice(0, 3), np.array([4, 5, 7])),
+    ]
+    text = _feeds(8)[bindings.INPUTS_EMBEDS].copy()
+    _prefill(session, _placement(0, range(8)), visuals)
+    embeds, levels = text.copy(), np.zeros((1, 1, 8, 8), np.float32)
+    embeds[0, [1, 2]], levels[0, 0, [1, 2]] = features[0].embeds[2:], features[0].levels[0, 2:]
+    embeds[0, [4, 5, 7]], levels[0, 0, [4, 5, 7]] = features[1].embeds, features[1].levels[0]
+    np.testing.assert_array_equal(engine.feeds[bindings.INPUTS_EMBEDS], embeds)
+    np.testing.assert_array_equal(engine.feeds[bindings.DEEPSTACK_EMBEDS], levels)
+    session.decode(_feeds(1), _placement(8, [8]))
+    assert not engine.feeds[bindings.DEEPSTACK_EMBEDS].any()
 
 
 @pytest.mark.parametrize("kv", CACHES)
