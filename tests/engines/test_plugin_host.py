@@ -69,7 +69,7 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize("kv", CACHES)
-def test_tokens_equal_the_reference_and_attention_is_the_plugins(kv, nano_engine, nano_reference, calls):
+def test_tokens_equal_the_reference_and_both_ops_are_the_plugins(kv, nano_engine, nano_reference, calls):
     """The reference is Hugging Face, or, of a cache that may change the answer, ONNX Runtime with that cache."""
     engine = nano_engine(kv)
     model = fresh(engine)
@@ -81,9 +81,14 @@ def test_tokens_equal_the_reference_and_attention_is_the_plugins(kv, nano_engine
     warm_up = dict(calls)
     generation = answer(model, PICTURE, NEW_TOKENS)
     assert generation.token_ids == expected
-    layers, depth, steps = model.config.text.num_hidden_layers, model.config.vision.depth, len(generation.token_ids)
+    steps = len(generation.token_ids)
+    vision, decoder = (
+        Manifest.read(engine, "engine").graphs[graph]["ops"] for graph in (bindings.VISION, bindings.DECODER)
+    )
+    assert vision["FlashAttention2"] == model.config.vision.depth
+    assert decoder["FlashAttention2"] == model.config.text.num_hidden_layers
     assert {name: count - warm_up[name] for name, count in calls.items()} == {
-        "enqueue": depth + steps * layers,
+        "enqueue": sum(vision[op] + steps * decoder[op] for op in ("FlashAttention2", "QuantLinear")),
         "kv_append": steps,  # one of the tokens comes with the prompt
         "greedy": steps - 1,
     }

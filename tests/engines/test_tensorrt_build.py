@@ -219,34 +219,21 @@ def test_weights_are_linked_not_copied(tensorrt, nano_model_bundle, tmp_path):
     assert found == [(binding.name, binding.dtype) for binding in bindings.decoder_inputs(manifest.model, cache)]
 
 
+@pytest.mark.parametrize(("bundle", "kv"), [("nano_model_bundle", "f32"), ("nano_quantised_bundle", "k8v4")])
 @pytest.mark.parametrize("graph", [bindings.VISION, bindings.DECODER])
-def test_the_parser_looks_for_the_plugin(tensorrt, graph, nano_model_bundle, tmp_path):
-    manifest = Manifest.read(nano_model_bundle, "model")
-    path = tensorrt._prepare(nano_model_bundle, tmp_path, graph, manifest, CacheConfig(KVFormat.F32))
+def test_the_parser_looks_for_the_plugins(tensorrt, graph, bundle, kv, request, tmp_path):
+    """And takes words among the initializers."""
+    bundle = request.getfixturevalue(bundle)
+    manifest = Manifest.read(bundle, "model")
+    path = tensorrt._prepare(bundle, tmp_path, graph, manifest, CacheConfig.parse(kv))
     logger = tensorrt._logger()
-    sentence = (
-        r"^TensorRT 10\.16\.1\.11 cannot parse \w+\.onnx: [^\n]*FlashAttention2[^\n]*Plugin not found[^\n]*[^.]\.$"
-    )
-    with pytest.raises(UserError, match=sentence):
-        tensorrt._parse(path, logger)
-    nodes = [error for error in logger.errors if "While parsing node" in error]
-    model = manifest.model
-    layers = model.vision.depth if graph == bindings.VISION else model.text.num_hidden_layers
-    assert len(nodes) == layers
-    assert all("[FlashAttention2 ->" in node for node in nodes)
-
-
-@pytest.mark.parametrize("graph", [bindings.VISION, bindings.DECODER])
-def test_the_parser_looks_for_the_plugins_of_quantised_layers(tensorrt, graph, nano_quantised_bundle, tmp_path):
-    """And takes words and halves among the initializers."""
-    manifest = Manifest.read(nano_quantised_bundle, "model")
-    path = tensorrt._prepare(nano_quantised_bundle, tmp_path, graph, manifest, CacheConfig.parse("k8v4"))
-    logger = tensorrt._logger()
-    with pytest.raises(UserError, match="Plugin not found"):
+    sentence = r"^TensorRT 10\.16\.1\.11 cannot parse \w+\.onnx: [^\n]*QuantLinear[^\n]*Plugin not found[^\n]*[^.]\.$"
+    with pytest.raises(UserError, match=sentence):  # of the first node
         tensorrt._parse(path, logger)
     nodes = [error for error in logger.errors if "While parsing node" in error]
     ops = manifest.graphs[graph]["ops"]
-    assert sum("[QuantLinear ->" in node for node in nodes) == ops["QuantLinear"]
+    for op in ("QuantLinear", "FlashAttention2"):
+        assert sum(f"[{op} ->" in node for node in nodes) == ops[op] > 0
     assert len(nodes) == ops["QuantLinear"] + ops["FlashAttention2"]
 
 
