@@ -91,6 +91,7 @@ def test_a_decoder_reads_and_writes_the_cache_asked_for(kv):
 
     cases = [case(layout.kv_format, layer) for layer, layout in enumerate(cache.layers(CONFIG))]
     feeds = {bindings.DEEPSTACK_EMBEDS: np.zeros((1, 1, 3, WIDTH), np.float32)}
+    feeds[bindings.LOGIT_ROWS] = np.array([2], np.int32)
     for layer, each in enumerate(cases):
         for name, array in each.arrays.items():
             feeds[{"qkv": bindings.INPUTS_EMBEDS}.get(name, name)] = array

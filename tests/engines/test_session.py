@@ -40,7 +40,7 @@ class RandomEngine(Engine):
 
     def run(self, graph, feeds):
         assert graph == bindings.DECODER
-        sizes = {"batch": 1, "seq": feeds[bindings.INPUTS_EMBEDS].shape[1], "rows": 1}
+        sizes = {"batch": 1, "seq": feeds[bindings.INPUTS_EMBEDS].shape[1], "rows": len(feeds[bindings.LOGIT_ROWS])}
         outputs = {
             b.name: self.rng.integers(-(1 << 31), 1 << 31, [sizes.get(d, d) for d in b.shape]).astype(b.dtype)
             for b in bindings.decoder_outputs(MODEL, self.manifest.kv_cache)

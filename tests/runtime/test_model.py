@@ -40,7 +40,7 @@ class ScriptedEngine(Engine):
     def run(self, graph, feeds):
         assert graph == bindings.DECODER
         seq = feeds[bindings.INPUTS_EMBEDS].shape[1]
-        shapes = {"batch": 1, "seq": seq}
+        shapes = {"batch": 1, "seq": seq, "rows": 1}
         outputs = {
             binding.name: np.zeros([shapes.get(d, d) for d in binding.shape], binding.dtype)
             for binding in bindings.decoder_outputs(self.manifest.model, self.manifest.kv_cache)
@@ -452,7 +452,7 @@ def test_frames_of_a_video_are_encoded_alone(nano_engine_bundle):
     model = fresh(nano_engine_bundle)
     patches = model.prompt(CONVERSATIONS["video"]).visuals[0].patches
     assert patches.grid[0] > 1
-    embeds, deepstack = model._encode(patches)
+    features = model._encode(patches)
     table = EmbeddingTable(nano_engine_bundle / POSITIONS, **model.manifest.position_embeddings)
     cos, sin = vision_rope_tables(patches.grid, model.config.vision)
     packed = open_engine(nano_engine_bundle).run(
@@ -465,8 +465,8 @@ def test_frames_of_a_video_are_encoded_alone(nano_engine_bundle):
             bindings.CU_SEQLENS: vision_cu_seqlens(patches.grid),
         },
     )
-    np.testing.assert_allclose(embeds, packed[bindings.IMAGE_EMBEDS], rtol=0, atol=1e-4)
-    np.testing.assert_allclose(deepstack, packed[bindings.DEEPSTACK_EMBEDS], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(features.embeds, packed[bindings.IMAGE_EMBEDS], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(features.levels, packed[bindings.DEEPSTACK_EMBEDS], rtol=0, atol=1e-4)
 
 
 def test_identities(nano_engine_bundle):
