@@ -47,4 +47,4 @@ def test_layers_out_of_range():
 def test_bytes():
     assert WeightFormat(4).nbytes(10, 130) == 10 * 128 + 2 * 2 * 16
     assert WeightFormat(16).nbytes(3, 9) == 2 * 3 * 16
-    assert WeightFormat(32).nbytes(3, 9) == 4 * 27
+    assert WeightFormat(32).nbytes(3, 9) == 4 * 3 * 12
