@@ -221,7 +221,6 @@ def test_weights_are_linked_not_copied(tensorrt, nano_model_bundle, tmp_path):
 
 @pytest.mark.parametrize(("bundle", "kv"), [("nano_model_bundle", "f32"), ("nano_quantised_bundle", "k8v4")])
 @pytest.mark.parametrize("graph", [bindings.VISION, bindings.DECODER])
-<<<<<<< HEAD
 def test_the_parser_looks_for_the_plugins(tensorrt, graph, bundle, kv, request, tmp_path):
     """And takes words among the initializers."""
     bundle = request.getfixturevalue(bundle)
@@ -236,27 +235,6 @@ def test_the_parser_looks_for_the_plugins(tensorrt, graph, bundle, kv, request, 
     for op in ("QuantLinear", "FlashAttention2"):
         assert sum(f"[{op} ->" in node for node in nodes) == ops[op] > 0
     assert len(nodes) == ops["QuantLinear"] + ops["FlashAttention2"]
-=======
-@pytest.mark.parametrize(("bundle", "cache"), [("nano_model_bundle", "f32"), ("nano_quantised_bundle", "k8v4")])
-def test_the_parser_looks_for_the_plugins(tensorrt, graph, bundle, cache, request, tmp_path):
-    """And takes words, halves and floats among the initializers."""
-    folder = request.getfixturevalue(bundle)
-    manifest = Manifest.read(folder, "model")
-    path = tensorrt._prepare(folder, tmp_path, graph, manifest, CacheConfig.parse(cache))
-    logger = tensorrt._logger()
-    sentence = (
-        r"^TensorRT 10\.16\.1\.11 cannot parse \w+\.onnx: "
-        r"[^\n]*(FlashAttention2|QuantLinear)[^\n]*Plugin not found[^\n]*[^.]\.$"
-    )
-    with pytest.raises(UserError, match=sentence):
-        tensorrt._parse(path, logger)
-    nodes = [error for error in logger.errors if "While parsing node" in error]
-    model, ops = manifest.model, manifest.graphs[graph]["ops"]
-    layers = model.vision.depth if graph == bindings.VISION else model.text.num_hidden_layers
-    assert sum("[FlashAttention2 ->" in node for node in nodes) == layers
-    assert sum("[QuantLinear ->" in node for node in nodes) == ops["QuantLinear"]
-    assert len(nodes) == layers + ops["QuantLinear"]
->>>>>>> w-lo
 
 
 @pytest.mark.parametrize(("version", "flags"), [("8.6.1", 1 << 5), ("9.3.0", 1 << 5), ("10.0.1", 0), ("11.1.0", 0)])
