@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import logging
 import math
+import operator
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,6 +50,7 @@ _ALIGNMENT = 4096
 """Weights start on page boundaries, so that a runtime can map them instead of reading them."""
 _CACHE = CacheConfig(KVFormat.F32)
 """Of the decoder that is traced; builds change it."""
+_LAYER_WEIGHT = re.compile(r"\.(?:layers|blocks)\.(\d+)\.")
 _AddZeros = Callable[[Mapping[str, QuantLinear]], None]
 
 
@@ -294,4 +297,19 @@ def describe(proto: onnx.ModelProto) -> dict[str, object]:
         "ir_version": proto.ir_version,
         "plugin": f"{OP_NAME} {OP_VERSION}",
         "ops": dict(sorted(Counter(node.op_type for node in proto.graph.node).items())),
+        "layer_ops": dict(sorted(_layer_ops(proto).items())),
     }
+
+
+def _layer_ops(proto: onnx.ModelProto) -> Counter[str]:
+    """How many nodes of each operator all layers have; a layer is what follows its first weight."""
+    weights = {value.name for values in (proto.graph.input, proto.graph.initializer) for value in values}
+    layers: dict[str | None, Counter[str]] = {}
+    current = None
+    for node in proto.graph.node:
+        if read := [name for name in node.input if name in weights and "." in name]:
+            layer = _LAYER_WEIGHT.search(read[0])
+            current = layer and layer[1]
+        layers.setdefault(current, Counter())[node.op_type] += 1
+    layers.pop(None, None)
+    return functools.reduce(operator.and_, layers.values())

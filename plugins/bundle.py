@@ -4,19 +4,6 @@ A *model bundle* (written by export) holds the two ONNX graphs, the checkpoint's
 the tokenizer's files. An *engine bundle* (written by a build) holds what one backend runs, and the same tables.
 `manifest.json` carries:
 
-kind       ``model`` or ``engine``
-version    layout version of the bundle, `BUNDLE_VERSION`
-source     checkpoint name and hash
-model      `ModelConfig`
-embeddings element type and shape of `EMBEDDINGS`
-graphs     per graph: opset, IR version, plugin op version, and how many nodes of each operator it has
-kv_cache   `CacheConfig` that the graphs are for (of a model bundle's, a build can change all but the rank)
-weights    `WeightConfig` of the graphs
-backend    engine bundles: backend name, its version, and what else its engines depend on
-files      per file: size in bytes and SHA-256
-sha256     of all of the above, see `manifest_digest`
-========== ===========================================================================================================
-=======
 =================== ====================================================================================================
 kind                ``model`` or ``engine``
 version             layout version of the bundle, `BUNDLE_VERSION`
@@ -24,7 +11,8 @@ source              checkpoint name and hash
 model               `ModelConfig`
 embeddings          element type and shape of `EMBEDDINGS`, as in the checkpoint
 position_embeddings the same of `POSITIONS`
-graphs              per graph: opset, IR version, plugin op version, and how many nodes of each operator it has
+graphs              per graph: opset, IR version, plugin op version, how many nodes of each operator it has, and how
+                    many each of its layers
 kv_cache            `CacheConfig` that the graphs are for (of a model bundle's, a build can change all but the rank)
 weights             `WeightConfig` of the graphs
 backend             engine bundles: backend name, its version, and what else its engines depend on
@@ -196,7 +184,7 @@ class Manifest:
             if table["shape"] != shape:
                 raise ValueError(f"{what} of shape {shown(table['shape'])}")
         for name, graph in self.graphs.items():
-            counts = graph["opset"], graph["ir_version"], *graph["ops"].values()
+            counts = graph["opset"], graph["ir_version"], *graph["ops"].values(), *graph["layer_ops"].values()
             if not all(_is_count(count) for count in counts) or not isinstance(graph["plugin"], str):
                 raise TypeError(f"the graph {shown(name)} is {shown(graph)}")
         if not all(_is_short(value) for value in self.backend.values()):

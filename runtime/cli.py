@@ -890,8 +890,9 @@ def _inspect(args: argparse.Namespace) -> int:
         name = Path(file).stem.replace("_", " ")
         facts.add_row(name, f"{table['dtype']} {table['shape']}, mapped from their file")
     for name, graph in manifest.graphs.items():
-        ops = ", ".join(f"{count} {op}" for op, count in graph["ops"].items())
+        ops, layer = (", ".join(f"{count} {op}" for op, count in graph[of].items()) for of in ("ops", "layer_ops"))
         facts.add_row(f"{name} graph", f"opset {graph['opset']}, IR {graph['ir_version']}, {graph['plugin']}; {ops}")
+        facts.add_row("", f"a layer: {layer}")
     lengths = _context_lengths(text.max_position_embeddings)
     memory = Table("KV cache", "bytes a token", title="KV cache in GB, by tokens of context")
     for length in lengths:

@@ -209,7 +209,9 @@ def test_names_are_no_markup(nano_engine_bundle, tmp_path, capsys):
     shutil.copytree(nano_engine_bundle, bundle)
     edit_manifest(bundle, lambda m: m["source"].update(name="[red]cat[/blue]:smiley:"))
     assert main(["inspect", str(bundle)]) == 0
-    assert "[red]cat[/blue]:smiley:" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "[red]cat[/blue]:smiley:" in out
+    assert out.count("a layer: 1 FlashAttention2, 4 QuantLinear") == 2
 
 
 def test_piped_chat(refused, broken, nano_engine_bundle, monkeypatch):
