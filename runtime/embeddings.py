@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+_AT_ONCE = 16
+"""Rows of which a copy is made on the way: little enough that it stays in the CPU's caches, and in memory it has."""
+
 
 class EmbeddingTable:
     """A table ``[n, hidden_size]``: indexing with numbers of rows, or a slice of them, gives float32."""
@@ -16,7 +19,17 @@ class EmbeddingTable:
         self._rows = np.asarray(np.memmap(path, np.uint16 if self._is_bfloat16 else dtype, "r", shape=tuple(shape)))
 
     def __getitem__(self, rows: Sequence[int] | np.ndarray | slice) -> np.ndarray:
-        found = self._rows[rows]
-        if self._is_bfloat16:  # the upper half of a float32
-            return (found.astype(np.uint32) << 16).view(np.float32)
-        return found.astype(np.float32)
+        count = len(range(*rows.indices(len(self._rows)))) if isinstance(rows, slice) else len(rows)
+        return self.read(rows, np.empty((count, self._rows.shape[1]), np.float32))
+
+    def read(self, rows: Sequence[int] | np.ndarray | slice, to: np.ndarray) -> np.ndarray:
+        """Write rows to an array of float32, as many as there are of them, and return it."""
+        numbers = np.arange(len(self._rows))[rows] if isinstance(rows, slice) else rows
+        for start in range(0, len(numbers), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            found = self._rows[numbers[part]]
+            if self._is_bfloat16:  # the upper half of a float32
+                np.left_shift(found, 16, out=to[part].view(np.uint32), dtype=np.uint32)
+            else:
+                to[part] = found
+        return to

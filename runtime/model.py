@@ -70,6 +70,8 @@ class VisionLanguageModel:
         max_pixels = engine.max_pixels if max_pixels is None else max_pixels
         self._prompts = PromptBuilder(engine.directory, self.config, max_pixels, control_tokens_in_text)
         self._embeddings = EmbeddingTable(engine.directory / EMBEDDINGS, **self.manifest.embeddings)
+        self._embeds = np.empty((self._prefill_chunk, self.config.text.hidden_size), np.float32)
+        """Those of the tokens at hand: new memory for each call would take longer than they do."""
         positions = EmbeddingTable(engine.directory / POSITIONS, **self.manifest.position_embeddings)
         self._vision_positions = VisionPositions(positions, self.config.vision)
         pinned = PINNED_SLOTS if self.cache_config.pin_images else 0
@@ -387,10 +389,10 @@ class VisionLanguageModel:
         return self._feeds([token], np.full((3, 1), position))
 
     def _feeds(self, token_ids: Sequence[int] | np.ndarray, position_ids: np.ndarray) -> dict[str, np.ndarray]:
-        """The decoder's inputs for tokens of text ``[n]`` at positions ``[3, n]``."""
+        """The decoder's inputs for tokens of text ``[n]`` at positions ``[3, n]``, until the next call."""
         cos, sin = rope_tables(position_ids, self.config.text)
         return {
-            bindings.INPUTS_EMBEDS: self._embeddings[token_ids][None],
+            bindings.INPUTS_EMBEDS: self._embeddings.read(token_ids, self._embeds[: len(token_ids)])[None],
             bindings.ROPE_COS: cos[None],
             bindings.ROPE_SIN: sin[None],
         }
