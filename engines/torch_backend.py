@@ -66,6 +66,8 @@ class TorchEngine(Engine):
                 f"the weights of {directory} take {size / 1e9:.1f} GB, more than is free on {self.device}: free some, "
                 "or choose another --backend."
             ) from error
+        self._positions: tuple[np.ndarray | None, torch.Tensor | None] = None, None
+        """The last call's `bindings.POSITION_EMBEDS`, on the host and on the device."""
         layers = range(manifest.model.text.num_hidden_layers)
         self._layouts = manifest.kv_cache.layers(manifest.model.text)
         self._cache_names = [
@@ -103,12 +105,21 @@ class TorchEngine(Engine):
     def encode(self, feeds: Sequence[Mapping[str, np.ndarray]]) -> Features:
         """As the base class; features stay on the device."""
         with evaluation(f"the {bindings.VISION} engine"):
-            outputs = [self.forward(bindings.VISION, self.tensors(feed)) for feed in feeds]
+            outputs = [self.forward(bindings.VISION, self._vision_inputs(feed)) for feed in feeds]
             embeds = torch.cat([output[bindings.IMAGE_EMBEDS] for output in outputs])
             levels = torch.cat([output[bindings.DEEPSTACK_EMBEDS] for output in outputs], 1)
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
             return Features(embeds, levels)
+
+    def _vision_inputs(self, feeds: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """Feeds on the device, where the last call's positions are already: pictures, and a video's patches in time, are
+        often of one size."""
+        rest = dict(feeds)
+        positions = rest.pop(bindings.POSITION_EMBEDS)
+        if positions is not self._positions[0]:
+            self._positions = positions, torch.from_numpy(positions).to(self.device)
+        return {**self.tensors(rest), bindings.POSITION_EMBEDS: self._positions[1]}
 
     def on_host(self, features: Features) -> Features:
         return Features(features.embeds.numpy(force=True), features.levels.numpy(force=True))

@@ -58,10 +58,10 @@ def _patch_rows_and_columns(grid: Grid, merge_size: int) -> np.ndarray:
 
 def vision_rope_tables(grid: Grid, config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines ``[patches, head_dim]`` of the vision encoder's rows and columns."""
-    place = _patch_rows_and_columns(grid, config.spatial_merge_size).astype(np.float32)
-    by_axis = place[:, :, None] * np.asarray(config.rope_inv_freq, np.float32)
-    angles = np.concatenate([by_axis[0], by_axis[1]] * 2, axis=-1)
-    return np.cos(angles), np.sin(angles)
+    rows, columns = _patch_rows_and_columns(grid, config.spatial_merge_size)
+    angles = np.arange(max(grid[1:]), dtype=np.float32)[:, None] * np.asarray(config.rope_inv_freq, np.float32)
+    cos, sin = (np.concatenate([of[rows], of[columns]] * 2, axis=-1) for of in (np.cos(angles), np.sin(angles)))
+    return cos, sin
 
 
 class VisionPositions:
