@@ -113,8 +113,8 @@ class TorchEngine(Engine):
             return Features(embeds, levels)
 
     def _vision_inputs(self, feeds: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        """Feeds on the device, where the last call's positions are already: pictures, and a video's patches in time, are
-        often of one size."""
+        """Feeds on the device, where the last call's positions are already: pictures are often of one size, and a
+        video's patches in time are."""
         rest = dict(feeds)
         positions = rest.pop(bindings.POSITION_EMBEDS)
         if positions is not self._positions[0]:
