@@ -110,7 +110,7 @@ def _replace(directory, kind, graph, old, new):
 @pytest.mark.parametrize("options", [{}, {"marked_layers": True}, {"host": "plugin"}])
 def test_graphs_whose_operators_names_are_no_text(nano_engine_bundle, tmp_path, capfd, graph, options):
     other = shutil.copytree(nano_engine_bundle, tmp_path / "garbled")
-    _replace(other, "engine", graph, b"Gather", b"Gath\xffr")
+    _replace(other, "engine", graph, b"Reshape", b"Resh\xffpe")
     with pytest.raises(UserError, match=r"write the bundle again with 'pascalvl build'\.$") as error:
         open_engine(other, **options)
     assert str(error.value).isprintable()
@@ -121,7 +121,7 @@ def test_graphs_whose_operators_names_are_no_text(nano_engine_bundle, tmp_path, 
     ("backend", "old", "new"),
     [
         ("onnxruntime", b"pascalvl", b""),
-        ("onnxruntime", b"Gather", b"Gath\xffr"),
+        ("onnxruntime", b"Reshape", b"Resh\xffpe"),
         ("torch", b"pascalvl", b""),
         ("torch", b"model.visual.blocks.0.attn.qkv.bias", b"model.visual.blocks.0.attn.qkv.bia\xff"),
     ],

@@ -14,6 +14,7 @@ from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 
 RANGES = {
+    "rows": (1, 1, 2),
     "batch": (1, 1, 1),
     "seq": (1, 16, 64),
     "visible_slots": (1, 1, 64),

@@ -26,8 +26,6 @@ PICTURE = [user(scene(1, 64, 64), "Describe the picture.")]
 TURNS = [*PICTURE, assistant("A grid."), user("Which shapes are red?")]
 NEW_TOKENS = 5
 CONTEXT = 96
-APPENDS = {CACHES[-1]: 4}
-"""Launches of a call, where not one: one for each run of layers with the same format."""
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +64,7 @@ def test_tokens_equal_the_reference_and_come_from_the_kernels(kv, nano_engine, n
     assert generation.token_ids == reference_answer(nano_reference, model.prompt(PICTURE), NEW_TOKENS)[0]
     assert len(generation.token_ids) == NEW_TOKENS  # one of them from the prefill
     layers, depth = model.config.text.num_hidden_layers, model.config.vision.depth
-    assert launches == {"attention": depth + NEW_TOKENS * layers, "kv_append": NEW_TOKENS * APPENDS.get(kv, 1)}
+    assert launches == {"attention": depth + NEW_TOKENS * layers, "kv_append": NEW_TOKENS}
 
 
 @pytest.mark.parametrize("kv", CACHES)
@@ -117,20 +115,21 @@ def test_repetition_penalty(bundle, nano_reference):
 @pytest.mark.parametrize("seq", [1, 3])
 @pytest.mark.parametrize("kv", CACHES)
 def test_outputs_equal_the_exported_graphs(kv, seq, nano_engine):
-    """The emulated kernels and the op's ONNX body, over the very same bytes. An element half way between two codes may
-    get either, where it was summed in another order, and then others after it: hence the RMS, where there are codes."""
+    """The emulated kernels and the op's ONNX body, over the very same bytes. An element half way between two codes, or
+    two halves, may get either, where it was summed in another order, and then others after it: hence the RMS. A code of
+    four bits is an eighth of the largest."""
     found, expected = (open_engine(nano_engine(kv, backend)) for backend in ("torch", "onnxruntime"))
     feeds = decoder_feeds(found.manifest, seq=seq, capacity=10, past=4)
     outputs = found.run(bindings.DECODER, feeds)
     assert outputs.keys() == {
         binding.name for binding in bindings.decoder_outputs(found.manifest.model, found.manifest.kv_cache)
     }
-    is_quantised = kv not in ("f32", "f16")
+    tolerance = 1e-3 if kv == "f16" else 6e-2
     other = expected.run(bindings.DECODER, feeds)
     outputs, other = (floats_of(found.manifest.model, found.manifest.kv_cache, x) for x in (outputs, other))
     for name, value in other.items():
-        if is_quantised:
-            assert np.sqrt(np.square(outputs[name] - value).mean()) < 3e-2 * np.sqrt(np.square(value).mean()), name
+        if kv != "f32":
+            assert np.sqrt(np.square(outputs[name] - value).mean()) < tolerance * np.sqrt(np.square(value).mean()), name
         else:
             np.testing.assert_allclose(outputs[name], value, rtol=0, atol=2e-5 * np.abs(value).max(), err_msg=name)
 

@@ -253,11 +253,11 @@ def test_the_exported_op_passes_torchs_own_checks(kv_format):
 
 def test_without_kernels_pytorch_computes_the_same():
     arguments, _ = make_call(KVFormat.F32)
-    without_past = (*arguments[:5], *[None] * 6, *arguments[11:])
-    with torch_calls.emulated():
-        expected = flash_attention_2(*without_past)
-    for found, wanted in zip(flash_attention_2(*without_past), expected, strict=True):
-        torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
+    for case in (arguments, (*arguments[:5], *[None] * 6, *arguments[11:])):
+        with torch_calls.emulated():
+            expected = flash_attention_2(*case)
+        for found, wanted in zip(flash_attention_2(*case), expected, strict=True):
+            torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
 
 
 def test_both_ways_pytorch_computes_the_same():

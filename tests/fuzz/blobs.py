@@ -16,12 +16,20 @@ def main() -> None:
     registry, create = open_registry(library)
     attention, linear = (registry.get_plugin_creator(*op) for op in (OP, LINEAR))
     layer = {"in_features": 64, "out_features": 256, "bits": 4, "group": 32, "activation": 2}
-    of_layer = {**layer, "has_zero": 1, "has_bias": 0, "has_residual": 1}
+    of_layer = {**layer, "has_zero": 1, "has_bias": 0, "has_residual": 1, "norm": 1, "norm_size": 64, "epsilon": 1e-6}
+    heads = {
+        "softmax_scale": 0.125,
+        "epsilon": 1e-6,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "head_dim": 64,
+        "value_dim": 64,
+    }
     whole = [
         (creator, bytes(create(creator, **attributes).serialize()))
         for creator, attributes in (
-            (attention, {"causal": 1, "softmax_scale": 0.125, "kv_format": "k8v4"}),
-            (attention, {"causal": 0, "softmax_scale": 0.125}),
+            (attention, {**heads, "causal": 1, "kv_format": "k8v4"}),
+            (attention, {**heads, "causal": 0}),
             (linear, of_layer),
         )
     ]

@@ -38,22 +38,23 @@ def flash_attention_2(
 ) -> list[torch.Tensor]:
     """Attention as `pascalvl.plugins.ops.flash_attention.op` defines it, which tells shapes, types and results.
 
-    Tensors on CUDA go to the kernels; others are computed by PyTorch, without a past.
+    Tensors on CUDA go to the kernels; others are computed by PyTorch, with a cache in float32.
 
     Args:
         qkv to past_visible: the op's inputs, those that there are; past_key None: no past.
         causal to kv_format: `AttentionOptions.flat`.
 
     Raises:
-        ValueError: the kernels do not support the arguments, for example the head size; says which they do. Or a past,
-            or a format that is not f32, without them.
+        ValueError: the kernels do not support the arguments, for example the head size; says which they do. Or a cache
+            in another format than f32, without them.
     """
     sizes = num_heads, num_kv_heads, head_dim, value_dim
     options = AttentionOptions.of(causal, softmax_scale, *sizes, epsilon, kv_format)
     if not torch_calls.serves(qkv.device):
-        if past_key is not None or options.kv_format is not KVFormat.F32:
+        if options.kv_format is not KVFormat.F32:
             raise ValueError(f"a cache in {kv_format} is for the kernels, on CUDA; found tensors on {qkv.device}")
-        return _computed(options, qkv, q_norm, k_norm, rope_cos, rope_sin, cu_seqlens)
+        masks = cu_seqlens, past_key, past_value, past_length, past_visible
+        return _computed(options, qkv, q_norm, k_norm, rope_cos, rope_sin, *masks)
     past = None
     if past_key is not None:
         past = torch_calls.Past(past_key, past_value, past_scale, past_length, past_visible)
@@ -84,9 +85,9 @@ def _computed(
     k_norm: torch.Tensor | None,
     rope_cos: torch.Tensor,
     rope_sin: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
+    *masks: torch.Tensor | None,
 ) -> list[torch.Tensor]:
-    """The op by PyTorch, without a past."""
+    """The op by PyTorch; ``masks`` as `TiledAttention` has them, bounds and the past."""
     lead = qkv.shape[:-1]
     batched = qkv if options.causal else qkv[None]
     query, key, value = (
@@ -100,7 +101,7 @@ def _computed(
         _rotated(x if norm is None else _normed(x, norm, options.epsilon), *tables)
         for x, norm in ((query, q_norm), (key, k_norm))
     )
-    out = TiledAttention(query, key, value, cu_seqlens, *[None] * 4, options.causal, options.softmax_scale).forward()
+    out = TiledAttention(query, key, value, *masks, options.causal, options.softmax_scale).forward()
     return [out.reshape(*lead, -1), *(x.contiguous() for x in (key, value) if options.causal)]
 
 
