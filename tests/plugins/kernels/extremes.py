@@ -190,7 +190,7 @@ def main() -> None:
             "value_format": formats[1],
         }
         try_attention(library, AttentionArgs(**arrays, **sizes, **options, **of_cache, seq=seq, causal=1))
-    packed = {**sizes, "num_kv_heads": 4, "cu_seqlens": somewhere, "num_sequences": 2}
+    packed = {**sizes, "num_kv_heads": 4, "cu_seqlens": somewhere, "num_sequences": 2, "new_rows": rows}
     try_attention(library, AttentionArgs(**arrays, **packed, seq=70))
     packed.pop("softmax_scale")
     for scale in (float("nan"), float("inf"), -float("inf"), 3e38, -2e6):
