@@ -26,7 +26,6 @@ ROW_LAYOUT = 2
 """Of rows and scales as described above: one more whenever what engines and their runtime must share changes."""
 ROW_ALIGNMENT = 16
 WORD_BYTES = 4
-HALVES_PER_WORD = 2
 ROTATED_DIM = 128
 """Length of the keys that the kernels rotate (by the Hadamard matrix); others are stored as they come."""
 RANKS = (64, 96, 112, 128)

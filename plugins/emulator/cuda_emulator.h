@@ -415,12 +415,6 @@ T __shfl_xor_sync(unsigned, T value, int mask, int width = emulator::kWarpSize) 
   return emulator::exchange(value, (source & ~(width - 1)) == (own & ~(width - 1)) ? source : own);
 }
 
-template <typename T>
-T __shfl_down_sync(unsigned, T value, unsigned delta, int width = emulator::kWarpSize) {
-  const unsigned own = emulator::self->place.index % emulator::kWarpSize;
-  return emulator::exchange(value, own % width + delta < unsigned(width) ? own + delta : own);
-}
-
 inline int __any_sync(unsigned lanes, int value) {
   int any = value != 0;
   for (int mask = 1; mask < int(emulator::kWarpSize); mask *= 2) any |= __shfl_xor_sync(lanes, any, mask);
