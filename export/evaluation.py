@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -80,3 +80,47 @@ def compare(prompt: EvaluationPrompt, positions: np.ndarray, exact: Logits, foun
         loss = -q.gather(1, target[:, None])[:, 0]
         parts.append((kl, likeliest == p.argmax(-1), loss, likeliest == target))
     return Figures(*(torch.cat(columns).numpy() for columns in zip(*parts, strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Of a changed model over all positions of text. KL divergences are in nats, from float32's distribution."""
+
+    kl: float
+    kl_999: float
+    """The 99.9th percentile."""
+    top_1: float
+    """Share of positions whose likeliest token is float32's."""
+    perplexity: float
+    """Of the text itself."""
+    answer_kl: float
+    """Mean over answers' positions."""
+    answer_top_1: float
+    right: float | None
+    """Share of answers that come out exactly; None where none is known."""
+    positions: int
+    answer_positions: int
+    wrong: tuple[str, ...]
+    """Names of the prompts whose answers do not come out."""
+
+
+def summary(
+    prompts: Sequence[EvaluationPrompt], figures: Sequence[Figures], config: Qwen3VLConfig
+) -> dict[str, object]:
+    """The fields of a `Summary`, of each prompt's figures at its `EvaluationPrompt.positions`."""
+    answers = [prompt.positions(config) >= prompt.first_answer for prompt in prompts]
+    kl, same, loss = (np.concatenate([getattr(f, field) for f in figures]) for field in ("kl", "same", "loss"))
+    is_answer = np.concatenate(answers)
+    known = [(p.name, f.hit[a].all()) for p, f, a in zip(prompts, figures, answers, strict=True) if p.is_right]
+    return {
+        "kl": float(kl.mean()),
+        "kl_999": float(np.quantile(kl, 0.999)),
+        "top_1": float(same.mean()),
+        "perplexity": float(np.exp(loss.mean())),
+        "answer_kl": float(kl[is_answer].mean()),
+        "answer_top_1": float(same[is_answer].mean()),
+        "right": float(np.mean([hit for _, hit in known])) if known else None,
+        "positions": len(kl),
+        "answer_positions": int(is_answer.sum()),
+        "wrong": tuple(name for name, hit in known if not hit),
+    }

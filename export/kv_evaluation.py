@@ -1,16 +1,12 @@
 """What a compressed KV cache does to a model's answers, format by format, against the float32 cache of the same model.
 
 Conversations are run through Hugging Face's model in one pass each, every token's true continuation given (teacher
-forcing), with an attention that reads what a cache would hold instead of the exact keys and values. Two ways:
+forcing), with an attention that reads what a cache would hold instead of the exact keys and values: a token sees every
+earlier one, and itself, as the cache gives it back, whatever the chunks that a prompt comes in. An answer is right
+where each of its tokens is the likeliest one, which is where greedy decoding would give exactly that answer.
 
-- *strict*: a token sees every earlier one as the cache gives it back, as if all had been decoded one by one. Every
-  position of text counts.
-- *as run*: the tokens of the prompt see each other exactly, as those of one prefill chunk do, and only the answer's
-  read the cache. The answer's positions count, and an answer is right where each of its tokens is the likeliest one,
-  which is where greedy decoding would give exactly that answer.
-
-A token sees itself exactly in both. Queries meet quantised keys as in the kernels, quantised to int8 after the same
-rotation; llama.cpp's formats are met by exact queries, which is kinder than its kernels.
+Queries meet quantised keys as in the kernels, quantised to int8 after the same rotation; llama.cpp's formats are met by
+exact queries, which is kinder than its kernels.
 """
 
 from __future__ import annotations
@@ -28,7 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 from pascalvl.export import kv_times
 from pascalvl.export.calibration import CalibrationPrompt, model_inputs, quiet
 from pascalvl.export.checkpoint import Checkpoint, load_model
-from pascalvl.export.evaluation import EvaluationPrompt, compare
+from pascalvl.export.evaluation import EvaluationPrompt, Figures, Summary, compare, summary
 from pascalvl.export.quantised_weights import stored_config, stored_values
 from pascalvl.export.transforms import LayerStatistics, LayerTransform, plan_transforms
 from pascalvl.plugins.errors import UserError
@@ -54,8 +50,8 @@ class Seen:
     v: torch.Tensor
 
 
-Compression = Callable[[int, Seen], tuple[Seen, Seen]]
-"""Of a layer's number and its exact states: what comes back from the cache, and what a token sees of itself."""
+Compression = Callable[[int, Seen], Seen]
+"""Of a layer's number and its exact states: what comes back from the cache, and the queries that meet it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,36 +67,15 @@ class Scheme:
     """Of the layers, where the kernels have it."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One scheme's figures. KL divergences are in nats, of the next token's distribution from float32's."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result(Summary):
+    """One scheme's figures."""
 
     name: str
     bytes_per_token: float
     """Of a KV head."""
     model_bytes_per_token: float
     """Of all layers and KV heads."""
-    kl: float
-    """Strict, mean over all positions of text."""
-    kl_999: float
-    """Strict, the 99.9th percentile."""
-    top_1: float
-    """Strict, share of positions whose likeliest token is float32's."""
-    perplexity: float
-    """Strict, of the text itself."""
-    strict_right: float | None
-    """Strict, share of answers each of whose tokens is the likeliest; None where none is known."""
-    answer_kl: float
-    """As run, mean over answers' positions."""
-    answer_top_1: float
-    right: float | None
-    """As run, share of answers that come out exactly; None where none is known."""
-    positions: int
-    answer_positions: int
-    wrong: tuple[str, ...]
-    """As run, names of the prompts whose answers do not come out."""
-    strict_wrong: tuple[str, ...]
-    """Strict, the same."""
     append_us: float | None = None
     """To store a token in all layers; None: no kernel, or no GPU."""
     decode_us: float | None = None
@@ -153,24 +128,31 @@ def evaluate(
         for scheme in schemes
     ]
     model = load(checkpoint)
-    sums = {scheme.name: _Sums() for scheme in schemes}
+    found: list[list[Figures]] = [[] for _ in schemes]
     for prompt in prompts:
-        exact = _run(model, prompt, None, strict=True)
-        for scheme in schemes:
-            for strict in (True, False):
-                hidden = _run(model, prompt, scheme.compression, strict) if scheme.compression else exact
-                _compare(model, prompt, exact, hidden, strict, sums[scheme.name])
-                progress()
+        positions, exact = prompt.positions(model.config), _run(model, prompt, None)
+        for scheme, figures in zip(schemes, found, strict=True):
+            hidden = _run(model, prompt, scheme.compression) if scheme.compression else exact
+            logits = (lambda at, of=of: model.lm_head(of[at]) for of in (exact, hidden))
+            figures.append(compare(prompt, positions, *logits))
+            progress()
     heads = text.num_hidden_layers * text.num_key_value_heads
     return [
-        dataclasses.replace(sums[scheme.name].result(scheme, heads), append_us=append_us, decode_us=decode_us)
-        for scheme, (append_us, decode_us) in zip(schemes, times, strict=True)
+        Result(
+            name=scheme.name,
+            bytes_per_token=scheme.row_bytes,
+            model_bytes_per_token=scheme.row_bytes * heads,
+            append_us=append_us,
+            decode_us=decode_us,
+            **summary(prompts, figures, model.config),
+        )
+        for scheme, figures, (append_us, decode_us) in zip(schemes, found, times, strict=True)
     ]
 
 
 def passes(formats: Sequence[CacheConfig], baselines: bool) -> int:
     """Passes for each conversation."""
-    return 2 * (1 + len(set(formats)) + (len(_ABLATION) + len(_LLAMA_CPP) if baselines else 0))
+    return 1 + len(set(formats)) + (len(_ABLATION) + len(_LLAMA_CPP) if baselines else 0)
 
 
 def load(checkpoint: Path) -> Qwen3VLForConditionalGeneration:
@@ -178,7 +160,7 @@ def load(checkpoint: Path) -> Qwen3VLForConditionalGeneration:
     with quiet():
         model = load_model(checkpoint)
     model.model.language_model.config._attn_implementation = _ATTN_IMPLEMENTATION
-    _set(model, None, None)
+    _set(model, None)
     return model
 
 
@@ -186,7 +168,7 @@ def greedy_answer(
     model: Qwen3VLForConditionalGeneration, prompt: CalibrationPrompt, eos_token_ids: frozenset[int], longest: int
 ) -> np.ndarray:
     """What the model itself answers, with a float32 cache: int64 ``[n]``, up to ``longest`` tokens."""
-    _set(model, None, None)
+    _set(model, None)
     tokens = list(prompt.token_ids)
     inputs = model_inputs(model, prompt)
     answer: list[int] = []
@@ -226,17 +208,17 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
 
 def _run(
-    model: Qwen3VLForConditionalGeneration, prompt: EvaluationPrompt, compression: Compression | None, strict: bool
+    model: Qwen3VLForConditionalGeneration, prompt: EvaluationPrompt, compression: Compression | None
 ) -> torch.Tensor:
     """The last hidden states of a conversation, ``[n, hidden_size]``."""
-    _set(model, compression, 0 if strict else len(prompt.prompt.token_ids))
+    _set(model, compression)
     with torch.no_grad():
         return model.model(**model_inputs(model, prompt.whole), use_cache=False).last_hidden_state[0]
 
 
-def _set(model: Qwen3VLForConditionalGeneration, compression: Compression | None, exact: int | None) -> None:
+def _set(model: Qwen3VLForConditionalGeneration, compression: Compression | None) -> None:
     for layer in model.model.language_model.layers:
-        layer.self_attn.kv_evaluation = compression, exact or 0
+        layer.self_attn.kv_evaluation = compression
 
 
 def _attention(
@@ -248,104 +230,27 @@ def _attention(
     scaling: float,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of one conversation: over the cache, over itself, and exactly within the first tokens."""
-    compression, exact_tokens = module.kv_evaluation
-    exact = Seen(query[0] * scaling, key[0], value[0])
-    past, own = compression(module.layer_idx, exact) if compression else (exact, exact)
+    """Causal attention of one conversation over what the cache gives back."""
+    seen = Seen(query[0] * scaling, key[0], value[0])
+    if module.kv_evaluation:
+        seen = module.kv_evaluation(module.layer_idx, seen)
     tokens = query.shape[2]
-    exact_tokens = min(exact_tokens, tokens)
-    tiles = [
-        slice(start, min(start + _QUERY_TILE, stop))
-        for first, stop in ((0, exact_tokens), (exact_tokens, tokens))
-        for start in range(first, stop, _QUERY_TILE)
-    ]
-    # What a token of the prompt sees of the others is as exact as itself.
-    out = [_attend(own if rows.stop <= exact_tokens else past, own, rows) for rows in tiles]
-    return torch.cat(out, 1).transpose(0, 1)[None], None
+    tiles = [slice(start, min(start + _QUERY_TILE, tokens)) for start in range(0, tokens, _QUERY_TILE)]
+    return torch.cat([_attend(seen, rows) for rows in tiles], 1).transpose(0, 1)[None], None
 
 
-def _attend(seen: Seen, own: Seen, rows: slice) -> torch.Tensor:
-    """``[heads, rows, dim]``: some tokens over all before them, ``seen``, and over themselves, ``own``."""
+def _attend(seen: Seen, rows: slice) -> torch.Tensor:
+    """``[heads, rows, dim]``: some tokens over all up to themselves."""
     group = len(seen.q) // len(seen.k)
     k, v = (x[:, : rows.stop] for x in (seen.k, seen.v))
-    queries, own_queries = (x.q[:, rows].unflatten(0, (-1, group)) for x in (seen, own))
-    scores = queries.flatten(1, 2) @ k.mT
+    scores = seen.q[:, rows].unflatten(0, (-1, group)).flatten(1, 2) @ k.mT
     scores = scores.unflatten(1, (group, -1))
-    numbers = torch.arange(rows.start, rows.stop)
-    scores.masked_fill_(torch.arange(rows.stop) > numbers[:, None], -torch.inf)
-    row = torch.arange(len(numbers))
-    scores[:, :, row, numbers] = (own_queries * own.k[:, None, rows]).sum(-1)
-    weights = scores.softmax(-1)
-    of_own = weights[:, :, row, numbers].clone()
-    weights[:, :, row, numbers] = 0
-    out = (weights.flatten(1, 2) @ v).unflatten(1, (group, -1))
-    return (out + of_own[..., None] * own.v[:, None, rows]).flatten(0, 1)
+    scores.masked_fill_(torch.arange(rows.stop) > torch.arange(rows.start, rows.stop)[:, None], -torch.inf)
+    return (scores.softmax(-1).flatten(1, 2) @ v).unflatten(1, (group, -1)).flatten(0, 1)
 
 
 AttentionInterface.register(_ATTN_IMPLEMENTATION, _attention)
 AttentionMaskInterface.register(_ATTN_IMPLEMENTATION, flash_attention_mask)
-
-
-# Figures --------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class _Sums:
-    """What is collected over conversations, position by position."""
-
-    kl: list[np.ndarray] = dataclasses.field(default_factory=list)
-    same: list[np.ndarray] = dataclasses.field(default_factory=list)
-    loss: list[np.ndarray] = dataclasses.field(default_factory=list)
-    answer_kl: list[np.ndarray] = dataclasses.field(default_factory=list)
-    answer_same: list[np.ndarray] = dataclasses.field(default_factory=list)
-    right: dict[bool, list[tuple[str, bool]]] = dataclasses.field(default_factory=lambda: {True: [], False: []})
-    """By whether strict: names and whether the answer comes out, of prompts whose answer is known."""
-
-    def result(self, scheme: Scheme, heads: int) -> Result:
-        kl, same, loss = (np.concatenate(values) for values in (self.kl, self.same, self.loss))
-        answer_kl, answer_same = np.concatenate(self.answer_kl), np.concatenate(self.answer_same)
-        share = {kind: float(np.mean([hit for _, hit in hits])) if hits else None for kind, hits in self.right.items()}
-        wrong = {kind: tuple(name for name, hit in hits if not hit) for kind, hits in self.right.items()}
-        return Result(
-            scheme.name,
-            scheme.row_bytes,
-            scheme.row_bytes * heads,
-            float(kl.mean()),
-            float(np.quantile(kl, 0.999)),
-            float(same.mean()),
-            float(np.exp(loss.mean())),
-            share[True],
-            float(answer_kl.mean()),
-            float(answer_same.mean()),
-            share[False],
-            len(kl),
-            len(answer_kl),
-            wrong[False],
-            wrong[True],
-        )
-
-
-def _compare(
-    model: Qwen3VLForConditionalGeneration,
-    prompt: EvaluationPrompt,
-    exact: torch.Tensor,
-    found: torch.Tensor,
-    strict: bool,
-    sums: _Sums,
-) -> None:
-    positions = prompt.positions(model.config)
-    if not strict:
-        positions = positions[positions >= prompt.first_answer]
-    figures = compare(prompt, positions, lambda at: model.lm_head(exact[at]), lambda at: model.lm_head(found[at]))
-    if strict:
-        sums.kl.append(figures.kl)
-        sums.same.append(figures.same)
-        sums.loss.append(figures.loss)
-    else:
-        sums.answer_kl.append(figures.kl)
-        sums.answer_same.append(figures.same)
-    if prompt.is_right:
-        sums.right[strict].append((prompt.name, bool(figures.hit[positions >= prompt.first_answer].all())))
 
 
 # Schemes --------------------------------------------------------------------------------------------------------------
@@ -355,18 +260,17 @@ def _scheme(name: str, cache: CacheConfig, text: TextConfig, transforms: Sequenc
     """Ours, as `LayerTransform` and the kernels do it."""
     layouts = cache.layers(dataclasses.replace(text, value_dims=tuple(t.value_dim for t in transforms)))
 
-    def compression(layer: int, exact: Seen) -> tuple[Seen, Seen]:
+    def compression(layer: int, exact: Seen) -> Seen:
         layout, transform = layouts[layer], transforms[layer]
         key_row, value_row = layout.kv_format.rows
         balance = torch.from_numpy(transform.balance).float()
         q, k = exact.q * balance, exact.k / balance
-        past_q = _int8_queries(q, layout.is_rotated) if key_row.is_quantised else q
-        past_k = _stored(k, key_row, layout.is_rotated)
+        met = _int8_queries(q, layout.is_rotated) if key_row.is_quantised else q
+        stored = _stored(k, key_row, layout.is_rotated)
         if transform.value_down is None:
-            return Seen(past_q, past_k, _stored(exact.v, value_row)), Seen(q, k, exact.v)
+            return Seen(met, stored, _stored(exact.v, value_row))
         down, up = (torch.from_numpy(x).float() for x in (transform.value_down, transform.value_up))
-        v = exact.v @ down.mT
-        return Seen(past_q, past_k, _stored(v, value_row) @ up.mT), Seen(q, k, v @ up.mT)
+        return Seen(met, stored, _stored(exact.v @ down.mT, value_row) @ up.mT)
 
     row_bytes = sum(layout.bytes_per_token for layout in layouts) / len(layouts) / text.num_key_value_heads
     return Scheme(name, row_bytes, compression, layouts)
@@ -403,21 +307,20 @@ def _baselines(text: TextConfig, transforms: Sequence[LayerTransform]) -> Iterat
 
 
 def _ablation(row: RowFormat, transforms: Sequence[LayerTransform] | None, rotated: bool) -> Compression:
-    def compression(layer: int, exact: Seen) -> tuple[Seen, Seen]:
+    def compression(layer: int, exact: Seen) -> Seen:
         balance = torch.from_numpy(transforms[layer].balance).float() if transforms else 1.0
         q, k = exact.q * balance, exact.k / balance
         v = _stored(exact.v, row, rotated)
-        past = Seen(_int8_queries(q, rotated), _stored(k, row, rotated), _turned(v) if rotated else v)
-        return past, exact
+        return Seen(_int8_queries(q, rotated), _stored(k, row, rotated), _turned(v) if rotated else v)
 
     return compression
 
 
 def _llama_cpp(there_and_back: Callable[[np.ndarray], np.ndarray], rotated: bool) -> Compression:
-    def compression(_: int, exact: Seen) -> tuple[Seen, Seen]:
+    def compression(_: int, exact: Seen) -> Seen:
         q, k, v = (_turned(x) if rotated else x for x in (exact.q, exact.k, exact.v))
         k, v = (torch.from_numpy(there_and_back(x.numpy())) for x in (k, v))
-        return Seen(q, k, _turned(v) if rotated else v), exact
+        return Seen(q, k, _turned(v) if rotated else v)
 
     return compression
 

@@ -12,14 +12,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from pascalvl.export.calibration import CalibrationPrompt, make_runnable, model_inputs
 from pascalvl.export.checkpoint import HOST_TABLES, Checkpoint
-from pascalvl.export.evaluation import EvaluationPrompt, Figures, compare
+from pascalvl.export.evaluation import EvaluationPrompt, Figures, Summary, compare, summary
 from pascalvl.export.fitting import Fit, fit
 from pascalvl.export.kv_evaluation import load, q4_0, q8_0
 from pascalvl.export.modules import Decoder, VisionEncoder
@@ -43,28 +42,13 @@ _STEPS = {
 """What each part of the quantiser is worth, beside all of it."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One scheme's figures, over all positions of text. KL divergences are in nats, from float32's distribution."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result(Summary):
+    """One scheme's figures."""
 
     name: str
     nbytes: int
     """Of the weights of all layers."""
-    kl: float
-    kl_999: float
-    """The 99.9th percentile."""
-    top_1: float
-    """Share of positions whose likeliest token is float32's."""
-    perplexity: float
-    answer_kl: float
-    """Mean over answers' positions."""
-    answer_top_1: float
-    right: float | None
-    """Share of answers that come out exactly; None where none is known."""
-    positions: int
-    answer_positions: int
-    wrong: tuple[str, ...]
-    """Names of the prompts whose answers do not come out."""
 
 
 def evaluate(
@@ -187,24 +171,7 @@ def _run(model: Qwen3VLForConditionalGeneration, prompt: EvaluationPrompt) -> to
 def _result(
     name: str, nbytes: int, prompts: Sequence[EvaluationPrompt], found: Sequence[Figures], config: Qwen3VLConfig
 ) -> Result:
-    answers = [prompt.positions(config) >= prompt.first_answer for prompt in prompts]
-    kl, same, loss = (np.concatenate([getattr(f, field) for f in found]) for field in ("kl", "same", "loss"))
-    is_answer = np.concatenate(answers)
-    known = [(p.name, f.hit[a].all()) for p, f, a in zip(prompts, found, answers, strict=True) if p.is_right]
-    return Result(
-        name,
-        nbytes,
-        float(kl.mean()),
-        float(np.quantile(kl, 0.999)),
-        float(same.mean()),
-        float(np.exp(loss.mean())),
-        float(kl[is_answer].mean()),
-        float(same[is_answer].mean()),
-        float(np.mean([hit for _, hit in known])) if known else None,
-        len(kl),
-        int(is_answer.sum()),
-        tuple(name for name, hit in known if not hit),
-    )
+    return Result(name=name, nbytes=nbytes, **summary(prompts, found, config))
 
 
 def _llama_cpp(checkpoint: Path, bits: int) -> tuple[Qwen3VLForConditionalGeneration, int]:

@@ -720,21 +720,15 @@ def _evaluate_cache(
         args.checkpoint, prompts, formats, statistics, baselines, lambda: progress.advance(task)
     )
     first, timed = results[0], results[0].decode_us is not None
-    strict = _figures(
-        f"strict: {first.positions} positions of text",
-        ("KV cache", "bytes", "KL", "KL 99.9%", "top-1", "perplexity", "right"),
-    )
-    as_run = _figures(
-        f"as run: {first.answer_positions} positions of answers",
-        ("KV cache", "bytes", "KL", "top-1", "right", *(["append us", f"decode {LENGTH:,} us"] if timed else [])),
+    times = ["append us", f"decode {LENGTH:,} us"] if timed else []
+    table = _figures(
+        f"{first.positions} positions of text, {first.answer_positions} of them of answers",
+        ("KV cache", "bytes", *_SUMMARY, *times),
     )
     for row in results:
-        size = f"{row.bytes_per_token:g}"
-        figures = (f"{row.kl:.2e}", f"{row.kl_999:.2e}", f"{row.top_1:.2%}", f"{row.perplexity:.5g}")
-        strict.add_row(row.name, size, *figures, _share(row.strict_right))
         times = ["" if us is None else f"{us:.1f}" for us in (row.append_us, row.decode_us)] if timed else []
-        as_run.add_row(row.name, size, f"{row.answer_kl:.2e}", f"{row.answer_top_1:.2%}", _share(row.right), *times)
-    return results, [strict, as_run]
+        table.add_row(row.name, f"{row.bytes_per_token:g}", *_summary_cells(row), *times)
+    return results, [table]
 
 
 def _evaluate_weights(
@@ -754,13 +748,21 @@ def _evaluate_weights(
     first = results[0]
     table = _figures(
         f"{first.positions} positions of text, {first.answer_positions} of them of answers",
-        ("weights", "MB", "KL", "KL 99.9%", "top-1", "perplexity", "answers: KL", "top-1", "right"),
+        ("weights", "MB", *_SUMMARY),
     )
     for row in results:
-        figures = (f"{row.kl:.2e}", f"{row.kl_999:.2e}", f"{row.top_1:.2%}", f"{row.perplexity:.5g}")
-        answers = f"{row.answer_kl:.2e}", f"{row.answer_top_1:.2%}", _share(row.right)
-        table.add_row(row.name, f"{row.nbytes / 1e6:.1f}", *figures, *answers)
+        table.add_row(row.name, f"{row.nbytes / 1e6:.1f}", *_summary_cells(row))
     return results, [table]
+
+
+_SUMMARY = "KL", "KL 99.9%", "top-1", "perplexity", "answers: KL", "top-1", "right"
+
+
+def _summary_cells(row: Any) -> list[str]:
+    """The cells of `_SUMMARY`, of a `pascalvl.export.evaluation.Summary`."""
+    right = "" if row.right is None else f"{row.right:.2%}"
+    figures = [f"{row.kl:.2e}", f"{row.kl_999:.2e}", f"{row.top_1:.2%}", f"{row.perplexity:.5g}"]
+    return [*figures, f"{row.answer_kl:.2e}", f"{row.answer_top_1:.2%}", right]
 
 
 def _figures(title: str, headings: Sequence[str]) -> Any:
@@ -771,10 +773,6 @@ def _figures(title: str, headings: Sequence[str]) -> Any:
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="right" if i else "left", no_wrap=True)
     return table
-
-
-def _share(share: float | None) -> str:
-    return "" if share is None else f"{share:.2%}"
 
 
 def _bench_model(args: argparse.Namespace) -> int:
