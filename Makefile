@@ -84,7 +84,7 @@ eval: setup $(VENV)/torchvision ## what formats of the cache (EVAL=kv) or weight
 	    --json build/eval-$(EVAL).json $(if $(filter kv,$(EVAL)),--plot build/eval-kv.png)
 
 test: setup $(VENV)/torchvision ## the tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Not in build/lib: what lies there, setuptools packs into wheels.
 kernels: setup ## the CUDA kernels' library, build/native/libpascalvl.so

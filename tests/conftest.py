@@ -21,6 +21,7 @@ from tests.real_sizes import HOST_FILES
 
 NANO = Path(__file__).parent / "nano"
 ALL_WEIGHT_FORMATS = "w4,layer.1=w8,layer.2=f16,layer.3=f32"
+_LONGEST = "test_sanitizers.py", "test_tensorrt_build.py"
 # The kernels compiled for the tests stay in the repository, for the next time.
 os.environ.setdefault("XDG_CACHE_HOME", str(Path(__file__).parents[1] / "build" / "cache"))
 
@@ -28,6 +29,11 @@ os.environ.setdefault("XDG_CACHE_HOME", str(Path(__file__).parents[1] / "build" 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-seconds", type=float, default=6.0, help="how long each fuzzer in tests/fuzz runs")
     parser.addoption("--fuzz-seed", type=int, help="run fuzzers on this seed alone")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first, so that no process is left with them in the end."""
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
 
 
 @pytest.fixture

@@ -145,9 +145,9 @@ def test_graphs_of_the_real_sizes_fit_tensorrt(size, weights):
         # The patches', two blocks of four layers and three mergers of two; two layers of four, and the lm_head.
         assert len(linears) == {bindings.VISION: 1 + 2 * 4 + 3 * 2, bindings.DECODER: 2 * 4 + 1}[graph]
         assert Counter(kinds_of(traced.proto)) == KINDS[graph]
-        # Of the vision encoder, each of these goes to a merger.
-        merged = {"Reshape": 1} if graph == bindings.VISION else {}
-        assert exporter.describe(traced.proto)["layer_ops"] == {"FlashAttention2": 1, "QuantLinear": 4, **merged}
+        # And what DeepStack takes of these layers: features go to a merger, and are added.
+        deepstack = {"Reshape": 1} if graph == bindings.VISION else {"Add": 1, "Gather": 1}
+        assert exporter.describe(traced.proto)["layer_ops"] == {"FlashAttention2": 1, "QuantLinear": 4, **deepstack}
     lm_head = next(w for w in traced.weights.values() if w.source == "lm_head.weight")
     assert lm_head.shape == weights.lm_head.weight_shape(model_config.text.vocab_size, model_config.text.hidden_size)
 

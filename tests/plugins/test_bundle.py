@@ -33,7 +33,7 @@ MANIFEST = Manifest(
     MODEL,
     {"dtype": "float16", "shape": [512, 64]},
     {"dtype": "bfloat16", "shape": [16, 64]},
-    {"decoder": {"opset": 17, "ir_version": 8, "plugin": "FlashAttention2 1", "ops": {"MatMul": 3}}},
+    {"decoder": {"opset": 17, "ir_version": 8, "plugin": "op 1", "ops": {"MatMul": 3}, "layer_ops": {"MatMul": 1}}},
     CacheConfig(KVFormat.F16),
 )
 
