@@ -2,8 +2,8 @@
 TARGET ROUNDS``.
 
 Every integer input holds any int32; codes, halves and floats any bits. Nothing is expected of the results, but that no
-byte beside an array changes, and that the calls end. Of the formats of the cache, each EVERY-th is tried; each kernel
-meets other numbers in so many ROUNDS.
+byte beside an array changes, and that the calls end. Of the formats of the cache and of the bits of weights, each
+EVERY-th is tried; each kernel meets other numbers in so many ROUNDS.
 """
 
 import dataclasses
@@ -144,8 +144,8 @@ def attend_both_ways(library: KernelLibrary, made_up: MadeUp, guarded: GuardedMe
         guarded.check()
 
 
-def multiply(library: KernelLibrary, made_up: MadeUp, guarded: GuardedMemory) -> None:
-    for bits, rows, has_zero in itertools.product((32, 16, 8, 4), (1, 2, 4, 8, 9, 20, 40), (False, True)):
+def multiply(library: KernelLibrary, made_up: MadeUp, guarded: GuardedMemory, every: int) -> None:
+    for bits, rows, has_zero in itertools.product((32, 16, 8, 4)[::every], (1, 2, 4, 8, 9, 20, 40), (False, True)):
         if has_zero and bits >= 16:
             continue
         form, inputs, outputs = WeightFormat(bits, 32), 100, 128
@@ -174,7 +174,7 @@ def main() -> None:
         attend(library, made_up, guarded, formats)
         store(library, made_up, guarded, formats)
     attend_both_ways(library, made_up, guarded)
-    multiply(library, made_up, guarded)
+    multiply(library, made_up, guarded, int(every))
     logits, token, logit = made_up.bits(3, 700), aligned((3,), np.int32), aligned((3,))
     logits[1] = np.nan
     library.greedy(pointer(logits), 3, 700, pointer(token), pointer(logit))

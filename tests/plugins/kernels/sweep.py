@@ -1,6 +1,6 @@
 """Small cases of the kernels, for sanitizer builds: ``python -m tests.plugins.kernels.sweep LIBRARY EVERY``.
 
-Of the formats of the cache, each EVERY-th is tried.
+Of the formats of the cache and of the bits of weights, each EVERY-th is tried.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ def main() -> None:
     for dim in (64, 72):
         q, k, v = (normal(rng, 1, 70, dim) for _ in range(3))
         packed_attention(library, q, k, v, np.array([0, 66, 70], np.int32), 0.1)
-    for bits in (32, 16, 8, 4):
+    for bits in (32, 16, 8, 4)[:: int(sys.argv[2])]:
         for rows, inputs, outputs, activation, with_more, kind, size in (
             (1, 260, 5, Activation.NONE, False, Norm.LAYER, 260),
             (3, 1030, 4, Activation.GELU_TANH, True, Norm.NONE, 0),
