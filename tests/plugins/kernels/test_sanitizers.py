@@ -19,8 +19,8 @@ SANITIZERS = {
 }
 THREADS = ("-DPASCALVL_EMULATOR_THREADS", "-g", "-O1")
 ROOT = Path(__file__).parents[3]
-SECONDS = 300
-"""After which a program hangs; it takes a tenth of that."""
+SECONDS = 600
+"""After which a program hangs; it takes a fifth of that."""
 
 
 def sweep(library: Path, sanitizer: str, every: int) -> subprocess.CompletedProcess:
