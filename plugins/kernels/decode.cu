@@ -13,8 +13,8 @@
 //
 // The past is cut into splits on the device, by past_length: no length passes through the host. The first split takes
 // the new token too, as the cache will have it. Softmax statistics in FP32, merged at the end.
-#include "plugins/kernels/device.cuh"
 #include "plugins/kernels/kernels.h"
+#include "plugins/kernels/softmax.cuh"
 
 namespace pascalvl {
 
@@ -160,8 +160,7 @@ struct DecodeShared {
   float new_score[kGroup];                         // of the new token
   float probability[kDecodeWarps][kWarp][kGroup];  // [warp][key of its tile][head]
   float factor[kDecodeWarps][kGroup];
-  float maximum[kDecodeWarps][kGroup];
-  float sum[kDecodeWarps][kGroup];
+  SoftmaxState state[kDecodeWarps][kGroup];
 };
 
 // A lane's four elements of a row in floats, from `d` on, or their codes, of four bits plus 8.
@@ -247,16 +246,14 @@ __device__ __forceinline__ void decode(const AttentionParams& p, DecodeShared<kG
   float* partial = p.partial + (((long long)sequence * p.num_heads + head * kGroup) * p.splits + blockIdx.x) *
                                    partial_pitch(p.value_dim);
   const long long partial_stride = (long long)p.splits * partial_pitch(p.value_dim);  // between heads
+  auto state_at = [&](int g) { return reinterpret_cast<SoftmaxState*>(partial + g * partial_stride + p.value_dim); };
 
   // This block's keys lie in slots begin to last.
   const int share = max2(ceil_div(ceil_div(past, p.splits), kLeastKeys), 1) * kLeastKeys;
   const int begin = blockIdx.x * share, end = min2(begin + share, past), last = end - 1;
   const bool has_new = blockIdx.x == 0;
   if (begin >= end && !has_new) {
-    if (threadIdx.x < kGroup) {
-      partial[threadIdx.x * partial_stride + p.value_dim] = kLowest;
-      partial[threadIdx.x * partial_stride + p.value_dim + 1] = 0;
-    }
+    if (threadIdx.x < kGroup) *state_at(threadIdx.x) = SoftmaxState::init();
     return;
   }
 
@@ -315,9 +312,8 @@ __device__ __forceinline__ void decode(const AttentionParams& p, DecodeShared<kG
   const float own_scale = p.scale_log2 * (kCodes ? shared.q_scale[own_head] : 1.0f);
   const Score own_bias = kKeyFormat == kInt4 ? Score(shared.q_bias[own_head]) : Score(0);
 
-  // Online softmax. Maximum and sum are of own_head, the sum of this lane's keys alone.
-  float maximum = kLowest, sum = 0;
-  float output[kOutputs];  // [group][element]
+  SoftmaxState state = SoftmaxState::init();  // of own_head, the sum of this lane's keys alone
+  float output[kOutputs];                     // [group][element]
 #pragma unroll
   for (int i = 0; i < kOutputs; ++i) output[i] = 0;
 
@@ -364,24 +360,21 @@ __device__ __forceinline__ void decode(const AttentionParams& p, DecodeShared<kG
     SumScores::run(dots);
 
     // Softmax of the scores that this lane has: the maximum over all lanes that have scores of the same head.
-    float score[kOwn], most = maximum;
+    float score[kOwn], most = state.maximum;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      score[i] = own_key(first, i) < end ? float(dots[i] + own_bias) * scales[i] : kLowest;
+      score[i] = own_key(first, i) < end ? float(dots[i] + own_bias) * scales[i] : kMasked;
       most = max2(most, score[i]);
     }
 #pragma unroll
     for (int mask = 1; mask < kWarp; mask *= 2) {
       if (mask < kLanesOfHead || mask >= Keys::kLanes) most = max2(most, __shfl_xor_sync(kAllLanes, most, mask));
     }
-    const bool rises = __any_sync(kAllLanes, most > maximum);
-    const float factor = power_of_2(maximum - most);  // the tile's first key is there: most is a number
-    maximum = most;
-    sum *= factor;
+    const bool rises = __any_sync(kAllLanes, most > state.maximum);
+    const float factor = state.raise(most);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      float probability = power_of_2(score[i] - most);
-      sum += probability;
+      float probability = state.take(score[i]);
       if (kCodes) probability *= half_to_float(value_scale[i]);
       if (lane % kCopies == 0) shared.probability[warp][own_key(0, i)][own_head] = probability;
     }
@@ -415,12 +408,11 @@ __device__ __forceinline__ void decode(const AttentionParams& p, DecodeShared<kG
   // The warp's state: sums over the lanes that have different keys of a head, output over rows of lanes.
 #pragma unroll
   for (int mask = 1; mask < kWarp; mask *= 2) {
-    if ((mask >= kCopies && mask < kLanesOfHead) || mask >= Keys::kLanes) sum += __shfl_xor_sync(kAllLanes, sum, mask);
+    if ((mask >= kCopies && mask < kLanesOfHead) || mask >= Keys::kLanes) {
+      state.sum += __shfl_xor_sync(kAllLanes, state.sum, mask);
+    }
   }
-  if (tells) {
-    shared.maximum[warp][own_head] = maximum;
-    shared.sum[warp][own_head] = sum;
-  }
+  if (tells) shared.state[warp][own_head] = state;
   SumOutputs::run(output);
   const int own_output = SumOutputs::first(lane);
 #pragma unroll
@@ -442,69 +434,62 @@ __device__ __forceinline__ void decode(const AttentionParams& p, DecodeShared<kG
   for (int g = 0; g < kGroup; ++g) {
     float most = has_new ? shared.new_score[g] : kLowest;
 #pragma unroll
-    for (int w = 0; w < kDecodeWarps; ++w) most = max2(most, shared.maximum[w][g]);
-    const float weight = has_new ? power_of_2(shared.new_score[g] - most) : 0;
-    float total = weight, value = weight * new_value;
+    for (int w = 0; w < kDecodeWarps; ++w) most = max2(most, shared.state[w][g].maximum);
+    SoftmaxState all = SoftmaxState::init(most);
+    float value = has_new ? all.take(shared.new_score[g]) * new_value : 0;
 #pragma unroll
-    for (int w = 0; w < kDecodeWarps; ++w) {
-      const float factor = power_of_2(shared.maximum[w][g] - most);
-      total += factor * shared.sum[w][g];
-      value += factor * shared.output[w][g][d];
-    }
+    for (int w = 0; w < kDecodeWarps; ++w) value += all.merge(shared.state[w][g]) * shared.output[w][g][d];
     if (d < p.value_dim) partial[g * partial_stride + d] = value;
-    if (d == 0) {
-      partial[g * partial_stride + p.value_dim] = most;
-      partial[g * partial_stride + p.value_dim + 1] = total;
-    }
+    if (d == 0) *state_at(g) = all;
   }
 }
 
 // Merges the splits of a query: the warps share them, a lane has 4 channels. Grid: (query heads, batch, seq).
 extern "C" __global__ void __launch_bounds__(kMergeThreads) merge_splits(const MergeParams p) {
   constexpr int kWarps = kMergeThreads / kWarp, kAtOnce = 5;  // splits whose loads are under way
-  __shared__ float2 states[kWarps];
+  __shared__ SoftmaxState states[kWarps];
   __shared__ float4 values[kWarps][kWarp];
   const long long row = ((long long)blockIdx.y * p.num_heads + blockIdx.x) * p.seq + blockIdx.z;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, d = min2(4 * lane, p.value_dim - 4);
   const int pitch = partial_pitch(p.value_dim);
   const float* partial = p.partial + row * p.splits * pitch;
-  float most = kLowest, total = 0;
+  SoftmaxState state = SoftmaxState::init();
   float4 value = make_float4(0, 0, 0, 0);
-  auto add = [&](float more_most, float more_total, float4 more) {
-    if (more_most == kLowest) return;  // nothing there
-    const float factor = power_of_2(more_most - most);
-    total += factor * more_total;
+  auto add = [&](const SoftmaxState& more_state, float4 more) {
+    if (more_state.maximum == kLowest) return;  // no values are there, either
+    const float factor = state.merge(more_state);
     value.x += factor * more.x, value.y += factor * more.y, value.z += factor * more.z, value.w += factor * more.w;
   };
   for (int first = warp; first < p.splits; first += kWarps * kAtOnce) {
-    float2 more_state[kAtOnce];  // maximum, sum
+    SoftmaxState more_state[kAtOnce];
     float4 more[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int split = first + i * kWarps;
       const float* at = partial + min2(split, p.splits - 1) * pitch;
-      more_state[i] = *reinterpret_cast<const float2*>(at + p.value_dim);
+      more_state[i] = *reinterpret_cast<const SoftmaxState*>(at + p.value_dim);
       more[i] = *reinterpret_cast<const float4*>(at + d);
-      if (split >= p.splits) more_state[i].x = kLowest;
+      if (split >= p.splits) more_state[i].maximum = kLowest;
     }
-    const float before = most;
+    float most = state.maximum;
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) most = max2(most, more_state[i].x);
-    const float factor = power_of_2(before - most);
-    total *= factor, value.x *= factor, value.y *= factor, value.z *= factor, value.w *= factor;
+    for (int i = 0; i < kAtOnce; ++i) most = max2(most, more_state[i].maximum);
+    const float factor = state.raise(most);
+    value.x *= factor, value.y *= factor, value.z *= factor, value.w *= factor;
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) add(more_state[i].x, more_state[i].y, more[i]);
+    for (int i = 0; i < kAtOnce; ++i) add(more_state[i], more[i]);
   }
   values[warp][lane] = value;
-  if (lane == 0) states[warp] = make_float2(most, total);
+  if (lane == 0) states[warp] = state;
   __syncthreads();
   if (warp > 0 || 4 * lane >= p.value_dim) return;
+  float most = kLowest;
 #pragma unroll
-  for (int i = 0; i < kWarps; ++i) most = max2(most, states[i].x);
-  total = 0, value = make_float4(0, 0, 0, 0);
+  for (int i = 0; i < kWarps; ++i) most = max2(most, states[i].maximum);
+  state = SoftmaxState::init(most), value = make_float4(0, 0, 0, 0);
 #pragma unroll
-  for (int i = 0; i < kWarps; ++i) add(states[i].x, states[i].y, values[i][lane]);
-  const float inverse = 1 / total;
+  for (int i = 0; i < kWarps; ++i) add(states[i], values[i][lane]);
+  const float inverse = state.normalise();
   const long long out = ((long long)blockIdx.y * p.seq + blockIdx.z) * p.num_heads + blockIdx.x;
   *reinterpret_cast<float4*>(p.out + out * p.value_dim + d) =
       make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse);

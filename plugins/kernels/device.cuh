@@ -12,7 +12,6 @@ namespace pascalvl {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr float kLowest = -3e38f;  // below every score: stands for no key seen
 constexpr int kHadamardDim = 128;
 
 // Half is a storage type alone: its arithmetic runs at 1/64 rate on SM61. No header of the toolkit is needed for that.

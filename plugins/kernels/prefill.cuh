@@ -14,7 +14,7 @@
 // is on its way, in registers and in its own format, while this one is used. Two blocks an SM. Bound by FFMA issue.
 #pragma once
 
-#include "plugins/kernels/device.cuh"
+#include "plugins/kernels/softmax.cuh"
 
 namespace pascalvl {
 
@@ -192,8 +192,7 @@ struct Prefill : Tile<kValueDim> {
   using T = Tile<kValueDim>;
   using Shared = PrefillShared<kValueDim>;
 
-  // Online softmax of the thread's rows: maximum, and the sum over this thread's keys alone.
-  float maximum[kRowsPerThread], sum[kRowsPerThread];
+  SoftmaxState state[kRowsPerThread];  // of the thread's rows, the sum over this thread's keys alone
   float output[kRowsPerThread][T::kOutputs];
 
   // Query rows: row r of the block is token (first_row + r) / p.group, query head (first_row + r) % group of the kv
@@ -212,7 +211,7 @@ struct Prefill : Tile<kValueDim> {
     }
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
-      maximum[i] = kLowest, sum[i] = 0;
+      state[i] = SoftmaxState::init();
 #pragma unroll
       for (int j = 0; j < T::kOutputs; ++j) output[i][j] = 0;
     }
@@ -338,23 +337,16 @@ struct Prefill : Tile<kValueDim> {
   __device__ __forceinline__ void softmax(float (*score)[kKeysPerThread], Shared& shared) {
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
-      float most = maximum[i];
+      float most = state[i].maximum;
 #pragma unroll
       for (int j = 0; j < kKeysPerThread; ++j) most = max2(most, score[i][j]);
 #pragma unroll
       for (int mask = T::kColumnThreads / 2; mask > 0; mask /= 2) {
         most = max2(most, __shfl_xor_sync(kAllLanes, most, mask));
       }
-      const float base = most == kLowest ? 0 : most;  // nothing seen yet: every power below is zero
-      const float factor = power_of_2(maximum[i] - base);
-      maximum[i] = most;
-      float total = sum[i] * factor;
+      const float factor = state[i].raise(most);
 #pragma unroll
-      for (int j = 0; j < kKeysPerThread; ++j) {
-        score[i][j] = power_of_2(score[i][j] - base);
-        total += score[i][j];
-      }
-      sum[i] = total;
+      for (int j = 0; j < kKeysPerThread; ++j) score[i][j] = state[i].take(score[i][j]);
 #pragma unroll
       for (int j = 0; j < T::kOutputs; ++j) output[i][j] *= factor;
     }
@@ -435,7 +427,7 @@ struct Prefill : Tile<kValueDim> {
         const auto row_sees = sees(min2(key, source.count - 1));
 #pragma unroll
         for (int i = 0; i < kRowsPerThread; ++i) {
-          if (!there || !row_sees(row0 + i)) score[i][j] = kLowest;
+          if (!there || !row_sees(row0 + i)) score[i][j] = kMasked;
         }
       }
     }
@@ -446,7 +438,9 @@ struct Prefill : Tile<kValueDim> {
   // Sums the row over the threads that share it; tells whether there is such a row.
   __device__ __forceinline__ bool finish_row(int i) {
 #pragma unroll
-    for (int mask = T::kColumnThreads / 2; mask > 0; mask /= 2) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], mask);
+    for (int mask = T::kColumnThreads / 2; mask > 0; mask /= 2) {
+      state[i].sum += __shfl_xor_sync(kAllLanes, state[i].sum, mask);
+    }
     return first_row + row0 + i < rows;
   }
 
@@ -468,7 +462,7 @@ struct Prefill : Tile<kValueDim> {
     for (int i = 0; i < kRowsPerThread; ++i) {
       const int r = first_row + row0 + i;
       if (!finish_row(i)) continue;
-      store_row(p, i, 1 / sum[i], out + ((long long)(r / p.group) * p.num_heads + r % p.group) * p.value_dim);
+      store_row(p, i, state[i].normalise(), out + ((long long)(r / p.group) * p.num_heads + r % p.group) * p.value_dim);
     }
   }
 
@@ -481,7 +475,7 @@ struct Prefill : Tile<kValueDim> {
       if (!finish_row(i)) continue;
       float* row = to + (long long)(r % p.group * p.seq + r / p.group) * p.splits * partial_pitch(p.value_dim);
       store_row(p, i, 1, row);
-      if (column == 0) row[p.value_dim] = maximum[i], row[p.value_dim + 1] = sum[i];
+      if (column == 0) *reinterpret_cast<SoftmaxState*>(row + p.value_dim) = state[i];
     }
   }
 };
