@@ -44,7 +44,7 @@ def _decode(kernels: torch_calls.KernelLibrary, layout: LayerLayout, num_heads: 
     size = length * layout.bytes_per_token
     caches = [_rows(layout, length) for _ in range(2 + COLD_BYTES // size)]
     options = AttentionOptions(
-        True, layout.key_dim**-0.5, num_heads, layout.num_kv_heads, *layout.dims, kv_format=layout.kv_format
+        True, layout.head_dim**-0.5, num_heads, layout.num_kv_heads, *layout.dims, kv_format=layout.kv_format
     )
     qkv = torch.randn(1, 1, sum(options.widths), device="cuda")
     past_length = torch.tensor([length], dtype=torch.int32, device="cuda")

@@ -103,18 +103,18 @@ class LayerLayout:
 
     kv_format: KVFormat
     num_kv_heads: int
-    key_dim: int
+    head_dim: int
     value_dim: int
 
     @property
     def is_rotated(self) -> bool:
         """Whether keys are stored, and queries meet them, rotated."""
-        return self.kv_format.is_quantised and self.key_dim == ROTATED_DIM
+        return self.kv_format.is_quantised and self.head_dim == ROTATED_DIM
 
     @property
     def dims(self) -> tuple[int, int]:
         """Elements of a key and of a value."""
-        return self.key_dim, self.value_dim
+        return self.head_dim, self.value_dim
 
     @property
     def row_bytes(self) -> tuple[int, int]:
@@ -246,7 +246,7 @@ class CacheConfig:
             if layout.kv_format.is_quantised and not all(dim in RANKS for dim in layout.dims):
                 raise UserError(
                     f"{layout.kv_format.value} is for heads of {', '.join(map(str, RANKS))}; this model has keys of "
-                    f"{layout.key_dim} and values of {layout.value_dim}: take f32 or f16."
+                    f"{layout.head_dim} and values of {layout.value_dim}: take f32 or f16."
                 )
         return layouts
 

@@ -126,7 +126,7 @@ class Bench:
             num_heads=call.heads,
             num_kv_heads=call.kv_heads,
             seq=call.seq,
-            key_dim=call.dim,
+            head_dim=call.dim,
             value_dim=call.dim,
             softmax_scale=call.dim**-0.5,
             causal=bool(new),

@@ -10,7 +10,7 @@ extern "C" __global__ void __launch_bounds__(kPrefillThreads, 2)
   using T = Tile<128>;
   __shared__ __align__(16) PrefillShared<128> shared;
   AttentionParams p{};
-  p.key_dim = k;
+  p.head_dim = k;
   p.group = 1;
   p.scale_log2 = 1;
   const Source source{reinterpret_cast<const unsigned char*>(b), nullptr, nullptr, 4 * k, 0, n};

@@ -34,7 +34,7 @@ void check_formats(const pascalvl_attention_args& a) {
           "A cache of %s keys and %s values is not supported; expected both the same, or int8 keys and int4 values.",
           format_name(key), format_name(value));
   require(!a.rotated || is_quantised(key), "Only quantised keys are rotated; found %s.", format_name(key));
-  require(!a.rotated || a.key_dim == kMaxDim, "Rotated keys have 128 channels; found key_dim %d.", a.key_dim);
+  require(!a.rotated || a.head_dim == kMaxDim, "Rotated keys have 128 channels; found head_dim %d.", a.head_dim);
 }
 
 void check_rows(const pascalvl_rows& rows, int key_format, const char* whose) {
@@ -76,8 +76,8 @@ void check(const pascalvl_attention_args& a) {
           double(PASCALVL_MAX_SOFTMAX_SCALE), double(PASCALVL_MAX_SOFTMAX_SCALE));
   require(a.epsilon >= 0 && a.epsilon <= 1, "epsilon is %g; expected a number from 0 to 1.", double(a.epsilon));
   if (!a.causal) {
-    require(a.key_dim == a.value_dim && (a.key_dim == 64 || a.key_dim == 72 || a.key_dim == 128),
-            "Packed attention has head sizes 64, 72 and 128; found key_dim %d and value_dim %d.", a.key_dim,
+    require(a.head_dim == a.value_dim && (a.head_dim == 64 || a.head_dim == 72 || a.head_dim == 128),
+            "Packed attention has head sizes 64, 72 and 128; found head_dim %d and value_dim %d.", a.head_dim,
             a.value_dim);
     require(a.batch == 1, "Packed attention has batch 1; found %d.", a.batch);
     require(a.num_heads == a.num_kv_heads, "Packed attention has as many kv heads as heads; found %d and %d.",
@@ -86,7 +86,7 @@ void check(const pascalvl_attention_args& a) {
     require(a.cu_seqlens, "cu_seqlens is a null pointer.");
     return;
   }
-  require_dim(a.key_dim, "key_dim");
+  require_dim(a.head_dim, "head_dim");
   require_dim(a.value_dim, "value_dim");
   check_formats(a);
   check_rows(a.new_rows, a.key_format, "The new rows'");
@@ -137,11 +137,11 @@ AttentionSizes sizes_of(const pascalvl_attention_args& a) {
   AttentionSizes sizes{};
   if (is_decode(a) || splits > 1) sizes.partial = rows * splits * partial_pitch(a.value_dim) * sizeof(float);
   if (!a.causal) {
-    sizes.q = sizes.key = sizes.value = rows * a.key_dim * sizeof(float);
+    sizes.q = sizes.key = sizes.value = rows * a.head_dim * sizeof(float);
   } else if (is_quantised(a.key_format)) {
     sizes.q = rows * kCodeRow, sizes.q_scale = up_to_16(rows * sizeof(float));
   } else {
-    sizes.q = rows * a.key_dim * sizeof(float);
+    sizes.q = rows * a.head_dim * sizeof(float);
   }
   return sizes;
 }
@@ -170,7 +170,7 @@ AttentionParams to_params(const pascalvl_attention_args& a, unsigned char* works
   p.num_kv_heads = a.num_kv_heads;
   p.group = a.num_heads / a.num_kv_heads;
   p.seq = a.seq;
-  p.key_dim = a.key_dim;
+  p.head_dim = a.head_dim;
   p.value_dim = a.value_dim;
   p.scale_log2 = a.softmax_scale * 1.4426950408889634f;
   p.splits = splits_of(a);
@@ -191,7 +191,7 @@ void prologue(const pascalvl_attention_args& a, const AttentionParams& attention
   p.seq = a.seq;
   p.num_heads = a.num_heads;
   p.num_kv_heads = a.num_kv_heads;
-  p.key_dim = a.key_dim;
+  p.head_dim = a.head_dim;
   p.value_dim = a.value_dim;
   p.key_format = a.causal ? a.key_format : int(kFloat32);
   p.value_format = a.causal ? a.value_format : int(kFloat32);

@@ -192,7 +192,7 @@ template <int kGroup, int kKeyFormat>
 __device__ __forceinline__ void prepare_queries(const AttentionParams& p, const unsigned char* new_key,
                                                 const unsigned* new_scale, DecodeShared<kGroup>& shared) {
   const int lane = threadIdx.x % kWarp, d = 4 * lane;
-  const bool inside = d < p.key_dim;
+  const bool inside = d < p.head_dim;
   for (int g = threadIdx.x / kWarp; g < kGroup; g += kDecodeWarps) {
     const long long row = (long long)blockIdx.z * p.num_heads + blockIdx.y * kGroup + g;
     if constexpr (is_quantised(kKeyFormat)) {
@@ -210,7 +210,7 @@ __device__ __forceinline__ void prepare_queries(const AttentionParams& p, const 
     } else {
       float4 q = make_float4(0, 0, 0, 0), k = q;
       if (inside) {
-        q = load_quad<kFloat32>(p.q + row * p.key_dim * sizeof(float), d);
+        q = load_quad<kFloat32>(p.q + row * p.head_dim * sizeof(float), d);
         k = load_quad<kKeyFormat>(new_key, d);
       }
       const float dot = warp_sum(q.x * k.x + q.y * k.y + q.z * k.z + q.w * k.w);
@@ -265,7 +265,7 @@ __device__ __forceinline__ void decode(const AttentionParams& p, DecodeShared<kG
   // Tiles are loaded ahead: keys once the last ones' scores are done, values once the last ones are used.
   const int key_lane = lane % Keys::kLanes, value_lane = lane % Values::kLanes;
   const long long kv = (long long)sequence * p.num_kv_heads + head, first_slot = kv * p.capacity;
-  const int key_row = row_bytes(kKeyFormat, p.key_dim), value_row = row_bytes(kValueFormat, p.value_dim);
+  const int key_row = row_bytes(kKeyFormat, p.head_dim), value_row = row_bytes(kValueFormat, p.value_dim);
   // Lanes beyond a row read its end: their queries are zero, and their output is not written.
   const unsigned char* keys = p.past.key + first_slot * key_row + min2(key_lane * Keys::kBytes, key_row - Keys::kBytes);
   const unsigned char* values =

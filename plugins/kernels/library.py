@@ -45,7 +45,7 @@ class AttentionArgs(_Struct):
         ("new_rows", Rows),
         ("past", Rows),
         *_fields(ctypes.c_void_p, "past_length past_visible cu_seqlens"),
-        *_fields(ctypes.c_int32, "batch num_heads num_kv_heads seq key_dim value_dim"),
+        *_fields(ctypes.c_int32, "batch num_heads num_kv_heads seq head_dim value_dim"),
         *_fields(ctypes.c_int32, "key_format value_format capacity rotated causal num_sequences"),
         *_fields(ctypes.c_float, "softmax_scale epsilon"),
     )

@@ -40,19 +40,19 @@ struct Rows {
 // and rotated by their positions (RoPE); those that meet quantised keys also by the orthonormal Hadamard matrix of 128,
 // if `rotated`, and queries quantised to int8. Keys and values go to their rows.
 struct PrologueParams {
-  const float* qkv;     // [batch, seq, num_heads * key_dim + num_kv_heads * (key_dim + value_dim)]
-  const float* q_norm;  // [key_dim]; null: no norm
+  const float* qkv;     // [batch, seq, num_heads * head_dim + num_kv_heads * (head_dim + value_dim)]
+  const float* q_norm;  // [head_dim]; null: no norm
   const float* k_norm;
-  const float* rope_cos;  // [batch, seq, key_dim]; null: no RoPE
+  const float* rope_cos;  // [batch, seq, head_dim]; null: no RoPE
   const float* rope_sin;
-  unsigned char* q;  // [batch, num_heads, seq]: floats [key_dim], or kCodeRow codes, zeros beyond key_dim
+  unsigned char* q;  // [batch, num_heads, seq]: floats [head_dim], or kCodeRow codes, zeros beyond head_dim
   float* q_scale;    // of codes, one a row
   Rows to;           // capacity: seq
   long long tokens;  // batch * seq
   int seq;
   int num_heads;
   int num_kv_heads;
-  int key_dim;
+  int head_dim;
   int value_dim;
   int key_format;
   int value_format;
@@ -77,7 +77,7 @@ struct AttentionParams {
   int num_kv_heads;
   int group;  // query heads of a kv head
   int seq;
-  int key_dim;
+  int head_dim;
   int value_dim;
   float scale_log2;  // softmax_scale * log2(e): exponentials are powers of two
   // Causal: into how many the past is cut, see MergeParams; a single one writes `out` itself.

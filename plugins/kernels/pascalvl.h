@@ -49,7 +49,7 @@ typedef struct {
 } pascalvl_rows;
 
 // Attention(q, k, v) = softmax(softmax_scale * q k^T + mask) v, from the packed result of the q/k/v projection. Queries
-// and keys are first normed (RMS, over a head) and rotated by their positions (RoPE: element i and the one key_dim / 2
+// and keys are first normed (RMS, over a head) and rotated by their positions (RoPE: element i and the one head_dim / 2
 // further on make a pair). Query head h reads kv head h / (num_heads / num_kv_heads).
 //
 // Causal: the new keys and values come out in the cache's format, and attention reads them so, as it does the past's.
@@ -58,10 +58,10 @@ typedef struct {
 // more than i.
 // Not causal: `seq` tokens of batch 1, cut into num_sequences by cu_seqlens [num_sequences + 1]; each sees its own.
 typedef struct {
-  const float* qkv;       // [batch, seq, num_heads * key_dim + num_kv_heads * (key_dim + value_dim)]: q, k, v
-  const float* q_norm;    // [key_dim]; null: queries are not normed
-  const float* k_norm;    // [key_dim]; null: keys are not
-  const float* rope_cos;  // [batch, seq, key_dim]; null: nothing is rotated by positions
+  const float* qkv;       // [batch, seq, num_heads * head_dim + num_kv_heads * (head_dim + value_dim)]: q, k, v
+  const float* q_norm;    // [head_dim]; null: queries are not normed
+  const float* k_norm;    // [head_dim]; null: keys are not
+  const float* rope_cos;  // [batch, seq, head_dim]; null: nothing is rotated by positions
   const float* rope_sin;
   float* out;                   // [batch, seq, num_heads, value_dim]
   pascalvl_rows new_rows;       // capacity: seq; causal
@@ -70,7 +70,7 @@ typedef struct {
   const int32_t* past_visible;  // [batch, capacity]; null: every slot is seen. A single token takes longer with than
                                 // without: better keep only what it sees.
   const int32_t* cu_seqlens;
-  int32_t batch, num_heads, num_kv_heads, seq, key_dim, value_dim;
+  int32_t batch, num_heads, num_kv_heads, seq, head_dim, value_dim;
   int32_t key_format, value_format, capacity;  // of the cache
   int32_t rotated;  // whether keys are stored rotated by the orthonormal Hadamard matrix of 128
   int32_t causal, num_sequences;

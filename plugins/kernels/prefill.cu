@@ -7,7 +7,7 @@ namespace pascalvl {
 // `count` rows from number `first` on.
 template <int kKeyFormat, int kValueFormat>
 __device__ __forceinline__ Source source_of(const AttentionParams& p, const Rows& rows, long long first, int count) {
-  const int k_row = row_bytes(kKeyFormat, p.key_dim), v_row = row_bytes(kValueFormat, p.value_dim);
+  const int k_row = row_bytes(kKeyFormat, p.head_dim), v_row = row_bytes(kValueFormat, p.value_dim);
   return {rows.key + first * k_row,
           rows.value + first * v_row,
           is_quantised(kKeyFormat) ? rows.scale + first : nullptr,
@@ -32,7 +32,7 @@ __device__ __forceinline__ void prefill_causal(const AttentionParams& p, Prefill
   Prefill<kValueDim> prefill;
   prefill.begin(p, (gridDim.y - 1 - blockIdx.y) * kRows, p.seq * p.group, p.seq);
   const long long first_q = kv * p.group * p.seq;  // row of the kv head's first query
-  const unsigned char* q = p.q + first_q * (is_quantised(kKeyFormat) ? kCodeRow : 4 * p.key_dim);
+  const unsigned char* q = p.q + first_q * (is_quantised(kKeyFormat) ? kCodeRow : 4 * p.head_dim);
 
   // The block's first and last token.
   const int low = prefill.first_row / p.group;
@@ -100,7 +100,7 @@ __device__ __forceinline__ void prefill_packed(const AttentionParams& p, Prefill
   Prefill<kValueDim> prefill;
   prefill.begin(p, tile * kRows, length, 0);
   const long long first_token = (long long)head * p.seq + begin;
-  const unsigned char* q = p.q + first_token * 4 * p.key_dim;
+  const unsigned char* q = p.q + first_token * 4 * p.head_dim;
   if (threadIdx.x == 0) shared.sources[0] = source_of<kFloat32, kFloat32>(p, p.added, first_token, length);
   __syncthreads();
   for (int first = 0; first < length; first += kKeys) {

@@ -248,12 +248,12 @@ struct Prefill : Tile<kValueDim> {
     constexpr bool kCodes = is_quantised(kFormat);
     constexpr int kRawWord = sizeof(Raw) / 4;  // bytes of a word in memory
     const int load_row = threadIdx.x / kQuadsPerRow, load_word = threadIdx.x % kQuadsPerRow * 4;
-    const int words = kCodes ? p.key_dim / 4 : p.key_dim;
+    const int words = kCodes ? p.head_dim / 4 : p.head_dim;
 
     const unsigned char *q_at[T::kQLoads], *k_at[T::kKLoads];
 #pragma unroll
     for (int i = 0; i < T::kQLoads; ++i) {
-      q_at[i] = q + (long long)q_row[i] * (kCodes ? kCodeRow : 4 * p.key_dim) + 4 * load_word;
+      q_at[i] = q + (long long)q_row[i] * (kCodes ? kCodeRow : 4 * p.head_dim) + 4 * load_word;
     }
 #pragma unroll
     for (int i = 0; i < T::kKLoads; ++i) {

@@ -72,9 +72,9 @@ extern "C" __global__ void __launch_bounds__(kRowThreads) attention_prologue(con
   if (token >= p.tokens) return;
   const int number = int(row % rows), lane = threadIdx.x % kWarp;
   const bool is_query = number < p.num_heads, is_value = number >= p.num_heads + p.num_kv_heads;
-  const int keys = p.num_heads + p.num_kv_heads, dim = is_value ? p.value_dim : p.key_dim;
-  const long long width = (long long)keys * p.key_dim + (long long)p.num_kv_heads * p.value_dim;
-  const long long at = is_value ? keys * p.key_dim + (number - keys) * p.value_dim : number * p.key_dim;
+  const int keys = p.num_heads + p.num_kv_heads, dim = is_value ? p.value_dim : p.head_dim;
+  const long long width = (long long)keys * p.head_dim + (long long)p.num_kv_heads * p.value_dim;
+  const long long at = is_value ? keys * p.head_dim + (number - keys) * p.value_dim : number * p.head_dim;
   float4 x = load_row(p.qkv + token * width + at, dim);
   if (!is_value) {
     const float* norm = is_query ? p.q_norm : p.k_norm;

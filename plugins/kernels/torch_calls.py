@@ -131,7 +131,7 @@ def attention(
         num_heads=options.num_heads,
         num_kv_heads=options.num_kv_heads,
         seq=seq,
-        key_dim=options.head_dim,
+        head_dim=options.head_dim,
         value_dim=options.value_dim,
         softmax_scale=options.softmax_scale,
         epsilon=options.epsilon,

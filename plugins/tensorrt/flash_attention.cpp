@@ -228,7 +228,7 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
     args.out = reinterpret_cast<float*>(somewhere);
     args.num_heads = a.num_heads;
     args.num_kv_heads = a.num_kv_heads;
-    args.key_dim = a.head_dim;
+    args.head_dim = a.head_dim;
     args.value_dim = a.value_dim;
     args.softmax_scale = a.softmax_scale;
     args.epsilon = a.epsilon;

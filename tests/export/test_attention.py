@@ -346,7 +346,7 @@ def test_a_past_of_fewer_sequences_is_refused():
 
 
 REFUSED = {
-    "key_dim is 16; expected 64, 96, 112 or 128": reference.causal_case(4, 2, 3, [2], capacity=2, head_dim=16),
+    "head_dim is 16; expected 64, 96, 112 or 128": reference.causal_case(4, 2, 3, [2], capacity=2, head_dim=16),
     "Packed attention has head sizes 64, 72 and 128": reference.packed_case([0, 3], head_dim=80),
     "Decode has 1, 2, 4 or 8 query heads a kv head; found 3": reference.causal_case(6, 2, 1, [2], 2, head_dim=64),
     r"take qkv as torch.float32 \[3, 576\] on cpu; found torch.float64": reference.converted(

@@ -140,7 +140,7 @@ def test_kv_append_writes_the_new_rows_and_no_others():
 @pytest.mark.parametrize(
     ("told", "case"),
     [
-        ("key_dim is 16; expected 64, 96, 112 or 128", reference.causal_case(4, 2, 3, [2], 2, head_dim=16)),
+        ("head_dim is 16; expected 64, 96, 112 or 128", reference.causal_case(4, 2, 3, [2], 2, head_dim=16)),
         ("Packed attention has head sizes 64, 72 and 128", reference.packed_case([0, 3], head_dim=80)),
         ("Decode has 1, 2, 4 or 8 query heads a kv head; found 3", reference.causal_case(6, 2, 1, [2], 2, head_dim=64)),
         (

@@ -38,8 +38,8 @@ def attention(
     q, k, v, past_key and past_value, on any device; memory is linear in the length both ways.
 
     Args:
-        q: ``[batch, num_heads, seq, key_dim]``.
-        k: ``[batch, num_kv_heads, seq, key_dim]``.
+        q: ``[batch, num_heads, seq, head_dim]``.
+        k: ``[batch, num_kv_heads, seq, head_dim]``.
         v: ``[batch, num_kv_heads, seq, value_dim]``.
         cu_seqlens: int32 ``[segments + 1]``, bounds of the packed sequences; where not causal.
         past_key, past_value: ``[batch, num_kv_heads, capacity, dim]``; where causal. None: no past.
@@ -57,14 +57,14 @@ def attention(
     if not torch_calls.serves(q.device):
         past = past_key, past_value, past_length, past_visible
         return TiledAttention(q, k, v, cu_seqlens, *past, causal, softmax_scale).forward()
-    batch, num_heads, seq, key_dim = q.shape
+    batch, num_heads, seq, head_dim = q.shape
     for name, x in (("k", k), ("v", v)):
         if x.shape[0] != batch or x.shape[2] != seq or x.shape[1] != k.shape[1]:
             raise ValueError(f"k and v have q's tokens; found q {list(q.shape)}, {name} {list(x.shape)}")
     if not causal and batch != 1:
         raise ValueError(f"packed sequences have batch 1; found {batch}")
     qkv = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], -1)
-    options = AttentionOptions(causal, softmax_scale, num_heads, k.shape[1], key_dim, v.shape[3])
+    options = AttentionOptions(causal, softmax_scale, num_heads, k.shape[1], head_dim, v.shape[3])
     past = None
     if past_key is not None:
         past = torch_calls.Past(past_key.contiguous(), past_value.contiguous(), None, past_length, past_visible)

@@ -51,17 +51,17 @@ def attention_bytes(a: AttentionArgs) -> int | None:
     if rows > LIMITS["ROWS"]:
         return None
     if not a.causal:
-        dims = a.key_dim == a.value_dim and a.key_dim in (64, 72, 128)
-        return 12 * rows * a.key_dim if dims and a.batch == 1 and group == 1 and a.num_sequences in SIZES else None
-    if not {a.key_dim, a.value_dim} <= {64, 96, 112, 128}:
+        dims = a.head_dim == a.value_dim and a.head_dim in (64, 72, 128)
+        return 12 * rows * a.head_dim if dims and a.batch == 1 and group == 1 and a.num_sequences in SIZES else None
+    if not {a.head_dim, a.value_dim} <= {64, 96, 112, 128}:
         return None
     quantised = a.key_format >= RowFormat.INT8
     known = (a.key_format, a.value_format) in [tuple(map(int, pair)) for pair in PAIRS]
-    if not known or (a.rotated and not (quantised and a.key_dim == 128)) or quantised > bool(a.new_rows.scale):
+    if not known or (a.rotated and not (quantised and a.head_dim == 128)) or quantised > bool(a.new_rows.scale):
         return None
     if a.past_length and (a.capacity not in SIZES or quantised > bool(a.past.scale)):
         return None
-    queries = rows * 128 + up_to(rows * 4, 16) if quantised else rows * a.key_dim * 4
+    queries = rows * 128 + up_to(rows * 4, 16) if quantised else rows * a.head_dim * 4
     if a.seq == 1 and a.past_length and not a.past_visible:
         wanted = 2 * MULTIPROCESSORS // (a.batch * a.num_kv_heads)
         splits = max(1, min(up_to(a.capacity, 64) // 64, wanted))
@@ -173,7 +173,7 @@ def main() -> None:
     somewhere = pointer(array)
 
     rows = Rows(key=somewhere, value=somewhere, scale=somewhere)
-    sizes = {"batch": 1, "num_heads": 4, "num_kv_heads": 2, "key_dim": 128, "value_dim": 128, "softmax_scale": 1}
+    sizes = {"batch": 1, "num_heads": 4, "num_kv_heads": 2, "head_dim": 128, "value_dim": 128, "softmax_scale": 1}
     arrays = dict.fromkeys(("qkv", "out"), somewhere)
     for formats, seq, more in (
         (PAIRS[1], 1, ()),

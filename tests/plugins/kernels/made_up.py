@@ -92,7 +92,7 @@ class MadeUp:
         return np.array([self._rng.permutation([*slots, *strange]) for slots in usual], np.int32)
 
     def rows(self, library: KernelLibrary, shape: Shape, formats: tuple) -> HostRows:
-        rows = HostRows(library, shape, formats, formats[0].is_quantised and shape.key_dim == 128)
+        rows = HostRows(library, shape, formats, formats[0].is_quantised and shape.head_dim == 128)
         for array in rows.arrays:
             array.view(np.uint8)[...] = self.bits(array.nbytes, dtype=np.uint8).reshape(array.view(np.uint8).shape)
         return rows
@@ -103,7 +103,7 @@ class MadeUp:
 
 def attend(library: KernelLibrary, made_up: MadeUp, guarded: GuardedMemory, formats: tuple) -> None:
     """Decode with all groups; prefill of all head sizes, with and without a mask."""
-    for heads, seq, key_dim, value_dim, with_mask in (
+    for heads, seq, head_dim, value_dim, with_mask in (
         *((group, 1, 128, 128, False) for group in (1, 2, 4, 8)),
         (4, 1, 112, 96, False),
         (2, 3, 128, 64, False),
@@ -112,12 +112,12 @@ def attend(library: KernelLibrary, made_up: MadeUp, guarded: GuardedMemory, form
         (4, 1, 128, 128, True),
     ):
         capacity = 70
-        shape = Shape(BATCH, heads, 1, key_dim, value_dim, capacity)
+        shape = Shape(BATCH, heads, 1, head_dim, value_dim, capacity)
         cache = made_up.rows(library, shape, formats)
         visible = made_up.integers(BATCH, capacity) if with_mask else None
-        q = made_up.bits(BATCH, heads, seq, key_dim)
-        new = made_up.bits(BATCH, 1, seq, key_dim), made_up.bits(BATCH, 1, seq, value_dim)
-        prologue = made_up.prologue(BATCH, seq, key_dim)
+        q = made_up.bits(BATCH, heads, seq, head_dim)
+        new = made_up.bits(BATCH, 1, seq, head_dim), made_up.bits(BATCH, 1, seq, value_dim)
+        prologue = made_up.prologue(BATCH, seq, head_dim)
         causal_attention(library, cache, q, *new, made_up.lengths(capacity), 0.1, visible, prologue)
         guarded.check()
 

@@ -117,7 +117,7 @@ class Shape:
     batch: int = 1
     num_heads: int = 4
     num_kv_heads: int = 1
-    key_dim: int = 128
+    head_dim: int = 128
     value_dim: int = 128
     capacity: int = 256
 
@@ -135,7 +135,7 @@ class HostRows:
     ) -> None:
         self.shape, self.formats, self.rotated = shape, formats, rotated
         lead = (layers, shape.batch, shape.num_kv_heads, shape.capacity)
-        self.dims = (shape.key_dim, shape.value_dim)
+        self.dims = (shape.head_dim, shape.value_dim)
         self.rows = [
             aligned((*lead, library.row_bytes(f, dim)), np.uint8) for f, dim in zip(formats, self.dims, strict=True)
         ]
@@ -193,7 +193,7 @@ def append(library: KernelLibrary, cache: HostRows, new: HostRows, slots: np.nda
 
 @dataclasses.dataclass(frozen=True)
 class Prologue:
-    """Weights of norms ``[key_dim]``, where there are some, and tables of RoPE ``[batch, seq, key_dim]``."""
+    """Weights of norms ``[head_dim]``, where there are some, and tables of RoPE ``[batch, seq, head_dim]``."""
 
     q_norm: np.ndarray | None
     k_norm: np.ndarray | None
@@ -202,7 +202,7 @@ class Prologue:
     epsilon: float = 1e-6
 
     def of(self, x: np.ndarray, norm: np.ndarray) -> np.ndarray:
-        """Queries or keys ``[batch, heads, seq, key_dim]`` in float64."""
+        """Queries or keys ``[batch, heads, seq, head_dim]`` in float64."""
         x = x.astype(np.float64)
         return self.roped(x / np.sqrt((x**2).mean(-1, keepdims=True) + self.epsilon) * norm)
 
@@ -235,7 +235,7 @@ def causal_attention(
     ``visible`` [batch, capacity]: how many queries see a slot; ``prologue`` None: q and k are met as they are.
     """
     past_length, visible = copy(past_length), copy(visible)
-    batch, num_heads, seq, key_dim = q.shape
+    batch, num_heads, seq, head_dim = q.shape
     qkv, out = packed(q, k, v), aligned((batch, seq, num_heads, v.shape[-1]))
     out[:] = np.nan
     new = HostRows(library, dataclasses.replace(cache.shape, capacity=seq), cache.formats, cache.rotated)
@@ -254,7 +254,7 @@ def causal_attention(
         num_heads=num_heads,
         num_kv_heads=k.shape[1],
         seq=seq,
-        key_dim=key_dim,
+        head_dim=head_dim,
         value_dim=v.shape[-1],
         key_format=cache.formats[0],
         value_format=cache.formats[1],
@@ -294,7 +294,7 @@ def packed_attention(
         num_heads=heads,
         num_kv_heads=heads,
         seq=tokens,
-        key_dim=dim,
+        head_dim=dim,
         value_dim=dim,
         num_sequences=len(cu_seqlens) - 1,
         softmax_scale=softmax_scale,

@@ -48,12 +48,12 @@ def make_case(library, shape: Shape, formats, rotated: bool, seq: int, past, see
     rng = np.random.default_rng(seed)
     cache = HostRows(library, shape, formats, rotated)
     old = (1, shape.batch, shape.num_kv_heads, shape.capacity)
-    old_k, old_v = normal(rng, *old, shape.key_dim), normal(rng, *old, shape.value_dim)
-    q = normal(rng, shape.batch, shape.num_heads, seq, shape.key_dim)
-    k = normal(rng, shape.batch, shape.num_kv_heads, seq, shape.key_dim)
+    old_k, old_v = normal(rng, *old, shape.head_dim), normal(rng, *old, shape.value_dim)
+    q = normal(rng, shape.batch, shape.num_heads, seq, shape.head_dim)
+    k = normal(rng, shape.batch, shape.num_kv_heads, seq, shape.head_dim)
     v = normal(rng, shape.batch, shape.num_kv_heads, seq, shape.value_dim)
     if outliers:
-        spread = np.geomspace(0.1, 10, shape.key_dim).astype(np.float32)
+        spread = np.geomspace(0.1, 10, shape.head_dim).astype(np.float32)
         old_k *= spread
         k *= spread
         q /= spread
@@ -90,13 +90,13 @@ DIMS = [(128, 128, True), (128, 96, False), (112, 64, False), (96, 112, False), 
 
 
 @pytest.mark.parametrize("formats", PAIRS)
-@pytest.mark.parametrize(("key_dim", "value_dim", "rotated"), DIMS)
+@pytest.mark.parametrize(("head_dim", "value_dim", "rotated"), DIMS)
 @pytest.mark.parametrize("seq", [1, 8])
-def test_new_rows_are_what_compress_gives(library, formats, key_dim, value_dim, rotated, seq):
+def test_new_rows_are_what_compress_gives(library, formats, head_dim, value_dim, rotated, seq):
     rotated = rotated and formats[0].is_quantised
     rng = np.random.default_rng(0)
-    shape = Shape(batch=2, num_heads=6, num_kv_heads=3, key_dim=key_dim, value_dim=value_dim, capacity=seq)
-    q, key, value = (normal(rng, 2, heads, seq, dim) for heads, dim in ((6, key_dim), (3, key_dim), (3, value_dim)))
+    shape = Shape(batch=2, num_heads=6, num_kv_heads=3, head_dim=head_dim, value_dim=value_dim, capacity=seq)
+    q, key, value = (normal(rng, 2, heads, seq, dim) for heads, dim in ((6, head_dim), (3, head_dim), (3, value_dim)))
     if seq > 1:
         extremes(key)
         extremes(value)
@@ -108,19 +108,19 @@ def test_new_rows_are_what_compress_gives(library, formats, key_dim, value_dim, 
         np.testing.assert_array_equal(found, expected)
 
 
-def make_prologue(rng: np.random.Generator, batch: int, seq: int, key_dim: int) -> Prologue:
-    angle = np.tile(rng.uniform(0, 6.3, (batch, seq, key_dim // 2)), 2)
+def make_prologue(rng: np.random.Generator, batch: int, seq: int, head_dim: int) -> Prologue:
+    angle = np.tile(rng.uniform(0, 6.3, (batch, seq, head_dim // 2)), 2)
     tables = (f(angle).astype(np.float32) for f in (np.cos, np.sin))
-    return Prologue(*(normal(rng, key_dim) for _ in range(2)), *tables, epsilon=0.1)
+    return Prologue(*(normal(rng, head_dim) for _ in range(2)), *tables, epsilon=0.1)
 
 
-@pytest.mark.parametrize("key_dim", [64, 96, 112, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 112, 128])
 @pytest.mark.parametrize(("seq", "past"), [(1, 70), (9, 3), (9, 0)])
-def test_queries_and_keys_are_normed_and_rotated(library, key_dim, seq, past):
-    rng = np.random.default_rng(key_dim + seq)
-    shape = Shape(batch=2, num_heads=4, num_kv_heads=2, key_dim=key_dim, value_dim=64, capacity=70)
+def test_queries_and_keys_are_normed_and_rotated(library, head_dim, seq, past):
+    rng = np.random.default_rng(head_dim + seq)
+    shape = Shape(batch=2, num_heads=4, num_kv_heads=2, head_dim=head_dim, value_dim=64, capacity=70)
     case = cache, q, k, v, lengths = make_case(library, shape, F32, False, seq, [past, past // 2], 50)
-    prologue = make_prologue(rng, 2, seq, key_dim)
+    prologue = make_prologue(rng, 2, seq, head_dim)
     found, new = causal_attention(library, *case, 0.1, None, prologue)
     keys = prologue.of(k, prologue.k_norm)
     assert relative_error(new.contents(0), keys) < TOLERANCE
@@ -251,10 +251,10 @@ def test_prefill_of_any_length(library, seq, past):
     assert error_of(library, case, 0.2) < TOLERANCE
 
 
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (96, 64), (112, 96), (64, 128), (128, 112)])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (96, 64), (112, 96), (64, 128), (128, 112)])
 @pytest.mark.parametrize("formats", [F32, PAIRS[-1]])
-def test_prefill_of_reduced_ranks(library, formats, key_dim, value_dim):
-    shape = Shape(num_heads=3, num_kv_heads=1, key_dim=key_dim, value_dim=value_dim)
+def test_prefill_of_reduced_ranks(library, formats, head_dim, value_dim):
+    shape = Shape(num_heads=3, num_kv_heads=1, head_dim=head_dim, value_dim=value_dim)
     case = make_case(library, shape, formats, False, 20, [70], 4)
     assert error_of(library, case, 0.1) < TOLERANCE
 
@@ -268,10 +268,10 @@ def test_short_chunks_over_a_long_past(library, formats, seq, past):
     assert error_of(library, case, 0.07) < TOLERANCE
 
 
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (112, 96), (128, 128)])
-def test_masks_over_a_split_past(library, key_dim, value_dim):
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (112, 96), (128, 128)])
+def test_masks_over_a_split_past(library, head_dim, value_dim):
     """Splits of which no token sees a slot, too."""
-    shape = Shape(num_heads=2, num_kv_heads=1, key_dim=key_dim, value_dim=value_dim, capacity=1100)
+    shape = Shape(num_heads=2, num_kv_heads=1, head_dim=head_dim, value_dim=value_dim, capacity=1100)
     case = make_case(library, shape, PAIRS[2], False, 5, [1050], 41)
     visible = masks(np.random.default_rng(42), 1, 1100, 5)
     visible[:, 200:900] = 0
@@ -297,9 +297,9 @@ def test_decode(library, formats, group, past):
 
 
 @pytest.mark.parametrize("formats", PAIRS)
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (96, 112), (112, 96)])
-def test_decode_of_reduced_ranks(library, formats, key_dim, value_dim):
-    shape = Shape(num_heads=4, num_kv_heads=1, key_dim=key_dim, value_dim=value_dim)
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (96, 112), (112, 96)])
+def test_decode_of_reduced_ranks(library, formats, head_dim, value_dim):
+    shape = Shape(num_heads=4, num_kv_heads=1, head_dim=head_dim, value_dim=value_dim)
     case = make_case(library, shape, formats, False, 1, [150], 9)
     assert error_of(library, case, 0.1) < TOLERANCE
 
@@ -323,11 +323,11 @@ def test_slots_that_some_tokens_do_not_see(library, formats, seq):
     assert error_of(library, case, 0.1, visible) < TOLERANCE
 
 
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (96, 112), (112, 96), (128, 64)])
-def test_masks_and_reduced_ranks(library, key_dim, value_dim):
-    rng = np.random.default_rng(key_dim)
-    shape = Shape(num_heads=2, num_kv_heads=1, key_dim=key_dim, value_dim=value_dim)
-    case = make_case(library, shape, PAIRS[3], key_dim == 128, 75, [200], 21)
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (96, 112), (112, 96), (128, 64)])
+def test_masks_and_reduced_ranks(library, head_dim, value_dim):
+    rng = np.random.default_rng(head_dim)
+    shape = Shape(num_heads=2, num_kv_heads=1, head_dim=head_dim, value_dim=value_dim)
+    case = make_case(library, shape, PAIRS[3], head_dim == 128, 75, [200], 21)
     visible = rng.integers(0, 80, (1, shape.capacity)).astype(np.int32)
     assert error_of(library, case, 0.1, visible) < TOLERANCE
 
@@ -394,19 +394,19 @@ def test_any_combination(library, seed):
     rng = np.random.default_rng([14, seed])
     formats = PAIRS[seed % len(PAIRS)]
     group, num_kv_heads = int(rng.choice([1, 2, 4, 8])), int(rng.integers(1, 4))
-    key_dim, value_dim = rng.choice([64, 96, 112, 128], 2)
+    head_dim, value_dim = rng.choice([64, 96, 112, 128], 2)
     shape = Shape(
         batch=int(rng.integers(1, 3)),
         num_heads=group * num_kv_heads,
         num_kv_heads=num_kv_heads,
-        key_dim=int(key_dim),
+        head_dim=int(head_dim),
         value_dim=int(value_dim),
         capacity=int(rng.integers(1, 300)),
     )
     past = [int(rng.integers(shape.capacity + 1)) for _ in range(shape.batch)]
     seq = 1 if rng.random() < 0.5 else int(rng.integers(2, 80))
     with_masks = rng.random() < 0.5
-    rotated = formats[0].is_quantised and shape.key_dim == 128 and rng.random() < 0.5
+    rotated = formats[0].is_quantised and shape.head_dim == 128 and rng.random() < 0.5
     case = make_case(library, shape, formats, rotated, seq, past, seed, outliers=rng.random() < 0.5)
     visible = masks(rng, shape.batch, shape.capacity, seq) if with_masks else None
     assert error_of(library, case, 0.1, visible) < TOLERANCE
@@ -484,7 +484,7 @@ def test_greedy_takes_the_first_of_the_largest(library, vocab_size):
         ({"seq": 0}, "seq is 0; it must be at least 1."),
         ({"num_heads": 3}, "num_heads 3 is not a multiple of num_kv_heads 2."),
         ({"num_heads": 6}, "Decode has 1, 2, 4 or 8 query heads a kv head; found 3."),
-        ({"key_dim": 80}, "key_dim is 80; expected 64, 96, 112 or 128."),
+        ({"head_dim": 80}, "head_dim is 80; expected 64, 96, 112 or 128."),
         ({"softmax_scale": float("nan")}, "softmax_scale is nan; expected a number between -1e+06 and 1e+06."),
         ({"epsilon": -1.0}, "epsilon is -1; expected a number from 0 to 1."),
         ({"key_format": 9}, "The cache's formats are 9 and 1; expected 0 (float32)"),
@@ -508,7 +508,7 @@ def test_bad_input_is_refused_in_words(library, change, told):
     arrays |= dict.fromkeys(("q_norm", "k_norm", "rope_cos", "rope_sin"), norm)
     args = AttentionArgs(
         **{name: pointer(array) for name, array in arrays.items()},
-        **{"batch": 1, "num_heads": 4, "num_kv_heads": 2, "seq": 1, "key_dim": 128, "value_dim": 128},
+        **{"batch": 1, "num_heads": 4, "num_kv_heads": 2, "seq": 1, "head_dim": 128, "value_dim": 128},
         **{"key_format": 1, "value_format": 1, "capacity": 256, "softmax_scale": 0.1, "causal": 1},
         new_rows=new.view(),
         past=cache.view(),

@@ -85,7 +85,7 @@ def main() -> None:
         return {
             **{"causal": 1, "softmax_scale": 0.1, "epsilon": 0.1, "kv_format": layout.kv_format.value},
             **{"num_heads": num_heads, "num_kv_heads": layout.num_kv_heads},
-            **{"head_dim": layout.key_dim, "value_dim": layout.value_dim},
+            **{"head_dim": layout.head_dim, "value_dim": layout.value_dim},
         }
 
     def tables(*shape: int) -> list[np.ndarray]:
@@ -96,19 +96,19 @@ def main() -> None:
     def causal(layout: LayerLayout, seq: int, masked: bool = False) -> list[float]:
         """Over two sequences; with a mask or without. Errors of the result, and of new keys and values."""
         past, capacity = np.array([40, 23], I32), 65
-        heads, (key_dim, value_dim) = layout.num_kv_heads, layout.dims
-        q, k, v = normal(2, 4, seq, key_dim), normal(2, heads, seq, key_dim), normal(2, heads, seq, value_dim)
-        prologue = Prologue(normal(key_dim), normal(key_dim), *tables(2, seq, key_dim), 0.1)
+        heads, (head_dim, value_dim) = layout.num_kv_heads, layout.dims
+        q, k, v = normal(2, 4, seq, head_dim), normal(2, heads, seq, head_dim), normal(2, heads, seq, value_dim)
+        prologue = Prologue(normal(head_dim), normal(head_dim), *tables(2, seq, head_dim), 0.1)
         cache, new = (
             HostRows(
                 device.kernels,
-                Shape(2, 4, heads, key_dim, value_dim, slots),
+                Shape(2, 4, heads, head_dim, value_dim, slots),
                 layout.kv_format.rows,
                 layout.is_rotated,
             )
             for slots in (capacity, seq)
         )
-        cache.fill(normal(1, 2, heads, capacity, key_dim), normal(1, 2, heads, capacity, value_dim))
+        cache.fill(normal(1, 2, heads, capacity, head_dim), normal(1, 2, heads, capacity, value_dim))
         visible = rng.integers(0, seq + 1, (2, capacity)).astype(I32) if masked else None
         out, *rows = run(
             attributes_of(layout, 4),
@@ -126,9 +126,9 @@ def main() -> None:
 
     def causal_shapes(layout: LayerLayout, num_heads: int, batch: int, seq: int, capacity: int, slots: int) -> list:
         """Types and shapes of a node's inputs, a value for each of ``slots`` in past_visible."""
-        table = F32, (batch, seq, layout.key_dim)
-        shapes = [(F32, (batch, seq, num_heads * layout.key_dim + layout.num_kv_heads * sum(layout.dims)))]
-        shapes += [(F32, (layout.key_dim,))] * 2 + [table, table, (I32, (batch,)), (I32, (batch, slots))]
+        table = F32, (batch, seq, layout.head_dim)
+        shapes = [(F32, (batch, seq, num_heads * layout.head_dim + layout.num_kv_heads * sum(layout.dims)))]
+        shapes += [(F32, (layout.head_dim,))] * 2 + [table, table, (I32, (batch,)), (I32, (batch, slots))]
         lead = batch, layout.num_kv_heads, capacity
         for row, elements in zip(layout.kv_format.rows, layout.row_elements, strict=True):
             shapes.append((row.dtype, (*lead, elements)))
@@ -145,7 +145,7 @@ def main() -> None:
                 AttentionArgs(
                     **dict.fromkeys(("qkv", "out", "past_length"), here),
                     **{"new_rows": rows, "past": rows, "past_visible": here if masked else None},
-                    **{"batch": b, "num_heads": 4, "num_kv_heads": 1, "seq": s, "key_dim": 128, "value_dim": 128},
+                    **{"batch": b, "num_heads": 4, "num_kv_heads": 1, "seq": s, "head_dim": 128, "value_dim": 128},
                     **{"key_format": key_format, "value_format": value_format, "capacity": CAPACITY, "causal": 1},
                 )
             )

@@ -61,8 +61,8 @@ def test_what_is_not_understood_is_refused_in_words(tried):
         "softmax_scale is nan; expected a number between -1e+06 and 1e+06.",
         "softmax_scale is -inf; expected a number between -1e+06 and 1e+06.",
         "epsilon is -0.5; expected a number from 0 to 1.",
-        "key_dim is 72; expected 64, 96, 112 or 128.",
-        "Packed attention has head sizes 64, 72 and 128; found key_dim 72 and value_dim 64.",
+        "head_dim is 72; expected 64, 96, 112 or 128.",
+        "Packed attention has head sizes 64, 72 and 128; found head_dim 72 and value_dim 64.",
     ):
         assert f"{OP_NAME}: {sentence}" in told
 

@@ -27,7 +27,7 @@ class CausalCase:
 
     @property
     def attributes(self) -> dict[str, object]:
-        sizes = {"head_dim": self.layout.key_dim, "value_dim": self.layout.value_dim}
+        sizes = {"head_dim": self.layout.head_dim, "value_dim": self.layout.value_dim}
         heads = {"num_heads": self.num_heads, "num_kv_heads": self.layout.num_kv_heads}
         options = {"causal": 1, "softmax_scale": SCALE, "epsilon": EPSILON}
         return {**options, **heads, **sizes, "kv_format": self.layout.kv_format.value}
@@ -53,12 +53,12 @@ def causal_case(
     """
     rng = np.random.default_rng(seed)
     batch, heads = len(past_length), layout.num_kv_heads
-    key_dim, value_dim = layout.dims
+    head_dim, value_dim = layout.dims
 
     def draw(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float32)
 
-    angles = rng.uniform(0, 6, (batch, seq, key_dim // 2)).astype(np.float32)
+    angles = rng.uniform(0, 6, (batch, seq, head_dim // 2)).astype(np.float32)
     angles = np.concatenate([angles, angles], -1)
     past = [draw(batch, heads, capacity, dim) for dim in layout.dims]
     for rows in past:
@@ -66,9 +66,9 @@ def causal_case(
             rows[b, :, length:] = NOT_READ
     rows, scales = zip(*map(compress, past, layout.kv_format.rows, (layout.is_rotated, False)), strict=True)
     arrays = {
-        "qkv": draw(batch, seq, num_heads * key_dim + heads * (key_dim + value_dim)),
-        "q_norm": 1 + draw(key_dim) / 4,
-        "k_norm": 1 + draw(key_dim) / 4,
+        "qkv": draw(batch, seq, num_heads * head_dim + heads * (head_dim + value_dim)),
+        "q_norm": 1 + draw(head_dim) / 4,
+        "k_norm": 1 + draw(head_dim) / 4,
         "rope_cos": np.cos(angles),
         "rope_sin": np.sin(angles),
         "past_length": np.array(past_length, np.int32),
@@ -99,7 +99,7 @@ def prologue(case: CausalCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Queries, keys and values in float64, ``[batch, heads, seq, dim]``, after norms and RoPE, before any rotation."""
     a, layout = {name: x.astype(np.float64) for name, x in case.arrays.items()}, case.layout
     heads = np.array([case.num_heads, layout.num_kv_heads, layout.num_kv_heads])
-    ends = np.cumsum(heads * [layout.key_dim, layout.key_dim, layout.value_dim])
+    ends = np.cumsum(heads * [layout.head_dim, layout.head_dim, layout.value_dim])
     parts = [
         part.reshape(*part.shape[:2], n, -1)
         for part, n in zip(np.split(a["qkv"], ends[:2], axis=-1), heads, strict=True)

@@ -94,11 +94,11 @@ def floats_of(case: CausalCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         found = run_causal(CausalCase(heads_of, heads, {**floats, **past, **changes, "qkv": qkv}))
         return found["new_key"], found["new_value"]
 
-    width = case.num_heads * layout.key_dim
+    width = case.num_heads * layout.head_dim
     queries, rest = np.split(a["qkv"], [width], axis=-1)
     no_values = np.zeros((*queries.shape[:2], case.num_heads * layout.value_dim), np.float32)
     q, _ = rows(np.concatenate([queries, queries, no_values], -1), case.num_heads, k_norm=a["q_norm"])
-    keys = rest[..., : layout.num_kv_heads * layout.key_dim]
+    keys = rest[..., : layout.num_kv_heads * layout.head_dim]
     k, v = rows(np.concatenate([keys, rest], -1), layout.num_kv_heads)
     return q, k, v
 
@@ -121,13 +121,13 @@ def matches(found: dict[str, np.ndarray], case: CausalCase) -> None:
     ("seq", "past_length", "visible"),
     [(1, [0, 0], "all"), (1, [9, 7], "some"), (3, [11, 0], "all"), (3, [9, 7], "some")],
 )
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: f"{x.kv_format.value}-{x.key_dim}-{x.value_dim}")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: f"{x.kv_format.value}-{x.head_dim}-{x.value_dim}")
 def test_causal_matches_float64(layout, seq, past_length, visible):
     case = causal_case(layout, seq, past_length, CAPACITY, visible=visible)
     matches(run_causal(case), case)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: f"{x.kv_format.value}-{x.key_dim}-{x.value_dim}")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: f"{x.kv_format.value}-{x.head_dim}-{x.value_dim}")
 def test_onnxs_own_evaluator_gives_the_same(layout):
     case = causal_case(layout, 2, [4, 5], CAPACITY, num_heads=2)
     found, expected = run_causal(case, evaluator), run_causal(case)
@@ -154,7 +154,7 @@ def test_values_at_the_ends_of_the_halves(kv_format, value):
         np.testing.assert_array_equal(found[name], rows, err_msg=name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: f"{x.kv_format.value}-{x.key_dim}-{x.value_dim}")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: f"{x.kv_format.value}-{x.head_dim}-{x.value_dim}")
 @pytest.mark.parametrize("chunks", [[1] * 9, [4, 5], [2, 6, 1]], ids=str)
 def test_a_prompt_in_chunks_is_the_prompt_in_one_call(layout, chunks):
     """After a past: new rows equal to the bit, outputs up to the order of sums."""
