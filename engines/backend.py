@@ -17,7 +17,7 @@ from pascalvl.engines.session import Features, HostSession, Session
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import HOST_FILES, Manifest, atomic_directory
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
 
 log = logging.getLogger(__name__)
 
@@ -77,19 +77,26 @@ class Engine(abc.ABC):
         """Features of this engine as NumPy's arrays."""
         return features
 
-    def open_session(self, capacity: int) -> Session:
-        """Lay out the cache of a sequence of up to ``capacity`` tokens; raises `UserError` if there is no room."""
+    def open_session(self, capacity: int, pages: int | None = None) -> Session:
+        """Lay out a pool for sequences of up to ``capacity`` tokens each; raises `UserError` if there is no room.
+
+        Args:
+            capacity: tokens that a sequence has at most.
+            pages: of the pool; None: as many as one such sequence takes.
+        """
+        pages = pages or pages_of(capacity)
         try:
-            return self._new_session(capacity)
+            return self._new_session(pages_of(capacity), pages)
         except MemoryError:
-            needed = capacity * self.manifest.kv_cache.bytes_per_token(self.manifest.model.text)
+            needed = pages * PAGE_SLOTS * self.manifest.kv_cache.bytes_per_token(self.manifest.model.text)
+            several = f" in a pool of {pages} pages" if pages != pages_of(capacity) else ""
             raise UserError(
-                f"a context of {capacity} tokens needs {needed / 1e9:.1f} GB for its KV cache, which is more than can "
-                "be allocated: ask for a shorter context."
+                f"a context of {capacity} tokens{several} needs {needed / 1e9:.1f} GB for its KV cache, which is more "
+                f"than can be allocated: ask for a shorter context{', or fewer sequences' if several else ''}."
             ) from None
 
-    def _new_session(self, capacity: int) -> Session:
-        return HostSession(self, capacity)
+    def _new_session(self, sequence_pages: int, pages: int) -> Session:
+        return HostSession(self, sequence_pages, pages)
 
 
 def build(

@@ -73,7 +73,7 @@ def set_cache(decoder: onnx.ModelProto, model: ModelConfig, cache: CacheConfig) 
 def mark_layers(decoder: onnx.ModelProto, model: ModelConfig) -> None:
     """Make a decoder graph return `bindings.hidden_states` of every layer as well."""
     for layer in range(model.text.num_hidden_layers):
-        shape = ("batch", "seq", model.text.hidden_size)
+        shape = ("tokens", model.text.hidden_size)
         value = helper.make_tensor_value_info(bindings.hidden_states(layer), onnx.TensorProto.FLOAT, shape)
         decoder.graph.output.append(value)
 

@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 
 from pascalvl.plugins import bindings
-from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
 from pascalvl.plugins.model_config import ModelConfig
 
 PREFILL, DECODE = 0, 1
-"""Profiles of the decoder: a chunk of a prompt, and exactly one token."""
+"""Profiles of the decoder: chunks of prompts, and a token of each sequence."""
+BATCHES = 1, 2, 4, 8
+"""Sequences for which a decode step is captured; others are padded to the next of these."""
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Of each input the smallest, the usual and the largest shape of a profile."""
@@ -26,25 +28,29 @@ class Limits:
     max_patches: int
     """Patches of a picture."""
     max_context: int
-    """Tokens of the cache."""
+    """Tokens of a sequence."""
 
 
 def profiles(graph: str, model: ModelConfig, cache: CacheConfig, limits: Limits) -> list[Shapes]:
-    """A graph's profiles. The runtime runs one sequence, and one picture at a time."""
-    merged = model.vision.spatial_merge_size**2
-    one = 1, 1, 1
-    sizes = {
-        "batch": one,
-        bindings.CAPACITY: (1, min(_USUAL_CONTEXT, limits.max_context), limits.max_context),
-        "patches": (merged, max(limits.max_patches // 4 // merged * merged, merged), limits.max_patches),
-        "segments_plus_1": (2, 2, 2),
-        "rows": one,
-    }
+    """A graph's profiles. The runtime runs up to `BATCHES`' last sequences, and one picture at a time."""
     if graph == bindings.VISION:
-        return [_shapes(bindings.vision_inputs(model), sizes)]
-    inputs, chunk = bindings.decoder_inputs(model, cache), limits.prefill_chunk
-    prefill = {**sizes, "seq": (1, chunk, chunk), "visible_slots": (1, 1, limits.max_context)}
-    return [_shapes(inputs, prefill), _shapes(inputs, {**sizes, "seq": one, "visible_slots": one})]
+        merged = model.vision.spatial_merge_size**2
+        patches = merged, max(limits.max_patches // 4 // merged * merged, merged), limits.max_patches
+        return [_shapes(bindings.vision_inputs(model), {"patches": patches, "segments_plus_1": (2, 2, 2)})]
+    most, chunk, pages = BATCHES[-1], limits.prefill_chunk, pages_of(limits.max_context)
+    usual = pages_of(min(_USUAL_CONTEXT, limits.max_context))
+    decode = {
+        "tokens": (1, 1, most),
+        "batch": (1, 1, most),
+        "batch_plus_1": (2, 2, most + 1),
+        "rows": (1, 1, most),
+        "visible_slots": (1, 1, 1),
+        bindings.SEQUENCE_PAGES: (1, usual, pages),
+        bindings.PAGES: (1, usual, most * pages),
+    }
+    prefill = {**decode, "tokens": (1, chunk, chunk), "visible_slots": (1, 1, pages * PAGE_SLOTS)}
+    inputs = bindings.decoder_inputs(model, cache)
+    return [_shapes(inputs, prefill), _shapes(inputs, decode)]
 
 
 def _shapes(inputs: list[bindings.Binding], sizes: Mapping[str, tuple[int, int, int]]) -> Shapes:

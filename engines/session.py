@@ -1,4 +1,4 @@
-"""The device side of the external KV cache: a decoder at work on one sequence."""
+"""The device side of the external KV cache: a decoder at work on sequences whose past lies in a pool of pages."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import numpy as np
 
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bindings import Binding
+from pascalvl.plugins.kv_format import PAGE_SLOTS
 
 if TYPE_CHECKING:
     from pascalvl.engines.backend import Engine
 
-SLOTS = Binding("slots", np.dtype(np.int32), ("batch", "seq"))
+SLOTS = Binding("slots", np.dtype(np.int32), ("tokens",))
 """Where new tokens go: an input of what stores their keys and values, not of the engine."""
 ALWAYS_VISIBLE = np.iinfo(np.int32).max
 """In a `Placement.visible`: every new token sees the slot."""
@@ -23,24 +24,22 @@ ALWAYS_VISIBLE = np.iinfo(np.int32).max
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Placement:
-    """How the tokens of a call meet the cache, and where their own keys and values go then."""
+    """How a sequence's new tokens meet its past, and where their own keys and values go then."""
 
+    pages: np.ndarray
+    """int32 ``[n]``: the sequence's pages of the pool, in the order of its slots."""
     past_length: int
     """Slots, from the first on, that the tokens see ..."""
     slots: np.ndarray
-    """int32 ``[seq]``: where each token goes; negative: nowhere."""
+    """int32 ``[seq]``: the sequence's slot where each token goes; negative: nowhere."""
     visible: np.ndarray | None = None
-    """... each of them, int32 ``[capacity]``, by as many of the call's first tokens; None: by all."""
+    """... each of them, int32 ``[past_length]`` or more, by as many of its first tokens; None: by all."""
 
     @property
-    def last(self) -> np.ndarray:
-        """`bindings.LOGIT_ROWS` of the call's last token."""
-        return np.array([len(self.slots) - 1], np.int32)
-
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        """By the names of inputs, `SLOTS` among them; without `bindings.PAST_VISIBLE`."""
-        return {bindings.PAST_LENGTH: np.array([self.past_length], np.int32), SLOTS.name: self.slots[None]}
+    def places(self) -> np.ndarray:
+        """`SLOTS` of the tokens."""
+        pages = self.pages[np.maximum(self.slots, 0) // PAGE_SLOTS]
+        return np.where(self.slots < 0, -1, pages * PAGE_SLOTS + self.slots % PAGE_SLOTS).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,33 +55,67 @@ class Features:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VisualRows:
-    """Tokens of a call that are of a picture or video."""
+    """Tokens of a sequence that are of a picture or video."""
 
     features: Features
     source: slice
     """Which of its tokens."""
     tokens: np.ndarray
-    """int64 ``[n]``: their numbers in the call."""
+    """int64 ``[n]``: their numbers among the sequence's new ones."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NewTokens:
+    """New tokens of one sequence, at least one."""
+
+    embeds: np.ndarray
+    """float32 ``[seq, hidden_size]``."""
+    rope_cos: np.ndarray
+    """float32 ``[seq, head_dim]``."""
+    rope_sin: np.ndarray
+    placement: Placement
+    visuals: Sequence[VisualRows] = ()
+    """What takes the place of some tokens' embeddings, and is added behind the first layers."""
+    rows: Sequence[int] | None = None
+    """Numbers of those whose logits are wanted; None: of the last one alone."""
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    @property
+    def logit_rows(self) -> Sequence[int]:
+        return (len(self) - 1,) if self.rows is None else self.rows
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it sees all of its past, and the last token's logits are wanted."""
+        return self.placement.visible is None and self.rows is None
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is one token of text besides."""
+        return self.is_plain and len(self) == 1 and not self.visuals
 
 
 class Session(abc.ABC):
-    """One sequence's keys and values, where the engine reads them, and the decoder run over new tokens.
+    """Keys and values of sequences in a pool of pages, where the engine reads them; and the decoder, run on new tokens.
 
-    The storage stays where it is for the session's life; `bindings.cache_inputs` tells a layer's tensors. Which token
-    is in which slot, and what is to be kept, is for the caller to say.
+    The storage stays where it is for the session's life; `bindings.cache_inputs` tells a layer's tensors. Which page is
+    whose, which token is in which slot, and what is to be kept, is for the caller to say.
 
     Args:
         engine: what runs.
-        capacity: slots that there is room for.
+        sequence_pages: pages that a sequence has at most.
+        pages: of the pool.
     """
 
-    def __init__(self, engine: Engine, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, engine: Engine, sequence_pages: int, pages: int) -> None:
+        self.sequence_pages, self.pages = sequence_pages, pages
         self.model, self.cache = engine.manifest.model, engine.manifest.kv_cache
         self.layouts = self.cache.layers(self.model.text)
         self.layer_inputs = [bindings.cache_inputs(self.model, self.cache, layer) for layer in range(len(self.layouts))]
-        """By layer: the tensors of its cache."""
-        self.sizes = {"batch": 1, bindings.CAPACITY: capacity}
+        """By layer: the tensors of its pool."""
+        self.sizes = {bindings.PAGES: pages, bindings.SEQUENCE_PAGES: sequence_pages}
 
     @property
     @abc.abstractmethod
@@ -90,36 +123,21 @@ class Session(abc.ABC):
         """Bytes of the storage."""
 
     @abc.abstractmethod
-    def prefill(
-        self, feeds: Mapping[str, np.ndarray], placement: Placement, visuals: Sequence[VisualRows] = ()
-    ) -> dict[str, np.ndarray]:
-        """Run new tokens and store their keys and values.
-
-        Args:
-            feeds: `bindings.INPUTS_EMBEDS`, `ROPE_COS` and `ROPE_SIN` of the tokens, batch 1.
-            placement: where their past and their own places are.
-            visuals: what takes the place of some tokens' embeddings, and is added behind the first layers.
+    def step(self, sequences: Sequence[NewTokens]) -> dict[str, np.ndarray]:
+        """Run new tokens of some sequences, each of them once, and store their keys and values.
 
         Returns:
-            `bindings.LOGITS` of the last, ``[1, vocab_size]``; of an engine opened with marked layers also the
-            `bindings.hidden_states`, ``[1, seq, hidden_size]``.
+            `bindings.LOGITS` of the rows wanted, sequence by sequence, ``[rows, vocab_size]``; of an engine opened with
+            marked layers also the `bindings.hidden_states`, ``[tokens, hidden_size]``.
 
         Raises:
             MemoryError: the outputs or intermediate results do not fit in memory.
         """
 
-    @abc.abstractmethod
-    def decode(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> np.ndarray:
-        """Run one token of text, which sees all of its past; ``feeds`` as for `prefill`.
-
-        Returns logits ``[1, vocab_size]``.
-        """
-
-    def decode_greedy(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> tuple[int, float]:
-        """As `decode`, but returns only the first of the likeliest tokens, and its logit (NaN if any logit is)."""
-        logits = self.decode(feeds, placement)[0]
-        token = int(logits.argmax())
-        return token, float(logits[token])
+    def greedy(self, sequences: Sequence[NewTokens]) -> list[tuple[int, float]]:
+        """As `step`, but returns of each row only the first of the likeliest tokens, and its logit (NaN if any is)."""
+        logits = self.step(sequences)[bindings.LOGITS]
+        return [(int(row.argmax()), float(row.max())) for row in logits]
 
     def decode_launches(self) -> int | None:
         """Kernels that a decode step launches on a GPU, copies not counted; None: there is none, or it is not known.
@@ -128,84 +146,135 @@ class Session(abc.ABC):
         """
         return None
 
-    def read(self, slots: np.ndarray) -> dict[str, np.ndarray]:
-        """Copies of what is in ``slots``, by the names of `bindings`: the cache's tensors with as many slots."""
-        return {binding.name: np.take(self._fetch(binding), slots, bindings.SLOT_AXIS) for binding in self._stored()}
+    def read(self, pages: np.ndarray) -> dict[str, np.ndarray]:
+        """Copies of some pages, by the names of `bindings`: the pool's tensors, with those pages alone."""
+        return {binding.name: self._read(binding, pages) for binding in self.stored}
 
-    def write(self, slots: np.ndarray, rows: Mapping[str, np.ndarray]) -> None:
-        """Put the first of what `read` gave into ``slots``."""
-        for binding in self._stored():
-            array = self._fetch(binding)
-            array[:, :, slots] = rows[binding.name][:, :, : len(slots)]
-            self._put(binding, array)
+    def write(self, pages: np.ndarray, rows: Mapping[str, np.ndarray]) -> None:
+        """Put the first of what `read` gave into some pages."""
+        for binding in self.stored:
+            self._write(binding, pages, rows[binding.name][: len(pages)])
 
     @abc.abstractmethod
-    def _fetch(self, binding: Binding) -> np.ndarray:
-        """One of the cache's tensors."""
+    def _read(self, binding: Binding, pages: np.ndarray) -> np.ndarray:
+        """Pages of one of the pool's tensors."""
 
     @abc.abstractmethod
-    def _put(self, binding: Binding, array: np.ndarray) -> None:
-        """Set one of the cache's tensors to what `_fetch` gave, changed."""
+    def _write(self, binding: Binding, pages: np.ndarray, array: np.ndarray) -> None:
+        """Set pages of one of the pool's tensors."""
 
-    def _stored(self) -> list[Binding]:
-        """The cache's tensors."""
+    @property
+    def stored(self) -> list[Binding]:
+        """The pool's tensors."""
         return [binding for inputs in self.layer_inputs for binding in inputs]
 
     def shape_of(self, binding: Binding) -> tuple[int, ...]:
-        """Shape of one of the cache's tensors."""
+        """Shape of one of the pool's tensors."""
         return tuple(self.sizes[size] if isinstance(size, str) else size for size in binding.shape)
 
-    def with_visuals(self, feeds: Mapping[str, np.ndarray], visuals: Sequence[VisualRows]) -> dict[str, np.ndarray]:
-        """Feeds with visuals, whose features are NumPy's, in them, and `bindings.DEEPSTACK_EMBEDS`."""
-        embeds = feeds[bindings.INPUTS_EMBEDS].copy()
+    def inputs(self, sequences: Sequence[NewTokens]) -> dict[str, np.ndarray]:
+        """The decoder's inputs, without the pool and visuals, and `SLOTS`.
+
+        Raises:
+            ValueError: no sequence, one without tokens, or more pages than a sequence may have.
+        """
+        batch, tokens, text = len(sequences), sum(map(len, sequences)), self.model.text
+        sees_all = all(new.placement.visible is None for new in sequences)
+        rows = sum(len(new.logit_rows) for new in sequences)
+        inputs = {
+            bindings.INPUTS_EMBEDS: np.empty((tokens, text.hidden_size), np.float32),
+            bindings.ROPE_COS: np.empty((tokens, text.head_dim), np.float32),
+            bindings.ROPE_SIN: np.empty((tokens, text.head_dim), np.float32),
+            bindings.CU_SEQLENS: np.zeros(batch + 1, np.int32),
+            bindings.PAST_LENGTH: np.zeros(batch, np.int32),
+            bindings.PAGE_TABLE: np.zeros((batch, self.sequence_pages), np.int32),
+            bindings.PAST_VISIBLE: np.full(
+                (batch, 1 if sees_all else self.sequence_pages * PAGE_SLOTS), ALWAYS_VISIBLE, np.int32
+            ),
+            bindings.LOGIT_ROWS: np.zeros(rows, np.int32),
+            SLOTS.name: np.empty(tokens, np.int32),
+        }
+        self.fill(inputs, sequences)
+        return inputs
+
+    @staticmethod
+    def fill(inputs: Mapping[str, np.ndarray], sequences: Sequence[NewTokens]) -> None:
+        """Write what `inputs` gives to arrays that may have room for more tokens, sequences and rows: those that are
+        not there are empty and go nowhere. Of `bindings.PAST_VISIBLE`, slots that all tokens see are left as they are.
+
+        Raises:
+            ValueError: see `inputs`.
+        """
+        if not sequences or not all(map(len, sequences)):
+            raise ValueError("a step takes at least one sequence, and each of them at least one token")
+        bounds, slots, rows = (inputs[name] for name in (bindings.CU_SEQLENS, SLOTS.name, bindings.LOGIT_ROWS))
+        begin = row = 0
+        for number, new in enumerate(sequences):
+            end, placement = begin + len(new), new.placement
+            bounds[number], own = begin, slice(begin, end)
+            inputs[bindings.INPUTS_EMBEDS][own] = new.embeds
+            inputs[bindings.ROPE_COS][own], inputs[bindings.ROPE_SIN][own] = new.rope_cos, new.rope_sin
+            slots[own] = placement.places
+            inputs[bindings.PAST_LENGTH][number] = placement.past_length
+            inputs[bindings.PAGE_TABLE][number, : len(placement.pages)] = placement.pages
+            if placement.visible is not None:
+                inputs[bindings.PAST_VISIBLE][number, : len(placement.visible)] = placement.visible
+            for wanted in new.logit_rows:
+                rows[row] = begin + wanted
+                row += 1
+            begin = end
+        bounds[len(sequences) :] = begin
+        slots[begin:] = -1
+        rows[row:] = 0
+        inputs[bindings.PAST_LENGTH][len(sequences) :] = 0
+
+    @staticmethod
+    def visuals_of(sequences: Sequence[NewTokens]) -> list[VisualRows]:
+        """Of all sequences, numbered as the step's tokens are."""
+        visuals, begin = [], 0
+        for tokens in sequences:
+            visuals += [dataclasses.replace(visual, tokens=visual.tokens + begin) for visual in tokens.visuals]
+            begin += len(tokens)
+        return visuals
+
+    def with_visuals(self, inputs: Mapping[str, np.ndarray], visuals: Sequence[VisualRows]) -> dict[str, np.ndarray]:
+        """Inputs with visuals, whose features are NumPy's, in them, and `bindings.DEEPSTACK_EMBEDS`."""
+        embeds = inputs[bindings.INPUTS_EMBEDS].copy()
         deepstack = np.zeros((self.model.num_deepstack, *embeds.shape), np.float32)
         for visual in visuals:
-            embeds[0, visual.tokens] = visual.features.embeds[visual.source]
-            deepstack[:, 0, visual.tokens] = visual.features.levels[:, visual.source]
-        return {**feeds, bindings.INPUTS_EMBEDS: embeds, bindings.DEEPSTACK_EMBEDS: deepstack}
-
-    def visible(self, placement: Placement) -> np.ndarray:
-        """`bindings.PAST_VISIBLE` of a call."""
-        if placement.visible is None:
-            return np.full((1, 1), ALWAYS_VISIBLE, np.int32)
-        return placement.visible[None]
+            embeds[visual.tokens] = visual.features.embeds[visual.source]
+            deepstack[:, visual.tokens] = visual.features.levels[:, visual.source]
+        return {**inputs, bindings.INPUTS_EMBEDS: embeds, bindings.DEEPSTACK_EMBEDS: deepstack}
 
 
 class HostSession(Session):
-    """The storage as NumPy arrays, for engines that take their inputs from the host.
+    """The pool as NumPy arrays, for engines that take their inputs from the host.
 
-    Pages of memory that were never written cost nothing yet.
+    Memory that was never written costs nothing yet.
     """
 
-    def __init__(self, engine: Engine, capacity: int) -> None:
-        super().__init__(engine, capacity)
+    def __init__(self, engine: Engine, sequence_pages: int, pages: int) -> None:
+        super().__init__(engine, sequence_pages, pages)
         self._engine = engine
-        self._past = {binding.name: np.zeros(self.shape_of(binding), binding.dtype) for binding in self._stored()}
+        self._pool = {binding.name: np.zeros(self.shape_of(binding), binding.dtype) for binding in self.stored}
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self._past.values())
+        return sum(array.nbytes for array in self._pool.values())
 
-    def prefill(
-        self, feeds: Mapping[str, np.ndarray], placement: Placement, visuals: Sequence[VisualRows] = ()
-    ) -> dict[str, np.ndarray]:
-        seen = {
-            bindings.PAST_LENGTH: placement.arrays[bindings.PAST_LENGTH],
-            bindings.PAST_VISIBLE: self.visible(placement),
-            bindings.LOGIT_ROWS: placement.last,
-        }
-        outputs = self._engine.run(bindings.DECODER, {**self._past, **seen, **self.with_visuals(feeds, visuals)})
-        stored = placement.slots >= 0
-        for layer, inputs in enumerate(self.layer_inputs):
-            for past, new in zip(inputs, bindings.new_rows(self.model, self.cache, layer), strict=True):
-                self._past[past.name][:, :, placement.slots[stored]] = outputs.pop(new.name)[:, :, stored]
+    def step(self, sequences: Sequence[NewTokens]) -> dict[str, np.ndarray]:
+        inputs = self.with_visuals(self.inputs(sequences), self.visuals_of(sequences))
+        places = inputs.pop(SLOTS.name)
+        outputs = self._engine.run(bindings.DECODER, {**self._pool, **inputs})
+        stored = np.flatnonzero(places >= 0)
+        page, slot = np.divmod(places[stored], PAGE_SLOTS)
+        for layer, pools in enumerate(self.layer_inputs):
+            for pool, new in zip(pools, bindings.new_rows(self.model, self.cache, layer), strict=True):
+                self._pool[pool.name][page, :, slot] = outputs.pop(new.name)[:, stored].swapaxes(0, 1)
         return outputs
 
-    def decode(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> np.ndarray:
-        return self.prefill(feeds, placement)[bindings.LOGITS]
+    def _read(self, binding: Binding, pages: np.ndarray) -> np.ndarray:
+        return self._pool[binding.name][pages]
 
-    def _fetch(self, binding: Binding) -> np.ndarray:
-        return self._past[binding.name]
-
-    def _put(self, binding: Binding, array: np.ndarray) -> None:
-        pass
+    def _write(self, binding: Binding, pages: np.ndarray, array: np.ndarray) -> None:
+        self._pool[binding.name][pages] = array

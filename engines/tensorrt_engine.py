@@ -1,4 +1,4 @@
-"""Runs engines of TensorRT's: their buffers, the external cache beside them, and the decode step as one CUDA graph.
+"""Runs engines of TensorRT's: their buffers, the external cache beside them, and decode steps as CUDA graphs.
 
 Of TensorRT it uses the engine's and the execution context's methods that 8.6, 9.x and 10.x share (named tensors,
 `execute_async_v3`), on whatever has them: TensorRT's own, or `pascalvl.engines.plugin_host`.
@@ -6,7 +6,8 @@ Of TensorRT it uses the engine's and the execution context's methods that 8.6, 9
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,15 +16,16 @@ import numpy as np
 from pascalvl.engines import profiles
 from pascalvl.engines.backend import Engine
 from pascalvl.engines.device import ALIGNMENT, Buffer, Device
-from pascalvl.engines.session import ALWAYS_VISIBLE, SLOTS, Placement, Session, VisualRows
+from pascalvl.engines.session import ALWAYS_VISIBLE, SLOTS, NewTokens, Session
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.library import AppendArgs, AppendLayer, Rows
+from pascalvl.plugins.kv_format import PAGE_SLOTS, pages_of
 
 _CHOICE = [
-    bindings.Binding("token", np.dtype(np.int32), (1,)),
-    bindings.Binding("logit", np.dtype(np.float32), (1,)),
+    bindings.Binding("token", np.dtype(np.int32), ("batch",)),
+    bindings.Binding("logit", np.dtype(np.float32), ("batch",)),
 ]
 
 
@@ -70,10 +72,10 @@ class TensorRTEngine(Engine):
         }
         if marked_layers:
             self.outputs[bindings.DECODER] += bindings.decoder_hidden_states(model)
-        self.max_prefill = self._largest(bindings.DECODER, bindings.INPUTS_EMBEDS)[1]
+        self.max_prefill = self._largest(bindings.DECODER, bindings.INPUTS_EMBEDS)[0]
         self._max_patches = self._largest(bindings.VISION, bindings.PIXEL_VALUES)[0]
         self.max_pixels = self._max_patches * model.vision.patch_size**2
-        self._max_context = self._largest(bindings.DECODER, bindings.past_key(0))[2]
+        self._max_pages = self._largest(bindings.DECODER, bindings.PAGE_TABLE)[1]
         # Prompts, single tokens and pictures never run at once: all contexts compute in one block, which never moves.
         self.device_memory = device.allocate(max(plan.device_memory_size for plan in plans.values()))
         self._contexts: dict[str, Context] = {}
@@ -121,166 +123,211 @@ class TensorRTEngine(Engine):
                 )
         return sizes
 
-    def _new_session(self, capacity: int) -> Session:
-        if capacity > self._max_context:
+    def open_session(self, capacity: int, pages: int | None = None) -> Session:
+        if pages_of(capacity) > self._max_pages:
             raise UserError(
-                f"a context of {capacity} tokens is more than this engine was built for, {self._max_context}: give a "
-                "smaller --context, or build it with a larger --max-context."
+                f"a context of {capacity} tokens is more than this engine was built for, "
+                f"{self._max_pages * PAGE_SLOTS}: give a smaller --context, or build it with a larger --max-context."
             )
-        return TensorRTSession(self, capacity)
+        return super().open_session(capacity, pages)
+
+    def _new_session(self, sequence_pages: int, pages: int) -> Session:
+        return TensorRTSession(self, sequence_pages, pages)
 
 
 class TensorRTSession(Session):
-    """The cache in the device's memory, with the decoder's contexts for prompts and for one token.
+    """The pool in the device's memory, with the decoder's contexts for prompts and for decode steps.
 
-    All memory is allocated here, once. The decoder writes the new rows of all layers beside the cache, and one launch
-    copies them into it. What varies between decode steps is written to one array in host memory, which the step copies
-    to the device, places in the cache with it: the host's word counts, also after an interrupt.
+    The decoder writes the new rows of all layers beside the pool, and one launch copies them into it. A decode step is
+    padded to the next of `profiles.BATCHES` sequences; each of these has a context, made and recorded when it first
+    runs, the first one at once.
     """
 
-    def __init__(self, engine: TensorRTEngine, capacity: int) -> None:
-        super().__init__(engine, capacity)
-        self._engine, self._device = engine, engine.device
-        text = self.model.text
-        chunk = min(engine.max_prefill, self.capacity)
-        sizes = {**self.sizes, "seq": chunk, "visible_slots": self.capacity, "rows": 1}
-        self._cache = Tensors(self._device, [b for inputs in self.layer_inputs for b in inputs], sizes)
-
-        decoder = engine.inputs[bindings.DECODER]
-        self._outputs = Tensors(self._device, engine.outputs[bindings.DECODER], sizes)
+    def __init__(self, engine: TensorRTEngine, sequence_pages: int, pages: int) -> None:
+        super().__init__(engine, sequence_pages, pages)
+        self.engine, self.device = engine, engine.device
+        most = profiles.BATCHES[-1]
+        # As many tokens as the engine takes, however few a sequence has: a step runs those of several.
+        tokens = engine.max_prefill
+        sizes = {**self.sizes, **_sizes_of(tokens, most), "visible_slots": sequence_pages * PAGE_SLOTS}
+        self.pool = Tensors(self.device, self.stored, sizes)
+        of_any = {**sizes, "tokens": max(tokens, most)}  # also of decode steps, which may have more
+        self.outputs = Tensors(self.device, engine.outputs[bindings.DECODER], of_any)
         self._new_rows = [bindings.new_rows(self.model, self.cache, layer) for layer in range(len(self.layouts))]
         self._layers = [self._layer(number) for number in range(len(self.layouts))]
 
-        own = [binding for binding in decoder if binding.name not in self._cache.pointers]
-        self._inputs = Tensors(self._device, [*own, SLOTS], sizes)
-        self._prefill_context = self._context(profiles.PREFILL, self._inputs)
-
-        one = {**sizes, "seq": 1, "visible_slots": 1}
-        no_deepstack = StagedTensors(self._device, [b for b in own if b.name == bindings.DEEPSTACK_EMBEDS], one)
-        no_deepstack.upload()
-        staged = [binding for binding in own if binding.name != bindings.DEEPSTACK_EMBEDS]
-        self._step_inputs = StagedTensors(self._device, [*staged, SLOTS], one)
-        self._step_inputs.arrays[bindings.PAST_VISIBLE][:] = ALWAYS_VISIBLE
-        self._step_inputs.arrays[SLOTS.name][:] = -1
-        self._decode_context = self._context(profiles.DECODE, self._step_inputs, no_deepstack)
-        self._set_tokens(self._decode_context, 1)
-        self._kept = no_deepstack
-        self._choice = StagedTensors(self._device, _CHOICE, {})
-        self._logits = self._device.host_array(4 * text.vocab_size).view(np.float32)[None]
-        self._step()  # what is set up on first use cannot be recorded
-        self._device.synchronize()
-        self._replay = self._device.capture(self._step)
+        inputs = [binding for binding in engine.inputs[bindings.DECODER] if binding.name not in self.pool.pointers]
+        self._inputs = Tensors(self.device, [*inputs, SLOTS], sizes)
+        self._prefill = self.context(profiles.PREFILL, self._inputs)
+        self._decode_steps: dict[int, _DecodeStep] = {}
+        self.decode_step(1)
 
     @property
     def nbytes(self) -> int:
-        return self._cache.nbytes
+        return self.pool.nbytes
 
-    @property
-    def is_graph(self) -> bool:
-        """Whether the decode step is one CUDA graph."""
-        return self._replay is not None
+    def step(self, sequences: Sequence[NewTokens]) -> dict[str, np.ndarray]:
+        if self._decoded(sequences):
+            return self.download(len(sequences), len(sequences))
+        given = self.with_visuals(self.inputs(sequences), self.visuals_of(sequences))
+        for name, array in given.items():
+            if name != SLOTS.name:
+                self._prefill.set_shape(name, array.shape)
+            self.device.upload(self._inputs.pointers[name], np.ascontiguousarray(array))
+        self._prefill.execute()
+        tokens = len(given[bindings.INPUTS_EMBEDS])
+        self.append(tokens, self._inputs)
+        return self.download(tokens, len(given[bindings.LOGIT_ROWS]))
 
-    def prefill(
-        self, feeds: Mapping[str, np.ndarray], placement: Placement, visuals: Sequence[VisualRows] = ()
-    ) -> dict[str, np.ndarray]:
-        seq = feeds[bindings.INPUTS_EMBEDS].shape[1]
-        self._set_tokens(self._prefill_context, seq)
-        visible = self.visible(placement)
-        self._prefill_context.set_shape(bindings.PAST_VISIBLE, visible.shape)
-        given = {bindings.PAST_VISIBLE: visible, bindings.LOGIT_ROWS: placement.last}
-        for name, array in {**self.with_visuals(feeds, visuals), **placement.arrays, **given}.items():
-            self._device.upload(self._inputs.pointers[name], np.ascontiguousarray(array))
-        self._prefill_context.execute()
-        self._append(seq, self._inputs)
-        stay = {binding.name for rows in self._new_rows for binding in rows}
+    def greedy(self, sequences: Sequence[NewTokens]) -> list[tuple[int, float]]:
+        if decode_step := self._decoded(sequences):
+            return decode_step.likeliest[: len(sequences)]
+        return super().greedy(sequences)
+
+    def _decoded(self, sequences: Sequence[NewTokens]) -> _DecodeStep | None:
+        """Run a step of one token of text each; None: this is none."""
+        batch = next((size for size in profiles.BATCHES if size >= len(sequences)), None)
+        if batch is None or not all(new.is_decode for new in sequences):
+            return None
+        decode_step = self.decode_step(batch)
+        decode_step.run(sequences)
+        return decode_step
+
+    def download(self, tokens: int, rows: int) -> dict[str, np.ndarray]:
+        """What a step of so many tokens gave, but the new rows, which stay."""
+        stay = {binding.name for of_layer in self._new_rows for binding in of_layer}
+        sizes = {"tokens": tokens, "rows": rows}
         outputs = {
-            binding.name: np.empty(shape_of(binding, {"batch": 1, "seq": seq, "rows": 1}), binding.dtype)
-            for binding in self._engine.outputs[bindings.DECODER]
+            binding.name: np.empty(shape_of(binding, sizes), binding.dtype)
+            for binding in self.engine.outputs[bindings.DECODER]
             if binding.name not in stay
         }
         for name, array in outputs.items():
-            self._device.download(array, self._outputs.pointers[name])
-        self._device.synchronize()
+            self.device.download(array, self.outputs.pointers[name])
+        self.device.synchronize()
         return outputs
 
-    def decode(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> np.ndarray:
-        self._decode(feeds, placement)
-        self._device.download(self._logits, self._outputs.pointers[bindings.LOGITS])
-        self._device.synchronize()
-        return self._logits.copy()
+    def decode_step(self, batch: int) -> _DecodeStep:
+        """That of one of `profiles.BATCHES`."""
+        if batch not in self._decode_steps:
+            self._decode_steps[batch] = _DecodeStep(self, batch)
+        return self._decode_steps[batch]
 
-    def decode_greedy(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> tuple[int, float]:
-        self._decode(feeds, placement)
-        return int(self._choice.arrays["token"][0]), float(self._choice.arrays["logit"][0])
-
-    def _decode(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> None:
-        for name, array in {**feeds, **placement.arrays}.items():
-            self._step_inputs.arrays[name][:] = array
-        (self._replay or self._step)()
-        self._device.synchronize()
-
-    def _fetch(self, binding: bindings.Binding) -> np.ndarray:
-        array = np.empty(self.shape_of(binding), binding.dtype)
-        self._device.download(array, self._cache.pointers[binding.name])
-        self._device.synchronize()
+    def _read(self, binding: bindings.Binding, pages: np.ndarray) -> np.ndarray:
+        array = np.empty((len(pages), *self.shape_of(binding)[1:]), binding.dtype)
+        for part, pointer in self._runs(binding, pages, array):
+            self.device.download(part, pointer)
+        self.device.synchronize()
         return array
 
-    def _put(self, binding: bindings.Binding, array: np.ndarray) -> None:
-        self._device.upload(self._cache.pointers[binding.name], array)
+    def _write(self, binding: bindings.Binding, pages: np.ndarray, array: np.ndarray) -> None:
+        for part, pointer in self._runs(binding, pages, np.ascontiguousarray(array)):
+            self.device.upload(pointer, part)
+        self.device.synchronize()
+
+    def _runs(
+        self, binding: bindings.Binding, pages: np.ndarray, array: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, int]]:
+        """Parts of an array of pages that follow each other in the pool, too, and where they are there."""
+        bounds = [0, *(np.flatnonzero(np.diff(pages) != 1) + 1), len(pages)]
+        for start, stop in itertools.pairwise(bounds):
+            if stop > start:
+                yield array[start:stop], self.pool.pointers[binding.name] + int(pages[start]) * array[0].nbytes
+
+    def context(self, profile: int, *inputs: Tensors) -> Context:
+        """A context of the decoder that reads these inputs and the pool."""
+        context = Context(self.engine, bindings.DECODER, profile)
+        known = {binding.name for binding in self.engine.inputs[bindings.DECODER]}
+        for tensors in (*inputs, self.pool):
+            for name in known & tensors.pointers.keys():
+                context.bind_input(name, tensors.pointers[name], tensors.shapes[name])
+        for name, pointer in self.outputs.pointers.items():
+            context.bind_output(name, pointer)
+        return context
+
+    def append(self, tokens: int, inputs: Tensors) -> None:
+        """Copy the new rows of all layers into their pools."""
+        args = AppendArgs.of(
+            self._layers,
+            slots=inputs.pointers[SLOTS.name],
+            num_kv_heads=self.model.text.num_key_value_heads,
+            tokens=tokens,
+            num_pages=self.pages,
+        )
+        self.device.kernels.kv_append(args, self.device.stream)
+
+    def _layer(self, number: int) -> AppendLayer:
+        """Where a layer's new rows are and where they go."""
+        new, pool = (
+            Rows(**dict(zip(("key", "value", "scale"), (tensors.pointers[b.name] for b in names), strict=False)))
+            for tensors, names in ((self.outputs, self._new_rows[number]), (self.pool, self.layer_inputs[number]))
+        )
+        key_row, value_row = self.layouts[number].row_bytes
+        return AppendLayer(new_rows=new, pool=pool, key_row=key_row, value_row=value_row)
+
+
+class _DecodeStep:
+    """A step of one token of text of each of up to ``batch`` sequences, which see all of their past.
+
+    What varies is written to one array in host memory, which the step copies to the device, places in the cache with
+    it: the host's word counts, also after an interrupt.
+    """
+
+    def __init__(self, session: TensorRTSession, batch: int) -> None:
+        self._session, self._device, self._batch = session, session.device, batch
+        sizes = {**session.sizes, **_sizes_of(batch, batch), "visible_slots": 1}
+        own = [b for b in session.engine.inputs[bindings.DECODER] if b.name not in session.pool.pointers]
+        self._no_deepstack = StagedTensors(
+            self._device, [binding for binding in own if binding.name == bindings.DEEPSTACK_EMBEDS], sizes
+        )
+        self._no_deepstack.upload()
+        staged = [binding for binding in own if binding.name != bindings.DEEPSTACK_EMBEDS]
+        self._inputs = StagedTensors(self._device, [*staged, SLOTS], sizes)
+        self._inputs.arrays[bindings.PAST_VISIBLE][:] = ALWAYS_VISIBLE
+        self._inputs.arrays[SLOTS.name][:] = -1
+        self._decode = session.context(profiles.DECODE, self._inputs, self._no_deepstack)
+        self._choice = StagedTensors(self._device, _CHOICE, sizes)
+        self._start()  # what is set up on first use cannot be recorded
+        self._device.synchronize()
+        self._replay = self._device.capture(self._start)
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether it is one CUDA graph."""
+        return self._replay is not None
+
+    def run(self, sequences: Sequence[NewTokens]) -> None:
+        """Run up to as many sequences, and wait."""
+        self._session.fill(self._inputs.arrays, sequences)
+        (self._replay or self._start)()
         self._device.synchronize()
 
-    def _step(self) -> None:
-        """One token, from the staged inputs to the likeliest next one on the host, without waiting for the device."""
-        self._step_inputs.upload()
-        self._decode_context.execute()
-        self._append(1, self._step_inputs)
+    @property
+    def likeliest(self) -> list[tuple[int, float]]:
+        """Of each sequence the likeliest token, and its logit."""
+        tokens, logits = (self._choice.arrays[name].tolist() for name in ("token", "logit"))
+        return list(zip(tokens, logits, strict=True))
+
+    def _start(self) -> None:
+        """From the staged inputs to the likeliest next tokens on the host, without waiting for the device."""
+        session = self._session
+        self._inputs.upload()
+        self._decode.execute()
+        session.append(self._batch, self._inputs)
         self._device.kernels.greedy(
-            self._outputs.pointers[bindings.LOGITS],
-            1,
-            self.model.text.vocab_size,
+            session.outputs.pointers[bindings.LOGITS],
+            self._batch,
+            session.model.text.vocab_size,
             self._choice.pointers["token"],
             self._choice.pointers["logit"],
             self._device.stream,
         )
         self._choice.download()
 
-    def _context(self, profile: int, *inputs: Tensors) -> Context:
-        """A context of the decoder that reads these inputs and this cache."""
-        context = Context(self._engine, bindings.DECODER, profile)
-        known = {binding.name for binding in self._engine.inputs[bindings.DECODER]}
-        for tensors in (*inputs, self._cache):
-            for name in known & tensors.pointers.keys():
-                context.bind_input(name, tensors.pointers[name], tensors.shapes[name])
-        for name, pointer in self._outputs.pointers.items():
-            context.bind_output(name, pointer)
-        return context
 
-    def _set_tokens(self, context: Context, seq: int) -> None:
-        """Give a context the shapes of ``seq`` tokens."""
-        for binding in self._engine.inputs[bindings.DECODER]:
-            if "seq" in binding.shape:
-                context.set_shape(binding.name, shape_of(binding, {"batch": 1, "seq": seq}))
-
-    def _append(self, seq: int, inputs: Tensors) -> None:
-        """Copy the new rows of all layers into their caches."""
-        args = AppendArgs.of(
-            self._layers,
-            slots=inputs.pointers[SLOTS.name],
-            batch=1,
-            num_kv_heads=self.model.text.num_key_value_heads,
-            seq=seq,
-            capacity=self.capacity,
-        )
-        self._device.kernels.kv_append(args, self._device.stream)
-
-    def _layer(self, number: int) -> AppendLayer:
-        """Where a layer's new rows are and where they go."""
-        new, cache = (
-            Rows(**dict(zip(("key", "value", "scale"), (tensors.pointers[b.name] for b in names), strict=False)))
-            for tensors, names in ((self._outputs, self._new_rows[number]), (self._cache, self.layer_inputs[number]))
-        )
-        key_row, value_row = self.layouts[number].row_bytes
-        return AppendLayer(new_rows=new, cache=cache, key_row=key_row, value_row=value_row)
+def _sizes_of(tokens: int, batch: int) -> dict[str, int]:
+    """Dimensions of a step of so many tokens of so many sequences."""
+    return {"tokens": tokens, "batch": batch, "batch_plus_1": batch + 1, "rows": batch}
 
 
 class Context:

@@ -1,7 +1,7 @@
 """The reference backend: the very PyTorch modules that are exported, with the external cache and the CUDA kernels.
 
-On a CUDA device for real, with the decode step as one CUDA graph; without one on the CPU, where the emulator runs the
-kernels: right, and slow. Weights are mapped from the bundle, which holds them as the model bundle does.
+On a CUDA device for real, with steps as CUDA graphs; without one on the CPU, where the emulator runs the kernels:
+right, and slow. Weights are mapped from the bundle, which holds them as the model bundle does.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from torch import nn
 from transformers import Qwen3VLConfig
 
 from pascalvl.engines.backend import REFERENCE, Engine
-from pascalvl.engines.session import SLOTS, Features, Placement, Session, VisualRows
-from pascalvl.engines.torch_steps import CapturedStep, PlacedVisuals
+from pascalvl.engines.profiles import BATCHES
+from pascalvl.engines.session import SLOTS, Features, NewTokens, Session
+from pascalvl.engines.torch_steps import CapturedStep, PlacedVisuals, StepShape
 from pascalvl.export.checkpoint import HOST_TABLES, meta_model, read_config
 from pascalvl.export.modules import Decoder, VisionEncoder
 from pascalvl.plugins import bindings
@@ -41,7 +42,7 @@ _WEIGHTS = "weights.json"
 FILES = (CHECKPOINT_CONFIG, _WEIGHTS, *_DATA.values())
 _ALIGNMENT = 256
 _PREFILL_LENGTHS = tuple(1 << i for i in range(3, 10))
-"""Tokens that a captured prefill is padded to, 8 to 512."""
+"""Tokens that a captured step with more of them than sequences is padded to, 8 to 512."""
 _COPIES = ("Memcpy", "Memset")
 """What the profiler's names begin with of what is no kernel."""
 
@@ -124,84 +125,92 @@ class TorchEngine(Engine):
     def on_host(self, features: Features) -> Features:
         return Features(features.embeds.numpy(force=True), features.levels.numpy(force=True))
 
-    def _new_session(self, capacity: int) -> Session:
-        return TorchSession(self, capacity)
+    def _new_session(self, sequence_pages: int, pages: int) -> Session:
+        return TorchSession(self, sequence_pages, pages)
 
 
 class TorchSession(Session):
-    """The storage as a tensor on the engine's device; on CUDA, decode and prefill are CUDA graphs.
+    """The pool as a tensor on the engine's device; on CUDA, steps are CUDA graphs.
 
-    A chunk of a prompt is padded to the next of a few lengths, each of which is captured when it first runs.
+    A step is padded to the next of a few numbers of sequences and of tokens, each of which is captured when it first
+    runs.
     """
 
-    def __init__(self, engine: TorchEngine, capacity: int) -> None:
-        super().__init__(engine, capacity)
+    def __init__(self, engine: TorchEngine, sequence_pages: int, pages: int) -> None:
+        super().__init__(engine, sequence_pages, pages)
         self._engine = engine
         with evaluation("the KV cache"):
-            inputs = [binding for inputs in self.layer_inputs for binding in inputs]
-            nbytes = [math.prod(self.shape_of(b)) * b.dtype.itemsize for b in inputs]
+            nbytes = [math.prod(self.shape_of(b)) * b.dtype.itemsize for b in self.stored]
             aligned = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in nbytes]
             self._storage = torch.zeros(sum(aligned), dtype=torch.uint8, device=engine.device)
-            self._past = {
+            self._pool = {
                 b.name: part[:size].view(getattr(torch, b.dtype.name)).view(self.shape_of(b))
-                for b, part, size in zip(inputs, self._storage.split(aligned), nbytes, strict=True)
+                for b, part, size in zip(self.stored, self._storage.split(aligned), nbytes, strict=True)
             }
-
-            self.decode_step = self._step("the decode step", 1)
+            self._steps: dict[tuple[int, int, int], CapturedStep] = {}
+            self.decode_step = self._new_step(1, 1, 0)
             if engine.device.type == "cuda":
                 self.decode_step.run()  # records it, before there is anything to store
-        self._pool = self.decode_step.graph.pool() if self.decode_step.graph else None
-        self._prefill_steps: dict[tuple[int, int], CapturedStep] = {}
 
     @property
     def nbytes(self) -> int:
         return self._storage.nbytes
 
-    def prefill(
-        self, feeds: Mapping[str, np.ndarray], placement: Placement, visuals: Sequence[VisualRows] = ()
-    ) -> dict[str, np.ndarray]:
-        arrays, count = {**feeds, **placement.arrays}, len(placement.slots)
-        levels = self.model.num_deepstack if visuals else 0
+    def step(self, sequences: Sequence[NewTokens]) -> dict[str, np.ndarray]:
         with evaluation("the decoder engine"):
-            if step := self._prefill_step(count, levels, placement):
-                step.stage(arrays)
-                step.place(visuals)
-                step.run()
-                return {bindings.LOGITS: step.logits.numpy(force=True)}
-            arrays |= {bindings.PAST_VISIBLE: self.visible(placement), bindings.LOGIT_ROWS: placement.last}
-            inputs = self._engine.tensors(arrays)
-            placed = PlacedVisuals(self.model.text, self._engine.device, count, levels)
-            placed.place(visuals)
-            outputs = self._run({**inputs, **placed.inputs(inputs[bindings.INPUTS_EMBEDS])})
+            if step := self._run_captured(sequences):
+                there = dict.fromkeys(step.outputs, sum(map(len, sequences))) | {bindings.LOGITS: len(sequences)}
+                outputs = {name: output[: there[name]] for name, output in step.outputs.items()}
+            else:
+                outputs = self._run_as_it_is(sequences)
             return {name: output.numpy(force=True) for name, output in outputs.items()}
 
-    def _prefill_step(self, count: int, levels: int, placement: Placement) -> CapturedStep | None:
-        """The step that so many tokens are padded to, some with so many ``levels`` of DeepStack; None: the call is none
-        that is captured."""
-        seq = next((length for length in _PREFILL_LENGTHS if length >= count), None)
-        if seq is None or placement.visible is not None or self._engine.marked_layers or not self.decode_step.graph:
-            return None
-        if (seq, levels) not in self._prefill_steps:
-            what = f"prefill of {seq} tokens{', visuals among them' if levels else ''}"
-            self._prefill_steps[seq, levels] = self._step(what, seq, levels, self._pool)
-        return self._prefill_steps[seq, levels]
-
-    def _step(self, what: str, seq: int, levels: int = 0, pool: object | None = None) -> CapturedStep:
-        device = self._engine.device
-        return CapturedStep(what, self._run, self.model.text, device, seq, levels, pool)
-
-    def decode(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> np.ndarray:
-        self._decode(feeds, placement)
-        return self.decode_step.logits.numpy(force=True)
-
-    def decode_greedy(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> tuple[int, float]:
-        self._decode(feeds, placement)
-        return self.decode_step.likeliest
-
-    def _decode(self, feeds: Mapping[str, np.ndarray], placement: Placement) -> None:
-        self.decode_step.stage({**feeds, **placement.arrays})
+    def greedy(self, sequences: Sequence[NewTokens]) -> list[tuple[int, float]]:
         with evaluation("the decoder engine"):
-            self.decode_step.run()
+            if step := self._run_captured(sequences):
+                return step.likeliest[: len(sequences)]
+            logit, token = self._run_as_it_is(sequences)[bindings.LOGITS].max(1)  # the first of equal ones, or of NaNs
+            return list(zip(token.tolist(), logit.tolist(), strict=True))
+
+    def _run_captured(self, sequences: Sequence[NewTokens]) -> CapturedStep | None:
+        """Run a step that is captured, or on the CPU one for a single token; None: this is none of them."""
+        count, tokens = len(sequences), sum(map(len, sequences))
+        batch = next((size for size in BATCHES if size >= count), None)
+        if batch is None or not all(new.is_plain for new in sequences):
+            return None
+        # A call of as many tokens as sequences is a decode step: others must have more when they are padded, too.
+        longer = (n for n in _PREFILL_LENGTHS if n >= tokens and n > batch)
+        padded = batch if tokens == count else next(longer, None)
+        is_one = count == 1 and sequences[0].is_decode
+        if padded is None or not (self.decode_step.graph or is_one):
+            return None
+        visuals = self.visuals_of(sequences)
+        levels = self.model.num_deepstack if visuals else 0
+        step = self._steps.get((padded, batch, levels)) or self._new_step(padded, batch, levels)
+        self.fill(step.host, sequences)
+        step.place(visuals)
+        step.run()
+        return step
+
+    def _run_as_it_is(self, sequences: Sequence[NewTokens]) -> dict[str, torch.Tensor]:
+        inputs, visuals = self._engine.tensors(self.inputs(sequences)), self.visuals_of(sequences)
+        levels = self.model.num_deepstack if visuals else 0
+        tokens = len(inputs[bindings.INPUTS_EMBEDS])
+        placed = PlacedVisuals(self.model.text, self._engine.device, tokens, levels)
+        placed.place(visuals)
+        return self._run({**inputs, **placed.inputs(inputs[bindings.INPUTS_EMBEDS])})
+
+    def _new_step(self, tokens: int, batch: int, levels: int) -> CapturedStep:
+        what = f"a step of {tokens} tokens of {batch} sequences{', visuals among them' if levels else ''}"
+        shape = StepShape(tokens, batch, self.sequence_pages, levels)
+        step = CapturedStep(what, self._run, self.model.text, self._engine.device, shape, self._graph_memory)
+        self._steps[tokens, batch, levels] = step
+        return step
+
+    def _graph_memory(self) -> object | None:
+        """Memory in which all steps' graphs are made, once there is one."""
+        graphs = (step.graph for step in self._steps.values())
+        return next((graph.pool() for graph in graphs if graph), None)
 
     def decode_launches(self) -> int | None:
         if self._engine.device.type != "cuda":
@@ -214,25 +223,29 @@ class TorchSession(Session):
         on_device = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         return sum(not name.startswith(_COPIES) for name in on_device) or None
 
-    def _fetch(self, binding: bindings.Binding) -> np.ndarray:
-        return self._past[binding.name].numpy(force=True)
-
-    def _put(self, binding: bindings.Binding, array: np.ndarray) -> None:
+    def _read(self, binding: bindings.Binding, pages: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            self._past[binding.name].copy_(torch.from_numpy(array))
+            return self._pool[binding.name][self._on_device(pages)].numpy(force=True)
+
+    def _write(self, binding: bindings.Binding, pages: np.ndarray, array: np.ndarray) -> None:
+        with torch.inference_mode():
+            self._pool[binding.name][self._on_device(pages)] = torch.from_numpy(array).to(self._engine.device)
+
+    def _on_device(self, pages: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(pages).to(self._engine.device, torch.int64)
 
     def _run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the decoder and append; returns its other outputs."""
         inputs = dict(inputs)
         slots = inputs.pop(SLOTS.name)
-        outputs = self._engine.forward(bindings.DECODER, {**inputs, **self._past})
-        new, caches = [], []
+        outputs = self._engine.forward(bindings.DECODER, {**inputs, **self._pool})
+        new, pools = [], []
         for layer, inputs_of_layer in enumerate(self.layer_inputs):
             rows = bindings.new_rows(self.model, self.cache, layer)
             # Of floats, there are no scales.
             new.append((*(outputs.pop(binding.name) for binding in rows), None)[:3])
-            caches.append((*(self._past[binding.name] for binding in inputs_of_layer), None)[:3])
-        torch_calls.kv_append(self._engine.kernels, self.layouts, new, caches, slots)
+            pools.append((*(self._pool[binding.name] for binding in inputs_of_layer), None)[:3])
+        torch_calls.kv_append(self._engine.kernels, self.layouts, new, pools, slots)
         return outputs
 
 

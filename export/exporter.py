@@ -195,7 +195,8 @@ def trace_decoder(
     The model's layers are replaced, see `Decoder`; ``add_zeros`` as for `trace_vision`.
     """
     inputs = bindings.decoder_inputs(config, _CACHE)
-    sizes = {"batch": 2, "seq": 3, bindings.CAPACITY: 5, "visible_slots": 7, "rows": 4}
+    sizes = {"tokens": 6, "batch": 2, "batch_plus_1": 3, "visible_slots": 7, "rows": 4}
+    sizes |= {bindings.PAGES: 8, bindings.SEQUENCE_PAGES: 5}
     dims = {name: torch.export.Dim(name) for name in sizes}
     cache_start = len(inputs) - 2 * config.text.num_hidden_layers
 

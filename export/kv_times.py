@@ -9,13 +9,13 @@ import torch
 
 from pascalvl.plugins.bench.timing import COLD_BYTES, seconds
 from pascalvl.plugins.kernels import torch_calls
-from pascalvl.plugins.kv_format import LayerLayout
+from pascalvl.plugins.kv_format import PAGE_SLOTS, LayerLayout, pages_of
 from pascalvl.plugins.ops.flash_attention.op import AttentionOptions
 
 LENGTH = 32_768
 """Tokens in the cache when it is read."""
 _APPENDS = 16
-"""Tokens stored one after the other, in a cache that has room for them alone."""
+"""Tokens stored one after the other, in a page."""
 
 
 def measure(layouts: Sequence[LayerLayout], num_heads: int, length: int = LENGTH) -> tuple[float, float]:
@@ -34,27 +34,37 @@ def measure(layouts: Sequence[LayerLayout], num_heads: int, length: int = LENGTH
 
 
 def _append(kernels: torch_calls.KernelLibrary, layouts: Sequence[LayerLayout]) -> float:
-    caches, new = ([_rows(layout, capacity) for layout in layouts] for capacity in (_APPENDS, 1))
-    slots = [torch.tensor([[slot]], dtype=torch.int32, device="cuda") for slot in range(_APPENDS)]
-    calls = [lambda slot=slot: torch_calls.kv_append(kernels, layouts, new, caches, slot) for slot in slots]
+    pools = [_pool(layout, 1) for layout in layouts]
+    new = [_filled(torch_calls.new_rows(layout, 1, torch.device("cuda"))) for layout in layouts]
+    slots = [torch.tensor([slot], dtype=torch.int32, device="cuda") for slot in range(_APPENDS)]
+    calls = [lambda slot=slot: torch_calls.kv_append(kernels, layouts, new, pools, slot) for slot in slots]
     return 1e6 * seconds(calls)
 
 
 def _decode(kernels: torch_calls.KernelLibrary, layout: LayerLayout, num_heads: int, length: int) -> float:
-    size = length * layout.bytes_per_token
-    caches = [_rows(layout, length) for _ in range(2 + COLD_BYTES // size)]
+    size, pages = length * layout.bytes_per_token, pages_of(length)
+    pools = [_pool(layout, pages) for _ in range(2 + COLD_BYTES // size)]
     options = AttentionOptions(
         True, layout.head_dim**-0.5, num_heads, layout.num_kv_heads, *layout.dims, kv_format=layout.kv_format
     )
-    qkv = torch.randn(1, 1, sum(options.widths), device="cuda")
-    past_length = torch.tensor([length], dtype=torch.int32, device="cuda")
-    pasts = [torch_calls.Past(*cache, past_length) for cache in caches]
-    return 1e6 * seconds([lambda past=past: torch_calls.attention(kernels, options, qkv, past=past) for past in pasts])
+    qkv = torch.randn(1, sum(options.widths), device="cuda")
+    bounds, past_length = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, 1], [length]))
+    page_table = torch.randperm(pages, dtype=torch.int32, device="cuda")[None]
+    pasts = [torch_calls.Past(*pool, page_table, past_length) for pool in pools]
+    calls = [lambda past=past: torch_calls.attention(kernels, options, qkv, bounds, past=past) for past in pasts]
+    return 1e6 * seconds(calls)
 
 
-def _rows(layout: LayerLayout, capacity: int) -> torch_calls.Cached:
-    """Rows of a layer, filled with small codes or numbers of all kinds."""
-    rows = torch_calls.new_rows(layout, 1, capacity, torch.device("cuda"))
+def _pool(layout: LayerLayout, pages: int) -> torch_calls.Cached:
+    """A layer's pool."""
+    rows = torch_calls.new_rows(layout, pages * PAGE_SLOTS, torch.device("cuda"))
+    lead = pages, layout.num_kv_heads, PAGE_SLOTS
+    key, value, scale = (None if array is None else array.view(*lead, *array.shape[2:]) for array in _filled(rows))
+    return key, value, scale
+
+
+def _filled(rows: torch_calls.Cached) -> torch_calls.Cached:
+    """Rows with small codes or numbers of all kinds in them."""
     for array in rows:
         if array is not None:
             array.view(torch.uint8).random_(0, 60)  # of scales, halves of up to 1

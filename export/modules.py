@@ -93,7 +93,7 @@ class VisionAttention(nn.Module):
     ) -> torch.Tensor:
         """Returns ``hidden``, ``[patches, hidden_size]``, plus what attention makes of it, normed."""
         qkv = self.qkv(hidden, norm=norm)
-        (out,) = flash_attention_2(qkv, None, None, *position_embeddings, cu_seqlens, *[None] * 5, *self._options.flat)
+        (out,) = flash_attention_2(qkv, None, None, *position_embeddings, cu_seqlens, *[None] * 6, *self._options.flat)
         return self.proj(out, hidden)
 
 
@@ -186,7 +186,8 @@ class VisionEncoder(nn.Module):
 NewRows = tuple[torch.Tensor, ...]
 """A layer's new keys, values and, of quantised formats, scales, as the cache has them."""
 Past = dict[str, torch.Tensor | str]
-"""A layer's cache: past_key, past_value, past_scale where quantised, past_length, past_visible; kv_format."""
+"""A layer's cache: past_key, past_value, past_scale where quantised; kv_format; and of the call cu_seqlens,
+past_length, page_table, past_visible."""
 
 
 class Attention(nn.Module):
@@ -215,17 +216,22 @@ class Attention(nn.Module):
         """Returns ``hidden`` plus what the layer's attention makes of it, normed.
 
         Args:
+            hidden: ``[tokens, hidden_size]``; without a cache ``[batch, seq, hidden_size]``, as Hugging Face's are.
             new: to which this call's rows are added; None: nowhere.
             past: the external cache; None: there is none.
         """
-        past, options = dict(past or {}), self._options
-        if past:
-            options = dataclasses.replace(options, kv_format=KVFormat(past.pop("kv_format", KVFormat.F32)))
-        names = "past_key", "past_value", "past_scale", "past_length", "past_visible"
-        norms = self.q_norm.weight, self.k_norm.weight
+        options, norms = self._options, (self.q_norm.weight, self.k_norm.weight)
         qkv = self.qkv_proj(hidden, norm=norm)
+        if past is None:
+            batch, seq = hidden.shape[:2]
+            bounds = seq * torch.arange(batch + 1, dtype=torch.int32, device=hidden.device)
+            tables = (table.expand(batch, -1, -1).flatten(0, 1) for table in position_embeddings)
+            out, *_ = flash_attention_2(qkv.flatten(0, 1), *norms, *tables, bounds, *[None] * 6, *options.flat)
+            return self.o_proj(out.view(batch, seq, -1), hidden)
+        names = "cu_seqlens", "past_length", "page_table", "past_visible", "past_key", "past_value", "past_scale"
+        options = dataclasses.replace(options, kv_format=KVFormat(past.get("kv_format", KVFormat.F32)))
         cache = [past.get(name) for name in names]
-        out, *rows = flash_attention_2(qkv, *norms, *position_embeddings, None, *cache, *options.flat)
+        out, *rows = flash_attention_2(qkv, *norms, *position_embeddings, *cache, *options.flat)
         if new is not None:
             new.append(tuple(rows))
         return self.o_proj(out, hidden)
@@ -291,7 +297,9 @@ class Decoder(nn.Module):
         rope_cos: torch.Tensor,
         rope_sin: torch.Tensor,
         deepstack_embeds: torch.Tensor,
+        cu_seqlens: torch.Tensor,
         past_length: torch.Tensor,
+        page_table: torch.Tensor,
         past_visible: torch.Tensor,
         logit_rows: torch.Tensor,
         caches: list[Past],
@@ -299,12 +307,13 @@ class Decoder(nn.Module):
         new: list[NewRows] = []
         hidden = inputs_embeds
         after_layers = []
-        lengths = {"past_length": past_length, "past_visible": past_visible}
+        call = {"cu_seqlens": cu_seqlens, "past_length": past_length}
+        call |= {"page_table": page_table, "past_visible": past_visible}
         for index, layer in enumerate(self.language_model.layers):
-            hidden = layer(hidden, (rope_cos, rope_sin), new, {**lengths, **caches[index]})
+            hidden = layer(hidden, (rope_cos, rope_sin), new, {**call, **caches[index]})
             if index < deepstack_embeds.shape[0]:
                 hidden = hidden + deepstack_embeds[index]
             after_layers.append(hidden)
-        wanted = nn.functional.embedding(logit_rows, hidden.flatten(0, 1))
+        wanted = nn.functional.embedding(logit_rows, hidden)
         logits = self.lm_head(wanted, norm=self.language_model.norm)
         return logits, *(rows for of_layer in new for rows in of_layer), *after_layers

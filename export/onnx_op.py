@@ -123,11 +123,12 @@ def translate(
     rope_cos,
     rope_sin,
     cu_seqlens,
+    past_length,
+    page_table,
+    past_visible,
     past_key,
     past_value,
     past_scale,
-    past_length,
-    past_visible,
     causal: bool,
     softmax_scale: float,
     num_heads: int,
@@ -147,8 +148,9 @@ def translate(
     node = getattr(_DOMAIN, OP_NAME)
     if not causal:
         return node(qkv, rope_cos, rope_sin, cu_seqlens, **attributes)[:1]
-    operands = qkv, q_norm, k_norm, rope_cos, rope_sin, past_length, past_visible, past_key, past_value
-    return node(*operands, **attributes, **{ATTR_KV_FORMAT: KVFormat.F32.value})
+    tokens = qkv, q_norm, k_norm, rope_cos, rope_sin, cu_seqlens
+    past = past_length, page_table, past_visible, past_key, past_value
+    return node(*tokens, *past, **attributes, **{ATTR_KV_FORMAT: KVFormat.F32.value})
 
 
 def translate_linear(

@@ -2,10 +2,10 @@
 
 Dimensions that vary between calls are strings; equal strings are equal lengths.
 
-The engines are pure functions. The decoder reads the cache (``past_key.i``, ``past_value.i``: the whole capacity, of
-which the first ``past_length`` rows of a sequence are valid) and returns the rows of this call's tokens, in the
-cache's format, for the runtime to append. `pascalvl.plugins.ops.flash_attention.op` tells what each of the cache's
-tensors means.
+The engines are pure functions. The decoder takes the tokens of several sequences, one behind the other, reads the
+pool of pages (``past_key.i``, ``past_value.i``) where ``page_table`` has each sequence's, and returns the rows of this
+call's tokens, in the cache's format, for the runtime to append. `pascalvl.plugins.ops.flash_attention.op` tells what
+each of these tensors means.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 
 DECODER = "decoder"
@@ -26,6 +26,7 @@ ROPE_COS = "rope_cos"
 ROPE_SIN = "rope_sin"
 DEEPSTACK_EMBEDS = "deepstack_embeds"
 PAST_LENGTH = "past_length"
+PAGE_TABLE = "page_table"
 PAST_VISIBLE = "past_visible"
 LOGIT_ROWS = "logit_rows"
 LOGITS = "logits"
@@ -35,10 +36,10 @@ POSITION_EMBEDS = "position_embeds"
 CU_SEQLENS = "cu_seqlens"
 IMAGE_EMBEDS = "image_embeds"
 
-CAPACITY = "capacity"
-"""Dimension of a cache: its slots."""
-SLOT_AXIS = 2
-"""Of a cache's tensors, and of those of new rows."""
+PAGES = "pages"
+"""Dimension of a pool."""
+SEQUENCE_PAGES = "sequence_pages"
+"""Dimension of `PAGE_TABLE`: pages that a sequence may have."""
 
 
 def past_key(layer: int) -> str:
@@ -110,11 +111,13 @@ def vision_outputs(config: ModelConfig) -> list[Binding]:
 def decoder_inputs(config: ModelConfig, cache: CacheConfig) -> list[Binding]:
     text = config.text
     return [
-        _float(INPUTS_EMBEDS, "batch", "seq", text.hidden_size),
-        _float(ROPE_COS, "batch", "seq", text.head_dim),
-        _float(ROPE_SIN, "batch", "seq", text.head_dim),
-        _float(DEEPSTACK_EMBEDS, config.num_deepstack, "batch", "seq", text.hidden_size),
+        _float(INPUTS_EMBEDS, "tokens", text.hidden_size),
+        _float(ROPE_COS, "tokens", text.head_dim),
+        _float(ROPE_SIN, "tokens", text.head_dim),
+        _float(DEEPSTACK_EMBEDS, config.num_deepstack, "tokens", text.hidden_size),
+        _int(CU_SEQLENS, "batch_plus_1"),
         _int(PAST_LENGTH, "batch"),
+        _int(PAGE_TABLE, "batch", SEQUENCE_PAGES),
         _int(PAST_VISIBLE, "batch", "visible_slots"),
         _int(LOGIT_ROWS, "rows"),
         *(binding for layer in range(text.num_hidden_layers) for binding in cache_inputs(config, cache, layer)),
@@ -122,21 +125,26 @@ def decoder_inputs(config: ModelConfig, cache: CacheConfig) -> list[Binding]:
 
 
 def cache_inputs(config: ModelConfig, cache: CacheConfig, layer: int) -> list[Binding]:
-    """The decoder's inputs that are a layer's cache, in the op's order."""
-    return _rows(config, cache, layer, (past_key, past_value, past_scale), CAPACITY)
+    """The decoder's inputs that are a layer's pool, in the op's order."""
+    heads = config.text.num_key_value_heads
+    return _rows(config, cache, layer, (past_key, past_value, past_scale), (PAGES, heads, PAGE_SLOTS))
 
 
 def new_rows(config: ModelConfig, cache: CacheConfig, layer: int) -> list[Binding]:
-    """The decoder's outputs that go into a layer's cache as they are, in the order of `cache_inputs`."""
-    return _rows(config, cache, layer, (new_key, new_value, new_scale), "seq")
+    """The decoder's outputs that go into a layer's pool as they are, in the order of `cache_inputs`."""
+    heads = config.text.num_key_value_heads
+    return _rows(config, cache, layer, (new_key, new_value, new_scale), (heads, "tokens"))
 
 
 def _rows(
-    config: ModelConfig, cache: CacheConfig, layer: int, names: tuple[Callable[[int], str], ...], size: str
+    config: ModelConfig,
+    cache: CacheConfig,
+    layer: int,
+    names: tuple[Callable[[int], str], ...],
+    lead: tuple[int | str, ...],
 ) -> list[Binding]:
-    """Keys, values and, where they are quantised, scales of a layer, of so many tokens."""
+    """Keys, values and, where they are quantised, scales of a layer: rows ``[*lead, row]``."""
     layout = cache.layers(config.text)[layer]
-    lead = "batch", layout.num_kv_heads, size
     rows = [
         Binding(name(layer), row.dtype, (*lead, elements))
         for name, row, elements in zip(names[:2], layout.kv_format.rows, layout.row_elements, strict=True)
@@ -157,4 +165,4 @@ def decoder_outputs(config: ModelConfig, cache: CacheConfig) -> list[Binding]:
 def decoder_hidden_states(config: ModelConfig) -> list[Binding]:
     """What a decoder with marked layers returns besides, see `hidden_states`."""
     text = config.text
-    return [_float(hidden_states(i), "batch", "seq", text.hidden_size) for i in range(text.num_hidden_layers)]
+    return [_float(hidden_states(i), "tokens", text.hidden_size) for i in range(text.num_hidden_layers)]

@@ -47,7 +47,7 @@ from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig
 
-BUNDLE_VERSION = 6
+BUNDLE_VERSION = 7
 MANIFEST = "manifest.json"
 EMBEDDINGS = "embeddings.bin"
 POSITIONS = "position_embeddings.bin"

@@ -2,10 +2,10 @@
 
 The one definition for Python, the ONNX function body and the kernels.
 
-Keys and values of a layer live in two separate arrays ``[batch, num_kv_heads, capacity, row]``; a row holds one
-token's head and starts on a 16-byte boundary. Quantised rows are codes, whose scales, one float16 a row, live in a
-third array ``[batch, num_kv_heads, capacity]`` of int32 words: a slot's has the key's scale in its lower half and the
-value's in its upper.
+Keys and values of a layer live in two separate pools of pages, ``[pages, num_kv_heads, PAGE_SLOTS, row]``; a row holds
+one token's head and starts on a 16-byte boundary. Quantised rows are codes, whose scales, one float16 a row, live in a
+third array ``[pages, num_kv_heads, PAGE_SLOTS]`` of int32 words: a slot's has the key's scale in its lower half and the
+value's in its upper. A sequence's slots are those of its pages, in the order of its page table.
 
 Codes and halves travel as int32 words, their bytes unchanged, two halves to a word, the first in its lower half:
 TensorRT hands no half to a plugin unless all of its layers may compute in half, at 1/64 of the rate on SM61.
@@ -22,8 +22,10 @@ import numpy as np
 from pascalvl.plugins.errors import UserError, shown
 from pascalvl.plugins.model_config import LONGEST_GRAMMAR, TextConfig
 
-ROW_LAYOUT = 2
-"""Of rows and scales as described above: one more whenever what engines and their runtime must share changes."""
+ROW_LAYOUT = 3
+"""Of pages, rows and scales as described above: one more whenever what engines and their runtime must share changes."""
+PAGE_SLOTS = 128
+"""Of a page: tokens."""
 ROW_ALIGNMENT = 16
 WORD_BYTES = 4
 ROTATED_DIM = 128
@@ -261,8 +263,13 @@ class CacheConfig:
         return min(tokens, self.window.sinks + self.window.length - 1 + pinned)
 
     def nbytes(self, text: TextConfig, tokens: int, pinned: int = 0) -> int:
-        """Bytes of the cache of such a conversation."""
-        return self.slots(tokens, pinned) * self.bytes_per_token(text)
+        """Bytes of the pages of such a conversation."""
+        return pages_of(self.slots(tokens, pinned)) * PAGE_SLOTS * self.bytes_per_token(text)
+
+
+def pages_of(slots: int) -> int:
+    """Pages that have so many slots."""
+    return -(-slots // PAGE_SLOTS)
 
 
 def _read_rank(option: str, value: str) -> Rank:

@@ -326,6 +326,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         ("prefill", int, "N", "tokens of the prompt that is timed (512)"),
         ("decode", int, "N", "tokens of the answer that is timed (64)"),
         ("follow-ups", _counts, "N,N", "tokens of further questions, until the first new token (8,20)"),
+        ("batch", _counts, "N,N", "sequences that decode together, each behind that many tokens (1)"),
         ("picture", int, "SIDE", "side of a square picture, in pixels; 0: none (1024)"),
         ("repeats", int, "N", "how often each is run, after once to warm up; figures are medians (10)"),
     ):
@@ -861,6 +862,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     from pascalvl.plugins.bundle import Manifest
     from pascalvl.plugins.kv_format import CacheConfig, KVFormat
+    from pascalvl.runtime.model import pinned_slots
 
     manifest = Manifest.read(args.bundle, "model", "engine")
     text, vision = manifest.model.text, manifest.model.vision
@@ -899,25 +901,25 @@ def _inspect(args: argparse.Namespace) -> int:
     for size in args.memory or _CARDS:
         fitting.add_column(f"{size:g}", justify="right")
     for cache in caches:
-        gigabytes = [f"{cache.nbytes(text, length) / 1e9:.3f}" for length in lengths]
+        gigabytes = [f"{cache.nbytes(text, length, pinned_slots(cache)) / 1e9:.3f}" for length in lengths]
         memory.add_row(str(cache), str(cache.bytes_per_token(text)), *gigabytes)
         rooms = [int(size * 1e9) - weights for size in args.memory or _CARDS]
-        fitting.add_row(str(cache), *(_longest_context(cache, text, room) for room in rooms))
+        fitting.add_row(str(cache), *(_longest_context(cache, text, pinned_slots(cache), room) for room in rooms))
     console = _console()
     console.width = max(console.width, _TABLE_WIDTH)
     console.print(facts, memory, fitting)
     return 0
 
 
-def _longest_context(cache: Any, text: Any, room: int) -> str:
+def _longest_context(cache: Any, text: Any, pinned: int, room: int) -> str:
     """Tokens whose cache fits in ``room`` bytes, up to what the model was made for."""
     longest = text.max_position_embeddings
-    if cache.nbytes(text, longest) <= room:
+    if cache.nbytes(text, longest, pinned) <= room:
         return f"{longest} (all)"
     low, high = 0, longest  # fits, does not fit
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if cache.nbytes(text, middle) <= room else (low, middle)
+        low, high = (middle, high) if cache.nbytes(text, middle, pinned) <= room else (low, middle)
     return str(low) if low else "none"
 
 

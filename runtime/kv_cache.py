@@ -19,14 +19,13 @@ import numpy as np
 
 from pascalvl.engines import Session
 from pascalvl.engines.session import ALWAYS_VISIBLE, Placement
-from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import open_regular
 from pascalvl.plugins.errors import UserError, reason
-from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
 
 _EMPTY = -1
 _IDENTITIES = "identities"
-_FILE_KIND = "PascalVL KV cache 1"
+_FILE_KIND = "PascalVL KV cache 2"
 _MOST_HEADER_BYTES = 1 << 20
 _PARTIAL = ".kv_cache."
 """What the names of files that are being written begin with."""
@@ -42,7 +41,7 @@ class Prefix:
     identities: np.ndarray
     """int64 ``[n]``, see `KVCache.appending`."""
     rows: Mapping[str, np.ndarray]
-    """As `Session.read` gives them, slot ``i`` being token ``i``."""
+    """As `Session.read` gives their pages, slot ``i`` being token ``i``; slots behind the last one are zeros."""
 
     def common(self, identities: np.ndarray) -> int:
         """How many of the first ``identities`` are these tokens."""
@@ -120,10 +119,8 @@ def _header(engine: str, tokens: int, layout: _Layout) -> bytes:
 def _layout(session: Session, tokens: int) -> _Layout:
     """Of a prefix of so many tokens, as `Session.read` gives its rows."""
     layout = {_IDENTITIES: (np.dtype(np.int64), (tokens,))}
-    for binding in (binding for inputs in session.layer_inputs for binding in inputs):
-        shape = list(session.shape_of(binding))
-        shape[bindings.SLOT_AXIS] = tokens
-        layout[binding.name] = binding.dtype, tuple(shape)
+    for binding in session.stored:
+        layout[binding.name] = binding.dtype, (pages_of(tokens), *session.shape_of(binding)[1:])
     return layout
 
 
@@ -165,7 +162,7 @@ def _read_checked(file: BinaryIO, engine: str, session: Session) -> dict[str, np
 
 
 class KVCache:
-    """Knows which tokens a session's cache holds, and gives new ones their places.
+    """Knows which tokens of a conversation a session's pages hold, and gives new ones their places.
 
     Tokens are numbered as they come. Without a window, number ``i`` lies in slot ``i``. With one, a token that no later
     one can see leaves its slot to a new one, so that the slots are a ring between those of the sinks and of pinned
@@ -175,15 +172,22 @@ class KVCache:
         session: where keys and values are.
         config: what is kept.
         longest: tokens of a conversation at most, those that were dropped included.
+        pages: int32 ``[n]``, the conversation's; None: the session's first, as many as a sequence may have.
     """
 
-    def __init__(self, session: Session, config: CacheConfig, longest: int) -> None:
+    def __init__(self, session: Session, config: CacheConfig, longest: int, pages: np.ndarray | None = None) -> None:
         self._session = session
         self._config = config
+        self._pages = np.arange(session.sequence_pages, dtype=np.int32) if pages is None else pages
         self._identities = np.zeros(longest, np.int64)
-        self._token = np.full(session.capacity, _EMPTY, np.int64)  # in each slot
-        self._stays = np.zeros(session.capacity, bool)
+        self._token = np.full(self.capacity, _EMPTY, np.int64)  # in each slot
+        self._stays = np.zeros(self.capacity, bool)
         self._length = self._used = 0
+
+    @property
+    def capacity(self) -> int:
+        """Slots of its pages."""
+        return len(self._pages) * PAGE_SLOTS
 
     @property
     def length(self) -> int:
@@ -203,47 +207,64 @@ class KVCache:
             UserError: there are no slots left: too many tokens are pinned.
         """
         first, last = self._length, self._length + len(identities)
+        if self._config.window is None:
+            own, slots = slice(first, last), np.arange(first, last, dtype=np.int32)
+            self._identities[own] = identities
+            self._token[own] = _EMPTY
+            yield Placement(self._pages, first, slots)
+            self._token[own] = slots
+            self._used = self._length = last
+            return
         tokens = np.arange(first, last)
-        stays, seen_later, free, visible = self._policy(tokens, pinned)
-        stored = np.flatnonzero(stays | seen_later)
-        fresh = np.arange(self._used, min(self._used + len(stored), self._session.capacity))
-        places = np.concatenate([free, fresh])[: len(stored)]
-        if len(places) < len(stored):
+        slots, visible, stays = self._in_window(tokens, pinned)
+        stored = slots >= 0
+        places = slots[stored]
+        if places.max(initial=-1) >= self.capacity:
             raise UserError(
-                f"the KV cache has {self._session.capacity} slots, too few for what is pinned: give fewer pictures, or "
+                f"the KV cache has {self.capacity} slots, too few for what is pinned: give fewer pictures, or "
                 "limit their pixels."
             )
-        slots = np.full(len(identities), -1, np.int32)
-        slots[stored] = places
-        if visible is not None and visible[: self._used].min(initial=ALWAYS_VISIBLE) >= len(identities):
-            visible = None
         self._identities[first:last] = identities
         # What is there now may be overwritten before an interrupt.
         self._token[places] = _EMPTY
-        yield Placement(self._used, slots, visible)
+        yield Placement(self._pages, self._used, slots, visible)
         self._token[places] = tokens[stored]
         self._stays[places] = stays[stored]
         self._used = max(self._used, int(places.max(initial=-1)) + 1)
         self._length = last
 
-    def _policy(
+    def _in_window(
         self, tokens: np.ndarray, pinned: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-        """Of new tokens: which stay, and which others later ones see. Of slots: free ones, and who sees them."""
-        if self._config.window is None:
-            return np.zeros(len(tokens), bool), np.ones(len(tokens), bool), np.zeros(0, np.int64), None
-        window, first, last = self._config.window, int(tokens[0]), int(tokens[-1]) + 1
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """As `Placement` has them, slots of new tokens and who sees those there are; and which tokens stay."""
+        window, first = self._config.window, int(tokens[0])
+        stays, seen_later = self._kept(tokens, pinned)
+        stored = np.flatnonzero(stays | seen_later)
+        used, in_window = self._token[: self._used], ~self._stays[: self._used]
+        free = np.flatnonzero(in_window & (used < self._oldest_seen_after(tokens)))
+        fresh = np.arange(self._used, self._used + len(stored))
+        slots = np.full(len(tokens), -1, np.int32)
+        slots[stored] = np.concatenate([free, fresh])[: len(stored)]
+        visible = np.full(self.capacity, ALWAYS_VISIBLE, np.int32)
+        # Token t is seen by those up to number t + length - 1.
+        visible[: self._used][in_window] = (used + window.length - first)[in_window]
+        if visible[: self._used].min(initial=ALWAYS_VISIBLE) >= len(tokens):
+            return slots, None, stays
+        return slots, visible, stays
+
+    def _kept(self, tokens: np.ndarray, pinned: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Which of new tokens stay, and which the token after these sees, bool ``[n]``."""
+        window = self._config.window
+        if window is None:
+            return np.zeros(len(tokens), bool), np.ones(len(tokens), bool)
         stays = tokens < window.sinks
         if pinned is not None:
             stays = stays | pinned
-        oldest = last - window.length + 1  # that the token after these sees
-        used = self._token[: self._used]
-        free = np.flatnonzero(~self._stays[: self._used] & (used < oldest))
-        visible = np.full(self._session.capacity, ALWAYS_VISIBLE, np.int32)
-        # Token t is seen by those up to number t + length - 1.
-        in_window = ~self._stays[: self._used]
-        visible[: self._used][in_window] = (used + window.length - first)[in_window]
-        return stays, tokens >= oldest, free, visible
+        return stays, tokens >= self._oldest_seen_after(tokens)
+
+    def _oldest_seen_after(self, tokens: np.ndarray) -> int:
+        """The first token of the window of the one after these."""
+        return int(tokens[-1]) + 2 - self._config.window.length
 
     def truncate(self, length: int) -> int:
         """Forget all tokens after the first ``length``; returns how many are left.
@@ -272,7 +293,11 @@ class KVCache:
         """Copies of the first ``length`` tokens' keys and values; None where some of them were dropped."""
         if not self._has_first(length):
             return None
-        return Prefix(self._identities[:length].copy(), self._session.read(np.arange(length)))
+        rows = self._session.read(self._pages[: pages_of(length)])
+        if rest := length % PAGE_SLOTS:
+            for array in rows.values():
+                array[-1, :, rest:] = 0
+        return Prefix(self._identities[:length].copy(), rows)
 
     def restore(self, prefix: Prefix, length: int, pinned: np.ndarray) -> bool:
         """Begin anew with the first ``length`` tokens of a prefix, of which some are ``pinned``, bool ``[length]``.
@@ -280,11 +305,11 @@ class KVCache:
         Returns whether that is possible: a window must keep all of them.
         """
         tokens = np.arange(length)
-        stays, seen_later, _, _ = self._policy(tokens, pinned)
-        if length > self._session.capacity or not (stays | seen_later).all():
+        stays, seen_later = self._kept(tokens, pinned)
+        if length > self.capacity or not (stays | seen_later).all():
             return False
         self.truncate(0)
-        self._session.write(tokens, prefix.rows)
+        self._session.write(self._pages[: pages_of(length)], prefix.rows)
         self._identities[:length] = prefix.identities[:length]
         self._token[:length] = tokens
         self._stays[:length] = stays

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pascalvl.engines import Engine, open_engine
-from pascalvl.engines.session import Features, VisualRows
+from pascalvl.engines.session import Features, NewTokens, Placement, VisualRows
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import EMBEDDINGS, GENERATION_CONFIG, POSITIONS, Manifest
 from pascalvl.plugins.errors import UserError
@@ -63,21 +63,21 @@ class VisionLanguageModel:
         if prefill_chunk < 1:
             raise UserError(f"a prefill chunk of {prefill_chunk} tokens is out of range: expected at least 1.")
         self.generation_config = GenerationConfig.from_file(engine.directory / GENERATION_CONFIG)
-        self._engine = engine
+        self.engine = engine
         window = self.cache_config.window
         most = [engine.max_prefill, window.length if window else None]
-        self._prefill_chunk = min([prefill_chunk, *(limit for limit in most if limit is not None)])
+        self.prefill_chunk = min([prefill_chunk, *(limit for limit in most if limit is not None)])
         max_pixels = engine.max_pixels if max_pixels is None else max_pixels
         self._prompts = PromptBuilder(engine.directory, self.config, max_pixels, control_tokens_in_text)
         self._embeddings = EmbeddingTable(engine.directory / EMBEDDINGS, **self.manifest.embeddings)
-        self._embeds = np.empty((self._prefill_chunk, self.config.text.hidden_size), np.float32)
+        self._embeds = np.empty((self.prefill_chunk, self.config.text.hidden_size), np.float32)
         """Those of the tokens at hand: new memory for each call would take longer than they do."""
         positions = EmbeddingTable(engine.directory / POSITIONS, **self.manifest.position_embeddings)
         self._vision_positions = VisionPositions(positions, self.config.vision)
-        pinned = PINNED_SLOTS if self.cache_config.pin_images else 0
-        self._session = engine.open_session(self.cache_config.slots(self.context_length, pinned))
-        log.info("KV cache %s: %d slots, %d bytes", self.cache_config, self._session.capacity, self._session.nbytes)
+        slots = self.cache_config.slots(self.context_length, pinned_slots(self.cache_config))
+        self._session = engine.open_session(slots)
         self._cache = KVCache(self._session, self.cache_config, self.context_length)
+        log.info("KV cache %s: %d slots, %d bytes", self.cache_config, self._cache.capacity, self._session.nbytes)
         self._prefixes: list[Prefix] = []
         self._answering: Generator[str, None, None] = (piece for piece in ())
 
@@ -222,7 +222,7 @@ class VisionLanguageModel:
     @property
     def gpu(self) -> str | None:
         """Name of the GPU that computes; None: the CPU does."""
-        return self._engine.gpu
+        return self.engine.gpu
 
     def decode_launches(self) -> int | None:
         """Kernels that a decode step launches, see `pascalvl.engines.Session.decode_launches`."""
@@ -260,7 +260,7 @@ class VisionLanguageModel:
         features = [self._encode(visual.patches) for visual in prompt.visuals]
         traced = {}
         if features:
-            on_host = [self._engine.on_host(feature) for feature in features]
+            on_host = [self.engine.on_host(feature) for feature in features]
             traced[validation.VISION_EMBEDS] = np.concatenate([feature.embeds for feature in on_host])
             deepstack = np.concatenate([feature.levels for feature in on_host], axis=1)
             traced.update((validation.vision_deepstack(i), level) for i, level in enumerate(deepstack))
@@ -269,12 +269,12 @@ class VisionLanguageModel:
         traced[validation.PREFILL_LOGITS] = chunks[-1][bindings.LOGITS]
         for layer in range(self.config.text.num_hidden_layers):
             if (name := bindings.hidden_states(layer)) in chunks[0]:
-                hidden = np.concatenate([outputs[name][0] for outputs in chunks])
+                hidden = np.concatenate([outputs[name] for outputs in chunks])
                 traced[validation.prefill_hidden_states(layer)] = hidden
         for step, token in enumerate(forced_tokens):
-            feeds = self._token_feeds(token, prompt.next_position + step)
             with self._cache.appending(np.array([token])) as placement:
-                traced[validation.decode_logits(step)] = self._session.decode(feeds, placement)
+                tokens = self.next_tokens([token], [prompt.next_position + step], [placement])
+                traced[validation.decode_logits(step)] = self._session.step(tokens)[bindings.LOGITS]
         return traced
 
     def _room(self, prompt: Prompt, needed: int = 1) -> int:
@@ -287,10 +287,11 @@ class VisionLanguageModel:
                 f"the prompt, limit its pictures' pixels, or set a longer context (up to {longest})."
             )
         pinned = int(self._pinned(prompt).sum())
-        if self.cache_config.slots(self.context_length, pinned) > self._session.capacity:
+        if self.cache_config.slots(self.context_length, pinned) > self._cache.capacity:
+            room = self._cache.capacity - self.cache_config.slots(self.context_length)
             raise UserError(
                 f"the prompt's pictures have {pinned} tokens, more than the KV cache has room for beside its window "
-                f"({PINNED_SLOTS}): limit their pixels, or do not pin them."
+                f"({room}): limit their pixels, or do not pin them."
             )
         return self.context_length - length
 
@@ -351,16 +352,15 @@ class VisionLanguageModel:
             bindings.CU_SEQLENS: vision_cu_seqlens((1, h, w)),
         }
         pixels = patches.pixel_values.reshape(t, h * w, -1)
-        return self._engine.encode([{**feeds, bindings.PIXEL_VALUES: pixel_values} for pixel_values in pixels])
+        return self.engine.encode([{**feeds, bindings.PIXEL_VALUES: pixel_values} for pixel_values in pixels])
 
     def _prefill(
         self, prompt: Prompt, identities: np.ndarray, seen: Sequence[tuple[Visual, Features]]
     ) -> Iterator[dict[str, np.ndarray]]:
         """Run the prompt's tokens that are not in the cache, chunk by chunk; yields the decoder's outputs."""
         pinned = self._pinned(prompt)
-        for start in range(self._cache.length, len(identities), self._prefill_chunk):
-            chunk = slice(start, min(start + self._prefill_chunk, len(identities)))
-            feeds = self._feeds(prompt.token_ids[chunk], prompt.position_ids[:, chunk])
+        for start in range(self._cache.length, len(identities), self.prefill_chunk):
+            chunk = slice(start, min(start + self.prefill_chunk, len(identities)))
             visuals = []
             for visual, features in seen:
                 first, last = np.searchsorted(visual.token_indices, (start, chunk.stop))
@@ -368,34 +368,48 @@ class VisionLanguageModel:
                     tokens = visual.token_indices[first:last] - start
                     visuals.append(VisualRows(features, slice(first, last), tokens))
             with self._cache.appending(identities[chunk], pinned[chunk]) as placement:
-                outputs = self._session.prefill(feeds, placement, visuals)
+                tokens = self.new_tokens(prompt.token_ids[chunk], prompt.position_ids[:, chunk], placement, visuals)
+                outputs = self._session.step([tokens])
             yield outputs
 
     def _next(self, token: int, position: int, sampler: Sampler) -> int:
         """Run one more token; returns the one chosen after it."""
-        feeds = self._token_feeds(token, position)
         with self._cache.appending(np.array([token])) as placement:
+            tokens = self.next_tokens([token], [position], [placement])
             if not sampler.params.takes_likeliest:
-                logits = self._session.decode(feeds, placement)
+                logits = self._session.step(tokens)[bindings.LOGITS]
             else:
-                likeliest, logit = self._session.decode_greedy(feeds, placement)
+                ((likeliest, logit),) = self._session.greedy(tokens)
         if not sampler.params.takes_likeliest:
             return sampler(logits[0])
         check_finite(logit)
         return likeliest
 
-    def _token_feeds(self, token: int, position: int) -> dict[str, np.ndarray]:
-        """The decoder's inputs for one more token of text."""
-        return self._feeds([token], np.full((3, 1), position))
+    def next_tokens(
+        self, token_ids: Sequence[int], positions: Sequence[int], placements: Sequence[Placement]
+    ) -> list[NewTokens]:
+        """One more token of text of each of some sequences."""
+        cos, sin = rope_tables(np.tile(positions, (3, 1)), self.config.text)
+        embeds = self._embeddings[token_ids]
+        rows = (slice(row, row + 1) for row in range(len(token_ids)))
+        return [NewTokens(embeds[row], cos[row], sin[row], *at) for row, *at in zip(rows, placements, strict=True)]
 
-    def _feeds(self, token_ids: Sequence[int] | np.ndarray, position_ids: np.ndarray) -> dict[str, np.ndarray]:
-        """The decoder's inputs for tokens of text ``[n]`` at positions ``[3, n]``, until the next call."""
+    def new_tokens(
+        self,
+        token_ids: Sequence[int] | np.ndarray,
+        position_ids: np.ndarray,
+        placement: Placement,
+        visuals: Sequence[VisualRows] = (),
+    ) -> NewTokens:
+        """Tokens ``[n]`` of one sequence at positions ``[3, n]``, at most `prefill_chunk`, until the next call."""
         cos, sin = rope_tables(position_ids, self.config.text)
-        return {
-            bindings.INPUTS_EMBEDS: self._embeddings.read(token_ids, self._embeds[: len(token_ids)])[None],
-            bindings.ROPE_COS: cos[None],
-            bindings.ROPE_SIN: sin[None],
-        }
+        embeds = self._embeddings.read(token_ids, self._embeds[: len(token_ids)])
+        return NewTokens(embeds, cos, sin, placement, visuals)
+
+
+def pinned_slots(cache: CacheConfig) -> int:
+    """Slots that a model's cache has beside its window, at least, for pictures that stay."""
+    return PINNED_SLOTS if cache.pin_images else 0
 
 
 def _chosen_at_run_time(cache: CacheConfig, manifest: Manifest) -> CacheConfig:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -23,8 +24,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pascalvl.plugins.bench.timing import COLD_BYTES, Yardstick, open_libraries, seconds_in_turn
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kernels.library import AttentionArgs, KernelLibrary, Rows
-from pascalvl.plugins.kv_format import RowFormat
+from pascalvl.plugins.kernels.library import AttentionArgs, KernelLibrary
+from pascalvl.plugins.kernels.library import Rows as LibraryRows
+from pascalvl.plugins.kv_format import PAGE_SLOTS, RowFormat, pages_of
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 F32, F16, I8, I4 = RowFormat
@@ -52,8 +54,9 @@ LLAMA_CPP = {  # microseconds of llama.cpp's Pascal kernels (commit 0c1e5709) on
         )
     },
 }
-DECODES = ((1, 1024), (1, 4096), (1, 16384), (1, 32768), (4, 32768), (1, 131072))
-"""Sequences, and keys of each."""
+LONG, SHORT = 32768, 512
+DECODES = (*((keys,) for keys in (1024, 4096, 16384, 32768, 131072)), (4096,) * 8, (LONG, *[SHORT] * 7))
+"""Keys of each sequence."""
 PREFILLS = ((512, 1024), (512, 4096), (512, 16384), (2048, 2048), (2048, 4096), (2048, 16384))
 PREFILL_FORMATS = ("f32", "f16", "k8v8", "k8v4", "k4v4")
 PACKED = 16, 4096  # heads and patches
@@ -68,6 +71,7 @@ class Row:
     kernel: str
     queries: int
     kv: int
+    """Of the longest sequence."""
     error: float
     """Relative, against float64."""
     us: float
@@ -82,7 +86,9 @@ class Row:
     times_f16: float | None = None
     """How many times as fast as over a cache in f16."""
     batch: int | None = None
-    """Sequences, each of so many queries and keys; None: one."""
+    """Sequences; None: one."""
+    all_kv: int | None = None
+    """Of all sequences together; None: of one."""
     times_baseline: float | None = None
     """How many times as fast as the other library's kernel."""
 
@@ -111,27 +117,27 @@ class Bench:
 
     def attend(self, call: Call) -> torch.Tensor:
         """What a call gives, on the current stream: ``[batch * seq, heads, dim]``."""
-        out = torch.empty(call.batch * call.seq, call.heads, call.dim, device="cuda")
-        layer, new = call.layer, call.new
+        out = torch.empty(len(call.qkv), call.heads, call.dim, device="cuda")
+        pool, new = call.pool, call.new
         of_cache = {}
         if new:
             of_cache = {"new_rows": new.view(), "rotated": new.rotated}
             of_cache |= {"key_format": new.formats[0], "value_format": new.formats[1]}
-        if layer:
-            of_cache |= {"past": layer.view(), "capacity": layer.capacity, "past_length": call.past_length.data_ptr()}
+        if pool:
+            of_cache |= {"pool": pool.view(), "num_pages": pool.table.numel(), "sequence_pages": pool.table.shape[1]}
+            of_cache |= {"page_table": pool.table.data_ptr(), "past_length": pool.lengths.data_ptr()}
         args = AttentionArgs(
             qkv=call.qkv.data_ptr(),
             out=out.data_ptr(),
-            batch=call.batch,
+            cu_seqlens=call.cu_seqlens.data_ptr(),
+            tokens=len(call.qkv),
+            batch=len(call.cu_seqlens) - 1,
             num_heads=call.heads,
             num_kv_heads=call.kv_heads,
-            seq=call.seq,
             head_dim=call.dim,
             value_dim=call.dim,
             softmax_scale=call.dim**-0.5,
             causal=bool(new),
-            cu_seqlens=None if call.cu_seqlens is None else call.cu_seqlens.data_ptr(),
-            num_sequences=0 if call.cu_seqlens is None else len(call.cu_seqlens) - 1,
             **of_cache,
         )
         size = self.library.attention_workspace(args)
@@ -164,13 +170,12 @@ class Bench:
         return {"floor_us": 1e6 * floor, "tflops": 2 * rate / 1e12, "of_sgemm": rate / self.sgemm}
 
 
-class Layer:
-    """One layer's rows on the GPU, at random; the heads of several sequences follow one another."""
+class Rows:
+    """Keys and values of one layer on the GPU, at random, ``[*lead, row]``."""
 
-    def __init__(self, library: KernelLibrary, name: str, capacity: int, batch: int = 1) -> None:
-        self.formats, self.capacity, self.batch = FORMATS[name], capacity, batch
+    def __init__(self, library: KernelLibrary, name: str, *lead: int) -> None:
+        self.formats = FORMATS[name]
         self.rotated = self.formats[0].is_quantised
-        lead = (batch * KV_HEADS, capacity)
         self.rows = [
             torch.empty(*lead, library.row_bytes(f, DIM), dtype=torch.uint8, device="cuda") for f in self.formats
         ]
@@ -186,16 +191,17 @@ class Layer:
         for which, form in enumerate(self.formats):
             self.scales[..., which] = unit.get(form, 0)
 
-    def bytes_read(self, length: int) -> int:
-        per_token = sum(rows.shape[-1] + 2 * f.is_quantised for rows, f in zip(self.rows, self.formats, strict=True))
-        return self.batch * KV_HEADS * length * per_token
+    @property
+    def bytes_per_token(self) -> int:
+        parts = zip(self.rows, self.formats, strict=True)
+        return KV_HEADS * sum(rows.shape[-1] + 2 * f.is_quantised for rows, f in parts)
 
-    def view(self) -> Rows:
-        return Rows(key=self.rows[0].data_ptr(), value=self.rows[1].data_ptr(), scale=self.scales.data_ptr())
+    def view(self) -> LibraryRows:
+        return LibraryRows(key=self.rows[0].data_ptr(), value=self.rows[1].data_ptr(), scale=self.scales.data_ptr())
 
-    def contents(self, which: int, length: int) -> torch.Tensor:
-        """Keys (0) or values (1) as the kernels understand them, float64 ``[batch * KV_HEADS, length, DIM]``."""
-        rows, form = self.rows[which][:, :length], self.formats[which]
+    def contents(self, which: int, *place: object) -> torch.Tensor:
+        """Keys (0) or values (1) as the kernels understand them, float64 ``[..., DIM]``, of an index of the lead."""
+        rows, form = self.rows[which][place], self.formats[which]
         if form is F32:
             return rows.view(torch.float32).double()
         if form is F16:
@@ -205,11 +211,31 @@ class Layer:
         else:
             words = rows.unflatten(-1, (-1, 4))
             codes = torch.cat([words & 15, words >> 4], -1).flatten(-2).double() - 8
-        return codes * self.scales[:, :length, which, None].double()
+        return codes * self.scales[place][..., which, None].double()
 
     def queries(self, q: torch.Tensor) -> torch.Tensor:
         """What meets the keys, in float64: where those are rotated and quantised, so are queries."""
         return rounded_to_int8(hadamard(q)) if self.rotated else q.double()
+
+
+class Pool(Rows):
+    """The pasts of sequences, each in pages of an order of chance."""
+
+    def __init__(self, library: KernelLibrary, name: str, pasts: Sequence[int]) -> None:
+        pages = pages_of(max(pasts))
+        super().__init__(library, name, len(pasts) * pages, KV_HEADS, PAGE_SLOTS)
+        self.pasts = pasts
+        self.lengths = torch.tensor(pasts, dtype=torch.int32, device="cuda")
+        self.table = torch.randperm(len(pasts) * pages, device="cuda").int().view(len(pasts), pages)
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(self.pasts) * self.bytes_per_token
+
+    def past(self, which: int, sequence: int) -> torch.Tensor:
+        """Of a sequence, as `contents`: ``[KV_HEADS, past, DIM]``."""
+        pages = self.contents(which, self.table[sequence].long())  # [pages, KV_HEADS, slots, DIM]
+        return pages.transpose(0, 1).flatten(1, 2)[:, : self.pasts[sequence]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,27 +243,25 @@ class Call:
     """Arguments of a call of the op."""
 
     qkv: torch.Tensor
-    """``[batch * seq, (heads + 2 * kv_heads) * dim]``."""
-    batch: int
+    """``[tokens, (heads + 2 * kv_heads) * dim]``."""
+    cu_seqlens: torch.Tensor
     heads: int
     kv_heads: int
     dim: int
-    new: Layer | None = None
+    new: Rows | None = None
     """Where new rows go; None: it is not causal."""
-    layer: Layer | None = None
+    pool: Pool | None = None
     """The past; None: there is none."""
-    past_length: torch.Tensor | None = None
-    cu_seqlens: torch.Tensor | None = None
-
-    @property
-    def seq(self) -> int:
-        return len(self.qkv) // self.batch
 
 
-def packed(batch: int, *parts: torch.Tensor) -> torch.Tensor:
-    """q, k and v ``[batch * heads, seq, dim]`` as the projection gives them, ``[batch * seq, width]``."""
-    rows = [x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2) for x in parts]
-    return torch.cat(rows, -1).flatten(0, 1)
+def packed(*parts: torch.Tensor) -> torch.Tensor:
+    """q, k and v ``[heads, tokens, dim]`` as the projection gives them, ``[tokens, width]``."""
+    return torch.cat([x.transpose(0, 1).flatten(1) for x in parts], -1)
+
+
+def bounds(*lengths: int) -> torch.Tensor:
+    """cu_seqlens of sequences with so many tokens."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
 
 
 def rounded_to_int8(x: torch.Tensor) -> torch.Tensor:
@@ -279,35 +303,36 @@ def checked(what: str, found: torch.Tensor, expected: torch.Tensor, length: int)
     return error
 
 
-def past_and_new(bench: Bench, name: str, queries: int, total: int, batch: int = 1) -> tuple[Call, float]:
-    """A call over a layer that holds all tokens but the last ``queries``, and its error."""
-    past = total - queries
-    q = torch.randn(batch * HEADS, queries, DIM, device="cuda")
-    k, v = (torch.randn(batch * KV_HEADS, queries, DIM, device="cuda") for _ in range(2))
-    layer = Layer(bench.library, name, past, batch) if past else None
-    new = Layer(bench.library, name, queries, batch)
-    length = torch.full((batch,), past, dtype=torch.int32, device="cuda")
-    call = Call(packed(batch, q, k, v), batch, HEADS, KV_HEADS, DIM, new, layer, length)
-    found = bench.attend(call)
-    keys, values = (
-        torch.cat([*([layer.contents(i, past)] if layer else []), new.contents(i, queries)], 1) for i in range(2)
-    )
-    expected = reference(new.queries(q), keys, values, past)  # [queries, batch * heads, dim]
-    if batch > 1:  # of one query each
-        expected = expected.view(batch, HEADS, DIM)
-    return call, checked(f"{'decode' if queries == 1 else 'prefill'} {name}", found, expected, total)
+def past_and_new(bench: Bench, name: str, queries: int, totals: Sequence[int]) -> tuple[Call, float]:
+    """A call over a pool that holds all tokens of sequences but the last ``queries`` of each, and its error."""
+    pasts, batch = [total - queries for total in totals], len(totals)
+    q = torch.randn(HEADS, batch * queries, DIM, device="cuda")
+    k, v = (torch.randn(KV_HEADS, batch * queries, DIM, device="cuda") for _ in range(2))
+    pool = Pool(bench.library, name, pasts) if max(pasts) else None
+    new = Rows(bench.library, name, KV_HEADS, batch * queries)
+    call = Call(packed(q, k, v), bounds(*[queries] * batch), HEADS, KV_HEADS, DIM, new, pool)
+    found, met, expected = bench.attend(call), new.queries(q), []
+    for number, past in enumerate(pasts):
+        own = slice(number * queries, (number + 1) * queries)
+        keys, values = (
+            torch.cat([*([pool.past(i, number)] if pool else []), new.contents(i)[:, own]], 1) for i in range(2)
+        )
+        expected.append(reference(met[:, own], keys, values, past))
+    what = f"{'decode' if queries == 1 else 'prefill'} {name}"
+    return call, checked(what, found, torch.cat(expected), max(totals))
 
 
 def decode(bench: Bench) -> Iterator[Row]:
-    for batch, total in ((2, 300),) if bench.quick else DECODES:
+    for totals in ((300, 40),) if bench.quick else DECODES:
         f16_us = None
         for name in FORMATS:
-            call, error = past_and_new(bench, name, 1, total, batch)
-            size = call.layer.bytes_read(total - 1)
+            call, error = past_and_new(bench, name, 1, totals)
+            size = call.pool.bytes_read
             more = 0 if bench.quick else min(63, COLD_BYTES // size)
-            layers = [call.layer, *(Layer(bench.library, name, total - 1, batch) for _ in range(more))]
-            us, times = bench.time([partial(bench.attend, dataclasses.replace(call, layer=layer)) for layer in layers])
-            row = Row(f"decode {name}", 1, total, error, us, batch=batch, times_baseline=times)
+            pools = [call.pool, *(Pool(bench.library, name, call.pool.pasts) for _ in range(more))]
+            us, times = bench.time([partial(bench.attend, dataclasses.replace(call, pool=pool)) for pool in pools])
+            several = {"batch": len(totals), "all_kv": sum(totals)} if len(totals) > 1 else {}
+            row = Row(f"decode {name}", 1, max(totals), error, us, **several, times_baseline=times)
             if not bench.quick:
                 row.read_us, row.gb_per_s = 1e6 * size / bench.yardstick.read_rate(size), size / us / 1e3
                 f16_us = us if name == "f16" else f16_us
@@ -318,7 +343,7 @@ def decode(bench: Bench) -> Iterator[Row]:
 def prefill(bench: Bench) -> Iterator[Row]:
     for name in PREFILL_FORMATS:
         for queries, total in ((20, 150),) if bench.quick else PREFILLS:
-            call, error = past_and_new(bench, name, queries, total)
+            call, error = past_and_new(bench, name, queries, [total])
             us, times = bench.time([partial(bench.attend, call)] * 3)
             pairs = queries * (queries + 1) / 2 + queries * (total - queries)
             rates = bench.rates(HEADS * DIM * 2 * pairs, us, HEADS * DIM * pairs if call.new.rotated else 0)
@@ -329,8 +354,7 @@ def vision(bench: Bench) -> Iterator[Row]:
     heads, seq = (2, 300) if bench.quick else PACKED
     for dim in (64, 72):
         q, k, v = (torch.randn(heads, seq, dim, device="cuda") for _ in range(3))
-        ends = torch.tensor([0, seq], dtype=torch.int32, device="cuda")
-        call = Call(packed(1, q, k, v), 1, heads, heads, dim, cu_seqlens=ends)
+        call = Call(packed(q, k, v), bounds(seq), heads, heads, dim)
         kernel = f"vision {dim}"
         error = checked(kernel, bench.attend(call), reference(q, k, v, None), seq)
         us, times = bench.time([partial(bench.attend, call)] * 3)
@@ -342,8 +366,8 @@ def curve(bench: Bench) -> Iterator[dict]:
     """Time and peak memory of causal attention of a whole prompt, in FP32, ours and PyTorch's, by length."""
 
     def ours(q, k, v):
-        new = Layer(bench.library, "f32", q.shape[1])
-        return bench.attend(Call(packed(1, q, k, v), 1, HEADS, KV_HEADS, DIM, new))
+        new = Rows(bench.library, "f32", KV_HEADS, q.shape[1])
+        return bench.attend(Call(packed(q, k, v), bounds(q.shape[1]), HEADS, KV_HEADS, DIM, new))
 
     def torch_with(backend):
         def attend(q, k, v):

@@ -13,12 +13,12 @@ extern "C" __global__ void __launch_bounds__(kPrefillThreads, 2)
   p.head_dim = k;
   p.group = 1;
   p.scale_log2 = 1;
-  const Source source{reinterpret_cast<const unsigned char*>(b), nullptr, nullptr, 4 * k, 0, n};
+  const Source source{reinterpret_cast<const unsigned char*>(b), nullptr, nullptr, 4 * k, 0};
   const int first = blockIdx.x * T::kKeys;
   Prefill<128> tile;
   tile.begin(p, blockIdx.y * T::kRows, gridDim.y * T::kRows, 0);
   float product[kRowsPerThread][kKeysPerThread];
-  tile.scores<kFloat32>(p, reinterpret_cast<const unsigned char*>(a), source, first, shared, product);
+  tile.scores<kFloat32>(p, reinterpret_cast<const unsigned char*>(a), source, first, T::kKeys, shared, product);
 #pragma unroll
   for (int i = 0; i < kRowsPerThread; ++i) {
     float* row = c + (long long)(tile.first_row + tile.row0 + i) * n + first + 4 * tile.column;

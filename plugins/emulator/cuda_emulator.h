@@ -421,6 +421,14 @@ inline int __any_sync(unsigned lanes, int value) {
   return any;
 }
 
+inline unsigned __ballot_sync(unsigned lanes, int value) {
+  unsigned ballot = unsigned(value != 0) << emulator::self->place.index % emulator::kWarpSize;
+  for (int mask = 1; mask < int(emulator::kWarpSize); mask *= 2) ballot |= __shfl_xor_sync(lanes, ballot, mask);
+  return ballot;
+}
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
 template <typename T>
 T __ldg(const T* p) {
   return *p;

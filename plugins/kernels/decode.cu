@@ -14,6 +14,7 @@
 // The past is cut into splits on the device, by past_length: no length passes through the host. The first split takes
 // the new token too, as the cache will have it. Softmax statistics in FP32, merged at the end.
 #include "plugins/kernels/kernels.h"
+#include "plugins/kernels/sequences.cuh"
 #include "plugins/kernels/softmax.cuh"
 
 namespace pascalvl {
@@ -88,19 +89,19 @@ __device__ __forceinline__ void unpack(const unsigned* words, float* elements) {
   }
 }
 
-// Loads a lane's part of rows t, t + kAtOnce and on of a tile whose first key is `first`; the last one before `end` for
-// those beyond it.
+// Loads a lane's part of rows t, t + kAtOnce and on of a tile, of which there are `count`; the last one for those
+// beyond.
 template <int kTile, int kAtOnce, int kWords>
-__device__ __forceinline__ void load_rows(const unsigned char* rows, int pitch, int end, int first, int t,
+__device__ __forceinline__ void load_rows(const unsigned char* rows, int pitch, int count, int t,
                                           unsigned (*words)[kWords]) {
-  if (first + kTile <= end) {
-    const unsigned char* at = rows + (long long)t * pitch;
+  if (count >= kTile) {
+    const unsigned char* at = rows + t * pitch;
 #pragma unroll
     for (int i = 0; i < kTile / kAtOnce; ++i, at += kAtOnce * pitch) load_words<kWords>(at, words[i]);
   } else {
 #pragma unroll
     for (int i = 0; i < kTile / kAtOnce; ++i) {
-      load_words<kWords>(rows + (long long)min2(t + i * kAtOnce, end - 1) * pitch, words[i]);
+      load_words<kWords>(rows + min2(t + i * kAtOnce, count - 1) * pitch, words[i]);
     }
   }
 }
@@ -186,15 +187,15 @@ __device__ __forceinline__ float load_element(const unsigned char* row, int d) {
   return float(row[d / 8 * 4 + d % 4] >> d % 8 / 4 * 4 & 0xf) - 8;
 }
 
-// Puts the group's queries into shared memory, and the scores of the new token, whose key is `new_key`. A warp takes a
-// head.
+// Puts the group's queries of a token into shared memory, and the scores of that token, whose key is `new_key`. A warp
+// takes a head.
 template <int kGroup, int kKeyFormat>
-__device__ __forceinline__ void prepare_queries(const AttentionParams& p, const unsigned char* new_key,
+__device__ __forceinline__ void prepare_queries(const AttentionParams& p, int token, const unsigned char* new_key,
                                                 const unsigned* new_scale, DecodeShared<kGroup>& shared) {
   const int lane = threadIdx.x % kWarp, d = 4 * lane;
   const bool inside = d < p.head_dim;
   for (int g = threadIdx.x / kWarp; g < kGroup; g += kDecodeWarps) {
-    const long long row = (long long)blockIdx.z * p.num_heads + blockIdx.y * kGroup + g;
+    const long long row = (long long)(blockIdx.y * kGroup + g) * p.tokens + token;
     if constexpr (is_quantised(kKeyFormat)) {
       const unsigned q = reinterpret_cast<const unsigned*>(p.q)[row * (kCodeRow / 4) + lane];
       const unsigned k = inside ? load_codes<kKeyFormat>(new_key, d) : 0;
@@ -242,15 +243,19 @@ __device__ __forceinline__ void decode(const AttentionParams& p, DecodeShared<kG
 
   const int head = blockIdx.y, sequence = blockIdx.z;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int past = clamped(p.past_length[sequence], 0, p.capacity);
-  float* partial = p.partial + (((long long)sequence * p.num_heads + head * kGroup) * p.splits + blockIdx.x) *
+  const int past = past_of(p, sequence);  // on its way with the bounds
+  const Tokens tokens = tokens_of(p.cu_seqlens, sequence, p.tokens);
+  const bool is_step = p.tokens <= p.batch;  // of one token each; else sequences of more are prefill's
+  if (tokens.length < 1 || (tokens.length > 1 && !is_step)) return;
+  const int state_row = is_step ? tokens.begin : sequence;  // where the merge need not ask whose a token is
+  float* partial = p.partial + (((long long)state_row * p.num_heads + head * kGroup) * p.splits + blockIdx.x) *
                                    partial_pitch(p.value_dim);
   const long long partial_stride = (long long)p.splits * partial_pitch(p.value_dim);  // between heads
   auto state_at = [&](int g) { return reinterpret_cast<SoftmaxState*>(partial + g * partial_stride + p.value_dim); };
 
-  // This block's keys lie in slots begin to last.
-  const int share = max2(ceil_div(ceil_div(past, p.splits), kLeastKeys), 1) * kLeastKeys;
-  const int begin = blockIdx.x * share, end = min2(begin + share, past), last = end - 1;
+  // This block's keys lie in slots begin to end.
+  const int share = decode_share(past, p.splits);
+  const int begin = blockIdx.x * share, end = min2(begin + share, past);
   const bool has_new = blockIdx.x == 0;
   if (begin >= end && !has_new) {
     if (threadIdx.x < kGroup) *state_at(threadIdx.x) = SoftmaxState::init();
@@ -264,31 +269,34 @@ __device__ __forceinline__ void decode(const AttentionParams& p, DecodeShared<kG
 
   // Tiles are loaded ahead: keys once the last ones' scores are done, values once the last ones are used.
   const int key_lane = lane % Keys::kLanes, value_lane = lane % Values::kLanes;
-  const long long kv = (long long)sequence * p.num_kv_heads + head, first_slot = kv * p.capacity;
   const int key_row = row_bytes(kKeyFormat, p.head_dim), value_row = row_bytes(kValueFormat, p.value_dim);
   // Lanes beyond a row read its end: their queries are zero, and their output is not written.
-  const unsigned char* keys = p.past.key + first_slot * key_row + min2(key_lane * Keys::kBytes, key_row - Keys::kBytes);
-  const unsigned char* values =
-      p.past.value + first_slot * value_row + min2(value_lane * Values::kBytes, value_row - Values::kBytes);
+  const int key_byte = min2(key_lane * Keys::kBytes, key_row - Keys::kBytes);
+  const int value_byte = min2(value_lane * Values::kBytes, value_row - Values::kBytes);
   unsigned key_words[kKeyLoads][Keys::kWords], value_words[kValueLoads][Values::kWords];
   unsigned scale_words[kOwn];
-  auto own_key = [&](int first, int i) { return first + (own_load + i) * Keys::kAtOnce + lane / Keys::kLanes; };
-  auto load_keys = [&](int first) {
-    load_rows<kTile, Keys::kAtOnce>(keys, key_row, end, first, first + lane / Keys::kLanes, key_words);
+  auto own_key = [&](int i) { return (own_load + i) * Keys::kAtOnce + lane / Keys::kLanes; };  // of the tile's
+  // A tile lies within a page: its rows follow each other, from number `row` of the pool on.
+  auto load_keys = [&](int row, int count) {
+    load_rows<kTile, Keys::kAtOnce>(p.pool.key + (long long)row * key_row + key_byte, key_row, count,
+                                    lane / Keys::kLanes, key_words);
     if (!kCodes) return;
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) scale_words[i] = p.past.scale[first_slot + min2(own_key(first, i), last)];
+    for (int i = 0; i < kOwn; ++i) scale_words[i] = p.pool.scale[row + min2(own_key(i), count - 1)];
   };
-  auto load_values = [&](int first) {
-    load_rows<kTile, Values::kAtOnce>(values, value_row, end, first, first + lane / Values::kLanes, value_words);
+  auto load_values = [&](int row, int count) {
+    load_rows<kTile, Values::kAtOnce>(p.pool.value + (long long)row * value_row + value_byte, value_row, count,
+                                      lane / Values::kLanes, value_words);
   };
   int first = begin + warp * kTile;
   if (first < end) {
-    load_keys(first);
-    load_values(first);
+    const int row = slot_row(p, sequence, head, first);
+    load_keys(row, end - first);
+    load_values(row, end - first);
   }
-  const unsigned* new_scale = kCodes ? p.added.scale + kv : nullptr;
-  prepare_queries<kGroup, kKeyFormat>(p, p.added.key + kv * key_row, new_scale, shared);
+  const long long added = (long long)head * p.tokens + tokens.begin;
+  const unsigned* new_scale = kCodes ? p.added.scale + added : nullptr;
+  prepare_queries<kGroup, kKeyFormat>(p, tokens.begin, p.added.key + added * key_row, new_scale, shared);
   __syncthreads();
 
   // This lane's part of the queries.
@@ -319,6 +327,7 @@ __device__ __forceinline__ void decode(const AttentionParams& p, DecodeShared<kG
 
   for (; first < end; first += kDecodeWarps * kTile) {
     const int next = first + kDecodeWarps * kTile;
+    const int next_row = next < end ? slot_row(p, sequence, head, next) : 0;
     Score dots[kScores];
 #pragma unroll
     for (int i = 0; i < kKeyLoads; ++i) {
@@ -356,14 +365,14 @@ __device__ __forceinline__ void decode(const AttentionParams& p, DecodeShared<kG
       scales[i] = kCodes ? own_scale * half_to_float(scale_words[i] & 0xffff) : own_scale;
       value_scale[i] = kCodes ? scale_words[i] >> 16 : 0;
     }
-    if (next < end) load_keys(next);
+    if (next < end) load_keys(next_row, end - next);
     SumScores::run(dots);
 
     // Softmax of the scores that this lane has: the maximum over all lanes that have scores of the same head.
     float score[kOwn], most = state.maximum;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      score[i] = own_key(first, i) < end ? float(dots[i] + own_bias) * scales[i] : kMasked;
+      score[i] = first + own_key(i) < end ? float(dots[i] + own_bias) * scales[i] : kMasked;
       most = max2(most, score[i]);
     }
 #pragma unroll
@@ -376,7 +385,7 @@ __device__ __forceinline__ void decode(const AttentionParams& p, DecodeShared<kG
     for (int i = 0; i < kOwn; ++i) {
       float probability = state.take(score[i]);
       if (kCodes) probability *= half_to_float(value_scale[i]);
-      if (lane % kCopies == 0) shared.probability[warp][own_key(0, i)][own_head] = probability;
+      if (lane % kCopies == 0) shared.probability[warp][own_key(i)][own_head] = probability;
     }
     if (tells) shared.factor[warp][own_head] = factor;
     __syncwarp();
@@ -401,7 +410,7 @@ __device__ __forceinline__ void decode(const AttentionParams& p, DecodeShared<kG
         for (int j = 0; j < Values::kElements; ++j) output[g * Values::kElements + j] += probability * v[j];
       }
     }
-    if (next < end) load_values(next);
+    if (next < end) load_values(next_row, end - next);
     __syncwarp();
   }
 
@@ -427,7 +436,7 @@ __device__ __forceinline__ void decode(const AttentionParams& p, DecodeShared<kG
   const int d = threadIdx.x;
   float new_value = 0;
   if (has_new && d < p.value_dim) {
-    new_value = load_element<kValueFormat>(p.added.value + kv * value_row, d);
+    new_value = load_element<kValueFormat>(p.added.value + added * value_row, d);
     if (kCodes) new_value *= half_to_float(*new_scale >> 16);
   }
 #pragma unroll
@@ -444,15 +453,25 @@ __device__ __forceinline__ void decode(const AttentionParams& p, DecodeShared<kG
   }
 }
 
-// Merges the splits of a query: the warps share them, a lane has 4 channels. Grid: (query heads, batch, seq).
+// Merges the splits of a query: the warps share them, a lane has 4 channels. Grid: (tokens, query heads).
 extern "C" __global__ void __launch_bounds__(kMergeThreads) merge_splits(const MergeParams p) {
   constexpr int kWarps = kMergeThreads / kWarp, kAtOnce = 5;  // splits whose loads are under way
   __shared__ SoftmaxState states[kWarps];
   __shared__ float4 values[kWarps][kWarp];
-  const long long row = ((long long)blockIdx.y * p.num_heads + blockIdx.x) * p.seq + blockIdx.z;
+  const int token = blockIdx.x, head = blockIdx.y;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, d = min2(4 * lane, p.value_dim - 4);
   const int pitch = partial_pitch(p.value_dim);
-  const float* partial = p.partial + row * p.splits * pitch;
+  const bool is_step = p.decoded && p.tokens <= p.batch;  // all of it decode's
+  // Padding becomes zeros: in a step in the end, when nothing waits for the bounds any more; else prefill has done it.
+  const int sequence = is_step ? 0 : sequence_of(p.cu_seqlens, p.batch, token);
+  const int end = is_step ? p.cu_seqlens[p.batch] : 0;
+  if (sequence == p.batch) return;
+  const bool is_decoded = is_step || (p.decoded && tokens_of(p.cu_seqlens, sequence, p.tokens).length == 1);
+  if (!is_decoded && !p.prefilled) return;  // it wrote them itself
+  const int splits = is_decoded ? p.decode_splits : p.prefill_splits;
+  const float* partial =
+      is_decoded ? p.decoded + ((long long)(is_step ? token : sequence) * p.num_heads + head) * splits * pitch
+                 : p.prefilled + ((long long)head * p.tokens + token) * splits * pitch;
   SoftmaxState state = SoftmaxState::init();
   float4 value = make_float4(0, 0, 0, 0);
   auto add = [&](const SoftmaxState& more_state, float4 more) {
@@ -460,16 +479,16 @@ extern "C" __global__ void __launch_bounds__(kMergeThreads) merge_splits(const M
     const float factor = state.merge(more_state);
     value.x += factor * more.x, value.y += factor * more.y, value.z += factor * more.z, value.w += factor * more.w;
   };
-  for (int first = warp; first < p.splits; first += kWarps * kAtOnce) {
+  for (int first = warp; first < splits; first += kWarps * kAtOnce) {
     SoftmaxState more_state[kAtOnce];
     float4 more[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int split = first + i * kWarps;
-      const float* at = partial + min2(split, p.splits - 1) * pitch;
+      const float* at = partial + min2(split, splits - 1) * pitch;
       more_state[i] = *reinterpret_cast<const SoftmaxState*>(at + p.value_dim);
       more[i] = *reinterpret_cast<const float4*>(at + d);
-      if (split >= p.splits) more_state[i].maximum = kLowest;
+      if (split >= splits) more_state[i].maximum = kLowest;
     }
     float most = state.maximum;
 #pragma unroll
@@ -490,9 +509,10 @@ extern "C" __global__ void __launch_bounds__(kMergeThreads) merge_splits(const M
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) add(states[i], values[i][lane]);
   const float inverse = state.normalise();
-  const long long out = ((long long)blockIdx.y * p.seq + blockIdx.z) * p.num_heads + blockIdx.x;
-  *reinterpret_cast<float4*>(p.out + out * p.value_dim + d) =
-      make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse);
+  const bool is_padding = is_step && token >= end;
+  *reinterpret_cast<float4*>(p.out + ((long long)token * p.num_heads + head) * p.value_dim + d) =
+      is_padding ? make_float4(0, 0, 0, 0)
+                 : make_float4(value.x * inverse, value.y * inverse, value.z * inverse, value.w * inverse);
 }
 
 #define DECODE(GROUP, KEY, VALUE)                                        \

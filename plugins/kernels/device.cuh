@@ -102,7 +102,8 @@ __device__ __forceinline__ float max_abs(float4 x) {
 
 __device__ __forceinline__ float max_of(float4 x) { return max2(max2(x.x, x.y), max2(x.z, x.w)); }
 
-__device__ __forceinline__ float warp_max(float x) {
+template <typename Value>
+__device__ __forceinline__ Value warp_max(Value x) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) x = max2(x, __shfl_xor_sync(kAllLanes, x, mask));
   return x;

@@ -43,10 +43,10 @@ class AttentionArgs(_Struct):
     _fields_ = (
         *_fields(ctypes.c_void_p, "qkv q_norm k_norm rope_cos rope_sin out"),
         ("new_rows", Rows),
-        ("past", Rows),
-        *_fields(ctypes.c_void_p, "past_length past_visible cu_seqlens"),
-        *_fields(ctypes.c_int32, "batch num_heads num_kv_heads seq head_dim value_dim"),
-        *_fields(ctypes.c_int32, "key_format value_format capacity rotated causal num_sequences"),
+        ("pool", Rows),
+        *_fields(ctypes.c_void_p, "cu_seqlens past_length page_table past_visible"),
+        *_fields(ctypes.c_int32, "tokens batch num_heads num_kv_heads head_dim value_dim"),
+        *_fields(ctypes.c_int32, "key_format value_format num_pages sequence_pages rotated causal"),
         *_fields(ctypes.c_float, "softmax_scale epsilon"),
     )
 
@@ -54,7 +54,7 @@ class AttentionArgs(_Struct):
 class AppendLayer(_Struct):
     """``pascalvl_append_layer``."""
 
-    _fields_ = (("new_rows", Rows), ("cache", Rows), *_fields(ctypes.c_int32, "key_row value_row"))
+    _fields_ = (("new_rows", Rows), ("pool", Rows), *_fields(ctypes.c_int32, "key_row value_row"))
 
 
 class AppendArgs(_Struct):
@@ -62,7 +62,7 @@ class AppendArgs(_Struct):
 
     _fields_ = (
         *_fields(ctypes.c_void_p, "layers slots"),
-        *_fields(ctypes.c_int32, "num_layers batch num_kv_heads seq capacity"),
+        *_fields(ctypes.c_int32, "num_layers num_kv_heads tokens num_pages"),
     )
 
     @classmethod
@@ -150,5 +150,5 @@ class KernelLibrary:
         self._call("pascalvl_greedy", pointers[0], rows, vocab_size, *pointers[1:])
 
     def kv_append(self, args: AppendArgs, stream: int = 0) -> None:
-        """Launch the writing of new keys and values into the caches of all layers."""
+        """Launch the writing of new keys and values into the pools of all layers."""
         self._call("pascalvl_kv_append", ctypes.byref(args), ctypes.c_void_p(stream))

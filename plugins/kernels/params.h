@@ -28,8 +28,11 @@ PASCALVL_BOTH_SIDES constexpr int row_bytes(int format, int dim) {
 
 PASCALVL_BOTH_SIDES constexpr bool is_quantised(int format) { return format == kInt8 || format == kInt4; }
 
-// Keys and values of one layer, [batch, num_kv_heads, capacity, row_bytes], and where they are quantised a word for
-// each key and value, [batch, num_kv_heads, capacity]: the key's scale in its lower half, the value's in its upper one.
+constexpr int kPageSlots = 128;  // of a page of the cache, a token each
+
+// Keys and values of one layer: rows of bytes, and where they are quantised a word for each key and value, the key's
+// scale in its lower half, the value's in its upper one. New ones are [num_kv_heads, tokens], those of a pool of pages
+// [num_pages, num_kv_heads, kPageSlots].
 struct Rows {
   unsigned char* key;
   unsigned char* value;
@@ -40,16 +43,15 @@ struct Rows {
 // and rotated by their positions (RoPE); those that meet quantised keys also by the orthonormal Hadamard matrix of 128,
 // if `rotated`, and queries quantised to int8. Keys and values go to their rows.
 struct PrologueParams {
-  const float* qkv;     // [batch, seq, num_heads * head_dim + num_kv_heads * (head_dim + value_dim)]
+  const float* qkv;     // [tokens, num_heads * head_dim + num_kv_heads * (head_dim + value_dim)]
   const float* q_norm;  // [head_dim]; null: no norm
   const float* k_norm;
-  const float* rope_cos;  // [batch, seq, head_dim]; null: no RoPE
+  const float* rope_cos;  // [tokens, head_dim]; null: no RoPE
   const float* rope_sin;
-  unsigned char* q;  // [batch, num_heads, seq]: floats [head_dim], or kCodeRow codes, zeros beyond head_dim
+  unsigned char* q;  // [num_heads, tokens]: floats [head_dim], or kCodeRow codes, zeros beyond head_dim
   float* q_scale;    // of codes, one a row
-  Rows to;           // capacity: seq
-  long long tokens;  // batch * seq
-  int seq;
+  Rows to;
+  int tokens;
   int num_heads;
   int num_kv_heads;
   int head_dim;
@@ -60,29 +62,31 @@ struct PrologueParams {
   bool rotated;
 };
 
-// Attention of q over the past in the cache and the new keys and values, which are in the cache's format too; see
+// Attention of q over the past in a pool of pages and the new keys and values, which are in the cache's format too; see
 // pascalvl.h for shapes.
 struct AttentionParams {
   const unsigned char* q;  // as the prologue leaves them
   const float* q_scale;
-  Rows past;
-  Rows added;  // capacity: seq
+  Rows pool;
+  Rows added;
   float* out;
-  int capacity;             // of the past
+  const int* cu_seqlens;    // [batch + 1]
   const int* past_length;   // [batch]; null: no past
-  const int* past_visible;  // [batch, capacity]; null: all of the past is seen; only prefill reads it
-  const int* cu_seqlens;    // [num_sequences + 1]; only where packed
-  int num_sequences;
+  const int* page_table;    // [batch, sequence_pages]
+  const int* past_visible;  // [batch, sequence_pages * kPageSlots]; null: all of the past is seen; prefill reads it
+  int tokens;
+  int batch;
+  int num_pages;
+  int sequence_pages;
   int num_heads;
   int num_kv_heads;
   int group;  // query heads of a kv head
-  int seq;
   int head_dim;
   int value_dim;
   float scale_log2;  // softmax_scale * log2(e): exponentials are powers of two
-  // Causal: into how many the past is cut, see MergeParams; a single one writes `out` itself.
-  float* partial;
-  int splits;
+  float* partial;    // see MergeParams; of prefill null where a single split writes `out` itself
+  int splits;        // into how many a past is cut, at most
+  bool decodes;      // of prefill: whether sequences of one token are decode's
 };
 
 constexpr int kCodeRow = 128;  // bytes of a row of quantised queries
@@ -98,42 +102,47 @@ PASCALVL_BOTH_SIDES constexpr int prefill_keys(int value_dim) { return value_dim
 constexpr int kDecodeWarps = 4;
 constexpr int kDecodeThreads = 32 * kDecodeWarps;
 constexpr int kMergeThreads = 256;
-constexpr int kLeastKeys = 64;  // of a decode split
+constexpr int kLeastKeys = 128;  // of a decode split: a tile for each warp
+constexpr int kLongPast = 8 * kLeastKeys;
 constexpr int kMaxSplits = 512;
 
 // Floats of what a split leaves: rows start on 16-byte boundaries.
 PASCALVL_BOTH_SIDES constexpr int partial_pitch(int value_dim) { return value_dim + 4; }
 
-// What splits of the past leave, and where their merge goes.
+// What splits of the past leave, rows of unnormalised output, maximum and sum, and where their merge goes.
 struct MergeParams {
-  const float* partial;  // [batch, num_heads, seq, splits, partial_pitch]: unnormalised output, maximum, sum
-  float* out;            // [batch, seq, num_heads, value_dim]
+  const float* decoded;    // [batch, num_heads, decode_splits, partial_pitch], in a step by token, else by sequence;
+                           // null: there was no decode
+  const float* prefilled;  // [num_heads, tokens, prefill_splits, partial_pitch]; null: prefill had one split, or none
+  float* out;              // [tokens, num_heads, value_dim]
+  const int* cu_seqlens;   // [batch + 1]
+  int tokens;
+  int batch;
   int num_heads;
-  int seq;
   int value_dim;
-  int splits;
+  int decode_splits;
+  int prefill_splits;
 };
 
 constexpr int kAppendLayers = 64;  // of a launch of kv_append: as many as fit its params
 
-// A layer's new rows, and its cache, in the same format.
+// A layer's new rows, and its pool, in the same format.
 struct AppendLayer {
-  const unsigned char* new_key;    // [batch, num_kv_heads, seq, key_row]
-  const unsigned char* new_value;  // [batch, num_kv_heads, seq, value_row]
-  const unsigned* new_scale;       // [batch, num_kv_heads, seq], or null
-  Rows to;
-  int key_row;  // bytes
+  const unsigned char* new_key;    // [num_kv_heads, tokens, key_row]
+  const unsigned char* new_value;  // [num_kv_heads, tokens, value_row]
+  const unsigned* new_scale;       // [num_kv_heads, tokens], or null
+  Rows to;                         // a pool
+  int key_row;                     // bytes
   int value_row;
 };
 
-// Copies the new rows of all layers into their caches.
+// Copies the new rows of all layers into their pools.
 struct AppendParams {
   AppendLayer layers[kAppendLayers];
-  const int* slots;  // [batch, seq]: where each token goes; negative: nowhere
-  int batch;
+  const int* slots;  // [tokens]: where each goes, page * kPageSlots + slot; negative: nowhere
   int num_kv_heads;
-  int seq;
-  int capacity;
+  int tokens;
+  int num_pages;
 };
 static_assert(sizeof(AppendParams) <= 4096, "what a kernel takes");
 

@@ -29,19 +29,21 @@ enum pascalvl_status {
 // How large sizes may be: far more than models have, and so little that no number of elements, bytes or blocks that a
 // call takes overflows, here or in a kernel.
 enum pascalvl_limit {
-  PASCALVL_MAX_SIZE = 1 << 24,  // tokens, slots, features, entries of a vocabulary, rows of logits
-  PASCALVL_MAX_GRID = 65535,    // what CUDA counts blocks of in 16 bits: batch, heads, layers, rows of a linear layer,
-                                // tiles of 64 rows (128 with values of up to 72 channels) of a kv head in prefill
-  PASCALVL_MAX_ROWS = 1 << 30,  // rows of q, and new ones of a layer: batch * heads * seq
+  PASCALVL_MAX_SIZE = 1 << 24,  // tokens, pages, features, entries of a vocabulary, rows of logits
+  PASCALVL_MAX_GRID = 65535,    // what CUDA counts blocks of in 16 bits: sequences, heads, layers, rows of a linear
+                              // layer, tiles of 64 rows (128 with values of up to 72 channels) of a kv head in prefill
+  PASCALVL_MAX_ROWS = 1 << 30,  // rows of q, new ones of a layer, and its pool's: heads * tokens or slots
 };
+
+#define PASCALVL_PAGE_SLOTS 128  // of a page of the cache: tokens
 
 #define PASCALVL_MAX_SOFTMAX_SCALE 1e6f  // or its negative
 
 enum pascalvl_format { PASCALVL_FLOAT32 = 0, PASCALVL_FLOAT16 = 1, PASCALVL_INT8 = 2, PASCALVL_INT4 = 3 };
 
-// Keys and values of one layer: rows [batch, num_kv_heads, capacity, row bytes], see params.h; of quantised formats
-// also a word for each key and value, [batch, num_kv_heads, capacity]: the key's scale, a half, in its lower half, the
-// value's in its upper one.
+// Keys and values of one layer: rows of bytes, see params.h; of quantised formats also a word for each key and value,
+// the key's scale, a half, in its lower half, the value's in its upper one. New ones are [num_kv_heads, tokens, row], a
+// pool's [num_pages, num_kv_heads, PASCALVL_PAGE_SLOTS, row].
 typedef struct {
   void* key;
   void* value;
@@ -52,28 +54,35 @@ typedef struct {
 // and keys are first normed (RMS, over a head) and rotated by their positions (RoPE: element i and the one head_dim / 2
 // further on make a pair). Query head h reads kv head h / (num_heads / num_kv_heads).
 //
+// Tokens of several sequences lie one behind the other: number b has those from cu_seqlens[b] to before cu_seqlens[b +
+// 1].
+//
 // Causal: the new keys and values come out in the cache's format, and attention reads them so, as it does the past's.
-// Queries that meet quantised keys are quantised to int8, scale the largest magnitude / 127. New token i of sequence b
-// sees the new tokens up to itself and, of the first past_length[b] slots of the cache, those of which past_visible is
-// more than i.
-// Not causal: `seq` tokens of batch 1, cut into num_sequences by cu_seqlens [num_sequences + 1]; each sees its own.
+// Queries that meet quantised keys are quantised to int8, scale the largest magnitude / 127. A sequence's past lies in
+// past_length[b] slots of the pages that page_table names: slot s is slot s % 128 of page page_table[b][s / 128]. Its
+// new token i sees its new tokens up to itself and, of these slots, those of which past_visible is more than i. Tokens
+// from cu_seqlens[batch] on are padding, of which zeros come out. A call of as many tokens as sequences, with a past
+// and without past_visible, is a decode step: there, of a sequence of several, only the first one means anything. Not
+// causal: a token sees all of its own sequence.
 typedef struct {
-  const float* qkv;       // [batch, seq, num_heads * head_dim + num_kv_heads * (head_dim + value_dim)]: q, k, v
+  const float* qkv;       // [tokens, num_heads * head_dim + num_kv_heads * (head_dim + value_dim)]: q, k, v
   const float* q_norm;    // [head_dim]; null: queries are not normed
   const float* k_norm;    // [head_dim]; null: keys are not
-  const float* rope_cos;  // [batch, seq, head_dim]; null: nothing is rotated by positions
+  const float* rope_cos;  // [tokens, head_dim]; null: nothing is rotated by positions
   const float* rope_sin;
-  float* out;                   // [batch, seq, num_heads, value_dim]
-  pascalvl_rows new_rows;       // capacity: seq; causal
-  pascalvl_rows past;           // not read where there is none
-  const int32_t* past_length;   // [batch], at most capacity each; null: no past
-  const int32_t* past_visible;  // [batch, capacity]; null: every slot is seen. A single token takes longer with than
-                                // without: better keep only what it sees.
-  const int32_t* cu_seqlens;
-  int32_t batch, num_heads, num_kv_heads, seq, head_dim, value_dim;
-  int32_t key_format, value_format, capacity;  // of the cache
+  float* out;                   // [tokens, num_heads, value_dim]
+  pascalvl_rows new_rows;       // causal
+  pascalvl_rows pool;           // not read where there is no past
+  const int32_t* cu_seqlens;    // [batch + 1]
+  const int32_t* past_length;   // [batch]; null: no past
+  const int32_t* page_table;    // [batch, sequence_pages]
+  const int32_t* past_visible;  // [batch, sequence_pages * 128]; null: every slot is seen. A single token takes longer
+                                // with than without: better keep only what it sees.
+  int32_t tokens, batch, num_heads, num_kv_heads, head_dim, value_dim;
+  int32_t key_format, value_format;  // of the cache
+  int32_t num_pages, sequence_pages;
   int32_t rotated;  // whether keys are stored rotated by the orthonormal Hadamard matrix of 128
-  int32_t causal, num_sequences;
+  int32_t causal;
   float softmax_scale, epsilon;  // epsilon: what norms add to mean squares
 } pascalvl_attention_args;
 
@@ -81,19 +90,19 @@ typedef struct {
 int pascalvl_attention_workspace(const pascalvl_attention_args* args, size_t* bytes);
 int pascalvl_attention(const pascalvl_attention_args* args, void* workspace, size_t workspace_bytes, void* stream);
 
-// A layer's new rows as attention leaves them, and its cache, in the same format.
+// A layer's new rows as attention leaves them, and its pool, in the same format.
 typedef struct {
-  pascalvl_rows new_rows;  // capacity: seq
-  pascalvl_rows cache;
+  pascalvl_rows new_rows;
+  pascalvl_rows pool;
   int32_t key_row, value_row;  // bytes
 } pascalvl_append_layer;
 
-// Copies the new keys and values of all layers into their caches.
+// Copies the new keys and values of all layers into their pools.
 typedef struct {
   const pascalvl_append_layer* layers;  // [num_layers], in the host's memory
-  const int32_t* slots;  // [batch, seq]: where a token goes (negative, or beyond the capacity: nowhere), each slot
-                         // once: of two tokens that go to one, parts of both may be written
-  int32_t num_layers, batch, num_kv_heads, seq, capacity;
+  const int32_t* slots;  // [tokens]: where a token goes, page * PASCALVL_PAGE_SLOTS + slot (negative, or beyond the
+                         // pool: nowhere), each slot once: of two tokens that go to one, parts of both may be written
+  int32_t num_layers, num_kv_heads, tokens, num_pages;
 } pascalvl_append_args;
 
 int pascalvl_kv_append(const pascalvl_append_args* args, void* stream);

@@ -1,58 +1,88 @@
 // The prefill kernels: which rows a block takes, which tiles of keys it walks over. prefill.cuh does a tile.
 #include "plugins/kernels/kernels.h"
 #include "plugins/kernels/prefill.cuh"
+#include "plugins/kernels/sequences.cuh"
 
 namespace pascalvl {
 
-// `count` rows from number `first` on.
+// From a row on.
 template <int kKeyFormat, int kValueFormat>
-__device__ __forceinline__ Source source_of(const AttentionParams& p, const Rows& rows, long long first, int count) {
+__device__ __forceinline__ Source source_of(const AttentionParams& p, const Rows& rows, long long first) {
   const int k_row = row_bytes(kKeyFormat, p.head_dim), v_row = row_bytes(kValueFormat, p.value_dim);
-  return {rows.key + first * k_row,
-          rows.value + first * v_row,
-          is_quantised(kKeyFormat) ? rows.scale + first : nullptr,
-          k_row,
-          v_row,
-          count};
+  return {rows.key + first * k_row, rows.value + first * v_row, is_quantised(kKeyFormat) ? rows.scale + first : nullptr,
+          k_row, v_row};
 }
 
-// Grid: (kv heads times splits, tiles of rows, batch). The last tiles of rows see the most keys and are started first.
-// Where rows are few, blocks share the past: each takes a split of it, the first one the new keys too, and leaves its
-// state for the merge.
+// What of a call a block does.
+struct Place {
+  int sequence;   // `batch`: it is padding
+  Tokens tokens;  // of the sequence
+  int tile;       // of their rows
+};
+
+// Finds tile number `tile` of all sequences' rows, kRows a tile and `group` for each token, padding's at last.
+template <int kRows>
+__device__ __forceinline__ Place find_tile(const AttentionParams& p, int tile, int group) {
+  int begin = 0, end = clamped(p.cu_seqlens[0], 0, p.tokens);
+  for (int sequence = 0;; ++sequence) {
+    begin = end;
+    end = sequence < p.batch ? clamped(p.cu_seqlens[sequence + 1], begin, p.tokens) : p.tokens;
+    const bool is_decoded = p.decodes && sequence < p.batch && end - begin == 1;
+    const int tiles = is_decoded ? 0 : ceil_div((end - begin) * group, kRows);
+    if (tile < tiles || sequence == p.batch) return {sequence, {begin, end - begin}, tile};
+    tile -= tiles;
+  }
+}
+
+// Grid: (kv heads times splits, tiles of rows). The last tiles of rows see the most keys and are started first. Where
+// rows are few, blocks share the past: each takes a split of it, the first one the new keys too, and leaves its state
+// for the merge.
 template <int kValueDim, int kKeyFormat, int kValueFormat>
 __device__ __forceinline__ void prefill_causal(const AttentionParams& p, PrefillShared<kValueDim>& shared) {
   constexpr int kRows = Tile<kValueDim>::kRows, kKeys = Tile<kValueDim>::kKeys;
-  const int head = blockIdx.x / p.splits, split = blockIdx.x % p.splits, sequence = blockIdx.z;
-  const int past = p.past_length ? clamped(p.past_length[sequence], 0, p.capacity) : 0;
+  static_assert(kPageSlots % kKeys == 0, "no tile crosses a page");
+  const int head = blockIdx.x / p.splits, split = blockIdx.x % p.splits;
+  const Place place = find_tile<kRows>(p, gridDim.y - 1 - blockIdx.y, p.group);
+  const int sequence = place.sequence, first_token = place.tokens.begin;
+  const int first_row = place.tile * kRows, rows = place.tokens.length * p.group;
+  float* out = p.out + ((long long)first_token * p.num_heads + head * p.group) * p.value_dim;
+  if (sequence == p.batch) {
+    for (int r = first_row + threadIdx.x / kWarp; split == 0 && r < min2(first_row + kRows, rows);
+         r += kPrefillThreads / kWarp) {
+      float* row = out + ((long long)(r / p.group) * p.num_heads + r % p.group) * p.value_dim;
+      for (int d = threadIdx.x % kWarp; d < p.value_dim; d += kWarp) row[d] = 0;
+    }
+    return;
+  }
+  Prefill<kValueDim> prefill;
+  prefill.begin(p, first_row, rows, p.tokens);
+  const int past = past_of(p, sequence);
   // This block's keys lie in slots begin to end.
   const int share = ceil_div(ceil_div(past, p.splits), kKeys) * kKeys;
   const int begin = min2(split * share, past), end = min2(begin + share, past);
-  const long long kv = (long long)sequence * p.num_kv_heads + head;
 
-  Prefill<kValueDim> prefill;
-  prefill.begin(p, (gridDim.y - 1 - blockIdx.y) * kRows, p.seq * p.group, p.seq);
-  const long long first_q = kv * p.group * p.seq;  // row of the kv head's first query
+  const long long first_q = (long long)head * p.group * p.tokens + first_token;  // row of the first query
   const unsigned char* q = p.q + first_q * (is_quantised(kKeyFormat) ? kCodeRow : 4 * p.head_dim);
 
   // The block's first and last token.
-  const int low = prefill.first_row / p.group;
-  const int high = (min2(prefill.first_row + kRows, prefill.rows) - 1) / p.group;
+  const int low = first_row / p.group, high = (min2(first_row + kRows, rows) - 1) / p.group;
 
   if (threadIdx.x < kRows) {
-    const int r = min2(prefill.first_row + int(threadIdx.x), prefill.rows - 1);
+    const int r = min2(first_row + int(threadIdx.x), rows - 1);
     shared.token[threadIdx.x] = r / p.group;
     if (is_quantised(kKeyFormat)) {
-      shared.q_scale[threadIdx.x] = p.scale_log2 * p.q_scale[first_q + r % p.group * p.seq + r / p.group];
+      const long long row = first_q + (long long)(r % p.group) * p.tokens + r / p.group;
+      shared.q_scale[threadIdx.x] = p.scale_log2 * p.q_scale[row];
     }
   }
   if (threadIdx.x == 0) {
-    shared.sources[0] = source_of<kKeyFormat, kValueFormat>(p, p.past, kv * p.capacity, past);
-    shared.sources[1] = source_of<kKeyFormat, kValueFormat>(p, p.added, kv * p.seq, p.seq);
+    shared.sources[0] = source_of<kKeyFormat, kValueFormat>(p, p.pool, 0);
+    shared.sources[1] = source_of<kKeyFormat, kValueFormat>(p, p.added, (long long)head * p.tokens + first_token);
   }
   __syncthreads();
 
   // Of the cache's slots, how many of the first tokens see each.
-  const int* visible = p.past_visible ? p.past_visible + (long long)sequence * p.capacity : nullptr;
+  const int* visible = p.past_visible ? p.past_visible + (long long)sequence * p.sequence_pages * kPageSlots : nullptr;
   auto is_hidden = [&](int first) {  // from the whole block: every warp looks at the whole tile, so that all agree
     bool seen = false;
     for (int i = threadIdx.x % kWarp; i < kKeys; i += kWarp) seen |= __ldg(visible + min2(first + i, past - 1)) > low;
@@ -60,55 +90,45 @@ __device__ __forceinline__ void prefill_causal(const AttentionParams& p, Prefill
   };
   for (int first = begin; first < end; first += kKeys) {
     if (visible && is_hidden(first)) continue;
-    prefill.template tile<kKeyFormat, kValueFormat>(p, q, shared.sources[0], first, min2(past - first, kKeys),
-                                                    visible || first + kKeys > past, shared, [&](int key) {
-                                                      const int tokens = visible ? __ldg(visible + key) : p.seq;
-                                                      return [&shared, tokens](int row) {
-                                                        return shared.token[row] < tokens;
-                                                      };
-                                                    });
+    prefill.template tile<kKeyFormat, kValueFormat>(
+        p, q, shared.sources[0], [&] { return slot_row(p, sequence, head, first); }, min2(past - first, kKeys),
+        visible || first + kKeys > past, shared,
+        [&](int key) {
+          const int tokens = visible ? __ldg(visible + first + key) : p.tokens;
+          return [&shared, tokens](int row) { return shared.token[row] < tokens; };
+        });
   }
   for (int first = 0; first <= high && split == 0; first += kKeys) {
     prefill.template tile<kKeyFormat, kValueFormat>(
-        p, q, shared.sources[1], first, min2(high - first + 1, kKeys), first + kKeys > low + 1, shared,
-        [&](int key) { return [&shared, key](int row) { return key <= shared.token[row]; }; });
+        p, q, shared.sources[1], [first] { return first; }, min2(high - first + 1, kKeys), first + kKeys > low + 1,
+        shared, [&](int key) { return [&shared, key = first + key](int row) { return key <= shared.token[row]; }; });
   }
   if (p.splits > 1) {
     return prefill.store_partial(p, p.partial + (first_q * p.splits + split) * partial_pitch(p.value_dim));
   }
-  prefill.store(p, p.out + ((long long)sequence * p.seq * p.num_heads + head * p.group) * p.value_dim);
+  prefill.store(p, out);
 }
 
-// Bidirectional within each of the sequences that cu_seqlens cuts the tokens into. Bounds that go back or too far make
-// empty sequences, so that no two share a token, and none has one that there is not.
-// Grid: (seq / rows of a tile + num_sequences, at least as many as the sequences have tiles; heads).
+// Bidirectional within each sequence. Grid: (tiles of rows, heads).
 template <int kValueDim>
 __device__ __forceinline__ void prefill_packed(const AttentionParams& p, PrefillShared<kValueDim>& shared) {
   constexpr int kRows = Tile<kValueDim>::kRows, kKeys = Tile<kValueDim>::kKeys;
   const int head = blockIdx.y;
-  int sequence = 0, tile = blockIdx.x, begin = 0, length = 0;
-  for (int end = clamped(p.cu_seqlens[0], 0, p.seq); sequence < p.num_sequences; ++sequence) {
-    begin = end;
-    end = clamped(p.cu_seqlens[sequence + 1], begin, p.seq);
-    length = end - begin;
-    const int tiles = ceil_div(length, kRows);
-    if (tile < tiles) break;
-    tile -= tiles;
-  }
-  if (sequence == p.num_sequences) return;
-
+  const Place place = find_tile<kRows>(p, blockIdx.x, 1);
+  if (place.sequence == p.batch) return;
+  const int length = place.tokens.length;
   Prefill<kValueDim> prefill;
-  prefill.begin(p, tile * kRows, length, 0);
-  const long long first_token = (long long)head * p.seq + begin;
+  prefill.begin(p, place.tile * kRows, length, 0);
+  const long long first_token = (long long)head * p.tokens + place.tokens.begin;
   const unsigned char* q = p.q + first_token * 4 * p.head_dim;
-  if (threadIdx.x == 0) shared.sources[0] = source_of<kFloat32, kFloat32>(p, p.added, first_token, length);
+  if (threadIdx.x == 0) shared.sources[0] = source_of<kFloat32, kFloat32>(p, p.added, first_token);
   __syncthreads();
   for (int first = 0; first < length; first += kKeys) {
-    prefill.template tile<kFloat32, kFloat32>(p, q, shared.sources[0], first, min2(length - first, kKeys),
-                                              first + kKeys > length, shared,
-                                              [](int) { return [](int) { return true; }; });
+    prefill.template tile<kFloat32, kFloat32>(
+        p, q, shared.sources[0], [first] { return first; }, min2(length - first, kKeys), first + kKeys > length, shared,
+        [](int) { return [](int) { return true; }; });
   }
-  prefill.store(p, p.out + ((long long)begin * p.num_heads + head) * p.value_dim);
+  prefill.store(p, p.out + ((long long)place.tokens.begin * p.num_heads + head) * p.value_dim);
 }
 
 #define PREFILL_CAUSAL(DIM, KEY, VALUE)                                        \

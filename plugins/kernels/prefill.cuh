@@ -24,14 +24,13 @@ constexpr int kSlice = 8;          // words of Q and K, or keys of V, in shared 
 constexpr int kQuadsPerRow = kSlice / 4;
 constexpr int kRowsAtOnce = kPrefillThreads / kQuadsPerRow;  // of a slice of Q or K, loaded by the block
 
-// Where a tile's keys come from: rows of one kv head.
+// Where a tile's keys come from: rows of one kv head, from some row on.
 struct Source {
   const unsigned char* k;
   const unsigned char* v;
   const unsigned* scale;  // of codes
   int k_row;              // bytes
   int v_row;
-  int count;  // rows there are
 };
 
 // What lies in global memory and does not change: the compiler cannot tell of pointers that come from shared memory.
@@ -180,7 +179,7 @@ struct PrefillShared {
   using T = Tile<kValueDim>;
   float slices[2][T::kSliceWords];
   float probability[T::kKeys * T::kRows];  // [key][row], see probability_at
-  Source sources[2];                       // the cache and the new keys
+  Source sources[2];                       // the pool and the new keys
   int token[T::kRows];                     // of each query, its number among the new ones
   float q_scale[T::kRows];                 // of quantised queries, times scale_log2
   float k_scale[T::kKeys];                 // of a tile's codes
@@ -237,10 +236,10 @@ struct Prefill : Tile<kValueDim> {
     }
   }
 
-  // Q K^T of a tile, scaled.
+  // Q K^T of a tile, scaled; `first` is the row of its first key, `count` how many it has.
   template <int kFormat>
   __device__ __forceinline__ void scores(const AttentionParams& p, const unsigned char* q, const Source& source,
-                                         int first, Shared& shared, float (*score)[kKeysPerThread]) {
+                                         int first, int count, Shared& shared, float (*score)[kKeysPerThread]) {
     using Keys = KeyQuad<kFormat>;
     using Word = typename Keys::Word;
     using Quad = typename Keys::Quad;
@@ -257,7 +256,7 @@ struct Prefill : Tile<kValueDim> {
     }
 #pragma unroll
     for (int i = 0; i < T::kKLoads; ++i) {
-      const int row = min2(first + load_row + i * kRowsAtOnce, source.count - 1);
+      const int row = first + min2(load_row + i * kRowsAtOnce, count - 1);
       k_at[i] = source.k + (long long)row * source.k_row + (kCodes ? 0 : kRawWord * load_word);
     }
     Quad next_q[T::kQLoads];
@@ -306,7 +305,7 @@ struct Prefill : Tile<kValueDim> {
     };
     fetch(0);
     if (kCodes && threadIdx.x < T::kKeys) {
-      const int key = min2(first + int(threadIdx.x), source.count - 1);
+      const int key = first + min2(threadIdx.x, count - 1);
       const float2 scales = halves_to_floats(__ldg(source.scale + key));
       shared.k_scale[threadIdx.x] = scales.x;
       shared.v_scale[threadIdx.x] = scales.y;
@@ -362,25 +361,26 @@ struct Prefill : Tile<kValueDim> {
     }
   }
 
-  // One tile: `count` keys, number `first` and on, of a source. Where `masked`, `sees(key)(row)` tells whether a row
-  // sees one of its keys; rows of the source from `count` on are read as its last one, and must be masked.
-  template <int kKeyFormat, int kValueFormat, typename Sees>
+  // One tile: `count` keys, whose rows follow each other in a source, from number start() on. Where
+  // `masked`, as a tile that is not full must be, `sees(key)(row)` tells whether a row sees one of them.
+  template <int kKeyFormat, int kValueFormat, typename Start, typename Sees>
   __device__ __forceinline__ void tile(const AttentionParams& p, const unsigned char* q, const Source& source,
-                                       int first, int count, bool masked, Shared& shared, Sees sees) {
+                                       Start start, int count, bool masked, Shared& shared, Sees sees) {
     float score[kRowsPerThread][kKeysPerThread];
-    scores<kKeyFormat>(p, q, source, first, shared, score);
+    scores<kKeyFormat>(p, q, source, start(), count, shared, score);
 
     using Values = ValueQuads<kValueFormat>;
     constexpr int kLoads = T::kValueQuads / Values::kQuads;  // of the block, in a slice
     constexpr int kOwnLoads = (kLoads + kPrefillThreads - 1) / kPrefillThreads;
     constexpr int kLoadsOfRow = T::kValuePitch / 4 / Values::kQuads, kChannels = 4 * Values::kQuads;
     typename Values::Raw next_v[kOwnLoads];
+    const int first = start();  // again: it was not kept in a register
     auto fetch = [&](int s) {
 #pragma unroll
       for (int i = 0; i < kOwnLoads; ++i) {
         const int load = threadIdx.x + i * kPrefillThreads;
         if (kLoads % kPrefillThreads && load >= kLoads) continue;
-        const int key = min2(first + kSlice * s + load / kLoadsOfRow, source.count - 1);
+        const int key = first + min2(kSlice * s + load / kLoadsOfRow, count - 1);
         const int channel = min2(load % kLoadsOfRow * kChannels, p.value_dim - kChannels);
         next_v[i] = Values::load(source.v + (long long)key * source.v_row, channel);
       }
@@ -422,9 +422,9 @@ struct Prefill : Tile<kValueDim> {
     if (masked) {
 #pragma unroll
       for (int j = 0; j < kKeysPerThread; ++j) {
-        const int key = first + key_of(j);
-        const bool there = key < source.count;
-        const auto row_sees = sees(min2(key, source.count - 1));
+        const int key = key_of(j);
+        const bool there = key < count;
+        const auto row_sees = sees(min2(key, count - 1));
 #pragma unroll
         for (int i = 0; i < kRowsPerThread; ++i) {
           if (!there || !row_sees(row0 + i)) score[i][j] = kMasked;
@@ -456,7 +456,7 @@ struct Prefill : Tile<kValueDim> {
     if (T::kRest) row[2 * T::kValueHalf + column] = output[i][T::kOutputs - 1] * factor;
   }
 
-  // Writes the rows, [token, query head, value_dim], those of the kv head's first query head at `out`.
+  // Writes the rows, [token, query head, value_dim], that of the first token and kv head's first query head at `out`.
   __device__ __forceinline__ void store(const AttentionParams& p, float* out) {
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
@@ -466,14 +466,14 @@ struct Prefill : Tile<kValueDim> {
     }
   }
 
-  // Writes the rows' states, [query head, token, split, partial_pitch], those of the kv head's first query head at
-  // `to`.
+  // Writes the rows' states, [query head, token, split, partial_pitch], that of the first token and kv head's first
+  // query head at `to`.
   __device__ __forceinline__ void store_partial(const AttentionParams& p, float* to) {
 #pragma unroll
     for (int i = 0; i < kRowsPerThread; ++i) {
       const int r = first_row + row0 + i;
       if (!finish_row(i)) continue;
-      float* row = to + (long long)(r % p.group * p.seq + r / p.group) * p.splits * partial_pitch(p.value_dim);
+      float* row = to + ((long long)(r % p.group) * p.tokens + r / p.group) * p.splits * partial_pitch(p.value_dim);
       store_row(p, i, 1, row);
       if (column == 0) *reinterpret_cast<SoftmaxState*>(row + p.value_dim) = state[i];
     }

@@ -86,9 +86,8 @@ extern "C" __global__ void __launch_bounds__(kRowThreads) attention_prologue(con
     if (p.rope_cos) x = rope(x, cos, sin, dim);
     if (p.rotated) x = hadamard(x);
   }
-  const long long sequence = token / p.seq, in_sequence = token % p.seq;
   if (is_query) {
-    const long long to = (sequence * p.num_heads + number) * p.seq + in_sequence;
+    const long long to = (long long)number * p.tokens + token;
     if (!is_quantised(p.key_format)) return store_row(x, dim, kFloat32, p.q + to * dim * sizeof(float), nullptr);
     float scale;
     const unsigned codes = quantise_query(x, scale);
@@ -97,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(kRowThreads) attention_prologue(con
     return;
   }
   const int head = number - (is_value ? keys : p.num_heads);
-  const long long to = (sequence * p.num_kv_heads + head) * p.seq + in_sequence;
+  const long long to = (long long)head * p.tokens + token;
   const int format = is_value ? p.value_format : p.key_format;
   unsigned short* scale = nullptr;
   if (is_quantised(format)) scale = reinterpret_cast<unsigned short*>(p.to.scale + to) + is_value;

@@ -12,7 +12,7 @@ import torch
 
 from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import AppendArgs, AppendLayer, AttentionArgs, KernelLibrary, LinearArgs, Rows
-from pascalvl.plugins.kv_format import LayerLayout
+from pascalvl.plugins.kv_format import PAGE_SLOTS, LayerLayout
 from pascalvl.plugins.ops.flash_attention.op import AttentionOptions
 from pascalvl.plugins.ops.quant_linear.op import Activation, Norm
 from pascalvl.plugins.weight_format import WeightFormat
@@ -53,18 +53,21 @@ def _library(target: Target) -> KernelLibrary:
 
 @dataclasses.dataclass(frozen=True)
 class Past:
-    """One layer's external cache, and what of it is seen.
+    """One layer's pool of pages, and what of it is seen.
 
     Args:
-        key, value: ``[batch, num_kv_heads, capacity, row]`` in the cache's format.
-        scale: int32 ``[batch, num_kv_heads, capacity]``; where quantised.
-        length: int32 ``[batch]``, each at most the capacity.
-        visible: int32 ``[batch, capacity]``: how many new tokens see a slot; None or ``[batch, 1]``: all do.
+        key, value: ``[pages, num_kv_heads, PAGE_SLOTS, row]`` in the cache's format.
+        scale: int32 ``[pages, num_kv_heads, PAGE_SLOTS]``; where quantised.
+        page_table: int32 ``[batch, sequence_pages]``: the pages of each sequence.
+        length: int32 ``[batch]``: slots that are filled, each at most those of the pages.
+        visible: int32 ``[batch, sequence_pages * PAGE_SLOTS]``: how many new tokens see a slot; None or ``[batch, 1]``:
+            all do.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     scale: torch.Tensor | None
+    page_table: torch.Tensor
     length: torch.Tensor
     visible: torch.Tensor | None = None
 
@@ -73,11 +76,11 @@ def attention(
     kernels: KernelLibrary,
     options: AttentionOptions,
     qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     rope_cos: torch.Tensor | None = None,
     rope_sin: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
     past: Past | None = None,
 ) -> list[torch.Tensor]:
     """Launch attention on torch's current stream: `pascalvl.plugins.ops.flash_attention.op` tells inputs and outputs.
@@ -86,7 +89,7 @@ def attention(
         kernels: of the tensors' device, see `library`.
         options: the op's attributes.
         qkv: float32; norms None: queries and keys are not normed; cos and sin None: they are not rotated.
-        cu_seqlens: int32 ``[segments + 1]``; where not causal.
+        cu_seqlens: int32 ``[batch + 1]``.
         past: where causal; None: there is none.
 
     Raises:
@@ -94,43 +97,37 @@ def attention(
         UserError: the kernels do not support the arguments, for example the head size; or CUDA fails.
     """
     device, floats, layout = qkv.device, [torch.float32], options.layout
-    lead = tuple(qkv.shape[:-1])
-    batch, seq = lead if options.causal else (1, lead[0])
+    tokens, batch = len(qkv), len(cu_seqlens) - 1
     tensors = {
-        "qkv": _checked("qkv", qkv, floats, (*lead, sum(options.widths)), device),
-        "out": torch.empty(*lead, options.num_heads * options.value_dim, device=device),
+        "qkv": _checked("qkv", qkv, floats, (tokens, sum(options.widths)), device),
+        "out": torch.empty(tokens, options.num_heads * options.value_dim, device=device),
+        "cu_seqlens": _checked("cu_seqlens", cu_seqlens, [torch.int32], (None,), device),
     }
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
             tensors[name] = _checked(name, norm, floats, (options.head_dim,), device)
     for name, table in (("rope_cos", rope_cos), ("rope_sin", rope_sin)):
         if table is not None:
-            tensors[name] = _checked(name, table, floats, (*lead, options.head_dim), device)
+            tensors[name] = _checked(name, table, floats, (tokens, options.head_dim), device)
     outputs, more = [tensors["out"]], {}
     if options.causal:
-        new = new_rows(layout, batch, seq, device)
+        new = new_rows(layout, tokens, device)
         outputs += [rows for rows in new if rows is not None]
         more = {"new_rows": rows_view(*new), "rotated": layout.is_rotated}
         more["key_format"], more["value_format"] = layout.kv_format.rows
-        if past is not None and past.key.shape[2]:
-            capacity = past.key.shape[2]
-            more |= {"past": cache_view(layout, batch, past.key, past.value, past.scale), "capacity": capacity}
-            tensors["past_length"] = _checked("past_length", past.length, [torch.int32], (batch,), device)
-            if past.visible is not None and past.visible.shape[1] == capacity:
-                shape = batch, capacity
-                tensors["past_visible"] = _checked("past_visible", past.visible, [torch.int32], shape, device)
-    else:
-        tensors["cu_seqlens"] = _checked("cu_seqlens", cu_seqlens, [torch.int32], (None,), device)
-        more["num_sequences"] = len(cu_seqlens) - 1
+        if past is not None:
+            tensors |= _past_tensors(past, batch, device)
+            more |= {"pool": pool_view(layout, past.key, past.value, past.scale), "num_pages": len(past.key)}
+            more["sequence_pages"] = past.page_table.shape[1]
     if not qkv.numel():
         return outputs
     args = AttentionArgs(
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         **more,
+        tokens=tokens,
         batch=batch,
         num_heads=options.num_heads,
         num_kv_heads=options.num_kv_heads,
-        seq=seq,
         head_dim=options.head_dim,
         value_dim=options.value_dim,
         softmax_scale=options.softmax_scale,
@@ -143,11 +140,25 @@ def attention(
     return outputs
 
 
+def _past_tensors(past: Past, batch: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Integers that tell of the past, by the names of `AttentionArgs`."""
+    integers = [torch.int32]
+    pages = past.page_table.shape[1]
+    tensors = {
+        "past_length": _checked("past_length", past.length, integers, (batch,), device),
+        "page_table": _checked("page_table", past.page_table, integers, (batch, pages), device),
+    }
+    if past.visible is not None and past.visible.shape[1] != 1:
+        shape = batch, pages * PAGE_SLOTS
+        tensors["past_visible"] = _checked("past_visible", past.visible, integers, shape, device)
+    return tensors
+
+
 def new_rows(
-    layout: LayerLayout, batch: int, seq: int, device: torch.device
+    layout: LayerLayout, tokens: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Room for the keys, values and scales of new tokens, as a layer's cache has them."""
-    lead = batch, layout.num_kv_heads, seq
+    """Room for the keys, values and scales of new tokens, in the cache's format, ``[num_kv_heads, tokens, row]``."""
+    lead = layout.num_kv_heads, tokens
     key, value = (
         torch.empty(*lead, elements, dtype=getattr(torch, row.dtype.name), device=device)
         for row, elements in zip(layout.kv_format.rows, layout.row_elements, strict=True)
@@ -230,55 +241,61 @@ def kv_append(
     kernels: KernelLibrary,
     layouts: Sequence[LayerLayout],
     new: Sequence[Cached],
-    caches: Sequence[Cached],
+    pools: Sequence[Cached],
     slots: torch.Tensor,
 ) -> None:
-    """Copy new keys and values of all layers into their caches, on torch's current stream.
+    """Copy new keys and values of all layers into their pools, on torch's current stream.
 
     Args:
         kernels: of the tensors' device, see `library`.
         layouts: of each layer.
-        new: of each layer what `attention` gave, in the cache's format, ``seq`` for a capacity.
-        caches: of each layer.
-        slots: int32 ``[batch, seq]``, where each token goes; negative, or beyond the capacity: nowhere.
+        new: of each layer what `attention` gave, ``[num_kv_heads, tokens, row]``.
+        pools: of each layer.
+        slots: int32 ``[tokens]``, where each goes, page * `PAGE_SLOTS` + slot; negative, or beyond the pool: nowhere.
 
     Raises:
         ValueError: a tensor's type, shape or device is not as above.
         UserError: CUDA fails.
     """
-    batch, seq = slots.shape
-    capacity = caches[0][0].shape[2]
-    slots = _checked("slots", slots, [torch.int32], (batch, seq), new[0][0].device)
+    tokens, num_pages = len(slots), len(pools[0][0])
+    slots = _checked("slots", slots, [torch.int32], (tokens,), new[0][0].device)
     layers = []
-    for layout, rows, cache in zip(layouts, new, caches, strict=True):
-        for (key, *_), length in ((rows, seq), (cache, capacity)):
-            if key.shape[2] != length:
-                raise ValueError(f"expected {length} slots in each layer's keys; found {key.shape[2]}")
+    for layout, rows, pool in zip(layouts, new, pools, strict=True):
+        if len(pool[0]) != num_pages:
+            raise ValueError(f"expected {num_pages} pages in each layer's pool; found {len(pool[0])}")
         key_row, value_row = layout.row_bytes
-        views = cache_view(layout, batch, *rows), cache_view(layout, batch, *cache)
-        layers.append(AppendLayer(new_rows=views[0], cache=views[1], key_row=key_row, value_row=value_row))
+        _check_rows("new", layout, (layout.num_kv_heads, tokens), *rows)
+        views = rows_view(*rows), pool_view(layout, *pool)
+        layers.append(AppendLayer(new_rows=views[0], pool=views[1], key_row=key_row, value_row=value_row))
     args = AppendArgs.of(
-        layers, slots=slots.data_ptr(), batch=batch, num_kv_heads=layouts[0].num_kv_heads, seq=seq, capacity=capacity
+        layers, slots=slots.data_ptr(), num_kv_heads=layouts[0].num_kv_heads, tokens=tokens, num_pages=num_pages
     )
     with _current(slots.device) as stream:
         kernels.kv_append(args, stream)
 
 
-def cache_view(
-    layout: LayerLayout, batch: int, key: torch.Tensor, value: torch.Tensor, scale: torch.Tensor | None = None
-) -> Rows:
-    """One layer's keys and values of ``batch`` sequences as the kernels take them; raises `ValueError` for tensors of
-    another layout."""
-    shape = batch, layout.num_kv_heads, key.shape[2]
+def pool_view(layout: LayerLayout, key: torch.Tensor, value: torch.Tensor, scale: torch.Tensor | None = None) -> Rows:
+    """One layer's pool as the kernels take it; raises `ValueError` for tensors of another layout."""
+    _check_rows("the pool's", layout, (len(key), layout.num_kv_heads, PAGE_SLOTS), key, value, scale)
+    return rows_view(key, value, scale)
+
+
+def _check_rows(
+    whose: str,
+    layout: LayerLayout,
+    lead: tuple[int, ...],
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: torch.Tensor | None,
+) -> None:
     rows = zip(("keys", "values"), (key, value), layout.kv_format.rows, layout.row_elements, strict=True)
     for name, tensor, row, elements in rows:
-        _check(f"the cache of {name}", tensor, [getattr(torch, row.dtype.name)], (*shape, elements), key.device)
+        _check(f"{whose} {name}", tensor, [getattr(torch, row.dtype.name)], (*lead, elements), key.device)
     if layout.kv_format.is_quantised:
-        _check("the cache's scales", scale, [torch.int32], shape, key.device)
+        _check(f"{whose} scales", scale, [torch.int32], lead, key.device)
     for tensor in (key, value, scale):
         if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"the cache must be contiguous; found strides {tensor.stride()}")
-    return rows_view(key, value, scale)
+            raise ValueError(f"{whose} rows must be contiguous; found strides {tensor.stride()}")
 
 
 def rows_view(key: torch.Tensor, value: torch.Tensor, scale: torch.Tensor | None) -> Rows:

@@ -1,5 +1,6 @@
 // FlashAttention2 as a TensorRT plugin over the kernels' C ABI. What the op is: plugins/ops/flash_attention/op.py.
 #include <algorithm>
+#include <initializer_list>
 
 #include "plugins/kernels/params.h"
 #include "plugins/tensorrt/plugin.h"
@@ -43,9 +44,22 @@ int32_t parse_kv_format(const std::string& name) {
 }
 
 // Inputs and outputs in the node's order: where causal, scales only where quantised; and where not.
-enum Input { kQkv, kQNorm, kKNorm, kRopeCos, kRopeSin, kPastLength, kPastVisible, kPastKey, kPastValue, kPastScale };
+enum Input {
+  kQkv,
+  kQNorm,
+  kKNorm,
+  kRopeCos,
+  kRopeSin,
+  kCuSeqlens,
+  kPastLength,
+  kPageTable,
+  kPastVisible,
+  kPastKey,
+  kPastValue,
+  kPastScale
+};
 enum Output { kOut, kNewKey, kNewValue, kNewScale };
-enum PackedInput { kPackedQkv, kPackedCos, kPackedSin, kCuSeqlens };
+enum PackedInput { kPackedQkv, kPackedCos, kPackedSin, kPackedCuSeqlens };
 
 class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
  public:
@@ -90,7 +104,7 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
             "the serialised plugin has cache format number " + std::to_string(a.kv_format) + "; expected 0 to " +
                 std::to_string(a.causal ? kNumFormats - 1 : 0) + ": build the engine again");
     pascalvl_attention_args args = arguments(a);
-    args.batch = args.seq = args.num_sequences = 1;
+    args.tokens = args.batch = 1;
     size_t bytes = 0;
     check(pascalvl_attention_workspace(&args, &bytes));
   }
@@ -101,22 +115,18 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
     return output_type(number);
   }
 
-  // qkv [lead ..., width] to out [lead ..., num_heads * value_dim], and the new rows of [batch, seq, width].
+  // qkv [tokens, width] to out [tokens, num_heads * value_dim], and the new rows [num_kv_heads, tokens, ...].
   DimsExprs getOutputDimensions(int32_t number, const DimsExprs* inputs, int32_t,
                                 IExprBuilder& builder) noexcept override {
     const Attributes& a = attributes_;
-    const DimsExprs& qkv = inputs[kQkv];
-    // One of fewer dimensions is refused later.
-    const auto lead = [&](int32_t axis) { return axis + 1 < qkv.nbDims ? qkv.d[axis] : builder.constant(1); };
-    if (number == kOut) {
-      const auto* width = builder.constant(a.num_heads * a.value_dim);
-      return a.causal ? DimsExprs{3, {lead(0), lead(1), width}} : DimsExprs{2, {lead(0), width}};
-    }
+    // One without dimensions is refused later.
+    const auto* tokens = inputs[kQkv].nbDims > 0 ? inputs[kQkv].d[0] : builder.constant(1);
+    if (number == kOut) return {2, {tokens, builder.constant(a.num_heads * a.value_dim)}};
     const auto* heads = builder.constant(a.num_kv_heads);
-    if (number == kNewScale) return {3, {lead(0), heads, lead(1)}};
+    if (number == kNewScale) return {2, {heads, tokens}};
     const int32_t elements =
         number == kNewKey ? row_elements(format().key, a.head_dim) : row_elements(format().value, a.value_dim);
-    return {4, {lead(0), heads, lead(1), builder.constant(elements)}};
+    return {3, {heads, tokens, builder.constant(elements)}};
   }
 
   bool supportsFormatCombination(int32_t position, const PluginTensorDesc* tensors, int32_t num_inputs,
@@ -125,8 +135,9 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
     return supports(tensors[position], type, num_inputs, num_inputs_expected(), num_outputs);
   }
 
-  // For these sizes and for all that a profile of them takes: one new token too, with which decode needs other memory
-  // where there is no mask, and fewer tokens and sequences, whose past is cut into more splits.
+  // For these sizes and for all that a profile of them takes: fewer tokens, sequences and pages, with past_visible and
+  // without. More pages of a sequence never need less, nor does a call without past_visible, which may decode besides.
+  // But fewer tokens and sequences may need more: the fewer tiles of rows, the more splits each has of its past.
   size_t workspace_bytes(const PluginTensorDesc* inputs) const {
     pascalvl_attention_args args = sizes(inputs);
     size_t most = 0;
@@ -137,14 +148,18 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
     };
     count();
     if (!args.causal) return most;
-    const int32_t* const visible = args.past_visible;
-    // With the tokens of whole tiles the most is needed of all that make as many tiles.
-    const int32_t of_tile = std::max(1, prefill_rows(args.value_dim) / (args.num_heads / args.num_kv_heads));
-    for (const int32_t seq = args.seq; args.batch > 0; --args.batch) {
-      args.past_visible = visible;
-      for (args.seq = seq; args.seq > 0; args.seq = (args.seq - 1) / of_tile * of_tile) count();
-      args.seq = 1, args.past_visible = nullptr;
-      count();
+    args.past_visible = nullptr;
+    const int32_t tokens = args.tokens, batch = args.batch;
+    // Decode steps: the more sequences, the more they need.
+    args.tokens = std::min(tokens, batch);
+    count();
+    // Other calls; of all that make as many tiles of rows, those of the most tokens need the most.
+    const int64_t group = args.num_heads / args.num_kv_heads, rows = prefill_rows(args.value_dim);
+    for (args.batch = std::min(batch, tokens - 1); args.batch > 0; --args.batch) {
+      for (args.tokens = tokens; args.tokens > args.batch;) {
+        count();
+        args.tokens = int32_t((args.tokens * group - 1) / rows * rows / group);
+      }
     }
     return most;
   }
@@ -163,17 +178,19 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
       if (args.causal) {
         args.q_norm = floats(kQNorm), args.k_norm = floats(kKNorm);
         args.rope_cos = floats(kRopeCos), args.rope_sin = floats(kRopeSin);
+        args.cu_seqlens = integers(kCuSeqlens);
         args.past_length = integers(kPastLength);
+        args.page_table = integers(kPageTable);
         if (args.past_visible) args.past_visible = integers(kPastVisible);
-        args.past = {const_cast<void*>(inputs[kPastKey]), const_cast<void*>(inputs[kPastValue]), nullptr};
+        args.pool = {const_cast<void*>(inputs[kPastKey]), const_cast<void*>(inputs[kPastValue]), nullptr};
         args.new_rows = {outputs[kNewKey], outputs[kNewValue], nullptr};
         if (is_quantised(format())) {
-          args.past.scale = static_cast<uint32_t*>(const_cast<void*>(inputs[kPastScale]));
+          args.pool.scale = static_cast<uint32_t*>(const_cast<void*>(inputs[kPastScale]));
           args.new_rows.scale = static_cast<uint32_t*>(outputs[kNewScale]);
         }
       } else {
         args.rope_cos = floats(kPackedCos), args.rope_sin = floats(kPackedSin);
-        args.cu_seqlens = integers(kCuSeqlens);
+        args.cu_seqlens = integers(kPackedCuSeqlens);
       }
       check(pascalvl_attention(&args, workspace, bytes, stream));
       return 0;
@@ -184,15 +201,15 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
   const KVFormat& format() const { return kFormats[attributes_.kv_format]; }
 
   int32_t num_inputs_expected() const {
-    if (!attributes_.causal) return kCuSeqlens + 1;
+    if (!attributes_.causal) return kPackedCuSeqlens + 1;
     return is_quantised(format()) ? kPastScale + 1 : kPastValue + 1;
   }
 
   DataType input_type(int32_t position) const {
-    if (!attributes_.causal) return position == kCuSeqlens ? DataType::kINT32 : DataType::kFLOAT;
+    if (!attributes_.causal) return position == kPackedCuSeqlens ? DataType::kINT32 : DataType::kFLOAT;
     if (position == kPastKey) return row_type(format().key);
     if (position == kPastValue) return row_type(format().value);
-    return position < kPastLength ? DataType::kFLOAT : DataType::kINT32;
+    return position < kCuSeqlens ? DataType::kFLOAT : DataType::kINT32;
   }
 
   DataType output_type(int32_t number) const {
@@ -201,9 +218,18 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
     return number == kOut ? DataType::kFLOAT : DataType::kINT32;
   }
 
-  static void expect(const Dims& dims, const Dims& expected, const char* name, const char* or_else = "") {
-    const bool same = dims.nbDims == expected.nbDims && std::equal(dims.d, dims.d + dims.nbDims, expected.d);
-    require(same, std::string(name) + " has shape " + text(dims) + "; expected " + text(expected) + or_else);
+  static void expect(const Dims& dims, std::initializer_list<int64_t> expected, const char* name,
+                     const char* or_else = "") {
+    if (std::equal(dims.d, dims.d + std::max(dims.nbDims, 0), expected.begin(), expected.end())) return;
+    std::string sizes;
+    for (const int64_t size : expected) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
+    throw std::invalid_argument(std::string(name) + " has shape " + text(dims) + "; expected [" + sizes + "]" +
+                                or_else);
+  }
+
+  static void expect_axes(const Dims& dims, int32_t axes, const char* name) {
+    require(dims.nbDims == axes, std::string(name) + " has shape " + text(dims) + "; expected " + std::to_string(axes) +
+                                     (axes == 1 ? " dimension" : " dimensions"));
   }
 
   // TensorRT 10 has sizes of 64 bits.
@@ -225,6 +251,7 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
     const KVFormat& format = kFormats[a.kv_format];
     pascalvl_attention_args args{};
     args.qkv = args.rope_cos = args.rope_sin = values;
+    args.cu_seqlens = reinterpret_cast<const int32_t*>(somewhere);
     args.out = reinterpret_cast<float*>(somewhere);
     args.num_heads = a.num_heads;
     args.num_kv_heads = a.num_kv_heads;
@@ -239,8 +266,6 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
       args.value_format = format.value;
       args.rotated = is_quantised(format) && a.head_dim == PASCALVL_ROTATED_DIM;
       args.new_rows = {somewhere, somewhere, is_quantised(format) ? reinterpret_cast<uint32_t*>(somewhere) : nullptr};
-    } else {
-      args.cu_seqlens = reinterpret_cast<const int32_t*>(somewhere);
     }
     return args;
   }
@@ -251,48 +276,43 @@ class FlashAttention2 final : public Plugin<FlashAttention2, Attributes> {
     pascalvl_attention_args args = arguments(a);
     const Dims& qkv = inputs[kQkv].dims;
     const int64_t width = int64_t(a.num_heads) * a.head_dim + int64_t(a.num_kv_heads) * (a.head_dim + a.value_dim);
-    const int32_t axes = a.causal ? 3 : 2;
-    require(qkv.nbDims == axes && qkv.d[axes - 1] == width, "qkv has shape " + text(qkv) + "; expected " +
-                                                                std::to_string(axes) + " dimensions, the last of " +
-                                                                std::to_string(width));
-    Dims table = qkv;
-    table.d[axes - 1] = a.head_dim;
+    require(qkv.nbDims == 2 && qkv.d[1] == width,
+            "qkv has shape " + text(qkv) + "; expected 2 dimensions, the last of " + std::to_string(width));
+    args.tokens = size(qkv, 0);
     const int32_t cos = a.causal ? int32_t(kRopeCos) : int32_t(kPackedCos);
-    expect(inputs[cos].dims, table, "rope_cos");
-    expect(inputs[cos + 1].dims, table, "rope_sin");
-    if (!a.causal) {
-      const Dims& bounds = inputs[kCuSeqlens].dims;
-      require(bounds.nbDims == 1, "cu_seqlens has shape " + text(bounds) + "; expected 1 dimension");
-      args.batch = 1;
-      args.seq = size(qkv, 0);
-      args.num_sequences = std::max(size(bounds, 0), 1) - 1;
-      return args;
-    }
-    args.batch = size(qkv, 0);
-    args.seq = size(qkv, 1);
-    expect(inputs[kQNorm].dims, {1, {a.head_dim}}, "q_norm");
-    expect(inputs[kKNorm].dims, {1, {a.head_dim}}, "k_norm");
-    expect(inputs[kPastLength].dims, {1, {qkv.d[0]}}, "past_length");
-    const Dims &past = inputs[kPastKey].dims, &visible = inputs[kPastVisible].dims;
-    require(past.nbDims == 4, "past_key has shape " + text(past) + "; expected 4 dimensions");
-    const auto capacity = past.d[2];
-    const auto rows = [&](int32_t row_format, int32_t dim) {
-      return Dims{4, {qkv.d[0], a.num_kv_heads, capacity, row_elements(row_format, dim)}};
+    expect(inputs[cos].dims, {args.tokens, a.head_dim}, "rope_cos");
+    expect(inputs[cos + 1].dims, {args.tokens, a.head_dim}, "rope_sin");
+    const Dims& bounds = inputs[a.causal ? int32_t(kCuSeqlens) : int32_t(kPackedCuSeqlens)].dims;
+    expect_axes(bounds, 1, "cu_seqlens");
+    args.batch = std::max(size(bounds, 0), 1) - 1;
+    if (!a.causal) return args;
+    expect(inputs[kQNorm].dims, {a.head_dim}, "q_norm");
+    expect(inputs[kKNorm].dims, {a.head_dim}, "k_norm");
+    expect(inputs[kPastLength].dims, {args.batch}, "past_length");
+    const Dims &table = inputs[kPageTable].dims, &past = inputs[kPastKey].dims;
+    expect_axes(table, 2, "page_table");
+    args.sequence_pages = size(table, 1);
+    expect(table, {args.batch, args.sequence_pages}, "page_table");
+    expect_axes(past, 4, "past_key");
+    args.num_pages = size(past, 0);
+    const auto expect_rows = [&](const Dims& dims, int32_t row_format, int32_t dim, const char* name) {
+      expect(dims, {args.num_pages, a.num_kv_heads, PASCALVL_PAGE_SLOTS, row_elements(row_format, dim)}, name);
     };
-    expect(past, rows(format().key, a.head_dim), "past_key");
-    expect(inputs[kPastValue].dims, rows(format().value, a.value_dim), "past_value");
+    expect_rows(past, format().key, a.head_dim, "past_key");
+    expect_rows(inputs[kPastValue].dims, format().value, a.value_dim, "past_value");
     if (is_quantised(format())) {
-      expect(inputs[kPastScale].dims, {3, {qkv.d[0], a.num_kv_heads, capacity}}, "past_scale");
+      expect(inputs[kPastScale].dims, {args.num_pages, a.num_kv_heads, PASCALVL_PAGE_SLOTS}, "past_scale");
     }
-    args.past = args.new_rows;
-    args.capacity = size(past, 2);
-    args.past_length = static_cast<const int32_t*>(args.past.key);
+    args.pool = args.new_rows;
+    args.past_length = args.page_table = args.cu_seqlens;
     // One number for all slots is not looked at: it comes where all new tokens see them.
-    if (visible.nbDims != 2 || visible.d[1] != 1 || capacity == 1) {
-      expect(visible, {2, {qkv.d[0], capacity}}, "past_visible", ", or 1 last for all slots alike");
+    const Dims& visible = inputs[kPastVisible].dims;
+    if (visible.nbDims != 2 || visible.d[1] != 1) {
+      const int64_t slots = int64_t(args.sequence_pages) * PASCALVL_PAGE_SLOTS;
+      expect(visible, {args.batch, slots}, "past_visible", ", or 1 last for all slots alike");
       args.past_visible = args.past_length;
     } else {
-      expect(visible, {2, {qkv.d[0], 1}}, "past_visible");
+      expect(visible, {args.batch, 1}, "past_visible");
     }
     return args;
   }

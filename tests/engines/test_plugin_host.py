@@ -10,12 +10,14 @@ import dataclasses
 import logging
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
 from pascalvl.engines import build, open_engine, plugin_host
-from pascalvl.engines.device import EmulatedDevice, available_target
+from pascalvl.engines.device import EmulatedDevice, available_target, open_device
 from pascalvl.engines.profiles import Limits
+from pascalvl.engines.session import NewTokens, Placement
 from pascalvl.engines.tensorrt_engine import TensorRTEngine
 from pascalvl.export import export_checkpoint
 from pascalvl.plugins import bindings
@@ -23,12 +25,14 @@ from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
 from pascalvl.plugins.kernels.library import KernelLibrary
-from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig
+from pascalvl.plugins.ops.flash_attention.op import OP_DOMAIN, OP_NAME, OP_VERSION
 from pascalvl.plugins.tensorrt.host import HostedPlugin
 from pascalvl.runtime import VisionLanguageModel
 from pascalvl.runtime.cli import main
-from tests.engines.decoder import CACHES, Sequence, decoder_feeds
+from tests.engines.decoder import CACHES, Conversation, decoder_feeds, random_pool, random_tokens
 from tests.engines.torch_reference import answer, assistant, reference_answer, scene, user
+from tests.plugins.tensorrt import paged
 
 ON_GPU = available_target() is Target.CUDA
 PICTURE = [user(scene(1, 64, 64), "Describe the picture.")]
@@ -128,12 +132,80 @@ def test_outputs_equal_onnx_runtimes(bundle, limited):
 
 
 def test_a_decode_step_is_the_same_greedy_or_not(limited):
-    session, other = (Sequence(limited.open_session(8)) for _ in range(2))
-    for past in range(3):
-        feeds = decoder_feeds(limited.manifest, seq=1, capacity=2, past=past)
-        logits = session.decode(feeds)[0]
-        assert other.decode_greedy(feeds) == (logits.argmax(), logits.max())
+    session, other = (Conversation(limited.open_session(8)) for _ in range(2))
+    for seed in range(3):
+        (logits,) = session.step(1, seed)[bindings.LOGITS]
+        assert other.greedy(1, seed) == (logits.argmax(), logits.max())
     assert session.session.nbytes == limited.manifest.kv_cache.nbytes(limited.manifest.model.text, 8)
+
+
+def decode_tokens(session, number: int) -> NewTokens:
+    """A token of the sequence that has one page, of this number, with as many tokens behind it."""
+    placement = Placement(np.array([number], np.int32), number, np.array([number], np.int32))
+    return random_tokens(session.model.text, placement, np.random.default_rng(number))
+
+
+def test_decode_steps_of_all_sizes_compute_in_one_block(limited, monkeypatch):
+    """In one block of memory, with one set of outputs, and give what they give where no other came between."""
+    contexts = []
+    execute = plugin_host.ReferenceContext.execute_async_v3
+    monkeypatch.setattr(
+        plugin_host.ReferenceContext, "execute_async_v3", lambda self, s: contexts.append(self) or execute(self, s)
+    )
+    session = limited.open_session(PAGE_SLOTS, 4)
+    session.write(np.arange(4), random_pool(session.model, session.cache, 4, np.random.default_rng(0)))
+    tokens = [decode_tokens(session, number) for number in range(4)]
+    expected = np.concatenate([session.step([new])[bindings.LOGITS] for new in tokens])
+    contexts.clear()
+    for numbers in [(3, 1, 2), (0,), (1, 0)]:
+        found = session.step([tokens[number] for number in numbers])[bindings.LOGITS]
+        np.testing.assert_array_equal(found, expected[list(numbers)])
+    assert {context._shapes[bindings.PAST_LENGTH] for context in contexts} == {(1,), (2,), (4,)}
+    assert {context.device_memory for context in contexts} == {limited.device_memory.pointer}
+    assert len({context._addresses[bindings.LOGITS] for context in contexts}) == 1
+    assert session.decode_step(4) is session.decode_step(4)
+
+
+def test_pages_move_in_runs(limited, monkeypatch):
+    """Those that follow each other in the pool in one transfer, whatever their order."""
+    transfers = {"upload": [], "download": []}
+    for name, sizes in transfers.items():
+        move = getattr(type(limited.device), name)
+
+        def recorded(self, *arguments, sizes=sizes, move=move):
+            sizes.append(next(argument.nbytes for argument in arguments if isinstance(argument, np.ndarray)))
+            move(self, *arguments)
+
+        monkeypatch.setattr(type(limited.device), name, recorded)
+    session = limited.open_session(PAGE_SLOTS, 8)
+    rows = random_pool(session.model, session.cache, 6, np.random.default_rng(0))
+    pages = np.array([4, 5, 6, 1, 0, 3])
+    page_bytes = [array[0].nbytes for array in rows.values()]
+    expected = [runs * nbytes for nbytes in page_bytes for runs in (3, 1, 1, 1)]
+    for sizes in transfers.values():
+        sizes.clear()
+    session.write(pages, rows)
+    assert (transfers["upload"], transfers["download"]) == (expected, [])
+    transfers["upload"].clear()
+    found = session.read(pages)
+    assert (transfers["upload"], transfers["download"]) == ([], expected)
+    whole = session.read(np.arange(8))
+    for name, array in rows.items():
+        np.testing.assert_array_equal(found[name], array)
+        np.testing.assert_array_equal(whole[name][pages], array)
+    assert all(not len(array) for array in session.read(pages[:0]).values())
+
+
+def test_several_sequences_have_more_tokens_than_one_holds(bundle):
+    """There is room for as many as the engine takes, whatever the context."""
+    session = open_engine(bundle, host="plugin").open_session(PAGE_SLOTS, 2)
+    tokens = []
+    for page, seq in ((1, 100), (0, 40)):
+        placement = Placement(np.array([page], np.int32), 0, np.arange(seq, dtype=np.int32))
+        tokens.append(random_tokens(session.model.text, placement, np.random.default_rng(page)))
+    expected = np.concatenate([session.step([new])[bindings.LOGITS] for new in tokens])
+    found = session.step(tokens)[bindings.LOGITS]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(("appends", "length"), [(0, 0), (2, 14), (3, 18), (4, 19)])
@@ -162,7 +234,7 @@ def test_an_interrupt_leaves_the_cache_as_it_was(limited, monkeypatch, appends, 
 def test_without_a_graph_steps_run_one_by_one(limited, caplog):
     """NumPy cannot be recorded: on a GPU the capture is refused, and the host says so."""
     session = limited.open_session(8)
-    assert not session.is_graph
+    assert not session.decode_step(1).is_graph
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == ON_GPU
     if ON_GPU:
@@ -183,12 +255,64 @@ def test_a_step_that_was_recorded_is_replayed(limited, monkeypatch):
         return replay
 
     monkeypatch.setattr(EmulatedDevice, "capture", capture)
-    sequence = Sequence(limited.open_session(8))
-    feeds = decoder_feeds(limited.manifest, seq=1, capacity=2, past=0)
-    assert sequence.session.is_graph
-    sequence.decode(feeds)
-    sequence.decode_greedy(feeds)
+    sequence = Conversation(limited.open_session(8))
+    assert sequence.session.decode_step(1).is_graph
+    sequence.step(1, 0)
+    sequence.greedy(1, 1)
     assert (replays, sequence.cache.length) == (2, 2)
+    sequence.step(2, 2)
+    assert (replays, sequence.cache.length) == (2, 4)
+
+
+@pytest.mark.parametrize("name", ["f32 decode step", "k8v4 sequences of any length", "k8v4 mask"])
+def test_a_node_over_a_pool_of_pages(name):
+    """Sequences of unequal length, of several pages each, in one call of a graph, whose pool stays on the device."""
+    case = paged.cases()[name]
+    given = paged.draw(np.random.default_rng(0), case)
+    inputs = {
+        **{field.name: getattr(given, field.name) for field in dataclasses.fields(given)[:-1]},
+        **{f"past_{kind}.0": array for kind, array in zip(("key", "value", "scale"), given.pool, strict=False)},
+    }
+    outputs = ["output", *(f"new_{kind}.0" for kind in ("key", "value", "scale")[: len(given.pool)])]
+    node = onnx.helper.make_node(OP_NAME, [*inputs], outputs, domain=OP_DOMAIN, **case.attributes)
+    types = [onnx.TensorProto.FLOAT, *(onnx.helper.np_dtype_to_tensor_dtype(array.dtype) for array in given.pool)]
+    proto = onnx.helper.make_model(
+        onnx.helper.make_graph(
+            [node],
+            "attention",
+            [
+                onnx.helper.make_tensor_value_info(
+                    name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), [None] * array.ndim
+                )
+                for name, array in inputs.items()
+            ],
+            [onnx.helper.make_tensor_value_info(name, t, None) for name, t in zip(outputs, types, strict=True)],
+        ),
+        opset_imports=[onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid(OP_DOMAIN, int(OP_VERSION))],
+    )
+    host = plugin_host.plugin_host(available_target())
+    device = open_device(available_target(), host.plugin)
+    ranges = {name: (array.shape,) * 3 for name, array in inputs.items()}
+    plan = plugin_host.ReferencePlan(proto, [ranges], plugin_host._Plugins(host, device), device)
+    context = plan.create_execution_context_without_device_memory()
+    memory = device.allocate(plan.device_memory_size)
+    context.device_memory = memory.pointer
+    layout, tokens = case.layout, case.tokens
+    found = [np.empty((tokens, case.num_heads * layout.value_dim), np.float32)]
+    found += [np.empty((layout.num_kv_heads, tokens, *array.shape[3:]), array.dtype) for array in given.pool]
+    buffers = {
+        name: device.allocate(array.nbytes) for name, array in [*inputs.items(), *zip(outputs, found, strict=True)]
+    }
+    for name, array in inputs.items():
+        device.upload(buffers[name].pointer, np.ascontiguousarray(array))
+        assert context.set_input_shape(name, array.shape)
+    assert all(context.set_tensor_address(name, buffer.pointer) for name, buffer in buffers.items())
+    assert context.execute_async_v3(device.stream)
+    for name, array in zip(outputs, found, strict=True):
+        device.download(array, buffers[name].pointer)
+    device.synchronize()
+    result, _, _ = paged.errors(case, given, *found)
+    assert result < (1e-3 if layout.kv_format.is_quantised else 3e-6)
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -205,7 +329,7 @@ def test_a_picture_larger_than_the_engine_takes(limited):
 
 def test_sizes_that_the_engine_was_not_built_for(limited):
     feeds = decoder_feeds(limited.manifest, seq=8, capacity=10, past=4)
-    with pytest.raises(UserError, match=r"the decoder engine does not take inputs_embeds of shape \[1, 8, \d+\]"):
+    with pytest.raises(UserError, match=r"the decoder engine does not take inputs_embeds of shape \[8, \d+\]"):
         limited.run(bindings.DECODER, feeds)
 
 

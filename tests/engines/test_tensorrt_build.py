@@ -24,7 +24,7 @@ from pascalvl.plugins import bindings, bundle
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
-from pascalvl.plugins.kv_format import CacheConfig, KVFormat
+from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, KVFormat
 from pascalvl.plugins.tensorrt import build as plugin_build
 
 NAME = "pascalvl.engines.tensorrt_backend"
@@ -187,23 +187,30 @@ def test_profiles(tensorrt, nano_model_bundle):
     assert vision[bindings.CU_SEQLENS] == ((2,), (2,), (2,))
 
     hidden = model.text.hidden_size
-    assert prefill[bindings.INPUTS_EMBEDS] == ((1, 1, hidden), (1, 512, hidden), (1, 512, hidden))
-    assert decode[bindings.INPUTS_EMBEDS] == ((1, 1, hidden),) * 3
-    for profile in (prefill, decode):
-        assert [shape[2] for shape in profile[bindings.past_value(0)]] == [1, 4096, 5000]
-    assert prefill[bindings.DEEPSTACK_EMBEDS][2] == (model.num_deepstack, 1, 512, hidden)
+    assert prefill[bindings.INPUTS_EMBEDS] == ((1, hidden), (512, hidden), (512, hidden))
+    assert decode[bindings.INPUTS_EMBEDS] == ((1, hidden), (1, hidden), (8, hidden))
+    for profile in (prefill, decode):  # of eight sequences of forty pages each
+        assert profile[bindings.CU_SEQLENS] == ((2,), (2,), (9,))
+        assert profile[bindings.PAST_LENGTH] == profile[bindings.LOGIT_ROWS] == ((1,), (1,), (8,))
+        assert profile[bindings.PAGE_TABLE] == ((1, 1), (1, 32), (8, 40))
+        assert [shape[0] for shape in profile[bindings.past_value(0)]] == [1, 32, 320]
+        assert {shape[2] for shape in profile[bindings.past_value(0)]} == {PAGE_SLOTS}
+    assert prefill[bindings.PAST_VISIBLE] == ((1, 1), (1, 1), (8, 40 * PAGE_SLOTS))
+    assert decode[bindings.PAST_VISIBLE] == ((1, 1), (1, 1), (8, 1))
+    assert prefill[bindings.DEEPSTACK_EMBEDS][2] == (model.num_deepstack, 512, hidden)
     names = [binding.name for binding in bindings.decoder_inputs(model, CacheConfig(KVFormat.F32))]
     assert list(prefill) == list(decode) == names
 
 
 def test_profiles_of_scales(tensorrt, nano_model_bundle):
-    """As many words as there are slots, whether that is even or odd."""
+    """As many pages as keys have, whether the context fills the last or not."""
     model, cache = Manifest.read(nano_model_bundle, "model").model, CacheConfig(KVFormat.K8V4)
     limits = tensorrt._limits(model, BuildOptions(max_context=4999))
     assert limits.max_context == 4999
     for profile in profiles(bindings.DECODER, model, cache, limits):
         for name in (bindings.past_key(0), bindings.past_scale(0)):
-            assert [shape[bindings.SLOT_AXIS] for shape in profile[name]] == [1, 4096, 4999]
+            assert [shape[0] for shape in profile[name]] == [1, 32, 8 * 40]
+            assert {shape[2] for shape in profile[name]} == {PAGE_SLOTS}
 
 
 def test_weights_are_linked_not_copied(tensorrt, nano_model_bundle, tmp_path):

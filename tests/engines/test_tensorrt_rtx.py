@@ -11,14 +11,16 @@ import tensorrt_rtx as trt
 from pascalvl.export import export_checkpoint, published_sizes
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
-from pascalvl.plugins.kv_format import CacheConfig, KVFormat
+from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, KVFormat
 
 RANGES = {
-    "rows": (1, 1, 2),
-    "batch": (1, 1, 1),
-    "seq": (1, 16, 64),
-    "visible_slots": (1, 1, 64),
-    "capacity": (128, 128, 128),
+    "tokens": (1, 16, 64),
+    "batch": (1, 1, 4),
+    "batch_plus_1": (2, 2, 5),
+    "rows": (1, 1, 4),
+    "visible_slots": (1, 1, 3 * PAGE_SLOTS),
+    bindings.SEQUENCE_PAGES: (1, 1, 3),
+    bindings.PAGES: (1, 1, 12),
     "patches": (4, 64, 256),
     "segments_plus_1": (2, 2, 3),
 }

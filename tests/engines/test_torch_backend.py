@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pascalvl.engines import build, open_engine, torch_backend, validation
+from pascalvl.engines.session import Placement
 from pascalvl.engines.tolerance import tolerance
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import CHECKPOINT_CONFIG, Manifest
@@ -19,7 +20,8 @@ from pascalvl.plugins.kernels import torch_calls
 from pascalvl.plugins.kernels.library import KernelLibrary
 from pascalvl.runtime import SamplingParams, VisionLanguageModel
 from pascalvl.runtime.cli import main
-from tests.engines.decoder import CACHES, Sequence, decoder_feeds, floats_of
+from tests.engines.batches import CAPACITY, POOL, alone, changed, decodes, fresh_pool, places
+from tests.engines.decoder import CACHES, Conversation, decoder_feeds, floats_of, random_tokens
 from tests.engines.torch_reference import answer, assistant, reference_answer, scene, user
 
 PICTURE = [user(scene(1, 64, 64), "Describe the picture.")]
@@ -136,12 +138,31 @@ def test_outputs_equal_the_exported_graphs(kv, seq, nano_engine):
 
 def test_a_decode_step_is_the_same_greedy_or_not(bundle):
     engine = open_engine(bundle)
-    session, other = (Sequence(engine.open_session(8)) for _ in range(2))
+    session, other = (Conversation(engine.open_session(8)) for _ in range(2))
     for seed in range(3):
-        feeds = decoder_feeds(engine.manifest, seq=1, capacity=2, past=seed)
-        logits = session.decode(feeds)[0].copy()
-        assert other.decode_greedy(feeds) == (logits.argmax(), logits.max())
+        (logits,) = session.step(1, seed)[bindings.LOGITS]
+        assert other.greedy(1, seed) == (logits.argmax(), logits.max())
     assert session.session.nbytes == engine.manifest.kv_cache.nbytes(engine.manifest.model.text, 8)
+
+
+def test_padded_steps_of_several_sequences(bundle, monkeypatch):
+    """As CUDA graphs run them: three decode steps in that of four, to the bit, then a chunk in one of eight tokens."""
+    session = open_engine(bundle).open_session(CAPACITY, POOL)
+    placement = Placement(np.array([16, 13], np.int32), 126, np.arange(126, 130, dtype=np.int32))
+    chunk = random_tokens(session.model.text, placement, np.random.default_rng(99))
+    sequences = [*decodes(session)[:3], chunk]
+    pool = fresh_pool(session)
+    expected = alone(session, sequences)[bindings.LOGITS]
+    monkeypatch.setattr(session.decode_step, "graph", "there is one")  # of other steps, which are not recorded here
+    for numbers, atol in (((2, 0, 1), 0), ((3, 1), 1e-5)):
+        fresh_pool(session)
+        given = [sequences[number] for number in numbers]
+        found = session.step(given)[bindings.LOGITS]
+        of_these = expected[list(numbers)]
+        np.testing.assert_allclose(found, of_these, rtol=0, atol=atol * np.abs(of_these).max())
+        assert changed(session, pool) == places(given)
+    assert [*session._steps] == [(1, 1, 0), (4, 4, 0), (8, 2, 0)]
+    assert session._steps[8, 2, 0].likeliest == [(row.argmax(), row.max()) for row in found]
 
 
 @pytest.mark.parametrize("appends", [0, 1, 3])

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from pascalvl.engines import open_engine
+from pascalvl.engines.session import Placement
 from pascalvl.engines.tolerance import tolerance
 from pascalvl.engines.torch_steps import CapturedStep
 from pascalvl.plugins import bindings
@@ -22,7 +23,8 @@ from pascalvl.runtime import SamplingParams, VisionLanguageModel, bench
 from pascalvl.runtime.prompt import Prompt
 from pascalvl.runtime.sampling import Sampler
 from pascalvl.runtime.video import Video
-from tests.engines.decoder import CACHES, Sequence
+from tests.engines.batches import CAPACITY, POOL, alone, changed, decodes, fresh_pool, places
+from tests.engines.decoder import CACHES, Conversation, random_tokens
 from tests.engines.torch_reference import answer, assistant, reference_answer, scene, user
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -117,6 +119,13 @@ def test_repetition_penalty(model, reference):
     assert found != reference_answer(reference, prompt, NEW_TOKENS)[0]
 
 
+def rows_of(model):
+    """The keys and values of a conversation, without what is in its last page behind them."""
+    prefix = model._cache.prefix(model._cache.length)
+    assert prefix is not None
+    return prefix.rows
+
+
 # The CUDA graph -------------------------------------------------------------------------------------------------------
 
 
@@ -132,7 +141,7 @@ def test_each_decode_step_is_one_graph(model, endless, monkeypatch):
     for _ in range(2):  # the prompt, and its last token, which is what the next time leaves of it
         answer(model, FIRST, 1)
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counting)
-    monkeypatch.setattr(CapturedStep, "step", None)  # running it otherwise is an error
+    monkeypatch.setattr(CapturedStep, "_step", None)  # running it otherwise is an error
     generation = answer(model, FIRST, 20)
     assert len(generation.token_ids) == 20
     assert replays == 20  # the first token comes with the prompt
@@ -150,11 +159,10 @@ def test_prefill_of_every_length_agrees(kv, nano_engine):
                 chunk = np.concatenate([tokens[:70], np.roll(tokens, attempt)[:count]])
                 positions = np.broadcast_to(np.arange(len(chunk)), (3, len(chunk)))
                 assert len(list(model.answer(Prompt(chunk, positions, ()), SamplingParams(temperature=0), 1))) <= 1
-            slots = np.arange(70 + count)
-            for name, rows in plain._session.read(slots).items():
-                found = captured._session.read(slots)[name]
+            found, expected = (rows_of(model) for model in (captured, plain))
+            for name, rows in expected.items():
                 if rows.dtype.kind == "f":  # codes may differ by one at ties
-                    np.testing.assert_allclose(found, rows, rtol=0, atol=1e-3 * np.abs(rows).max(), err_msg=name)
+                    np.testing.assert_allclose(found[name], rows, rtol=0, atol=1e-3 * np.abs(rows).max(), err_msg=name)
 
 
 def test_graph_and_plain_steps_agree(bundle, endless):
@@ -166,9 +174,57 @@ def test_graph_and_plain_steps_agree(bundle, endless):
         assert answer(plain, messages, 40).token_ids == generation.token_ids
         length = endless._cache.length
         assert plain._cache.length == length == generation.prompt_tokens + 39
-        found, expected = (model._session.read(np.arange(length)) for model in (endless, plain))
+        found, expected = (rows_of(model) for model in (endless, plain))
         for name, rows in expected.items():
             np.testing.assert_allclose(found[name], rows, rtol=0, atol=1e-4 * np.abs(rows).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("kv", ["f32", "k8v4"])
+def test_captured_steps_of_several_sequences_equal_single_ones(kv, nano_engine, monkeypatch):
+    """To the bit, captured and replayed; three sequences run in the step of four."""
+    session = open_engine(nano_engine(kv, "torch")).open_session(CAPACITY, POOL)
+    sequences = decodes(session)
+    pool = fresh_pool(session)
+    expected = alone(session, sequences)[bindings.LOGITS]
+    stored = session.read(np.arange(POOL))
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
+    for attempt in range(3):
+        replays.clear()
+        for numbers in ([4], [6, 1], [2, 5, 0], [7, 3, 4, 1], [3, 0, 7, 1, 6, 2, 5, 4]):
+            fresh_pool(session)
+            given = [sequences[number] for number in numbers]
+            found = session.step(given)[bindings.LOGITS]
+            np.testing.assert_array_equal(found, expected[numbers])
+            assert session.greedy(given) == [(row.argmax(), row.max()) for row in expected[numbers]]
+            assert changed(session, pool) == places(given)
+        for name, rows in session.read(np.arange(POOL)).items():  # after all eight
+            np.testing.assert_array_equal(rows, stored[name], err_msg=name)
+        # The first time, sizes but one run before they are captured; the second time is `greedy`'s.
+        assert len(replays) == (10 if attempt else 7)
+    assert len(set(replays)) == 4
+
+
+@pytest.mark.parametrize(("kv", "tolerance"), [("f32", 1e-4), ("k8v4", 6e-2)])
+def test_a_captured_step_of_a_chunk_beside_decodes(kv, tolerance, nano_engine):
+    """Padded to sixteen tokens of four sequences. Products of more rows are summed in other orders, after which a code
+    may be the next one: of four bits, an eighth of the largest."""
+    session = open_engine(nano_engine(kv, "torch")).open_session(CAPACITY, POOL)
+    one, *_, other = decodes(session)
+    slots = np.arange(120, 129, dtype=np.int32)
+    placement = Placement(np.array([16, 13], np.int32), 120, slots)
+    chunk = random_tokens(session.model.text, placement, np.random.default_rng(99))
+    sequences = [one, chunk, other]
+    pool = fresh_pool(session)
+    expected = alone(session, sequences)[bindings.LOGITS]
+    for _ in range(3):
+        fresh_pool(session)
+        found = session.step(sequences)[bindings.LOGITS]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+        assert session.greedy(sequences) == [(row.argmax(), row.max()) for row in found]
+        assert changed(session, pool) == places(sequences)
+    assert session._steps[16, 4, 0].graph
 
 
 CAPTURE_FAILS = """
@@ -196,7 +252,7 @@ def test_a_step_that_cannot_be_captured(bundle, model):
     command = [sys.executable, "-c", CAPTURE_FAILS, str(bundle)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "the decode step is no CUDA graph, and slower: it cannot be captured (" in result.stderr
+    assert "a step of 1 tokens of 1 sequences is no CUDA graph, and slower: it cannot be captured (" in result.stderr
     assert result.stdout.strip() == str(answer(model, CONVERSATIONS["text"], 8).token_ids)
 
 
@@ -206,7 +262,7 @@ def test_an_interrupted_step_appends_nothing(bundle, model):
     graph = fresh._session.decode_step.graph
 
     class Interrupted:
-        left = 3
+        left, pool = 3, graph.pool
 
         def replay(self):
             graph.replay()
@@ -224,19 +280,12 @@ def test_an_interrupted_step_appends_nothing(bundle, model):
 
 def test_sessions_do_not_disturb_each_other(bundle):
     engine = open_engine(bundle)
-    text = engine.manifest.model.text
-    rng = np.random.default_rng(0)
-    shapes = {
-        bindings.INPUTS_EMBEDS: text.hidden_size,
-        bindings.ROPE_COS: text.head_dim,
-        bindings.ROPE_SIN: text.head_dim,
-    }
-    steps = [{name: rng.standard_normal((1, 1, size), np.float32) for name, size in shapes.items()} for _ in range(4)]
-    alone, first, second = (Sequence(engine.open_session(16)) for _ in range(3))
-    expected = [alone.decode(step) for step in steps]
-    for step, logits in zip(steps, expected, strict=True):
-        second.decode_greedy(steps[0])
-        np.testing.assert_allclose(first.decode(step), logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+    alone, first, second = (Conversation(engine.open_session(16)) for _ in range(3))
+    expected = [alone.step(1, seed)[bindings.LOGITS] for seed in range(4)]
+    for seed, logits in enumerate(expected):
+        second.greedy(1, 0)
+        found = first.step(1, seed)[bindings.LOGITS]
+        np.testing.assert_allclose(found, logits, rtol=0, atol=1e-5 * np.abs(logits).max())
 
 
 def test_launches_of_a_step(bundle, endless):
@@ -245,15 +294,14 @@ def test_launches_of_a_step(bundle, endless):
     plain._session.decode_step.graph = None
     for model in (endless, plain):
         answer(model, FIRST, 4)
-    slots = np.arange(endless._cache.length)
-    rows = endless._session.read(slots)
+    rows = endless._session.read(np.arange(endless._session.pages))
     launches = endless.decode_launches()
     # Norm, GEMV, prologue, decode, merge, GEMV, norm, GEMV, GEMV (codes: two more); and what comes before and after.
     layers = endless.config.text.num_hidden_layers
     assert 9 * layers < launches < 9 * layers + 14
     assert endless.decode_launches() == launches
     assert plain.decode_launches() == pytest.approx(launches, rel=0.05)
-    for name, found in endless._session.read(slots).items():
+    for name, found in endless._session.read(np.arange(endless._session.pages)).items():
         np.testing.assert_array_equal(found, rows[name])
 
 

@@ -12,16 +12,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from pascalvl.plugins.kernels import torch_calls
-from pascalvl.plugins.kv_format import KVFormat, LayerLayout
-from pascalvl.plugins.kv_rows import compress
+from pascalvl.plugins.kv_format import PAGE_SLOTS, KVFormat, LayerLayout
 from pascalvl.plugins.ops.flash_attention import tiled
 from pascalvl.plugins.ops.flash_attention.drop_in import ATTN_IMPLEMENTATION, attention
 from pascalvl.plugins.ops.flash_attention.op import AttentionOptions
 from pascalvl.plugins.ops.flash_attention.torch_op import flash_attention_2
 from tests.export import reference
+from tests.plugins.ops.flash_attention import reference as op_reference
 
 # float32 dot products of up to a few hundred terms of size one, and a softmax: a few units in the last place.
 TOLERANCE = 2e-6
+# Of values up to 4, and with norms and RoPE before.
+CACHED_TOLERANCE = 4e-6
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2)])
@@ -186,6 +188,13 @@ def test_emulated_causal_matches_float64(seq, head_dim):
     np.testing.assert_allclose(found.numpy(), case.expected(), atol=TOLERANCE)
 
 
+def test_emulated_decode_of_groups_that_have_no_kernels_of_their_own():
+    case = reference.causal_case(6, 2, 1, [70, 3], capacity=71, head_dim=64)
+    with torch_calls.emulated():
+        found = attention(*case.arguments)
+    np.testing.assert_allclose(found.numpy(), case.expected(), atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("head_dim", [64, 72, 128])
 def test_emulated_packed_matches_float64(head_dim):
     case = reference.packed_case([0, 4, 70], head_dim=head_dim)
@@ -223,41 +232,63 @@ def test_non_contiguous_tensors_go_to_the_kernels_too():
 # The exported op ------------------------------------------------------------------------------------------------------
 
 
-def make_call(kv_format: KVFormat, seq: int = 3, past: int = 5, batch: int = 2) -> tuple:
-    """Arguments of `flash_attention_2`, causal, over a cache of random tokens; its options."""
-    torch.manual_seed(5)
-    options = AttentionOptions(True, 0.1, 4, 2, 128, 96, 1e-6, kv_format)
-    layout = options.layout
-    old = [torch.randn(batch, 2, past, dim).numpy() for dim in layout.dims]
-    rows, scales = zip(
-        *(compress(x, f, layout.is_rotated and x is old[0]) for x, f in zip(old, kv_format.rows, strict=True)),
-        strict=True,
-    )
-    scale = None
-    if kv_format.is_quantised:
-        scale = torch.from_numpy(np.stack(scales, -1).view(np.int32)[..., 0].copy())
-    angle = torch.randn(batch, seq, 64).repeat(1, 1, 2)
-    tensors = [torch.randn(batch, seq, sum(options.widths)), torch.rand(128), torch.rand(128), angle.cos(), angle.sin()]
-    cache = [torch.from_numpy(x) for x in rows] + [scale, torch.full((batch,), past, dtype=torch.int32), None]
-    attributes = True, 0.1, 4, 2, 128, 96, 1e-6, kv_format.value
-    return (*tensors, None, *cache, *attributes), options
+def make_call(kv_format: KVFormat, **changes: object) -> tuple[op_reference.CausalCase, tuple]:
+    """A case, and the arguments of `flash_attention_2` that it is."""
+    layout = LayerLayout(kv_format, 2, 128, 96)
+    options = {"new": [3, 0, 2], "past_length": [5, 9, 130], "num_heads": 4, "padding": 1, **changes}
+    case = op_reference.causal_case(layout, **options)
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in case.arrays.items()}
+    attributes = AttentionOptions(True, op_reference.SCALE, 4, 2, 128, 96, op_reference.EPSILON, kv_format).flat
+    return case, (*tensors.values(), *[None] * (not kv_format.is_quantised), *attributes)
 
 
 @pytest.mark.parametrize("kv_format", KVFormat)
 def test_the_exported_op_passes_torchs_own_checks(kv_format):
-    arguments, _ = make_call(kv_format)
+    _, arguments = make_call(kv_format)
     checks = "test_schema", "test_faketensor"  # it has no gradients
     with torch_calls.emulated():
         torch.library.opcheck(torch.ops.pascalvl.flash_attention_2.default, arguments, test_utils=checks)
 
 
-def test_without_kernels_pytorch_computes_the_same():
-    arguments, _ = make_call(KVFormat.F32)
-    for case in (arguments, (*arguments[:5], *[None] * 6, *arguments[11:])):
-        with torch_calls.emulated():
-            expected = flash_attention_2(*case)
-        for found, wanted in zip(flash_attention_2(*case), expected, strict=True):
-            torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
+CALLS = {
+    "prefill": {},
+    "windows": {"visible": "some"},
+    "shared-page": {"new": [3, 4], "past_length": [128, 300], "shared": True},
+    "decode": {"new": [1, 1, 1, 0], "past_length": [0, 127, 129, 3], "padding": 0},
+    "padding-of-a-decode-step": {"new": [1, 1, 0, 0], "past_length": [0, 128, 9, 9], "padding": 2},
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("emulated", [False, True])
+def test_the_exported_op_matches_float64(call, emulated):
+    """By the kernels and by PyTorch."""
+    case, arguments = make_call(KVFormat.F32, **call)
+    with torch_calls.emulated() if emulated else contextlib.nullcontext():
+        found = flash_attention_2(*arguments)
+    output, key, value = op_reference.causal(case).values()
+    np.testing.assert_allclose(found[0][: case.tokens], output[: case.tokens], atol=CACHED_TOLERANCE)
+    for rows, expected in zip(found[1:], (key, value), strict=True):
+        np.testing.assert_allclose(rows[:, : case.tokens], expected[:, : case.tokens], atol=CACHED_TOLERANCE)
+    assert all(rows.isfinite().all() for rows in found)
+
+
+def test_one_bound_for_all_slots_hides_the_past_from_some_tokens():
+    """Without kernels, which take it that all see them."""
+    case, arguments = make_call(KVFormat.F32)
+    case.arrays["past_visible"][:] = [[1], [0], [0]]
+    found = flash_attention_2(*arguments[:8], torch.from_numpy(case.arrays["past_visible"]), *arguments[9:])
+    expected = op_reference.causal(case)["output"]
+    np.testing.assert_allclose(found[0][: case.tokens], expected[: case.tokens], atol=CACHED_TOLERANCE)
+
+
+def test_without_a_past_pytorch_computes_what_the_kernels_do():
+    _, arguments = make_call(KVFormat.F32, padding=0)
+    arguments = (*arguments[:6], *[None] * 6, *arguments[12:])
+    with torch_calls.emulated():
+        expected = flash_attention_2(*arguments)
+    for found, wanted in zip(flash_attention_2(*arguments), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)
 
 
 def test_both_ways_pytorch_computes_the_same():
@@ -265,7 +296,7 @@ def test_both_ways_pytorch_computes_the_same():
     angle = torch.randn(20, 36).repeat(1, 2)
     bounds = torch.tensor([0, 3, 20], dtype=torch.int32)
     sizes = 3, 3, 72, 72
-    arguments = (torch.randn(20, 3 * 3 * 72), None, None, angle.cos(), angle.sin(), bounds, *[None] * 5, False, 0.1)
+    arguments = (torch.randn(20, 3 * 3 * 72), None, None, angle.cos(), angle.sin(), bounds, *[None] * 6, False, 0.1)
     with torch_calls.emulated():
         (expected,) = flash_attention_2(*arguments, *sizes, 0.0, "f32")
     (found,) = flash_attention_2(*arguments, *sizes, 0.0, "f32")
@@ -273,62 +304,73 @@ def test_both_ways_pytorch_computes_the_same():
 
 
 def test_a_cache_without_kernels_is_refused():
-    arguments, _ = make_call(KVFormat.K8V8)
+    _, arguments = make_call(KVFormat.K8V8)
     with pytest.raises(ValueError, match="a cache in k8v8 is for the kernels, on CUDA; found tensors on cpu"):
         flash_attention_2(*arguments)
 
 
 @pytest.mark.parametrize("kv_format", KVFormat)
 def test_kv_append_puts_new_rows_where_they_go_and_no_others(kv_format):
-    arguments, options = make_call(kv_format, seq=4)
-    kernels = torch_calls.library(torch.device("cpu"))
+    case, arguments = make_call(kv_format)
+    layouts, (pages, tokens) = [case.layout] * 2, (3, 6)
     with torch_calls.emulated():
         _, *new = flash_attention_2(*arguments)
     new = (*new, None)[:3]
-    layouts = [options.layout] * 2
-    caches = [torch_calls.new_rows(options.layout, 2, 9, torch.device("cpu")) for _ in layouts]
-    for cache in caches:
-        for rows in cache:
-            if rows is not None:
-                rows.view(torch.int32).fill_(7)
-    slots = torch.tensor([[5, 2, -1, 3], [7, 8, 9, 10]], dtype=torch.int32)
-    torch_calls.kv_append(kernels, layouts, [new] * 2, caches, slots)
-    for cache in caches:
-        for rows, source in zip(cache, new, strict=True):
+    pools = []
+    for _ in layouts:
+        rows = torch_calls.new_rows(case.layout, pages * PAGE_SLOTS, torch.device("cpu"))
+        lead = pages, case.layout.num_kv_heads, PAGE_SLOTS
+        pools.append([x if x is None else x.view(torch.int32).fill_(7).view(*lead, *x.shape[2:]) for x in rows])
+        pools[-1] = [x if x is None else x.view(y.dtype) for x, y in zip(pools[-1], rows, strict=True)]
+    last = pages * PAGE_SLOTS - 1
+    slots = torch.tensor([PAGE_SLOTS + 5, 2, -1, last, PAGE_SLOTS - 1, last + 1], dtype=torch.int32)
+    assert len(slots) == tokens
+    torch_calls.kv_append(torch_calls.library(torch.device("cpu")), layouts, [new] * 2, pools, slots)
+    for pool in pools:
+        for rows, source in zip(pool, new, strict=True):
             if rows is None:
                 continue
             expected = torch.full_like(rows.view(torch.int32), 7)
-            expected[0, :, [5, 2, 3]] = source[0, :, [0, 1, 3]].view(torch.int32)
-            expected[1, :, 7:] = source[1, :, :2].view(torch.int32)
+            for token, (page, slot) in {0: (1, 5), 1: (0, 2), 3: (2, 127), 4: (0, 127)}.items():
+                expected[page, :, slot] = source[:, token].view(torch.int32)
             assert torch.equal(rows.view(torch.int32), expected)
 
 
-def test_kv_append_refuses_a_cache_that_it_could_not_write_in_place():
+def test_kv_append_refuses_a_pool_that_it_could_not_write_in_place():
     kernels = torch_calls.library(torch.device("cpu"))
-    new = torch.zeros(1, 2, 1, 64)
-    cache = torch.zeros(1, 4, 2, 64).transpose(1, 2)
+    new = torch.zeros(2, 1, 64)
+    pool = torch.zeros(1, PAGE_SLOTS, 2, 64).transpose(1, 2)
     layouts = [LayerLayout(KVFormat.F32, 2, 64, 64)]
-    with pytest.raises(ValueError, match="the cache must be contiguous; found strides"):
-        torch_calls.kv_append(kernels, layouts, [(new, new, None)], [(cache, cache, None)], torch.zeros(1, 1).int())
+    with pytest.raises(ValueError, match="the pool's rows must be contiguous; found strides"):
+        torch_calls.kv_append(kernels, layouts, [(new, new, None)], [(pool, pool, None)], torch.zeros(1).int())
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"cache": torch.zeros(1, 2, 4, 64)}, r"the cache of keys as torch.float32 \[2, 2, 4, 64\] .* \[1, 2, 4, 64\]"),
-        ({"key": torch.zeros(2, 1, 1, 64)}, r"the cache of keys as torch.float32 .* torch.float32 \[2, 1, 1, 64\]"),
-        ({"value": torch.zeros(2, 2, 1, 64).half()}, r"the cache of values as torch.float32 .* found torch.float16"),
-        ({"value": torch.zeros(2, 2, 2, 64)}, r"the cache of values as torch.float32 .* found .* \[2, 2, 2, 64\]"),
-        ({"key": torch.zeros(2, 2, 2, 64)}, "expected 1 slots in each layer's keys; found 2"),
+        ({"pool": torch.zeros(1, 2, 4, 64)}, r"the pool's keys as torch.float32 \[1, 2, 128, 64\] .* \[1, 2, 4, 64\]"),
+        (
+            {"pool": torch.zeros(1, 1, 128, 64)},
+            r"the pool's keys as torch.float32 \[1, 2, 128, 64\] .* \[1, 1, 128, 64",
+        ),
+        ({"more": torch.zeros(2, 2, 128, 64)}, "expected 1 pages in each layer's pool; found 2"),
+        ({"key": torch.zeros(1, 1, 64)}, r"take new keys as torch.float32 \[2, 1, 64\] .* torch.float32 \[1, 1, 64\]"),
+        ({"key": torch.zeros(2, 2, 64)}, r"take new keys as torch.float32 \[2, 1, 64\] .* torch.float32 \[2, 2, 64\]"),
+        ({"value": torch.zeros(2, 1, 64).half()}, r"take new values as torch.float32 .* found torch.float16"),
+        ({"value": torch.zeros(2, 2, 64)}, r"take new values as torch.float32 .* found .* \[2, 2, 64\]"),
+        ({"slots": torch.zeros(1)}, r"slots as torch.int32 \[1\] .* found torch.float32"),
+        ({"slots": torch.zeros(1, 1).int()}, r"slots as torch.int32 \[1\] .* found .* \[1, 1\]"),
     ],
 )
 def test_kv_append_refuses_tensors_of_other_shapes(change, told):
     """Memory that is not there would be read or written."""
-    tensors = dict.fromkeys(("key", "value"), torch.zeros(2, 2, 1, 64)) | {"cache": torch.zeros(2, 2, 4, 64)} | change
-    kernels, layouts = torch_calls.library(torch.device("cpu")), [LayerLayout(KVFormat.F32, 2, 64, 64)]
-    new, caches = [(tensors["key"], tensors["value"], None)], [(tensors["cache"], tensors["cache"], None)]
+    tensors = dict.fromkeys(("key", "value"), torch.zeros(2, 1, 64))
+    tensors |= {"slots": torch.zeros(1).int(), **dict.fromkeys(("pool", "more"), torch.zeros(1, 2, 128, 64)), **change}
+    kernels, layouts = torch_calls.library(torch.device("cpu")), [LayerLayout(KVFormat.F32, 2, 64, 64)] * 2
+    new = [(tensors["key"], tensors["value"], None)] * 2
+    pools = [(tensors[name], tensors[name], None) for name in ("pool", "more")]
     with pytest.raises(ValueError, match=told):
-        torch_calls.kv_append(kernels, layouts, new, caches, torch.zeros(2, 1).int())
+        torch_calls.kv_append(kernels, layouts, new, pools, tensors["slots"])
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
@@ -338,21 +380,42 @@ def test_a_past_of_fewer_sequences_is_refused():
     case = reference.causal_case(4, 2, 3, [2, 4], capacity=4, head_dim=64)
     of_one = {name: case.floats[name][:1] for name in ("past_key", "past_value")}
     arguments = dataclasses.replace(case, **of_one).arguments
-    with (
-        torch_calls.emulated(),
-        pytest.raises(ValueError, match=r"the cache of keys as torch.float32 \[2, 2, 4, 64\]"),
-    ):
+    told = r"the past has k's sequences and heads; found k \[2, 2, 3, 64\], past_key \[1, 2, 4, 64\]"
+    with torch_calls.emulated(), pytest.raises(ValueError, match=told):
         attention(*arguments)
+
+
+PAST = {
+    "page_table": (torch.zeros(2, 3).int(), r"page_table as torch.int32 \[3, 3\] on cpu; found .* \[2, 3\]"),
+    "past_length": (torch.zeros(2).int(), r"past_length as torch.int32 \[3\] on cpu; found .* \[2\]"),
+    "past_visible": (torch.zeros(3, 200).int(), r"past_visible as torch.int32 \[3, 384\] on cpu; found .* \[3, 200\]"),
+    "past_key": (
+        torch.zeros(4, 2, 64, 128),
+        r"the pool's keys as .* \[4, 2, 128, 128\] on cpu; found .* \[4, 2, 64, 128\]",
+    ),
+    "past_value": (
+        torch.zeros(4, 2, 128, 96),
+        r"the pool's values as .* \[11, 2, 128, 96\] .* found .* \[4, 2, 128, 96\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAST)
+def test_a_past_of_other_shapes_is_refused(name):
+    case, arguments = make_call(KVFormat.F32)
+    wrong, told = PAST[name]
+    changed = [wrong if n == name else x for n, x in zip([*case.arrays, "past_scale"], arguments, strict=False)]
+    with torch_calls.emulated(), pytest.raises(ValueError, match=told):
+        flash_attention_2(*changed, *arguments[len(changed) :])
 
 
 REFUSED = {
     "head_dim is 16; expected 64, 96, 112 or 128": reference.causal_case(4, 2, 3, [2], capacity=2, head_dim=16),
     "Packed attention has head sizes 64, 72 and 128": reference.packed_case([0, 3], head_dim=80),
-    "Decode has 1, 2, 4 or 8 query heads a kv head; found 3": reference.causal_case(6, 2, 1, [2], 2, head_dim=64),
     r"take qkv as torch.float32 \[3, 576\] on cpu; found torch.float64": reference.converted(
         reference.packed_case([0, 3], head_dim=64), torch.float64
     ),
-    r"take the cache of keys as torch.float32 .* found torch.bfloat16": reference.causal_case(
+    r"take the pool's keys as torch.float32 .* found torch.bfloat16": reference.causal_case(
         4, 2, 3, [2], capacity=2, head_dim=64, past_dtype=torch.bfloat16
     ),
 }

@@ -12,8 +12,9 @@ import torch
 from transformers import Qwen3VLForConditionalGeneration
 
 from pascalvl.plugins.kernels import torch_calls
-from pascalvl.plugins.kv_format import KVFormat, LayerLayout
+from pascalvl.plugins.kv_format import PAGE_SLOTS, KVFormat, LayerLayout
 from pascalvl.plugins.ops.flash_attention.drop_in import ATTN_IMPLEMENTATION, attention
+from pascalvl.plugins.ops.flash_attention.op import AttentionOptions
 from tests.export import reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -36,7 +37,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def causal_cases():
-    for heads, kv_heads in ((8, 8), (8, 1), (16, 4)):
+    for heads, kv_heads in ((8, 8), (8, 1), (16, 4), (6, 2)):
         for seq in (1, 5, 300):
             for head_dim in (64, 96, 128):
                 yield heads, kv_heads, seq, [500, 0, 129], 512, torch.float32, head_dim
@@ -90,51 +91,67 @@ def test_memory_grows_with_the_length_both_ways():
 
 @pytest.mark.parametrize("seq", [1, 40])
 def test_a_captured_graph_follows_what_its_tensors_hold(seq):
-    """A step of a decoder: append to the cache, attend; the lengths are read on the device."""
+    """A step of a decoder: attend, append to the pool; lengths and pages are read on the device."""
     kernels = torch_calls.library(DEVICE)
     kernels.load()
-    case = on_gpu(reference.causal_case(8, 2, seq, [5, 200], capacity=400, head_dim=128))
+    torch.manual_seed(seq)
+    options = AttentionOptions(True, 128**-0.5, 8, 2, 128, 128)
+    qkv = torch.randn(2 * seq, sum(options.widths), device=DEVICE)
+    key, value = (torch.randn(9, 2, PAGE_SLOTS, 128, device=DEVICE) for _ in range(2))
+    page_table = torch.randperm(9, device=DEVICE)[:8].view(2, 4).int()
+    bounds, length = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0, seq, 2 * seq], [5, 200]))
+    past = torch_calls.Past(key, value, None, page_table, length)
+    tensors = qkv, key, value, page_table, length
 
     def step() -> torch.Tensor:
-        out = attention(*case.arguments)
-        slots = case.past_length[:, None] + torch.arange(seq, dtype=torch.int32, device=DEVICE)
-        caches = [(case.past_key, case.past_value, None)]
-        new = [(case.k, case.v, None)]
-        torch_calls.kv_append(kernels, [LayerLayout(KVFormat.F32, 2, 128, 128)], new, caches, slots)
-        case.past_length.add_(seq)
+        out, *new = torch_calls.attention(kernels, options, qkv, bounds, past=past)
+        slots = length[:, None] + torch.arange(seq, dtype=torch.int32, device=DEVICE)
+        pages = page_table.gather(1, slots.long() // PAGE_SLOTS)
+        places = (pages * PAGE_SLOTS + slots % PAGE_SLOTS).flatten()
+        torch_calls.kv_append(kernels, [options.layout], [(*new, None)], [(key, value, None)], places)
+        length.add_(seq)
         return out
 
-    saved = {name: x.clone() for name, x in vars(case).items() if torch.is_tensor(x)}
+    def expected() -> torch.Tensor:
+        """In float64, sequence by sequence."""
+        outputs = []
+        for tokens, pages, past_length in zip(qkv.cpu().split(seq), page_table.cpu(), length.tolist(), strict=True):
+            q, k, v = (x.unflatten(-1, (-1, 128)).transpose(0, 1) for x in tokens.split(options.widths, -1))
+            rows = [pool.cpu()[pages.long()].transpose(0, 1).flatten(1, 2)[:, :past_length] for pool in (key, value)]
+            keys, values = (torch.cat(pair, 1) for pair in zip(rows, (k, v), strict=True))
+            sees = torch.ones(seq, past_length + seq, dtype=torch.bool).tril(past_length)
+            outputs.append(reference.attend(q, keys, values, sees, options.softmax_scale).flatten(1))
+        return torch.cat(outputs)
+
+    saved = [x.clone() for x in tensors]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step()
-    for name, x in saved.items():
-        assert torch.equal(getattr(case, name), x), "capturing ran the step"
-    for _ in range(3):
-        for x in (case.q, case.k, case.v):
-            x.normal_()
-        expected = dataclasses.replace(
-            case, **{name: x.cpu() for name, x in vars(case).items() if torch.is_tensor(x)}
-        ).output()
+    assert all(map(torch.equal, tensors, saved)), "capturing ran the step"
+    for number in range(3):
+        qkv.normal_()
+        page_table.copy_(torch.randperm(9)[:8].view(2, 4))
+        wanted = expected()
         graph.replay()
-        assert relative_error(out, expected) < TOLERANCE
-    assert case.past_length.tolist() == [5 + 3 * seq, 200 + 3 * seq]
+        assert relative_error(out, wanted) < TOLERANCE, number
+    assert length.tolist() == [5 + 3 * seq, 200 + 3 * seq]
 
 
 def test_kv_append_writes_the_new_rows_and_no_others():
     torch.manual_seed(3)
-    layers, batch, heads, seq, capacity = 3, 2, 2, 40, 90
-    key, value = (torch.randn(layers, batch, heads, seq, dim, device=DEVICE) for dim in (64, 128))
-    caches = [torch.randn(layers, batch, heads, capacity, dim, device=DEVICE) for dim in (64, 128)]
-    expected = [cache.clone() for cache in caches]
-    for cache, new in zip(expected, (key, value), strict=True):
-        cache[:, 0, :, 2:42] = new[:, 0]
-        cache[:, 1, :, 70:] = new[:, 1, :, :20]
-    slots = torch.tensor([[2], [70]], dtype=torch.int32, device=DEVICE) + torch.arange(seq, device=DEVICE).int()
+    layers, heads, tokens, pages = 3, 2, 40, 2
+    key, value = (torch.randn(layers, heads, tokens, dim, device=DEVICE) for dim in (64, 128))
+    pools = [torch.randn(layers, pages, heads, PAGE_SLOTS, dim, device=DEVICE) for dim in (64, 128)]
+    expected = [pool.clone() for pool in pools]
+    for pool, new in zip(expected, (key, value), strict=True):
+        pool[:, 0, :, 2:22] = new[:, :, :20]
+        pool[:, 1, :, 118:] = new[:, :, 20:30]  # the others lie beyond the pool
+    first = torch.tensor([[2], [PAGE_SLOTS + 118]], dtype=torch.int32, device=DEVICE)
+    slots = (first + torch.arange(20, device=DEVICE).int()).flatten()
     layouts = [LayerLayout(KVFormat.F32, heads, 64, 128)] * layers
-    new, past = ([(*pair, None) for pair in zip(*pairs, strict=True)] for pairs in ((key, value), caches))
+    new, past = ([(*pair, None) for pair in zip(*pairs, strict=True)] for pairs in ((key, value), pools))
     torch_calls.kv_append(torch_calls.library(DEVICE), layouts, new, past, slots)
-    assert all(map(torch.equal, caches, expected))
+    assert all(map(torch.equal, pools, expected))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +159,6 @@ def test_kv_append_writes_the_new_rows_and_no_others():
     [
         ("head_dim is 16; expected 64, 96, 112 or 128", reference.causal_case(4, 2, 3, [2], 2, head_dim=16)),
         ("Packed attention has head sizes 64, 72 and 128", reference.packed_case([0, 3], head_dim=80)),
-        ("Decode has 1, 2, 4 or 8 query heads a kv head; found 3", reference.causal_case(6, 2, 1, [2], 2, head_dim=64)),
         (
             "take qkv as torch.float32 .* found torch.float64",
             reference.converted(reference.packed_case([0, 3]), torch.float64),

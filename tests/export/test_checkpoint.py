@@ -285,7 +285,7 @@ def test_another_lm_head_gives_its_own_logits(copy, backend, tmp_path):
     feeds = decoder_feeds(engine.manifest, seq=3, capacity=2, past=0)
     embeds = hf.model.language_model.embed_tokens(token_ids).detach()
     cos, sin = hf.model.language_model.rotary_emb(embeds, torch.arange(3).expand(3, 1, 3))
-    feeds |= {"inputs_embeds": embeds.numpy(), "rope_cos": cos.numpy(), "rope_sin": sin.numpy()}
+    feeds |= {"inputs_embeds": embeds[0].numpy(), "rope_cos": cos[0].numpy(), "rope_sin": sin[0].numpy()}
     feeds["deepstack_embeds"][:] = 0
     found = engine.run("decoder", feeds)["logits"][0]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
@@ -25,7 +25,7 @@ from pascalvl.export.transforms import plan_transforms
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kv_format import CacheConfig, KVFormat
+from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, KVFormat, pages_of
 from pascalvl.plugins.ops.flash_attention.drop_in import ATTN_IMPLEMENTATION
 from pascalvl.plugins.ops.flash_attention.op import OP_DOMAIN, OP_NAME
 from pascalvl.plugins.weight_format import WeightConfig, WeightFormat
@@ -60,7 +60,7 @@ def test_what_4_bits_take_of_a_card(size):
 
 INVENTORY = {
     "vision": "Concat 1 FlashAttention2 2 QuantLinear 15 Reshape 2 Unsqueeze 2",
-    "decoder": "Add 2 FlashAttention2 2 Gather 3 QuantLinear 9 Reshape 1",
+    "decoder": "Add 2 FlashAttention2 2 Gather 3 QuantLinear 9",
 }
 """The operators of two layers of either part, with what comes before and after them, in whatever weight format."""
 
@@ -163,7 +163,7 @@ def test_groups_that_norms_do_not_fill():
 
 @pytest.mark.parametrize("weights", ["f32", "w4"])
 def test_graphs_with_a_rank_fit_tensorrt(weights):
-    """It takes no node more, and reshapes to numbers too."""
+    """It takes no node more."""
     weights = WeightConfig.parse(weights)
     model, config = two_layers("4B")
     text = dataclasses.replace(config.text, value_dims=(96, 64))
@@ -171,9 +171,6 @@ def test_graphs_with_a_rank_fit_tensorrt(weights):
     conformance.check(proto, bindings.DECODER)
     check_that_all_is_used(proto)
     assert operators(proto) == dict(sorted(inventory(bindings.DECODER).items()))
-    constants = {tensor.name: numpy_helper.to_array(tensor).tolist() for tensor in proto.graph.initializer}
-    targets = {tuple(constants[node.input[1]]) for node in proto.graph.node if node.op_type == "Reshape"}
-    assert targets == {(-1, 2560)}
 
 
 def _vision_bindings(config):
@@ -218,20 +215,23 @@ def test_numbers_at_the_width_of_the_2b_model(random_checkpoint, tmp_path):
 
 
 def _compare_decoder(model, tmp_path):
-    """Two sequences of different past lengths, with DeepStack features, against Hugging Face one by one.
+    """Sequences of different lengths, one of them empty, with DeepStack features, against Hugging Face one by one.
 
     The past is what the engine returned for it: keys and values are transformed, scores and outputs are not.
     """
     build(tmp_path / "model", tmp_path / "engine", "onnxruntime", CacheConfig(KVFormat.F32))
     engine = open_engine(tmp_path / "engine")
     config = engine.manifest.model
-    text, seq, capacity = config.text, 5, 9
+    text = config.text
     torch.manual_seed(3)
-    past_lengths, expected = [4, 7], []
-    feeds = _decoder_feeds(config, batch=2, seq=seq, capacity=capacity)
-    feeds[bindings.PAST_LENGTH][:] = past_lengths
+    new, past_lengths, expected = [5, 0, 4], [4, 3, 126], []
+    feeds = _decoder_feeds(config, new, past_lengths)
+    bounds = feeds[bindings.CU_SEQLENS]
     language_model = model.model.language_model
-    for b, past in enumerate(past_lengths):
+    for b, (seq, past) in enumerate(zip(new, past_lengths, strict=True)):
+        if not seq:
+            continue
+        own = slice(bounds[b], bounds[b + 1])
         token_ids = torch.randint(0, text.vocab_size, (1, past + seq))
         embeds = language_model.embed_tokens(token_ids).detach()
         visual = torch.zeros(1, past + seq, dtype=torch.bool)
@@ -241,36 +241,44 @@ def _compare_decoder(model, tmp_path):
         with torch.no_grad():
             rest = {"visual_pos_masks": visual, "deepstack_visual_embeds": list(features)}
             result = language_model(inputs_embeds=embeds, position_ids=position_ids, use_cache=True, **rest)
-            expected.append((model.lm_head(result.last_hidden_state[0, -1]), result.past_key_values.layers))
+            logits = model.lm_head(result.last_hidden_state[0, -1])
+            expected.append((b, own, past, logits, result.past_key_values.layers))
             cos, sin = language_model.rotary_emb(embeds, position_ids)
-        first = _decoder_feeds(config, batch=1, seq=past, capacity=1)
+        first = _decoder_feeds(config, [past], [0])
         whole = {bindings.INPUTS_EMBEDS: embeds, bindings.ROPE_COS: cos, bindings.ROPE_SIN: sin}
         for name, states in whole.items():
-            first[name][:], feeds[name][b] = states[:, :past], states[0, past:]
-        feeds[bindings.DEEPSTACK_EMBEDS][:, b, 1:4] = features
+            first[name][:], feeds[name][own] = states[0, :past], states[0, past:]
+        feeds[bindings.DEEPSTACK_EMBEDS][:, own][:, 1:4] = features
         outputs = engine.run(bindings.DECODER, first)
+        slots = np.arange(past)
+        pages = feeds[bindings.PAGE_TABLE][b, slots // PAGE_SLOTS]
         for layer in range(text.num_hidden_layers):
-            feeds[bindings.past_key(layer)][b, :, :past] = outputs[bindings.new_key(layer)][0]
-            feeds[bindings.past_value(layer)][b, :, :past] = outputs[bindings.new_value(layer)][0]
+            for pool, rows in ((bindings.past_key, bindings.new_key), (bindings.past_value, bindings.new_value)):
+                feeds[pool(layer)][pages, :, slots % PAGE_SLOTS] = outputs[rows(layer)].swapaxes(0, 1)
     outputs = engine.run(bindings.DECODER, feeds)
     with Checkpoint(tmp_path / "checkpoint") as checkpoint:
         planned = plan_transforms(checkpoint, text, CacheConfig(KVFormat.F32))
-    for b, (past, (logits, layers)) in enumerate(zip(past_lengths, expected, strict=True)):
+    for b, own, past, logits, layers in expected:
         np.testing.assert_allclose(outputs[bindings.LOGITS][b], logits, atol=TOLERANCE * logits.abs().max())
         for layer, (cached, transform) in enumerate(zip(layers, planned, strict=True)):
             keys, values = (states[0, :, past:].double().numpy() for states in (cached.keys, cached.values))
             keys, values = keys / transform.balance, values @ transform.value_down.swapaxes(1, 2)
             for name, rows in ((bindings.new_key, keys), (bindings.new_value, values)):
-                np.testing.assert_allclose(outputs[name(layer)][b], rows, atol=TOLERANCE * np.abs(rows).max())
+                np.testing.assert_allclose(outputs[name(layer)][:, own], rows, atol=TOLERANCE * np.abs(rows).max())
 
 
-def _decoder_feeds(config, **sizes):
-    """Zeros, with all slots visible."""
-    sizes |= {"visible_slots": 1, "rows": sizes["batch"]}
+def _decoder_feeds(config, new, past_length):
+    """Zeros, with all slots visible, for sequences of so many ``new`` tokens; the last page is the first's first."""
+    batch, pages = len(new), pages_of(max(past_length) + 1)
+    sizes = {"tokens": sum(new), "batch": batch, "batch_plus_1": batch + 1, "visible_slots": 1, "rows": batch}
+    sizes |= {bindings.PAGES: batch * pages, bindings.SEQUENCE_PAGES: pages}
     feeds = {b.name: np.zeros([sizes.get(d, d) for d in b.shape], b.dtype)
              for b in bindings.decoder_inputs(config, CacheConfig(KVFormat.F32))}  # fmt: skip
     feeds[bindings.PAST_VISIBLE][:] = np.iinfo(np.int32).max
-    feeds[bindings.LOGIT_ROWS][:] = np.arange(1, sizes["batch"] + 1) * sizes["seq"] - 1  # the last of each sequence
+    feeds[bindings.CU_SEQLENS][1:] = np.cumsum(new)
+    feeds[bindings.PAST_LENGTH][:] = past_length
+    feeds[bindings.PAGE_TABLE][:] = np.arange(batch * pages)[::-1].reshape(batch, pages)
+    feeds[bindings.LOGIT_ROWS][:] = np.maximum(np.cumsum(new) - 1, 0)  # the last of each sequence
     return feeds
 
 
@@ -324,16 +332,17 @@ def test_a_rank_from_a_calibration(nano_checkpoint, nano_reference, tmp_path):
     assert set(config.text.value_dims) <= {64, 96, 112}  # random tokens use few directions
 
     build(tmp_path / "model", tmp_path / "engine", "onnxruntime", CacheConfig(KVFormat.F32))
-    feeds = _decoder_feeds(config, batch=1, seq=400, capacity=1)
+    feeds = _decoder_feeds(config, [400], [0])
     language_model, token_ids = nano_reference.model.language_model, torch.from_numpy(asked)[None]
     with torch.no_grad():
         expected = nano_reference(input_ids=token_ids).logits[0, -1].log_softmax(0).numpy()
         embeds = language_model.embed_tokens(token_ids)
         cos, sin = language_model.rotary_emb(embeds, torch.arange(400).expand(3, 1, 400))
-    feeds |= {bindings.INPUTS_EMBEDS: embeds.numpy(), bindings.ROPE_COS: cos.numpy(), bindings.ROPE_SIN: sin.numpy()}
+    per_token = {bindings.INPUTS_EMBEDS: embeds, bindings.ROPE_COS: cos, bindings.ROPE_SIN: sin}
+    feeds |= {name: states[0].numpy() for name, states in per_token.items()}
     outputs = open_engine(tmp_path / "engine").run(bindings.DECODER, feeds)
     for layer, value_dim in enumerate(config.text.value_dims):
-        found = tuple(outputs[name(layer)].shape[3] for name in (bindings.new_key, bindings.new_value))
+        found = tuple(outputs[name(layer)].shape[-1] for name in (bindings.new_key, bindings.new_value))
         assert found == (128, value_dim)
     found = torch.from_numpy(outputs[bindings.LOGITS][0]).log_softmax(0).numpy()
     divergence = (np.exp(expected) * (expected - found)).sum()

@@ -80,7 +80,7 @@ def test_altered_files_are_found(written, alter, phrase):
     [
         ({"kind": "engine"}, "is a bundle of kind 'engine'"),
         ({"version": 99}, "has bundle version 99"),
-        ({"version": 5}, "has bundle version 5, this PascalVL reads version 6: write the bundle again"),
+        ({"version": 6}, "has bundle version 6, this PascalVL reads version 7: write the bundle again"),
         ({"kv_cache": "k3v3"}, "unknown KV cache format 'k3v3'"),
         ({"model": {"text": {}}}, "lacks 'vocab_size'"),
         ({"colour": 1}, "cannot be used"),

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from pascalvl.engines import validation
+from pascalvl.plugins import bindings
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.runtime import SamplingParams, VisionLanguageModel
+from pascalvl.runtime.kv_cache import KVCache
 from pascalvl.runtime.model import PINNED_SLOTS
 from tests.engines.torch_reference import answer, assistant, scene, user
 
@@ -92,3 +94,57 @@ def test_ten_thousand_tokens_in_constant_memory_and_time(nano_engine_bundle):
     again = answer(model, [picture, assistant(generation.text), user("Describe the picture.")], 60)
     assert again.prompt_tokens > 9_000
     assert again.text == described
+
+
+@pytest.mark.parametrize("kv", ["f32", "f32,window=8+64,pin=image", "f32,window=5+200"])
+def test_conversations_in_one_session_answer_as_alone(kv, nano_engine_bundle):
+    """Two of them in pages out of order of one pool: one that keeps all beside one with a window, pinned tokens in it.
+
+    They are appended in turn, truncated, and one begins anew with the other's first tokens.
+    """
+    config, whole = CacheConfig.parse(kv), CacheConfig.parse("f32")
+    model = VisionLanguageModel.open(nano_engine_bundle, prefill_chunk=50)
+    prompt = model.prompt([user(FILLER)])
+    tokens, positions = prompt.token_ids[:420], prompt.position_ids[:, :420]
+    pinned = np.isin(np.arange(420), np.arange(20, 60)) & config.pin_images
+
+    def run(session, cache, *chunks):
+        logits = []
+        for chunk in chunks:
+            with cache.appending(tokens[chunk], pinned[chunk]) as placement:
+                step = session.step([model.new_tokens(tokens[chunk], positions[:, chunk], placement)])
+            logits.append(step[bindings.LOGITS])
+        return logits
+
+    def alone(config, *chunks):
+        session = model.engine.open_session(512)
+        return run(session, KVCache(session, config, 512), *chunks)
+
+    chunks = [slice(start, min(start + 50, 410)) for start in range(0, 410, 50)]
+    chunks += [slice(i, i + 1) for i in range(410, 420)]
+    expected, expected_whole = alone(config, *chunks), alone(whole, *chunks)
+
+    session = model.engine.open_session(512, 8)
+    first = KVCache(session, config, 512, np.array([6, 1, 4, 3], np.int32))
+    other = KVCache(session, whole, 512, np.array([5, 7, 0, 2], np.int32))
+    assert first.capacity == other.capacity == 512
+    found, found_whole = [], []
+    for chunk in chunks:
+        found += run(session, first, chunk)
+        found_whole += run(session, other, chunk)
+        # Forgotten at once.
+        if chunk.start < 410:
+            run(session, other, slice(chunk.stop, chunk.stop + 5))
+            assert other.truncate(chunk.stop) == chunk.stop
+    np.testing.assert_array_equal(np.concatenate(found), np.concatenate(expected))
+    np.testing.assert_array_equal(np.concatenate(found_whole), np.concatenate(expected_whole))
+
+    prefix = other.prefix(150)
+    keeps = config.window is None or config.window.length > 150
+    assert first.restore(prefix, 150, pinned[:150]) == keeps
+    if keeps:
+        rest = [slice(start, min(start + 50, 410)) for start in range(150, 410, 50)] + chunks[-10:]
+        again = np.concatenate(run(session, first, *rest))
+        np.testing.assert_array_equal(again, np.concatenate(alone(config, *chunks)[3:]))
+    more = run(session, other, slice(0, 1))
+    np.testing.assert_array_equal(more[0], alone(whole, *chunks, slice(0, 1))[-1])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -13,10 +14,11 @@ from pascalvl.engines.validation import PREFILL_LOGITS, VISION_EMBEDS, decode_lo
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import GENERATION_CONFIG, POSITIONS, Manifest
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
 from pascalvl.runtime import FinishReason, SamplingParams, VisionLanguageModel
+from pascalvl.runtime.cli import main
 from pascalvl.runtime.embeddings import EmbeddingTable
-from pascalvl.runtime.model import PINNED_SLOTS, token_identities
+from pascalvl.runtime.model import PINNED_SLOTS, pinned_slots, token_identities
 from pascalvl.runtime.positions import VisionPositions, vision_cu_seqlens, vision_rope_tables
 from pascalvl.runtime.tokenizer import Tokenizer
 from pascalvl.runtime.video import Video
@@ -39,8 +41,7 @@ class ScriptedEngine(Engine):
 
     def run(self, graph, feeds):
         assert graph == bindings.DECODER
-        seq = feeds[bindings.INPUTS_EMBEDS].shape[1]
-        shapes = {"batch": 1, "seq": seq, "rows": 1}
+        shapes = {"tokens": len(feeds[bindings.INPUTS_EMBEDS]), "rows": len(feeds[bindings.LOGIT_ROWS])}
         outputs = {
             binding.name: np.zeros([shapes.get(d, d) for d in binding.shape], binding.dtype)
             for binding in bindings.decoder_outputs(self.manifest.model, self.manifest.kv_cache)
@@ -237,13 +238,13 @@ def test_order_of_prompts_changes_nothing(nano_engine_bundle, expected):
 
 def _count_runs(monkeypatch, model):
     counts = {bindings.VISION: 0, bindings.DECODER: 0}
-    run = model._engine.run
+    run = model.engine.run
 
     def counting(graph, feeds):
         counts[graph] += 1
         return run(graph, feeds)
 
-    monkeypatch.setattr(model._engine, "run", counting)
+    monkeypatch.setattr(model.engine, "run", counting)
     return counts
 
 
@@ -313,7 +314,8 @@ def test_a_cache_is_kept_in_a_file(kv, nano_engine, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="was computed by another engine than this one"):
         fresh(nano_engine("f16")).load_cache(path)
     whole = path.read_bytes()
-    path.write_bytes(whole[:-1000] + bytes(900) + whole[-100:])
+    start = whole.index(b"\n") + 1  # of what is not all zeros
+    path.write_bytes(whole[:start] + bytes(900) + whole[start + 900 :])
     with pytest.raises(UserError, match="checksum is not that of its content"):
         model.load_cache(path)
     assert answer(model, messages).token_ids == expected.token_ids
@@ -331,16 +333,74 @@ def test_what_a_window_has_dropped_cannot_be_kept(nano_engine_bundle, tmp_path):
 
 def test_bytes_are_those_foretold(nano_engine):
     for kv in ("f32", "k8v4", "k4v4", "k8v4,window=64+512,pin=image"):
-        model = fresh(nano_engine(kv), context_length=2000)
-        pinned = PINNED_SLOTS if model.cache_config.pin_images else 0
-        assert model._session.nbytes == model.cache_config.nbytes(model.config.text, 2000, pinned)
+        engine = open_engine(nano_engine(kv))
+        for context_length in (2, PAGE_SLOTS, PAGE_SLOTS + 1, 2000):
+            model = VisionLanguageModel(engine, context_length, 512)
+            pinned = PINNED_SLOTS if model.cache_config.pin_images else 0
+            slots = model.cache_config.slots(context_length, pinned)
+            per_page = PAGE_SLOTS * model.cache_config.bytes_per_token(model.config.text)
+            assert model._session.nbytes == model.cache_config.nbytes(model.config.text, context_length, pinned)
+            assert 0 <= model._session.nbytes - slots * per_page // PAGE_SLOTS < per_page
+
+
+def _inspected(capsys, *options):
+    """Cells of the last row of both of `pascalvl inspect`'s tables: gigabytes and longest contexts, by the headings."""
+    assert main(["inspect", *options]) == 0
+    rows = [
+        [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith(("│", "┃"))
+    ]
+    memory, first, fitting, second = rows
+    return dict(zip(memory[2:], first[2:], strict=True)), dict(zip(fitting[1:], second[1:], strict=True))
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+@pytest.mark.parametrize("kv", ["f32", "k8v4", "k8v4,window=64+512", "k8v4,window=64+512,pin=image"])
+def test_memory_is_as_inspect_tells(kv, backend, nano_engine, capsys):
+    """Of the contexts that it names, and up to the longest one that fits in a card's memory: of whole pages."""
+    bundle = nano_engine(kv, backend)
+    manifest = Manifest.read(bundle, "engine")
+    text, weights = manifest.model.text, manifest.weight_bytes(*manifest.graphs)
+    page = PAGE_SLOTS * manifest.kv_cache.bytes_per_token(text)
+    pages = pages_of(manifest.kv_cache.slots(text.max_position_embeddings, pinned_slots(manifest.kv_cache)))
+    rooms = {page - 1: "none", page: str(PAGE_SLOTS), 3 * page - 1: str(2 * PAGE_SLOTS)}
+    if manifest.kv_cache.window:
+        rooms = {page - 1: "none", page: str(PAGE_SLOTS), pages * page - 1: str((pages - 1) * PAGE_SLOTS)}
+    rooms[pages * page] = f"{text.max_position_embeddings} (all)"
+    engine = open_engine(bundle)
+
+    def nbytes(context_length):
+        return VisionLanguageModel(engine, context_length, 512)._session.nbytes
+
+    gigabytes, _ = _inspected(capsys, str(bundle))
+    for length, told in gigabytes.items():
+        assert f"{nbytes(int(length)) / 1e9:.3f}" == told
+    for room, longest in rooms.items():
+        _, fitting = _inspected(capsys, str(bundle), "--memory", f"{(weights + room) / 1e9:.12f}")
+        assert list(fitting.values()) == [longest]
+        if longest[0].isdigit():
+            assert nbytes(int(longest.split()[0])) <= room
+        if longest.isdigit():
+            assert nbytes(int(longest) + 1) > room
 
 
 def test_more_pictures_than_can_be_pinned(nano_engine_bundle, monkeypatch):
+    """What is told is the room that there is, of whole pages."""
     monkeypatch.setattr("pascalvl.runtime.model.PINNED_SLOTS", 40)
     model = fresh(nano_engine_bundle, cache=CacheConfig.parse("f32,window=4+16,pin=image"))
-    with pytest.raises(UserError, match=r"pictures have \d+ tokens, more than the KV cache has room for .* \(40\)"):
-        answer(model, [user(picture(400, 400), "What is it?")])
+    room = PAGE_SLOTS - (4 + 15)
+    fits, does_not = (
+        [user(picture(32 * 9, 32 * 6), picture(32 * width, 32 * height), "What is it?")]
+        for width, height in ((11, 5), (8, 7))
+    )
+    tokens = [sum(len(visual.token_indices) for visual in model.prompt(m).visuals) for m in (fits, does_not)]
+    assert tokens == [room, room + 1]
+    assert answer(model, fits).token_ids
+    with pytest.raises(
+        UserError, match=rf"pictures have 110 tokens, more than the KV cache has room for .* \({room}\)"
+    ):
+        answer(model, does_not)
 
 
 @pytest.mark.parametrize("kv", ["f16", "f32,layer.0=f16", "f32,rv=64"])
@@ -375,7 +435,7 @@ def test_an_interrupted_answer_leaves_nothing_behind(nano_engine_bundle, expecte
     """Wherever in vision, prefill (in the middle of a picture too) or decode Ctrl-C comes."""
     model = fresh(nano_engine_bundle, prefill_chunk=16)
     endless = dataclasses.replace(model.generation_config, eos_token_ids=frozenset())
-    run, left = model._engine.run, runs
+    run, left = model.engine.run, runs
 
     def interrupted(graph, feeds):
         nonlocal left
@@ -385,7 +445,7 @@ def test_an_interrupted_answer_leaves_nothing_behind(nano_engine_bundle, expecte
         return run(graph, feeds)
 
     with monkeypatch.context() as patch:
-        patch.setattr(model._engine, "run", interrupted)
+        patch.setattr(model.engine, "run", interrupted)
         patch.setattr(model, "generation_config", endless)
         with pytest.raises(KeyboardInterrupt):
             list(model.generate(CONVERSATIONS["pictures"], GREEDY, 40))

@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels import torch_calls
+from pascalvl.plugins.kv_format import PAGE_SLOTS, pages_of
 from pascalvl.plugins.ops.flash_attention.op import AttentionOptions
 from pascalvl.plugins.ops.flash_attention.tiled import TiledAttention
 
@@ -61,19 +62,41 @@ def attention(
     for name, x in (("k", k), ("v", v)):
         if x.shape[0] != batch or x.shape[2] != seq or x.shape[1] != k.shape[1]:
             raise ValueError(f"k and v have q's tokens; found q {list(q.shape)}, {name} {list(x.shape)}")
+    for name, x in (("past_key", past_key), ("past_value", past_value)):
+        if x is not None and x.shape[:2] != k.shape[:2]:
+            raise ValueError(f"the past has k's sequences and heads; found k {list(k.shape)}, {name} {list(x.shape)}")
     if not causal and batch != 1:
         raise ValueError(f"packed sequences have batch 1; found {batch}")
-    qkv = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], -1)
+    qkv = torch.cat([x.transpose(1, 2).flatten(0, 1).flatten(1) for x in (q, k, v)], -1)
     options = AttentionOptions(causal, softmax_scale, num_heads, k.shape[1], head_dim, v.shape[3])
+    if causal:
+        cu_seqlens = seq * torch.arange(batch + 1, dtype=torch.int32, device=q.device)
     past = None
-    if past_key is not None:
-        past = torch_calls.Past(past_key.contiguous(), past_value.contiguous(), None, past_length, past_visible)
+    if past_key is not None and past_key.shape[2]:
+        past = _paged(past_key, past_value, past_length, past_visible)
     try:
         kernels = torch_calls.library(q.device)
-        out, *_ = torch_calls.attention(kernels, options, qkv if causal else qkv[0], cu_seqlens=cu_seqlens, past=past)
+        out, *_ = torch_calls.attention(kernels, options, qkv, cu_seqlens, past=past)
     except UserError as error:
         raise ValueError(str(error)) from None
     return out.view(batch, seq, num_heads, v.shape[3])
+
+
+def _paged(
+    key: torch.Tensor, value: torch.Tensor, length: torch.Tensor, visible: torch.Tensor | None
+) -> torch_calls.Past:
+    """A past ``[batch, num_kv_heads, capacity, dim]`` copied into pages, as the kernels read it."""
+    batch, capacity = key.shape[0], key.shape[2]
+    pages = pages_of(capacity)
+    missing = pages * PAGE_SLOTS - capacity
+    pools = (
+        nn.functional.pad(rows, (0, 0, 0, missing)).unflatten(2, (pages, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+        for rows in (key, value)
+    )
+    table = torch.arange(batch * pages, dtype=torch.int32, device=key.device).view(batch, pages)
+    if visible is not None and visible.shape[1] != 1:
+        visible = nn.functional.pad(visible, (0, missing))
+    return torch_calls.Past(*pools, None, table, length, visible)
 
 
 @attention.register_fake
@@ -177,7 +200,6 @@ def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, past: i
     new = key[:, :, past:], value[:, :, past:]
     if not past:
         return attention(query, *new, *[None] * 5, True, scaling)
-    # The kernels read the past where it lies if it is contiguous, as all of it is, and a slice is not.
     length = torch.full(key.shape[:1], past, dtype=torch.int32, device=key.device)
     return attention(query, *new, None, key, value, length, None, True, scaling)
 

@@ -3,6 +3,10 @@
 A body makes a graph runnable anywhere and says exactly what the kernels must compute. It materialises the scores, and
 a copy of the past in float32; only an engine that replaces the node does not. The op in another cache format has
 another body, so each has a domain of its own, which begins with `OP_DOMAIN` (TensorRT's parser ignores domains).
+
+Where causal, norms, RoPE and the cache's format are computed token by token, ``[heads, tokens, dim]``. For attention,
+tokens are gathered to ``[batch, heads, seq, dim]``, seq as the longest sequence has it: the work grows with the number
+of sequences and not with its square, and nothing of a sequence, a number that is none for example, reaches another.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from pascalvl.plugins.kv_format import ROTATED_DIM, KVFormat, LayerLayout, RowFormat
+from pascalvl.plugins.kv_format import PAGE_SLOTS, ROTATED_DIM, KVFormat, LayerLayout, RowFormat
 from pascalvl.plugins.ops.flash_attention.op import (
     ATTR_CAUSAL,
     ATTR_EPSILON,
@@ -56,7 +60,7 @@ class CausalBody:
         """In the op's order."""
         return [
             *("qkv", "q_norm", "k_norm", "rope_cos", "rope_sin"),
-            *("past_length", "past_visible", "past_key", "past_value"),
+            *("cu_seqlens", "past_length", "page_table", "past_visible", "past_key", "past_value"),
             *["past_scale"] * self.kv_format.is_quantised,
         ]
 
@@ -72,11 +76,10 @@ class CausalBody:
             *(half_table() if self.kv_format is not KVFormat.F32 else ()),
             *_PROLOGUE,
             *(_hadamard("roped_heads", "qk_rows") if self.is_rotated else ["qk_rows = Identity (roped_heads)"]),
-            "q = Slice (qk_rows, zero, num_heads, one)",
-            "k = Slice (qk_rows, num_heads, qk_heads, one)",
-            # Of the capacity, take what the longest sequence fills: the cost follows the past, not the capacity.
-            "longest = ReduceMax <keepdims = 1> (past_length)",
-            f"most = Cast <to = {INT64}> (longest)",
+            "q = Slice (qk_rows, zero, num_heads, zero)",
+            "k = Slice (qk_rows, num_heads, qk_heads, zero)",
+            *_PLACES,
+            *_PAGES,
             *(_PAST_SCALES if self.kv_format.is_quantised else ()),
             *_past_rows("key", key_row),
             *_past_rows("value", value_row),
@@ -84,6 +87,9 @@ class CausalBody:
             *_new_rows("value", "v", value_row),
             *(_NEW_SCALES if self.kv_format.is_quantised else ()),
             *(_QUANTISED_QUERIES if key_row.is_quantised else ["queries = Identity (q)"]),
+            *_of_sequences("queries"),
+            *_of_sequences("new_keys"),
+            *_of_sequences("new_values"),
             *_VISIBLE,
             *_SCORES,
             *_attended(value_row),
@@ -138,7 +144,6 @@ _SIZES = (ATTR_NUM_HEADS, ATTR_NUM_KV_HEADS, ATTR_HEAD_DIM, ATTR_VALUE_DIM)
 _CONSTANTS = [
     *(f"{name} = Constant <value_ints = [{value}]> ()" for name, value in (("zero", 0), ("one", 1), ("two", 2))),
     "three = Constant <value_ints = [3]> ()",
-    "four = Constant <value_ints = [4]> ()",
     "minus_one = Constant <value_ints = [-1]> ()",
     "axes_of_heads = Constant <value_ints = [1, 2]> ()",
     "first = Constant <value = int64 {0}> ()",
@@ -191,18 +196,17 @@ num_heads * head_dim]``; and constants, as `_CONSTANTS` names them."""
 
 _PROLOGUE = [
     *_CONSTANTS,
-    "batch = Shape <start = 0, end = 1> (qkv)",
-    "seq = Shape <start = 1, end = 2> (qkv)",
-    "width = Shape <start = 2, end = 3> (qkv)",
+    "total = Shape <start = 0, end = 1> (qkv)",
+    "width = Shape <start = 1, end = 2> (qkv)",
     "qk_heads = Add (num_heads, num_kv_heads)",
     "qk_width = Mul (qk_heads, head_dim)",
-    "qk_flat = Slice (qkv, zero, qk_width, two)",
-    "v_flat = Slice (qkv, qk_width, width, two)",
-    "qk_of = Concat <axis = 0> (zero, zero, qk_heads, head_dim)",
+    "qk_flat = Slice (qkv, zero, qk_width, one)",
+    "v_flat = Slice (qkv, qk_width, width, one)",
+    "qk_of = Concat <axis = 0> (zero, qk_heads, head_dim)",
     "qk = Reshape (qk_flat, qk_of)",
-    "v_of = Concat <axis = 0> (zero, zero, num_kv_heads, value_dim)",
+    "v_of = Concat <axis = 0> (zero, num_kv_heads, value_dim)",
     "v_tokens = Reshape (v_flat, v_of)",
-    "v = Transpose <perm = [0, 2, 1, 3]> (v_tokens)",
+    "v = Transpose <perm = [1, 0, 2]> (v_tokens)",
     f"epsilon = Constant <value_float : float = @{ATTR_EPSILON}> ()",
     "squares = Mul (qk, qk)",
     "mean_square = ReduceMean <axes = [-1], keepdims = 1> (squares)",
@@ -216,12 +220,13 @@ _PROLOGUE = [
     "k_norms = Expand (k_norm, k_norm_of)",
     "norms = Concat <axis = 0> (q_norms, k_norms)",
     "plain = Mul (of_unit_size, norms)",
-    "cos = Unsqueeze (rope_cos, two)",
-    "sin = Unsqueeze (rope_sin, two)",
+    "cos = Unsqueeze (rope_cos, one)",
+    "sin = Unsqueeze (rope_sin, one)",
     *_ROPE,
-    "roped_heads = Transpose <perm = [0, 2, 1, 3]> (roped)",
+    "roped_heads = Transpose <perm = [1, 0, 2]> (roped)",
 ]
-"""Where causal: queries and then keys ``roped_heads [batch, num_heads + num_kv_heads, seq, head_dim]``, and ``v``."""
+"""Where causal: queries and then keys ``roped_heads [num_heads + num_kv_heads, tokens, head_dim]``, and values ``v
+[num_kv_heads, tokens, value_dim]``."""
 
 
 def _hadamard(x: str, result: str) -> list[str]:
@@ -230,7 +235,7 @@ def _hadamard(x: str, result: str) -> list[str]:
     while step < ROTATED_DIM:
         name = f"{result}_{step}"
         lines += [
-            f"{name}_pairs_of = Constant <value_ints = [0, 0, 0, {ROTATED_DIM // step // 2}, {2 * step}]> ()",
+            f"{name}_pairs_of = Constant <value_ints = [0, 0, {ROTATED_DIM // step // 2}, {2 * step}]> ()",
             f"{name}_pairs = Reshape ({rows}, {name}_pairs_of)",
             f"{name}_a, {name}_b = Split <axis = -1> ({name}_pairs)",
             f"{name}_sum = Add ({name}_a, {name}_b)",
@@ -240,17 +245,99 @@ def _hadamard(x: str, result: str) -> list[str]:
         rows, step = name, 2 * step
     return [
         *lines,
-        f"{result}_of = Constant <value_ints = [0, 0, 0, {ROTATED_DIM}]> ()",
+        f"{result}_of = Constant <value_ints = [0, 0, {ROTATED_DIM}]> ()",
         f"{result}_long = Reshape ({rows}, {result}_of)",
         f"{result}_norm = Constant <value = float {{{ROTATED_DIM**-0.5!r}}}> ()",
         f"{result} = Mul ({result}_long, {result}_norm)",
     ]
 
 
+# Sequences ------------------------------------------------------------------------------------------------------------
+
+_PLACES = [
+    "batch = Shape (past_length)",
+    f"batch_int = Cast <to = {INT}> (batch)",
+    "one_int = Constant <value = int32[1] {1}> ()",
+    "zero_int = Constant <value = int32[1] {0}> ()",
+    "last_sequence = Sub (batch_int, one_int)",
+    "bounds = Add (batch, one)",
+    "begins = Slice (cu_seqlens, zero, batch, zero)",
+    "ends = Slice (cu_seqlens, one, bounds, zero)",
+    "sequence_lengths = Sub (ends, begins)",
+    "longest_new = ReduceMax <keepdims = 1> (sequence_lengths)",
+    # One where there is nothing but padding.
+    "seq_int = Max (longest_new, one_int)",
+    f"seq = Cast <to = {INT64}> (seq_int)",
+    *_range("numbers", "seq"),
+    # The token that is a sequence's number so and so; beyond its last, that: no other sequence's is read in its place.
+    "begin_column = Unsqueeze (begins, one)",
+    "end_column = Unsqueeze (ends, one)",
+    "last_column = Sub (end_column, one_int)",
+    "numbered = Add (begin_column, numbers)",
+    "own_or_none = Min (numbered, last_column)",
+    "token_at = Max (own_or_none, zero_int)",
+    # Where a token is in [batch * seq]; padding, anywhere.
+    *_range("tokens", "total"),
+    "token_column = Unsqueeze (tokens, one)",
+    "passed = GreaterOrEqual (token_column, ends)",
+    f"ends_passed = Cast <to = {INT}> (passed)",
+    "any_sequence = ReduceSum <keepdims = 0> (ends_passed, one)",
+    "sequence = Min (any_sequence, last_sequence)",
+    "begin = Gather (begins, sequence)",
+    "any_number = Sub (tokens, begin)",
+    "last_number = Sub (seq_int, one_int)",
+    "number = Min (any_number, last_number)",
+    "sequence_start = Mul (sequence, seq_int)",
+    "place = Add (sequence_start, number)",
+]
+"""``batch``; ``seq``, the most tokens of a sequence; ``token_at [batch, seq]`` and its inverse, ``place [tokens]``."""
+
+_PAGES = [
+    # Of a sequence's pages, take as many as the longest past fills: the cost follows the past, not the capacity.
+    "longest = ReduceMax <keepdims = 1> (past_length)",
+    f"most = Cast <to = {INT64}> (longest)",
+    f"page_slots = Constant <value_ints = [{PAGE_SLOTS}]> ()",
+    f"page_slots_less_one = Constant <value_ints = [{PAGE_SLOTS - 1}]> ()",
+    "most_rounded = Add (most, page_slots_less_one)",
+    "most_pages = Div (most_rounded, page_slots)",
+    "past_slots = Mul (most_pages, page_slots)",
+    "page_table_cut = Slice (page_table, zero, most_pages, one)",
+    # Each head of a page on its own, so that they come out in the order of attention, in the one copy.
+    "pages = Unsqueeze (page_table_cut, one)",
+    *_range("kv_heads", "num_kv_heads"),
+    "kv_head_column = Unsqueeze (kv_heads, one)",
+    f"num_kv_heads_int = Cast <to = {INT}> (num_kv_heads)",
+    "page_starts = Mul (pages, num_kv_heads_int)",
+    "pages_of_heads = Add (page_starts, kv_head_column)",
+]
+"""``past_slots`` of each sequence; and where the pages that have them lie, ``pages_of_heads [batch, num_kv_heads,
+sequence_pages]``, in a pool ``[pages * num_kv_heads, PAGE_SLOTS, row]``."""
+
+
+def _gathered(pool: str, result: str, row: Sequence[str] = ()) -> list[str]:
+    """Of a pool ``[pages, num_kv_heads, PAGE_SLOTS, *row]`` what attention reads, ``[batch, num_kv_heads, past_slots,
+    *row]``; ``row`` names the row's length."""
+    return [
+        f"{result}_flat_of = Concat <axis = 0> ({', '.join(['minus_one', 'page_slots', *row])})",
+        f"{result}_flat = Reshape ({pool}, {result}_flat_of)",
+        f"{result}_pages = Gather ({result}_flat, pages_of_heads)",
+        f"{result}_of = Concat <axis = 0> ({', '.join(['zero', 'zero', 'minus_one', *row])})",
+        f"{result} = Reshape ({result}_pages, {result}_of)",
+    ]
+
+
+def _of_sequences(x: str) -> list[str]:
+    """``x_of [batch, heads, seq, dim]`` of ``x [heads, tokens, dim]``."""
+    return [
+        f"{x}_of_heads = Gather <axis = 1> ({x}, token_at)",
+        f"{x}_of = Transpose <perm = [1, 0, 2, 3]> ({x}_of_heads)",
+    ]
+
+
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 _PAST_SCALES = [
-    "past_scale_cut = Slice (past_scale, zero, most, two)",
+    *_gathered("past_scale", "past_scale_cut"),
     "past_scale_words = Unsqueeze (past_scale_cut, three)",
     *halves("past_scale_words", "past_scales"),
     "past_key_scale, past_value_scale = Split <axis = -1> (past_scales)",
@@ -258,7 +345,7 @@ _PAST_SCALES = [
 _NEW_SCALES = [
     "new_scales = Concat <axis = -1> (new_key_scale, new_value_scale)",
     *half_bits("new_scales", "new_scale_words"),
-    "new_scale = Squeeze (new_scale_words, three)",
+    "new_scale = Squeeze (new_scale_words, two)",
 ]
 
 _NIBBLES = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -271,9 +358,13 @@ def _bits_below(row: RowFormat) -> list[int]:
 
 
 def _past_rows(name: str, row: RowFormat) -> list[str]:
-    """Rows of the past as floats, ``past_keys`` or ``past_values``; of quantised ones in the order of `_planar`."""
+    """Rows of the past as floats, ``past_keys`` or ``past_values``, ``[batch, num_kv_heads, past_slots, row]``; of
+    quantised ones in the order of `_planar`."""
     result, past = f"past_{name}s", f"past_{name}"
-    lines = [f"{past}_cut = Slice ({past}, zero, most, two)"]
+    lines = [
+        f"{name}_words = Shape <start = 3, end = 4> ({past})",
+        *_gathered(past, f"{past}_cut", [f"{name}_words"]),
+    ]
     if row is RowFormat.FLOAT32:
         return [*lines, f"{result} = Identity ({past}_cut)"]
     if row is RowFormat.FLOAT16:
@@ -303,7 +394,6 @@ def _past_rows(name: str, row: RowFormat) -> list[str]:
         f"{past}_plain = Sub ({past}_biased, {past}_centre)",
         f"{result} = Mul ({past}_plain, {past}_scale)",
         f"{name}_planes = Constant <value_ints = [{len(below)}]> ()",
-        f"{name}_words = Shape <start = 3, end = 4> ({past})",
         f"{name}_elements = Mul ({name}_words, {name}_planes)",
     ]
 
@@ -378,7 +468,7 @@ def _packed(new: str, row: RowFormat) -> list[str]:
         f"{new}_bound = Constant <value = int32 {{{bound}}}> ()",
         f"{new}_by = Constant <value = int32[{len(below)}] {{{by}}}> ()",
         f"{new}_places = Constant <value = int32[{len(below)}] {{{places}}}> ()",
-        f"{new}_words_of = Constant <value_ints = [0, 0, 0, -1, {32 // bits}]> ()",
+        f"{new}_words_of = Constant <value_ints = [0, 0, -1, {32 // bits}]> ()",
         f"{new}_signed_codes = Cast <to = {INT}> ({new}_codes)",
         f"{new}_stored_codes = Add ({new}_signed_codes, {new}_more)",
         f"{new}_grouped = Reshape ({new}_stored_codes, {new}_words_of)",
@@ -387,17 +477,17 @@ def _packed(new: str, row: RowFormat) -> list[str]:
         f"{new}_wraps = Mul ({new}_others, {new}_by)",
         f"{new}_wrapped = Add ({new}_grouped, {new}_wraps)",
         f"{new}_placed = Mul ({new}_wrapped, {new}_places)",
-        f"{new}_used = ReduceSum <keepdims = 0> ({new}_placed, four)",
+        f"{new}_used = ReduceSum <keepdims = 0> ({new}_placed, three)",
         *_padded(f"{new}_used", new, f"{new.removeprefix('new_')}_words"),
     ]
 
 
 def _padded(x: str, result: str, size: str) -> list[str]:
-    """The last of four axes with zeros up to ``size``."""
+    """The last of three axes with zeros up to ``size``."""
     return [
-        f"{result}_dim = Shape <start = 3, end = 4> ({x})",
+        f"{result}_dim = Shape <start = 2, end = 3> ({x})",
         f"{result}_missing = Sub ({size}, {result}_dim)",
-        f"{result}_no_pads = Constant <value_ints = [0, 0, 0, 0, 0, 0, 0]> ()",
+        f"{result}_no_pads = Constant <value_ints = [0, 0, 0, 0, 0]> ()",
         f"{result}_pads = Concat <axis = 0> ({result}_no_pads, {result}_missing)",
         f"{result} = Pad ({x}, {result}_pads)",
     ]
@@ -415,12 +505,12 @@ def _planar(name: str, x: str, result: str) -> list[str]:
 
 
 def _swapped(x: str, result: str, split: str, name: str) -> list[str]:
-    """The last axis split in two, which change places."""
+    """The last of three axes split in two, which change places."""
     return [
-        f"{result}_lead = Shape <start = 0, end = 3> ({x})",
+        f"{result}_lead = Shape <start = 0, end = 2> ({x})",
         f"{result}_splitting = Concat <axis = 0> ({result}_lead, {split})",
         f"{result}_split = Reshape ({x}, {result}_splitting)",
-        f"{result}_turned = Transpose <perm = [0, 1, 2, 4, 3]> ({result}_split)",
+        f"{result}_turned = Transpose <perm = [0, 1, 3, 2]> ({result}_split)",
         f"{result}_joining = Concat <axis = 0> ({result}_lead, {name}_elements)",
         f"{result} = Reshape ({result}_turned, {result}_joining)",
     ]
@@ -443,13 +533,12 @@ _QUANTISED_QUERIES = [
 ]
 
 _VISIBLE = [
-    *_range("numbers", "seq"),
     "number_column = Unsqueeze (numbers, one)",
-    *_range("slots", "most"),
+    *_range("slots", "past_slots"),
     "past_column = Unsqueeze (past_length, one)",
     "in_past = Less (slots, past_column)",
     "in_past_of_all = Unsqueeze (in_past, one)",
-    "past_visible_cut = Slice (past_visible, zero, most, one)",
+    "past_visible_cut = Slice (past_visible, zero, past_slots, one)",
     "past_visible_of_all = Unsqueeze (past_visible_cut, one)",
     "in_sight = Less (number_column, past_visible_of_all)",
     "past_seen = And (in_past_of_all, in_sight)",
@@ -462,14 +551,14 @@ _VISIBLE = [
 
 _SCORES = [
     # The queries of a group stay folded on one axis, so that its keys are not repeated in memory.
-    "query_width = Shape <start = 3, end = 4> (queries)",
+    "query_width = Shape <start = 3, end = 4> (queries_of)",
     "folding = Concat <axis = 0> (batch, num_kv_heads, minus_one, query_width)",
-    "folded = Reshape (queries, folding)",
+    "folded = Reshape (queries_of, folding)",
     *(
         line
-        for source in ("past", "new")
+        for source, keys in (("past", "past_keys"), ("new", "new_keys_of"))
         for line in (
-            f"{source}_columns = Transpose <perm = [0, 1, 3, 2]> ({source}_keys)",
+            f"{source}_columns = Transpose <perm = [0, 1, 3, 2]> ({keys})",
             f"{source}_products = MatMul (folded, {source}_columns)",
         )
     ),
@@ -480,14 +569,14 @@ _SCORES = [
 
 def _attended(value_row: RowFormat) -> list[str]:
     """Scores to the output."""
-    after = ["plain_attended = Identity (attended)"]
+    after = ["plain_attended = Identity (attended_tokens)"]
     if value_row.is_quantised:
         after = [
-            *_swapped("attended", "padded", "value_planes, value_words", "value"),
-            "plain_attended = Slice (padded, zero, value_dim, three)",
+            *_swapped("attended_tokens", "padded", "value_planes, value_words", "value"),
+            "plain_attended = Slice (padded, zero, value_dim, two)",
         ]
     return [
-        "values = Concat <axis = 2> (past_values, new_values)",
+        "values = Concat <axis = 2> (past_values, new_values_of)",
         "lengths = Shape <start = 3, end = 4> (scores)",
         "unfolding = Concat <axis = 0> (batch, num_kv_heads, minus_one, seq, lengths)",
         "unfolded = Reshape (scores, unfolding)",
@@ -496,10 +585,14 @@ def _attended(value_row: RowFormat) -> list[str]:
         "shape = Shape (scores)",
         "folded_weights = Reshape (weights, shape)",
         "attended = MatMul (folded_weights, values)",
-        *after,
         "whole = Concat <axis = 0> (batch, num_heads, seq, minus_one)",
-        "of_heads = Reshape (plain_attended, whole)",
-        "of_tokens = Transpose <perm = [0, 2, 1, 3]> (of_heads)",
-        "flat = Concat <axis = 0> (zero, zero, minus_one)",
-        "output = Reshape (of_tokens, flat)",
+        "of_heads = Reshape (attended, whole)",
+        "of_numbers = Transpose <perm = [0, 2, 1, 3]> (of_heads)",
+        "value_width = Shape <start = 3, end = 4> (of_numbers)",
+        "of_places_of = Concat <axis = 0> (minus_one, num_heads, value_width)",
+        "of_places = Reshape (of_numbers, of_places_of)",
+        "attended_tokens = Gather (of_places, place)",
+        *after,
+        "flat = Concat <axis = 0> (zero, minus_one)",
+        "output = Reshape (plain_attended, flat)",
     ]

@@ -3,24 +3,32 @@
 From the packed result of a layer's q/k/v projection to what its output projection reads: queries and keys are normed
 (RMS, over a head), rotated by their positions (RoPE: element ``i`` and the one half a head further on make a pair), and
 attention is softmax(softmax_scale * q k^T + mask) v with float32 statistics (Dao, arXiv:2307.08691). Query head ``h``
-reads kv head ``h // (num_heads / num_kv_heads)``. Two modes:
+reads kv head ``h // (num_heads / num_kv_heads)``.
+
+Tokens of several sequences lie one behind the other, of which number ``b`` occupies ``cu_seqlens[b] <= t <
+cu_seqlens[b + 1]`` (int32 ``[batch + 1]``). Two modes:
 
 - ``causal = 0``: inputs ``qkv`` ``[tokens, 3 * num_heads * head_dim]``, ``rope_cos`` and ``rope_sin`` ``[tokens,
-  head_dim]``, ``cu_seqlens``. ``qkv`` packs several sequences, of which number ``i`` occupies ``cu_seqlens[i] <= t <
-  cu_seqlens[i + 1]`` (int32); a token sees its own sequence, both ways. There are no norms. Output: ``[tokens,
+  head_dim]``, ``cu_seqlens``. A token sees its own sequence, both ways. There are no norms. Output: ``[tokens,
   num_heads * head_dim]``.
-- ``causal = 1``: inputs ``qkv`` ``[batch, seq, num_heads * head_dim + num_kv_heads * (head_dim + value_dim)]``,
-  ``q_norm`` and ``k_norm`` ``[head_dim]``, ``rope_cos`` and ``rope_sin`` ``[batch, seq, head_dim]``, ``past_length``,
-  ``past_visible``, ``past_key``, ``past_value``, and where the cache is quantised ``past_scale``. Outputs: the result,
-  ``[batch, seq, num_heads * value_dim]``, then the new tokens' ``new_key``, ``new_value`` ``[batch, num_kv_heads, seq,
-  row]``, and where quantised ``new_scale`` ``[batch, num_kv_heads, seq]``.
+- ``causal = 1``: inputs ``qkv`` ``[tokens, num_heads * head_dim + num_kv_heads * (head_dim + value_dim)]``, ``q_norm``
+  and ``k_norm`` ``[head_dim]``, ``rope_cos`` and ``rope_sin`` ``[tokens, head_dim]``, ``cu_seqlens``, ``past_length``,
+  ``page_table``, ``past_visible``, ``past_key``, ``past_value``, and where the cache is quantised ``past_scale``.
+  Outputs: the result, ``[tokens, num_heads * value_dim]``, then the new tokens' ``new_key``, ``new_value``
+  ``[num_kv_heads, tokens, row]``, and where quantised ``new_scale`` ``[num_kv_heads, tokens]``.
 
-  The past lies in the cache, in ``kv_format``, ``[batch, num_kv_heads, capacity, row]``
-  (`pascalvl.plugins.kv_format` tells what a row is); ``past_scale`` is int32 ``[batch, num_kv_heads, capacity]``, the
-  key's scale, a half, in a word's lower half, the value's in its upper one. Sequence ``b`` has the first
-  ``past_length[b]`` (int32) slots of it. ``past_visible`` (int32 ``[batch, capacity]``, or ``[batch, 1]`` for all slots
-  alike) says which new tokens see a slot: number ``i`` does where ``i < past_visible``. New token ``i`` sees the new
-  tokens up to itself.
+  The past lies in a pool of pages, in ``kv_format``, ``[pages, num_kv_heads, PAGE_SLOTS, row]``
+  (`pascalvl.plugins.kv_format` tells what a row is); ``past_scale`` is int32 ``[pages, num_kv_heads, PAGE_SLOTS]``, the
+  key's scale, a half, in a word's lower half, the value's in its upper one. Slot ``s`` of sequence ``b`` is slot ``s %
+  PAGE_SLOTS`` of page ``page_table[b, s // PAGE_SLOTS]`` (int32 ``[batch, sequence_pages]``); a page may be several
+  sequences'. Of these slots it has the first ``past_length[b]`` (int32). ``past_visible`` (int32 ``[batch,
+  sequence_pages * PAGE_SLOTS]``, or ``[batch, 1]``, numbers not below those of the new tokens, where all slots are
+  seen) says which of a sequence's new tokens see a slot: number ``i`` does where ``i < past_visible``. New token ``i``
+  sees the sequence's new tokens up to itself.
+
+  Tokens from ``cu_seqlens[batch]`` on are padding: of them come numbers, which mean nothing. Where there are no more
+  tokens than sequences, and one ``past_visible`` for all slots, the call is a decode step, in which no sequence has
+  more than one.
 
   The new keys and values are in the cache's format, and attention reads them so, as it does the past: what comes out
   for a token does not depend on how a prompt is cut into calls. Where keys are quantised, queries meet them quantised
@@ -35,10 +43,10 @@ import dataclasses
 from pascalvl.plugins.kv_format import KVFormat, LayerLayout
 
 OP_NAME = "FlashAttention2"
-OP_VERSION = "2"
+OP_VERSION = "3"
 """In TensorRT: what a node's attribute ``plugin_version`` asks for."""
 OP_DOMAIN = "pascalvl"
-SERIALISED_LAYOUT = 4
+SERIALISED_LAYOUT = 5
 """Of the attributes in a plan, for TensorRT's plugin: one more whenever it changes."""
 
 ATTR_CAUSAL = "causal"

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels import torch_calls
-from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.kv_format import PAGE_SLOTS, KVFormat, pages_of
 from pascalvl.plugins.ops.flash_attention.op import AttentionOptions
 from pascalvl.plugins.ops.flash_attention.tiled import TiledAttention
 
@@ -21,12 +23,13 @@ def flash_attention_2(
     k_norm: torch.Tensor | None,
     rope_cos: torch.Tensor,
     rope_sin: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    past_length: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    past_visible: torch.Tensor | None,
     past_key: torch.Tensor | None,
     past_value: torch.Tensor | None,
     past_scale: torch.Tensor | None,
-    past_length: torch.Tensor | None,
-    past_visible: torch.Tensor | None,
     causal: bool,
     softmax_scale: float,
     num_heads: int,
@@ -41,7 +44,7 @@ def flash_attention_2(
     Tensors on CUDA go to the kernels; others are computed by PyTorch, with a cache in float32.
 
     Args:
-        qkv to past_visible: the op's inputs, those that there are; past_key None: no past.
+        qkv to past_scale: the op's inputs, those that there are; past_key None: no past.
         causal to kv_format: `AttentionOptions.flat`.
 
     Raises:
@@ -53,28 +56,30 @@ def flash_attention_2(
     if not torch_calls.serves(qkv.device):
         if options.kv_format is not KVFormat.F32:
             raise ValueError(f"a cache in {kv_format} is for the kernels, on CUDA; found tensors on {qkv.device}")
-        masks = cu_seqlens, past_key, past_value, past_length, past_visible
-        return _computed(options, qkv, q_norm, k_norm, rope_cos, rope_sin, *masks)
+        past = past_length, page_table, past_visible, past_key, past_value
+        return _computed(options, qkv, q_norm, k_norm, rope_cos, rope_sin, cu_seqlens, *past)
     past = None
     if past_key is not None:
-        past = torch_calls.Past(past_key, past_value, past_scale, past_length, past_visible)
+        past = torch_calls.Past(past_key, past_value, past_scale, page_table, past_length, past_visible)
     try:
         kernels = torch_calls.library(qkv.device)
-        return torch_calls.attention(kernels, options, qkv, q_norm, k_norm, rope_cos, rope_sin, cu_seqlens, past)
+        return torch_calls.attention(kernels, options, qkv, cu_seqlens, q_norm, k_norm, rope_cos, rope_sin, past)
     except UserError as error:
         raise ValueError(str(error)) from None
 
 
 @flash_attention_2.register_fake
 def _(
-    qkv, q_norm, k_norm, rope_cos, rope_sin, cu_seqlens, past_key, past_value, past_scale, past_length, past_visible,
+    qkv, q_norm, k_norm, rope_cos, rope_sin,
+    cu_seqlens, past_length, page_table, past_visible, past_key, past_value, past_scale,
     causal, softmax_scale, num_heads, num_kv_heads, head_dim, value_dim, epsilon, kv_format,
 ):  # fmt: skip
-    outputs = [qkv.new_empty(*qkv.shape[:-1], num_heads * value_dim)]
+    tokens = qkv.shape[0]  # len() would be a number of this call, not one that varies
+    outputs = [qkv.new_empty(tokens, num_heads * value_dim)]
     if causal:
         sizes = num_heads, num_kv_heads, head_dim, value_dim
         layout = AttentionOptions.of(causal, softmax_scale, *sizes, epsilon, kv_format).layout
-        outputs += [rows for rows in torch_calls.new_rows(layout, *qkv.shape[:2], qkv.device) if rows is not None]
+        outputs += [rows for rows in torch_calls.new_rows(layout, tokens, qkv.device) if rows is not None]
     return outputs
 
 
@@ -85,24 +90,57 @@ def _computed(
     k_norm: torch.Tensor | None,
     rope_cos: torch.Tensor,
     rope_sin: torch.Tensor,
-    *masks: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    *past: torch.Tensor | None,
 ) -> list[torch.Tensor]:
-    """The op by PyTorch; ``masks`` as `TiledAttention` has them, bounds and the past."""
-    lead = qkv.shape[:-1]
-    batched = qkv if options.causal else qkv[None]
+    """The op by PyTorch; ``past`` as `_attended` has it."""
     query, key, value = (
-        part.unflatten(-1, (-1, dim)).transpose(1, 2)
+        part.unflatten(-1, (-1, dim)).transpose(0, 1)
         for part, dim in zip(
-            batched.split(options.widths, -1), (options.head_dim, options.head_dim, options.value_dim), strict=True
+            qkv.split(options.widths, -1), (options.head_dim, options.head_dim, options.value_dim), strict=True
         )
     )
-    tables = [table.reshape(-1, 1, *batched.shape[1:2], options.head_dim) for table in (rope_cos, rope_sin)]
     query, key = (
-        _rotated(x if norm is None else _normed(x, norm, options.epsilon), *tables)
+        _rotated(x if norm is None else _normed(x, norm, options.epsilon), rope_cos, rope_sin)
         for x, norm in ((query, q_norm), (key, k_norm))
     )
-    out = TiledAttention(query, key, value, *masks, options.causal, options.softmax_scale).forward()
-    return [out.reshape(*lead, -1), *(x.contiguous() for x in (key, value) if options.causal)]
+    if not options.causal:
+        tiled = TiledAttention(
+            query[None], key[None], value[None], cu_seqlens, *[None] * 4, False, options.softmax_scale
+        )
+        return [tiled.forward().reshape(len(qkv), -1)]
+    out = _attended(options, query, key, value, cu_seqlens, *past)
+    return [out.flatten(1), key.contiguous(), value.contiguous()]
+
+
+def _attended(
+    options: AttentionOptions,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    past_length: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    past_visible: torch.Tensor | None,
+    past_key: torch.Tensor | None,
+    past_value: torch.Tensor | None,
+) -> torch.Tensor:
+    """Causal attention ``[tokens, num_heads, value_dim]`` of ``[heads, tokens, dim]``, sequence by sequence."""
+    out = query.new_zeros(query.shape[1], len(query), options.value_dim)
+    for number, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        if begin == end:
+            continue
+        past = [None] * 4
+        if past_key is not None:
+            count = pages_of(int(past_length[number]))
+            pages = page_table[number, :count].long()
+            # [pages, heads, slots, dim] of the sequence to [1, heads, slots, dim]
+            rows = (pool[pages].transpose(0, 1).flatten(1, 2)[None] for pool in (past_key, past_value))
+            visible = past_visible[number : number + 1, : count * PAGE_SLOTS]
+            past = [*rows, past_length[number : number + 1], visible]
+        own = (x[None, :, begin:end] for x in (query, key, value))
+        out[begin:end] = TiledAttention(*own, None, *past, True, options.softmax_scale).forward()[0]
+    return out
 
 
 def _normed(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

@@ -44,41 +44,51 @@ def up_to(count: int, multiple: int) -> int:
 
 def attention_bytes(a: AttentionArgs) -> int | None:
     """Of workspace; None: the call is refused."""
-    in_grid = a.batch in GRID and a.num_heads in GRID and a.num_kv_heads in GRID
-    if not in_grid or a.seq not in SIZES or a.num_heads % a.num_kv_heads:
+    in_grid = a.num_heads in GRID and a.num_kv_heads in GRID
+    if not in_grid or a.tokens not in SIZES or a.num_heads % a.num_kv_heads:
         return None
-    rows, group = a.batch * a.num_heads * a.seq, a.num_heads // a.num_kv_heads
+    rows, group = a.num_heads * a.tokens, a.num_heads // a.num_kv_heads
     if rows > LIMITS["ROWS"]:
         return None
     if not a.causal:
         dims = a.head_dim == a.value_dim and a.head_dim in (64, 72, 128)
-        return 12 * rows * a.head_dim if dims and a.batch == 1 and group == 1 and a.num_sequences in SIZES else None
+        return 12 * rows * a.head_dim if dims and group == 1 and a.batch in SIZES else None
+    if a.batch not in GRID:
+        return None
     if not {a.head_dim, a.value_dim} <= {64, 96, 112, 128}:
         return None
     quantised = a.key_format >= RowFormat.INT8
     known = (a.key_format, a.value_format) in [tuple(map(int, pair)) for pair in PAIRS]
     if not known or (a.rotated and not (quantised and a.head_dim == 128)) or quantised > bool(a.new_rows.scale):
         return None
-    if a.past_length and (a.capacity not in SIZES or quantised > bool(a.past.scale)):
-        return None
-    queries = rows * 128 + up_to(rows * 4, 16) if quantised else rows * a.head_dim * 4
-    if a.seq == 1 and a.past_length and not a.past_visible:
-        wanted = 2 * MULTIPROCESSORS // (a.batch * a.num_kv_heads)
-        splits = max(1, min(up_to(a.capacity, 64) // 64, wanted))
-        return queries + rows * splits * (a.value_dim + 4) * 4 if group in (1, 2, 4, 8) else None
+    capacity = 128 * a.sequence_pages
+    if a.past_length:
+        pool = a.num_pages in SIZES and 128 * a.num_pages * a.num_kv_heads <= LIMITS["ROWS"]
+        table = a.sequence_pages in SIZES and a.batch * capacity <= LIMITS["ROWS"]
+        if not pool or not table or quantised > bool(a.pool.scale):
+            return None
     tile = 64 if a.value_dim > 72 else 128
-    if up_to(a.seq * group, tile) // tile not in GRID:
+    if a.tokens * group // tile + a.batch + 1 not in GRID:
         return None
-    keys = 128 if a.value_dim > 72 else 64
-    blocks = up_to(a.seq * group, tile) // tile * a.num_kv_heads * a.batch
-    splits = min(up_to(a.capacity, 2 * keys) // (2 * keys), 2 * MULTIPROCESSORS // blocks) if a.past_length else 1
-    return queries + (rows * splits * (a.value_dim + 4) * 4 if splits > 1 else 0)
+    partial, wanted = (a.value_dim + 4) * 4, 2 * MULTIPROCESSORS
+    size = rows * 128 + up_to(rows * 4, 16) if quantised else rows * a.head_dim * 4
+    is_step = a.tokens <= a.batch
+    decodes = a.past_length and not a.past_visible and group in (1, 2, 4, 8) and (is_step or a.batch > 1)
+    if decodes:
+        size += a.batch * a.num_heads * max(1, min(capacity // 128, wanted // a.num_kv_heads)) * partial
+    if a.past_length and not (decodes and is_step):
+        keys = 128 if a.value_dim > 72 else 64
+        blocks = (up_to(a.tokens * group, tile) // tile + a.batch - 1) * a.num_kv_heads
+        splits = min(capacity // (2 * keys), wanted // blocks)
+        size += rows * splits * partial if splits > 1 else 0
+    return size
 
 
 def is_appended(a: AppendArgs, layer: AppendLayer) -> bool:
-    in_grid = a.num_layers in (1, 2) and a.batch in GRID and a.num_kv_heads in GRID
-    fits = a.seq in SIZES and a.capacity in SIZES and a.batch * a.num_kv_heads * a.seq <= LIMITS["ROWS"]
-    return in_grid and fits and {layer.key_row, layer.value_row} <= set(range(16, 513, 16))
+    in_grid = a.num_layers in (1, 2) and a.num_kv_heads in GRID
+    fits = a.tokens in SIZES and a.num_kv_heads * a.tokens <= LIMITS["ROWS"]
+    pool = a.num_pages in SIZES and 128 * a.num_pages * a.num_kv_heads <= LIMITS["ROWS"]
+    return in_grid and fits and pool and {layer.key_row, layer.value_row} <= set(range(16, 513, 16))
 
 
 def linear_bytes(a: LinearArgs) -> list[int]:
@@ -174,27 +184,28 @@ def main() -> None:
 
     rows = Rows(key=somewhere, value=somewhere, scale=somewhere)
     sizes = {"batch": 1, "num_heads": 4, "num_kv_heads": 2, "head_dim": 128, "value_dim": 128, "softmax_scale": 1}
-    arrays = dict.fromkeys(("qkv", "out"), somewhere)
-    for formats, seq, more in (
+    arrays = dict.fromkeys(("qkv", "out", "cu_seqlens"), somewhere)
+    for formats, tokens, more in (
         (PAIRS[1], 1, ()),
         (PAIRS[3], 1, ()),
         (PAIRS[3], 5, ()),
         (PAIRS[0], 5, ("past_visible",)),
     ):
-        options = dict.fromkeys(("past_length", *more), somewhere)
+        options = dict.fromkeys(("past_length", "page_table", *more), somewhere)
         of_cache = {
             "new_rows": rows,
-            "past": rows,
-            "capacity": 200,
+            "pool": rows,
+            "num_pages": 5,
+            "sequence_pages": 2,
             "key_format": formats[0],
             "value_format": formats[1],
         }
-        try_attention(library, AttentionArgs(**arrays, **sizes, **options, **of_cache, seq=seq, causal=1))
-    packed = {**sizes, "num_kv_heads": 4, "cu_seqlens": somewhere, "num_sequences": 2, "new_rows": rows}
-    try_attention(library, AttentionArgs(**arrays, **packed, seq=70))
+        try_attention(library, AttentionArgs(**arrays, **sizes, **options, **of_cache, tokens=tokens, causal=1))
+    packed = {**sizes, "num_kv_heads": 4, "batch": 2, "new_rows": rows}
+    try_attention(library, AttentionArgs(**arrays, **packed, tokens=70))
     packed.pop("softmax_scale")
     for scale in (float("nan"), float("inf"), -float("inf"), 3e38, -2e6):
-        told = refusal(library.attention, AttentionArgs(**arrays, **packed, seq=70, softmax_scale=scale))
+        told = refusal(library.attention, AttentionArgs(**arrays, **packed, tokens=70, softmax_scale=scale))
         assert "softmax_scale is" in told, scale
 
     sizes = {"rows": 20, "in_features": 300, "out_features": 256, "group": 64, "activation": 0}
@@ -212,8 +223,8 @@ def main() -> None:
         told = refusal(library.linear_workspace, LinearArgs(**arrays, **sizes, **options, bits=16))
         assert "epsilon is" in told, epsilon
 
-    layers = [AppendLayer(new_rows=rows, cache=rows, key_row=128, value_row=64) for _ in range(2)]
-    args = AppendArgs.of(layers, slots=somewhere, batch=1, num_kv_heads=2, seq=3, capacity=9)
+    layers = [AppendLayer(new_rows=rows, pool=rows, key_row=128, value_row=64) for _ in range(2)]
+    args = AppendArgs.of(layers, slots=somewhere, num_kv_heads=2, tokens=3, num_pages=9)
     assert try_append(library, args, args._layers[1]) > 1000
 
     for count, vocab_size in itertools.product(VALUES, repeat=2):

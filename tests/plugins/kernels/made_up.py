@@ -23,11 +23,11 @@ from tests.plugins.kernels.reference import (
     PAIRS,
     HostRows,
     Memory,
+    Pool,
     Prologue,
     Shape,
     aligned,
     append,
-    causal_attention,
     packed_attention,
     pointer,
 )
@@ -85,6 +85,20 @@ class MadeUp:
         pairs = (MOST, -1), (LEAST, capacity + 1), self.integers(BATCH)
         return np.array(pairs[self._turn % len(pairs)], np.int32)
 
+    def pages(self, pool: Pool) -> np.ndarray:
+        """A table of pages that there are not, and of some that there are."""
+        table = self.integers(*pool.table.shape)
+        table[:, 0] = self._rng.choice([-1, LEAST, MOST, pool.num_pages, 0], len(table))
+        return table
+
+    def bounds(self, seq: int) -> tuple[int, np.ndarray]:
+        """A number of tokens, and bounds of `BATCH` sequences: in turn right ones, such as go back or too far, and
+        anything."""
+        tokens = BATCH * seq if self._turn % 4 else 20
+        usual = np.arange(BATCH + 1) * seq
+        kinds = usual, self._rng.integers(-3, tokens + 4, BATCH + 1), self.integers(BATCH + 1)
+        return tokens, kinds[self._rng.integers(len(kinds))]
+
     def distinct(self, seq: int, capacity: int) -> np.ndarray:
         """Slots ``[BATCH, seq]``: within range each at most once, for two tokens that go to one race for it."""
         usual = [self._rng.permutation(capacity)[: seq - 4] for _ in range(BATCH)]
@@ -113,12 +127,13 @@ def attend(library: KernelLibrary, made_up: MadeUp, guarded: GuardedMemory, form
     ):
         capacity = 70
         shape = Shape(BATCH, heads, 1, head_dim, value_dim, capacity)
-        cache = made_up.rows(library, shape, formats)
+        pool = Pool(made_up.rows(library, shape, formats))
         visible = made_up.integers(BATCH, capacity) if with_mask else None
-        q = made_up.bits(BATCH, heads, seq, head_dim)
-        new = made_up.bits(BATCH, 1, seq, head_dim), made_up.bits(BATCH, 1, seq, value_dim)
-        prologue = made_up.prologue(BATCH, seq, head_dim)
-        causal_attention(library, cache, q, *new, made_up.lengths(capacity), 0.1, visible, prologue)
+        tokens, bounds = made_up.bounds(seq)
+        pool.table = made_up.pages(pool)
+        qkv = tuple(made_up.bits(n, tokens, dim) for n, dim in ((heads, head_dim), (1, head_dim), (1, value_dim)))
+        prologue = made_up.prologue(1, tokens, head_dim)
+        reference.attend(library, pool.cache, qkv, bounds, made_up.lengths(capacity), 0.1, visible, prologue, pool)
         guarded.check()
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from copy import copy as copy_shallow
 from pathlib import Path
 
 import numpy as np
 
 from pascalvl.plugins.kernels.build import Target, cached
 from pascalvl.plugins.kernels.library import AppendArgs, AppendLayer, AttentionArgs, KernelLibrary, LinearArgs, Rows
-from pascalvl.plugins.kv_format import RowFormat
+from pascalvl.plugins.kv_format import PAGE_SLOTS, RowFormat, pages_of
 from pascalvl.plugins.kv_rows import compress, expand, hadamard
 from pascalvl.plugins.ops.quant_linear.op import Activation, Norm
 from pascalvl.plugins.weight_format import WeightFormat
@@ -133,7 +135,7 @@ class HostRows:
         rotated: bool = False,
         layers: int = 1,
     ) -> None:
-        self.shape, self.formats, self.rotated = shape, formats, rotated
+        self.library, self.shape, self.formats, self.rotated = library, shape, formats, rotated
         lead = (layers, shape.batch, shape.num_kv_heads, shape.capacity)
         self.dims = (shape.head_dim, shape.value_dim)
         self.rows = [
@@ -173,22 +175,87 @@ class HostRows:
         return expand(rows, scales.astype(np.float64), row_format, self.dims[which]).astype(np.float64)
 
 
+class Pool:
+    """The layers of a cache in pools of pages, in an order of chance, between pages that are nobody's."""
+
+    def __init__(self, cache: HostRows, spare: int = 3) -> None:
+        shape = cache.shape
+        self.cache, self.pages = cache, pages_of(shape.capacity)
+        self.num_pages = shape.batch * self.pages + spare
+        order = np.random.default_rng(shape.capacity).permutation(self.num_pages)[: shape.batch * self.pages]
+        self.table = copy(order.astype(np.int32).reshape(shape.batch, self.pages))
+        self.arrays = []
+        for logical in cache.arrays:
+            layers, rest = len(logical), logical.shape[4:]
+            pool = aligned((layers, self.num_pages, shape.num_kv_heads, PAGE_SLOTS, *rest), logical.dtype)
+            pool.view(np.uint8)[:] = 0x7F
+            self.arrays.append(pool)
+            for layer, b, page in np.ndindex(layers, shape.batch, self.pages):
+                slots = logical[layer, b, :, page * PAGE_SLOTS :][:, :PAGE_SLOTS]
+                pool[layer, self.table[b, page], :, : slots.shape[1]] = slots
+
+    def of_sequence(self, number: int) -> Pool:
+        """The same with the table of one sequence."""
+        one = copy_shallow(self)
+        one.table = copy(self.table[number : number + 1])
+        return one
+
+    def view(self, layer: int = 0) -> Rows:
+        """A layer's as the library takes it."""
+        scale = pointer(self.arrays[2][layer]) if self.cache.formats[0].is_quantised else None
+        return Rows(key=pointer(self.arrays[0][layer]), value=pointer(self.arrays[1][layer]), scale=scale)
+
+    def places(self, slots: np.ndarray) -> np.ndarray:
+        """Where slots ``[batch, n]`` are; those that the cache has not are nowhere."""
+        inside = (slots >= 0) & (slots < self.cache.shape.capacity)
+        held = np.where(inside, slots, 0)
+        place = np.take_along_axis(self.table, held // PAGE_SLOTS, 1) * PAGE_SLOTS + held % PAGE_SLOTS
+        return np.where(inside, place, np.where(slots < 0, -1, self.num_pages * PAGE_SLOTS)).astype(np.int32)
+
+    def read_back(self) -> None:
+        """Put what is in the pages into the cache."""
+        for logical, pool in zip(self.cache.arrays, self.arrays, strict=True):
+            for layer, b, page in np.ndindex(len(logical), *self.table.shape):
+                slots = logical[layer, b, :, page * PAGE_SLOTS :][:, :PAGE_SLOTS]
+                slots[...] = pool[layer, self.table[b, page], :, : slots.shape[1]]
+
+
+def tokens_of(new: HostRows, batch: int) -> HostRows:
+    """Rows ``[layers, 1, num_kv_heads, batch * seq]`` as those of sequences, ``[layers, batch, num_kv_heads, seq]``."""
+    shape = dataclasses.replace(new.shape, batch=batch, capacity=new.shape.capacity // batch)
+    split = HostRows(new.library, shape, new.formats, new.rotated, len(new.words))
+    for to, array in zip(split.arrays, new.arrays, strict=True):
+        lead = len(array), shape.num_kv_heads, batch, shape.capacity
+        to[...] = array.reshape(*lead, *array.shape[4:]).swapaxes(1, 2)
+    return split
+
+
+def packed_rows(new: HostRows) -> HostRows:
+    """The opposite of `tokens_of`."""
+    shape = dataclasses.replace(new.shape, batch=1, capacity=new.shape.batch * new.shape.capacity)
+    joined = HostRows(new.library, shape, new.formats, new.rotated, len(new.words))
+    for to, array in zip(joined.arrays, new.arrays, strict=True):
+        to[...] = array.swapaxes(1, 2).reshape(to.shape)
+    return joined
+
+
 def append(library: KernelLibrary, cache: HostRows, new: HostRows, slots: np.ndarray) -> None:
     """kv_append of new rows to slots ``[batch, seq]``, in all layers."""
-    slots = copy(slots.astype(np.int32))
+    pool, rows = Pool(cache), packed_rows(new)
+    places = copy(pool.places(slots).reshape(-1))
     layers = [
         AppendLayer(
-            new_rows=new.view(layer),
-            cache=cache.view(layer),
+            new_rows=rows.view(layer),
+            pool=pool.view(layer),
             key_row=cache.rows[0].shape[-1],
             value_row=cache.rows[1].shape[-1],
         )
         for layer in range(len(cache.rows[0]))
     ]
-    sizes = {"batch": cache.shape.batch, "num_kv_heads": cache.shape.num_kv_heads}
-    sizes |= {"seq": new.shape.capacity, "capacity": cache.shape.capacity}
-    library.kv_append(AppendArgs.of(layers, slots=pointer(slots), **sizes))
+    sizes = {"num_kv_heads": cache.shape.num_kv_heads, "tokens": len(places), "num_pages": pool.num_pages}
+    library.kv_append(AppendArgs.of(layers, slots=pointer(places), **sizes))
     memory.wait()
+    pool.read_back()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,8 +282,8 @@ class Prologue:
 
 
 def packed(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """``[batch, heads, seq, dim]`` each as the projection gives them, ``[batch, seq, width]``."""
-    return copy(np.concatenate([x.swapaxes(1, 2).reshape(*x.shape[::2], -1) for x in (q, k, v)], -1))
+    """``[heads, tokens, dim]`` each as the projection gives them, ``[tokens, width]``."""
+    return copy(np.concatenate([x.swapaxes(0, 1).reshape(x.shape[1], -1) for x in (q, k, v)], -1))
 
 
 def causal_attention(
@@ -234,31 +301,57 @@ def causal_attention(
 
     ``visible`` [batch, capacity]: how many queries see a slot; ``prologue`` None: q and k are met as they are.
     """
-    past_length, visible = copy(past_length), copy(visible)
-    batch, num_heads, seq, head_dim = q.shape
-    qkv, out = packed(q, k, v), aligned((batch, seq, num_heads, v.shape[-1]))
-    out[:] = np.nan
-    new = HostRows(library, dataclasses.replace(cache.shape, capacity=seq), cache.formats, cache.rotated)
-    arrays = {}
+    batch, num_heads, seq, _ = q.shape
+    q, k, v = (x.swapaxes(0, 1).reshape(x.shape[1], batch * seq, -1) for x in (q, k, v))
+    cu_seqlens = np.arange(batch + 1) * seq
+    out, new = attend(library, cache, (q, k, v), cu_seqlens, past_length, softmax_scale, visible, prologue)
+    return out.reshape(batch, seq, num_heads, -1), tokens_of(new, batch)
+
+
+def attend(
+    library: KernelLibrary,
+    cache: HostRows,
+    qkv: tuple[np.ndarray, np.ndarray, np.ndarray],
+    cu_seqlens: np.ndarray,
+    past_length: np.ndarray | None,
+    softmax_scale: float,
+    visible: np.ndarray | None = None,
+    prologue: Prologue | None = None,
+    pool: Pool | None = None,
+) -> tuple[np.ndarray, HostRows]:
+    """The library's attention of new tokens [heads, tokens, dim] of several sequences over a cache, and their rows.
+
+    ``pool`` None: a new one of the cache. Returns [tokens, heads, value_dim], and rows of one sequence of them all.
+    """
+    pool = pool or Pool(cache)
+    num_heads, tokens, head_dim = qkv[0].shape
+    if visible is not None:
+        beyond = pool.pages * PAGE_SLOTS - visible.shape[1]
+        visible = copy(np.pad(visible, ((0, 0), (0, beyond)), constant_values=-1))
+    arrays = {"cu_seqlens": cu_seqlens.astype(np.int32), "past_length": past_length, "page_table": pool.table}
     if prologue:
-        arrays = {name: copy(getattr(prologue, name)) for name in ("q_norm", "k_norm", "rope_cos", "rope_sin")}
+        arrays |= {name: getattr(prologue, name) for name in ("q_norm", "k_norm", "rope_cos", "rope_sin")}
+    arrays = {name: copy(array) for name, array in arrays.items()}
+    projected, out = packed(*qkv), aligned((tokens, num_heads, qkv[2].shape[-1]))
+    out[:] = np.nan
+    new = HostRows(library, dataclasses.replace(cache.shape, batch=1, capacity=tokens), cache.formats, cache.rotated)
     args = AttentionArgs(
         **{name: pointer(array) for name, array in arrays.items()},
-        qkv=pointer(qkv),
+        qkv=pointer(projected),
         out=pointer(out),
         new_rows=new.view(),
-        past=cache.view(),
-        past_length=pointer(past_length),
+        pool=pool.view(),
         past_visible=pointer(visible),
-        batch=batch,
+        tokens=tokens,
+        batch=len(cu_seqlens) - 1,
         num_heads=num_heads,
-        num_kv_heads=k.shape[1],
-        seq=seq,
+        num_kv_heads=len(qkv[1]),
         head_dim=head_dim,
-        value_dim=v.shape[-1],
+        value_dim=qkv[2].shape[-1],
         key_format=cache.formats[0],
         value_format=cache.formats[1],
-        capacity=cache.shape.capacity,
+        num_pages=pool.num_pages,
+        sequence_pages=pool.pages,
         rotated=cache.rotated,
         causal=1,
         softmax_scale=softmax_scale,
@@ -282,7 +375,7 @@ def packed_attention(
 ) -> np.ndarray:
     """The library's attention within sequences of q, k, v [heads, tokens, dim]; returns [tokens, heads, dim]."""
     heads, tokens, dim = q.shape
-    qkv, out, cu_seqlens = packed(q[None], k[None], v[None]), aligned((tokens, heads, dim)), copy(cu_seqlens)
+    qkv, out, cu_seqlens = packed(q, k, v), aligned((tokens, heads, dim)), copy(cu_seqlens)
     out[:] = np.nan
     tables = {name: copy(getattr(prologue, name)) for name in ("rope_cos", "rope_sin")} if prologue else {}
     args = AttentionArgs(
@@ -290,13 +383,12 @@ def packed_attention(
         qkv=pointer(qkv),
         out=pointer(out),
         cu_seqlens=pointer(cu_seqlens),
-        batch=1,
+        batch=len(cu_seqlens) - 1,
         num_heads=heads,
         num_kv_heads=heads,
-        seq=tokens,
+        tokens=tokens,
         head_dim=dim,
         value_dim=dim,
-        num_sequences=len(cu_seqlens) - 1,
         softmax_scale=softmax_scale,
     )
     workspace = aligned((library.attention_workspace(args),), np.uint8)
@@ -318,16 +410,37 @@ def quantised_queries(q: np.ndarray, rotated: bool) -> np.ndarray:
 def expected_attention(
     cache: HostRows, new: HostRows, q: np.ndarray, past_length, softmax_scale: float, visible: np.ndarray | None = None
 ) -> np.ndarray:
-    """The same in float64, over the very codes of the cache and of the new rows."""
-    outs = []
-    for b, past in enumerate(past_length):
-        number = np.arange(q.shape[2])[:, None]
-        of_past = np.ones((q.shape[2], past), bool) if visible is None else number < visible[b, :past]
-        sees = np.concatenate([of_past, number >= number.T], 1)
-        met = quantised_queries(q[b], cache.rotated) if cache.formats[0].is_quantised else q[b]
-        keys, values = (np.concatenate([cache.contents(i)[b][:, :past], new.contents(i)[b]], 1) for i in range(2))
-        outs.append(attention(met, keys, values, sees, softmax_scale))
-    return np.stack(outs)
+    """The same as `causal_attention` in float64, over the very codes of the cache and of the new rows."""
+    parts = zip(q, new.contents(0), new.contents(1), strict=True)
+    return np.stack(
+        [
+            of_sequence(cache, b, *part, past, softmax_scale, None if visible is None else visible[b])
+            for b, (part, past) in enumerate(zip(parts, past_length, strict=True))
+        ]
+    )
+
+
+def expected_packed(
+    cache: HostRows, new: HostRows, q: np.ndarray, cu_seqlens, past_length, softmax_scale: float, visible=None
+) -> np.ndarray:
+    """The same as `attend` in float64; padding becomes zeros."""
+    out = np.zeros((q.shape[1], len(q), cache.dims[1]))
+    for b, (begin, end) in enumerate(itertools.pairwise(cu_seqlens)):
+        own = (x[:, begin:end] for x in (q, new.contents(0)[0], new.contents(1)[0]))
+        of_slots = None if visible is None else visible[b]
+        if end > begin:
+            out[begin:end] = of_sequence(cache, b, *own, past_length[b], softmax_scale, of_slots)
+    return out
+
+
+def of_sequence(cache: HostRows, b: int, q, keys, values, past: int, softmax_scale: float, visible) -> np.ndarray:
+    """Float64 attention of a sequence's queries and rows [heads, seq, dim]."""
+    number = np.arange(q.shape[1])[:, None]
+    of_past = np.ones((q.shape[1], past), bool) if visible is None else number < visible[:past]
+    sees = np.concatenate([of_past, number >= number.T], 1)
+    met = quantised_queries(q, cache.rotated) if cache.formats[0].is_quantised else q
+    rows = (np.concatenate([cache.contents(i)[b][:, :past], own], 1) for i, own in enumerate((keys, values)))
+    return attention(met, *rows, sees, softmax_scale)
 
 
 def quantised_linear(

@@ -13,6 +13,7 @@ from tests.plugins.kernels import reference
 from tests.plugins.kernels.reference import (
     PAIRS,
     HostRows,
+    Pool,
     Prologue,
     Shape,
     aligned,
@@ -23,6 +24,7 @@ from tests.plugins.kernels.reference import (
     expected_attention,
     packed,
     packed_attention,
+    packed_rows,
     pointer,
     relative_error,
 )
@@ -171,24 +173,29 @@ def test_rows_do_not_depend_on_the_chunks_that_tokens_come_in(library, formats):
 
 @pytest.mark.parametrize("formats", PAIRS)
 def test_append_copies_rows_to_their_slots(library, formats):
-    """Negative slots, and those beyond the capacity, are nowhere; layers of other formats go in the same launch."""
+    """Negative slots, and those beyond the pool, are nowhere; layers of other formats go in the same launch."""
     rng = np.random.default_rng(0)
-    shape = Shape(batch=2, num_kv_heads=3, capacity=11)
-    slots = np.array([[5, -1, 0, 11, 3, 10, 4, 8], [7, 6, 5, -9, 99, 3, 2, 1]], np.int32)
+    shape = Shape(batch=2, num_kv_heads=3, capacity=131)
+    slots = np.array([[5, -1, 0, 131, 3, 130, 4, 8], [7, 127, 128, -9, 999, 3, 2, 1]], np.int32)
     of_formats = [formats, PAIRS[2]] * 35  # more layers than a launch takes
     caches = [HostRows(library, shape, pair) for pair in of_formats]
     news = [HostRows(library, dataclasses.replace(shape, capacity=8), pair) for pair in of_formats]
     for new in news:
         for array in new.arrays:
             array.view(np.uint8)[...] = rng.integers(0, 256, array.view(np.uint8).shape)
+    pools, rows = [Pool(cache) for cache in caches], [packed_rows(new) for new in news]
     layers = [
-        AppendLayer(new_rows=new.view(), cache=c.view(), key_row=c.rows[0].shape[-1], value_row=c.rows[1].shape[-1])
-        for new, c in zip(news, caches, strict=True)
+        AppendLayer(new_rows=new.view(), pool=pool.view(), key_row=c.rows[0].shape[-1], value_row=c.rows[1].shape[-1])
+        for new, pool, c in zip(rows, pools, caches, strict=True)
     ]
-    of_slots = copy(slots)
-    args = AppendArgs.of(layers, slots=pointer(of_slots), batch=2, num_kv_heads=3, seq=8, capacity=11)
+    places = copy(pools[0].places(slots).reshape(-1))
+    args = AppendArgs.of(
+        layers, slots=pointer(places), num_kv_heads=3, tokens=len(places), num_pages=pools[0].num_pages
+    )
     library.kv_append(args)
     reference.memory.wait()
+    for pool in pools:
+        pool.read_back()
     for new, cache in zip(news, caches, strict=True):
         for source, found in zip(new.arrays, cache.arrays, strict=True):
             expected = np.zeros_like(found)
@@ -375,8 +382,8 @@ def test_keys_that_no_query_of_a_block_sees_are_not_read(library):
 @pytest.mark.parametrize("seq", [1 << 31, -(1 << 31) - 1, (1 << 32) + 5])
 def test_numbers_that_the_abi_has_no_room_for_are_refused(library, seq):
     """ctypes would cut them off."""
-    with pytest.raises(UserError, match=f"seq is {seq}: the kernels take numbers of 32 bits"):
-        AttentionArgs(seq=seq)
+    with pytest.raises(UserError, match=f"tokens is {seq}: the kernels take numbers of 32 bits"):
+        AttentionArgs(tokens=seq)
     with pytest.raises(UserError, match=f"key_row is {seq}: the kernels take numbers of 32 bits"):
         AppendLayer(key_row=seq)
     with pytest.raises(UserError, match=f"vocab_size is {seq}: the kernels take numbers of 32 bits"):
@@ -481,9 +488,9 @@ def test_greedy_takes_the_first_of_the_largest(library, vocab_size):
         ({"qkv": 8}, "qkv is not aligned to 16 bytes."),
         ({"k_norm": 8}, "k_norm is not aligned to 16 bytes."),
         ({"rope_sin": None}, "One of rope_cos and rope_sin is a null pointer; expected both, or none."),
-        ({"seq": 0}, "seq is 0; it must be at least 1."),
+        ({"tokens": 0}, "tokens is 0; it must be at least 1."),
+        ({"batch": 0}, "batch is 0; it must be at least 1."),
         ({"num_heads": 3}, "num_heads 3 is not a multiple of num_kv_heads 2."),
-        ({"num_heads": 6}, "Decode has 1, 2, 4 or 8 query heads a kv head; found 3."),
         ({"head_dim": 80}, "head_dim is 80; expected 64, 96, 112 or 128."),
         ({"softmax_scale": float("nan")}, "softmax_scale is nan; expected a number between -1e+06 and 1e+06."),
         ({"epsilon": -1.0}, "epsilon is -1; expected a number from 0 to 1."),
@@ -492,26 +499,32 @@ def test_greedy_takes_the_first_of_the_largest(library, vocab_size):
         ({"key_format": 2}, "A cache of int8 keys and float16 values is not supported"),
         ({"key_format": 3, "value_format": 2}, "A cache of int4 keys and int8 values is not supported"),
         ({"key_format": 2, "value_format": 2}, "The new rows' array of scales is at"),
-        ({"capacity": 0}, "The cache's capacity is 0; it must be at least 1."),
-        ({"past.value": None}, "The cache's array of values is a null pointer."),
+        ({"num_pages": 0}, "num_pages is 0; it must be at least 1."),
+        ({"num_pages": 1 << 24}, "2 heads and 2147483648 slots make 4294967296 rows; expected at most 1073741824."),
+        ({"sequence_pages": 0}, "sequence_pages is 0; it must be at least 1."),
+        ({"sequence_pages": 1 << 24}, "batch 1 of 16777216 pages makes 2147483648 slots; expected at most 1073741824."),
+        ({"page_table": None}, "page_table is a null pointer."),
+        ({"cu_seqlens": None}, "cu_seqlens is a null pointer."),
+        ({"pool.value": None}, "The pool's array of values is a null pointer."),
         ({"new_rows.key": 8}, "The new rows' array of keys is not aligned to 16 bytes."),
         ({"causal": 0}, "Packed attention has as many kv heads as heads; found 2 and 4."),
-        ({"causal": 0, "num_kv_heads": 4, "num_sequences": 1}, "cu_seqlens is a null pointer."),
         ({"workspace": -1}, "bytes; expected at least"),
     ],
 )
 def test_bad_input_is_refused_in_words(library, change, told):
     cache, q, k, v, past = make_case(library, Shape(num_heads=4, num_kv_heads=2), PAIRS[1], False, 1, [5], 13)
-    out, qkv, norm = aligned((1, 1, 4, 128)), packed(q, k, v), aligned((128,))
+    out, qkv, norm, pool = aligned((1, 4, 128)), packed(q[0], k[0], v[0]), aligned((128,)), Pool(cache)
     new = HostRows(library, dataclasses.replace(cache.shape, capacity=1), PAIRS[1])
-    arrays = {"qkv": qkv, "out": out, "past_length": past}
+    arrays = {"qkv": qkv, "out": out, "past_length": past, "page_table": pool.table}
+    arrays["cu_seqlens"] = copy(np.array([0, 1], np.int32))
     arrays |= dict.fromkeys(("q_norm", "k_norm", "rope_cos", "rope_sin"), norm)
     args = AttentionArgs(
         **{name: pointer(array) for name, array in arrays.items()},
-        **{"batch": 1, "num_heads": 4, "num_kv_heads": 2, "seq": 1, "head_dim": 128, "value_dim": 128},
-        **{"key_format": 1, "value_format": 1, "capacity": 256, "softmax_scale": 0.1, "causal": 1},
+        **{"tokens": 1, "batch": 1, "num_heads": 4, "num_kv_heads": 2, "head_dim": 128, "value_dim": 128},
+        **{"key_format": 1, "value_format": 1, "num_pages": pool.num_pages, "sequence_pages": pool.pages},
+        **{"softmax_scale": 0.1, "causal": 1},
         new_rows=new.view(),
-        past=cache.view(),
+        pool=pool.view(),
     )
     workspace = aligned((library.attention_workspace(args),), np.uint8)
     for name, value in change.items():
@@ -532,24 +545,25 @@ def test_bad_input_is_refused_in_words(library, change, told):
         ({"layers": None}, "layers is a null pointer."),
         ({"slots": None}, "slots is a null pointer."),
         ({"num_layers": 0}, "num_layers is 0; it must be at least 1."),
-        ({"capacity": 0}, "The cache's capacity is 0; it must be at least 1."),
+        ({"num_pages": 0}, "num_pages is 0; it must be at least 1."),
         ({"key_row": 24}, "A row of the cache has 24 bytes; expected a multiple of 16 from 16 to 512."),
         ({"value_row": 528}, "A row of the cache has 528 bytes; expected a multiple of 16 from 16 to 512."),
-        ({"cache.scale": None}, "Of the new rows' scales and the cache's, one is a null pointer."),
-        ({"cache.key": None}, "The cache's array of keys is a null pointer."),
+        ({"pool.scale": None}, "Of the new rows' scales and the pool's, one is a null pointer."),
+        ({"pool.key": None}, "The pool's array of keys is a null pointer."),
         ({"new_rows.value": 8}, "The new rows' array of values is not aligned to 16 bytes."),
     ],
 )
 def test_bad_appends_are_refused_in_words(library, change, told):
     cache, new = (HostRows(library, Shape(capacity=capacity), PAIRS[2]) for capacity in (8, 2))
-    layer = AppendLayer(new_rows=new.view(), cache=cache.view(), key_row=128, value_row=128)
-    slots = copy(np.array([[3, 4]], np.int32))
+    pool = Pool(cache)
+    layer = AppendLayer(new_rows=new.view(), pool=pool.view(), key_row=128, value_row=128)
+    slots = copy(np.array([3, 4], np.int32))
     ((name, value),) = change.items()
     *owners, field = name.split(".")
     owner = getattr(layer, owners[0]) if owners else layer
     if field in dict(owner._fields_):
         setattr(owner, field, getattr(owner, field) + value if owners and value else value)
-    args = AppendArgs.of([layer], slots=pointer(slots), batch=1, num_kv_heads=1, seq=2, capacity=8)
+    args = AppendArgs.of([layer], slots=pointer(slots), num_kv_heads=1, tokens=2, num_pages=pool.num_pages)
     if field in dict(args._fields_):
         setattr(args, field, value)
     with pytest.raises(UserError) as error:

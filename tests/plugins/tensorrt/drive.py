@@ -11,34 +11,25 @@ from types import ModuleType
 
 import numpy as np
 
-from pascalvl.engines.device import open_device
+from pascalvl.engines.device import ALIGNMENT, open_device
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
 from pascalvl.plugins.kernels.library import AttentionArgs, Rows
-from pascalvl.plugins.kv_format import KVFormat, LayerLayout
-from pascalvl.plugins.kv_rows import hadamard
+from pascalvl.plugins.kv_format import PAGE_SLOTS, KVFormat, LayerLayout
 from pascalvl.plugins.ops.flash_attention import op as flash_attention
 from pascalvl.plugins.ops.quant_linear import op as quant_linear
 from pascalvl.plugins.ops.quant_linear.op import Activation, Norm
 from pascalvl.plugins.tensorrt.host import PluginHost
 from pascalvl.plugins.weight_format import WeightFormat
 from pascalvl.plugins.weight_rows import InputNorm, QuantisedWeight, linear, quantise_weight
-from tests.plugins.kernels import reference
-from tests.plugins.kernels.reference import (
-    HostRows,
-    Prologue,
-    Shape,
-    attention,
-    away_from_ties,
-    expected_attention,
-    random_norm,
-    relative_error,
-)
+from tests.plugins.kernels.reference import away_from_ties, random_norm
+from tests.plugins.tensorrt import paged
+from tests.plugins.tensorrt.paged import LEAST, MOST, Case, attributes_of, relative_error
 
 F32, F16, I32 = np.float32, np.float16, np.int32
-CAPACITY = 1023
-"""Slots of the cache whose workspace is asked for."""
-LEAST, MOST = np.iinfo(I32).min, np.iinfo(I32).max
+GUARD = 4096
+"""Bytes on either side of what is given to the plugin that it may not write."""
+PATTERN = 0xA5
 
 
 def main() -> None:
@@ -60,119 +51,115 @@ def main() -> None:
         shapes = [(array.dtype, array.shape) for array in inputs]
         plugin = host.create(attributes, op.OP_NAME, op.OP_VERSION)
         results, workspace = plugin.prepare(shapes)
-        buffers = [device.allocate(array.nbytes) for array in inputs]
-        outputs, working = [np.empty(shape, dtype) for dtype, shape in results], device.allocate(workspace)
-        given = [device.allocate(array.nbytes) for array in outputs]
-        pointers, to = ([buffer.pointer for buffer in side] for side in (buffers, given))
+        sizes = [array.nbytes for array in inputs]
+        outputs = [np.empty(shape, dtype) for dtype, shape in results]
+        sizes += [*(array.nbytes for array in outputs), workspace]
+        memory = device.allocate(GUARD + sum(_padded(size) + GUARD for size in sizes))
+        starts = np.cumsum([GUARD, *(_padded(size) + GUARD for size in sizes[:-1])])
+        *pointers, working = (memory.pointer + int(start) for start in starts)
+        to = pointers[len(inputs) :]
+        before = np.full(memory.nbytes, PATTERN, np.uint8)
+        for start, size in zip(starts, sizes, strict=True):
+            before[start : start + size] = 0xFF  # no number, wherever it is read before it is written
+        for start, array in zip(starts[: len(inputs)], inputs, strict=True):
+            before[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
         def enqueue() -> None:
-            plugin.enqueue(shapes, pointers, results, to, working.pointer, device.stream)
+            plugin.enqueue(shapes, pointers[: len(inputs)], results, to, working, device.stream)
 
         if recorded:  # TensorRT's users record engines; the plugin is ready for that once initialised
             replay = device.capture(enqueue)
             assert replay, "enqueue cannot be captured in a CUDA graph"
         else:
             replay = enqueue
-        for buffer, array in zip(buffers, inputs, strict=True):
-            device.upload(buffer.pointer, array)
+        device.upload(memory.pointer, before)
         replay()
-        for array, pointer in zip(outputs, to, strict=True):
-            device.download(array, pointer)
+        after = np.empty_like(before)
+        device.download(after, memory.pointer)
         device.synchronize()
+        written = np.zeros(memory.nbytes, bool)
+        for start, size in list(zip(starts, sizes, strict=True))[len(inputs) :]:
+            written[start : start + size] = True
+        assert (after[~written] == before[~written]).all(), "the plugin wrote beside its outputs and its workspace"
+        for array, start in zip(outputs, starts[len(inputs) : -1], strict=True):
+            array.reshape(-1).view(np.uint8)[...] = after[start : start + array.nbytes]
         return outputs
 
-    def attributes_of(layout: LayerLayout, num_heads: int) -> dict:
+    def causal(case: Case) -> dict[str, float]:
+        """Errors of the result, and of new keys and values; and the largest number of what comes out for padding."""
+        inputs = paged.draw(rng, case)
+        out, *rows = run(case.attributes, *inputs.arrays)
+        padding = out[sum(case.lengths) :]
+        assert padding.shape[0] == case.padding
         return {
-            **{"causal": 1, "softmax_scale": 0.1, "epsilon": 0.1, "kv_format": layout.kv_format.value},
-            **{"num_heads": num_heads, "num_kv_heads": layout.num_kv_heads},
-            **{"head_dim": layout.head_dim, "value_dim": layout.value_dim},
+            **dict(zip(("result", "key", "value"), paged.errors(case, inputs, out, *rows), strict=True)),
+            "padding": float(np.abs(padding).max(initial=0)),
         }
 
-    def tables(*shape: int) -> list[np.ndarray]:
-        """Cosines and sines ``[..., head_dim]``."""
-        angle = np.tile(rng.uniform(0, 6.3, (*shape[:-1], shape[-1] // 2)), 2)
-        return [f(angle).astype(F32) for f in (np.cos, np.sin)]
+    def made_up(case: Case, name: str | None = None) -> bool:
+        """Whether numbers came out for the new tokens' keys and values; integers of the input of this name, or of all,
+        are any."""
+        inputs = paged.draw(rng, case)
+        for field in ("cu_seqlens", "past_length", "page_table", "past_visible"):
+            if name in (None, field):
+                shape = getattr(inputs, field).shape
+                anything = rng.integers(LEAST, MOST, shape, I32, endpoint=True)
+                close = rng.integers(-2, case.tokens + 3, shape, I32)
+                chosen = np.where(rng.random(shape) < 0.5, anything, close).astype(I32)
+                inputs = dataclasses.replace(inputs, **{field: chosen})
+        _, *rows = run(case.attributes, *inputs.arrays)
+        return all(np.isfinite(paged.contents(case.layout, rows, which)).all() for which in range(2))
 
-    def causal(layout: LayerLayout, seq: int, masked: bool = False) -> list[float]:
-        """Over two sequences; with a mask or without. Errors of the result, and of new keys and values."""
-        past, capacity = np.array([40, 23], I32), 65
-        heads, (head_dim, value_dim) = layout.num_kv_heads, layout.dims
-        q, k, v = normal(2, 4, seq, head_dim), normal(2, heads, seq, head_dim), normal(2, heads, seq, value_dim)
-        prologue = Prologue(normal(head_dim), normal(head_dim), *tables(2, seq, head_dim), 0.1)
-        cache, new = (
-            HostRows(
-                device.kernels,
-                Shape(2, 4, heads, head_dim, value_dim, slots),
-                layout.kv_format.rows,
-                layout.is_rotated,
-            )
-            for slots in (capacity, seq)
-        )
-        cache.fill(normal(1, 2, heads, capacity, head_dim), normal(1, 2, heads, capacity, value_dim))
-        visible = rng.integers(0, seq + 1, (2, capacity)).astype(I32) if masked else None
-        out, *rows = run(
-            attributes_of(layout, 4),
-            *(reference.packed(q, k, v), prologue.q_norm, prologue.k_norm, prologue.rope_cos, prologue.rope_sin),
-            *(past, np.full((2, 1), seq, I32) if visible is None else visible),
-            *(array[0].view(F32 if layout.kv_format is KVFormat.F32 else I32) for array in cache.arrays),
-        )
-        for array, found in zip(new.arrays, rows, strict=True):
-            array[0] = found.view(array.dtype)
-        met, keys = (prologue.of(x, norm).astype(F32) for x, norm in ((q, prologue.q_norm), (k, prologue.k_norm)))
-        expected = expected_attention(cache, new, met, past, 0.1, visible)
-        keys = hadamard(keys) if layout.is_rotated else keys
-        errors = [relative_error(new.contents(which), x) for which, x in enumerate((keys, v))]
-        return [relative_error(out.reshape(expected.shape), expected), *errors]
-
-    def causal_shapes(layout: LayerLayout, num_heads: int, batch: int, seq: int, capacity: int, slots: int) -> list:
-        """Types and shapes of a node's inputs, a value for each of ``slots`` in past_visible."""
-        table = F32, (batch, seq, layout.head_dim)
-        shapes = [(F32, (batch, seq, num_heads * layout.head_dim + layout.num_kv_heads * sum(layout.dims)))]
-        shapes += [(F32, (layout.head_dim,))] * 2 + [table, table, (I32, (batch,)), (I32, (batch, slots))]
-        lead = batch, layout.num_kv_heads, capacity
-        for row, elements in zip(layout.kv_format.rows, layout.row_elements, strict=True):
-            shapes.append((row.dtype, (*lead, elements)))
-        return [*shapes, (I32, lead)] if layout.kv_format.is_quantised else shapes
-
-    def workspace(batch: int, seq: int, slots: int, name: str) -> list[int]:
-        """Bytes for inputs of these sizes; and the most that the kernels ask for with fewer tokens and sequences."""
-        layout = LayerLayout(KVFormat(name), 1, 128, 128)
-        asked = host.create(attributes_of(layout, 4)).prepare(causal_shapes(layout, 4, batch, seq, CAPACITY, slots))[1]
+    def workspace(
+        layout: LayerLayout, num_heads: int, tokens: int, batch: int, sequence_pages: int, masked: bool = False
+    ) -> list[int]:
+        """Bytes for inputs of these sizes; and the most that the kernels ask for with as many or fewer of each, and
+        without a mask where there is one."""
+        slots = sequence_pages * PAGE_SLOTS if masked else 1
+        shapes = paged.shapes(layout, num_heads, tokens, batch, sequence_pages, 5, slots)
+        asked = host.create(attributes_of(layout, num_heads)).prepare(shapes)[1]
         here = device.allocate(16).pointer
         rows, (key_format, value_format) = Rows(key=here, value=here, scale=here), layout.kv_format.rows
-        needed = (
-            device.kernels.attention_workspace(
-                AttentionArgs(
-                    **dict.fromkeys(("qkv", "out", "past_length"), here),
-                    **{"new_rows": rows, "past": rows, "past_visible": here if masked else None},
-                    **{"batch": b, "num_heads": 4, "num_kv_heads": 1, "seq": s, "head_dim": 128, "value_dim": 128},
-                    **{"key_format": key_format, "value_format": value_format, "capacity": CAPACITY, "causal": 1},
-                )
-            )
-            for b, s, masked in itertools.product(range(1, batch + 1), range(1, seq + 1), (False, True))
+        args = AttentionArgs(
+            **dict.fromkeys(("qkv", "out", "cu_seqlens", "past_length", "page_table"), here),
+            **{"new_rows": rows, "pool": rows, "num_heads": num_heads, "num_kv_heads": layout.num_kv_heads},
+            **{"head_dim": layout.head_dim, "value_dim": layout.value_dim, "key_format": key_format},
+            **{"value_format": value_format, "num_pages": 5, "causal": 1},
         )
-        return [asked, max(needed)]
+        needed = 0
+        sizes = (range(1, most + 1) for most in (tokens, batch, sequence_pages))
+        for *smaller, has_mask in itertools.product(*sizes, {False, masked}):
+            args.tokens, args.batch, args.sequence_pages = smaller
+            args.past_visible = here if has_mask else None
+            needed = max(needed, device.kernels.attention_workspace(args))
+        return [asked, needed]
 
-    def causal_refused(kv_format: str, change: dict[int, np.ndarray] | None = None, count: int = 10) -> str:
-        """Of a call over a cache of 15 slots, some of the inputs of which are others."""
+    def causal_refused(kv_format: str, change: dict[int, np.ndarray] | None = None, count: int = 12) -> str:
+        """Of a call of a token over two pages, some of the inputs of which are others."""
         layout = LayerLayout(KVFormat(kv_format), 2, 128, 128)
-        inputs = [np.ones(shape, dtype) for dtype, shape in causal_shapes(layout, 4, 1, 1, 15, 1)]
+        inputs = [np.ones(shape, dtype) for dtype, shape in paged.shapes(layout, 4, 1, 1, 2, 3, 1)]
         for position, array in (change or {}).items():
             inputs[position] = array
         return refused(attributes_of(layout, 4), *inputs[:count])
 
     def packed() -> float:
-        q, k, v = (normal(1, 3, 50, 64) for _ in range(3))
-        prologue = Prologue(None, None, *tables(1, 50, 64))
-        found = run(
-            vision,
-            *(reference.packed(q, k, v)[0], prologue.rope_cos[0], prologue.rope_sin[0]),
-            np.array([0, 20, 50], I32),
+        """Over sequences of unequal length, one of none."""
+        qkv, (cos, sin), bounds = (
+            normal(220, 3 * 3 * 64),
+            paged.tables(rng, 220, 64),
+            np.array([0, 20, 20, 150, 220], I32),
         )
-        segment = np.arange(50) >= 20
-        visible = segment[:, None] == segment[None]
-        expected = attention(prologue.roped(q)[0], prologue.roped(k)[0], v[0], visible, vision["softmax_scale"])
-        return relative_error(found[0].reshape(50, 3, 64), expected)
+        (found,) = run(vision, qkv, cos, sin, bounds)
+        q, k, v = paged.split_heads(qkv, 3, LayerLayout(KVFormat.F32, 3, 64, 64))
+        sequence = np.searchsorted(bounds, np.arange(220), "right")
+        sees = sequence[:, None] == sequence
+        expected = paged.attention(*(paged.rope(x, cos, sin) for x in (q, k)), v, sees, vision["softmax_scale"])
+        return relative_error(found.reshape(expected.shape), expected)
+
+    def packed_made_up() -> None:
+        """What comes out means nothing, but lies where it should."""
+        for bounds in (rng.integers(LEAST, MOST, 5, I32), np.array([-5, 90, 20, 66, 1000], I32)):
+            run(vision, normal(70, 3 * 3 * 64), *paged.tables(rng, 70, 64), bounds)
 
     def packed_refused(*change: np.ndarray) -> str:
         inputs = [np.ones((8, 2 * 3 * 64), F32), *[np.ones((8, 64), F32)] * 2, np.array([0, 8], I32)]
@@ -257,17 +244,21 @@ def main() -> None:
             except UserError as error:
                 told[case] = str(error)
 
-        usual = {"batch": 1, "seq": 3, "capacity": 15, "bounds": 2, "rows": 7}
+        usual = {"tokens": 3, "bounds": 2, "sequence_pages": 2, "pages": 3, "rows": 7}
         layout = LayerLayout(KVFormat.K8V8, 2, 128, 128)
         for name, value in itertools.product(usual, strange):
-            batch, seq, capacity, bounds, rows = (usual | {name: value}).values()
+            tokens, bounds, sequence_pages, pages, rows = (usual | {name: value}).values()
             case = f"{name} {value}"
-            if name in ("batch", "seq", "capacity"):
-                shapes = causal_shapes(layout, 4, batch, seq, capacity, 1)
-                check(case, attributes_of(layout, 4), flash_attention, shapes)
-            if name in ("seq", "bounds"):
-                table = F32, (seq, 64)
-                check(f"packed {case}", vision, flash_attention, [(F32, (seq, 576)), table, table, (I32, (bounds,))])
+            if name != "rows":
+                batch = max(bounds, 1) - 1
+                for slots in (1, min(sequence_pages, 1 << 40) * PAGE_SLOTS):
+                    shapes = paged.shapes(layout, 4, tokens, batch, sequence_pages, pages, slots)
+                    shapes[5] = I32, (bounds,)
+                    check(f"{case}, {slots} slots", attributes_of(layout, 4), flash_attention, shapes)
+            if name in ("tokens", "bounds"):
+                table = F32, (tokens, 64)
+                shapes = [(F32, (tokens, 576)), table, table, (I32, (bounds,))]
+                check(f"packed {case}", vision, flash_attention, shapes)
             if name == "rows":
                 attributes, named = layer(8)
                 weight = [(array.dtype, array.shape) for name, array in named.items() if name != "x"]
@@ -289,16 +280,38 @@ def main() -> None:
     vision = {"causal": 0, "softmax_scale": 0.125, "epsilon": 0.0, "kv_format": ""}
     vision |= {"num_heads": 3, "num_kv_heads": 3, "head_dim": 64, "value_dim": 64}
     text = attributes_of(LayerLayout(KVFormat.F16, 2, 128, 128), 4)
-    floats, words = np.ones((1, 2, 15, 128), F32), np.ones((1, 2, 15, 32), I32)
+    floats, words = np.ones((3, 2, PAGE_SLOTS, 128), F32), np.ones((3, 2, PAGE_SLOTS, 32), I32)
+    packed_made_up()
+    nobody = {7: np.ones((0, 2), I32), 8: np.ones((0, 1), I32)}
+    cases = paged.cases()
+    f16, k8v4 = (LayerLayout(KVFormat(name), 1, 128, 128) for name in ("f16", "k8v4"))
+    narrow = LayerLayout(KVFormat.F32, 1, 128, 64)
+
+    # The most may be needed by the largest call, a decode step, one sequence or some of them, and fewer tokens.
+    workspaces = {
+        "a token": workspace(f16, 4, 1, 1, 8),
+        "a token, masked": workspace(k8v4, 4, 1, 1, 8, masked=True),
+        "a prompt": workspace(f16, 4, 600, 1, 8),
+        "a prompt, masked": workspace(k8v4, 4, 600, 1, 8, masked=True),
+        "fewer tokens than sequences": workspace(f16, 4, 2, 9, 8),
+        "fewer tokens than sequences, masked": workspace(k8v4, 4, 2, 9, 8, masked=True),
+        "a decode step": workspace(f16, 4, 9, 9, 3),
+        "many sequences": workspace(k8v4, 4, 60, 20, 3),
+        "two sequences": workspace(k8v4, 4, 60, 2, 8),
+        "two sequences of three": workspace(k8v4, 4, 16, 3, 4),
+        "large groups, masked": workspace(narrow, 8, 60, 3, 8, masked=True),
+        "groups of which tiles have no whole number": workspace(narrow, 3, 100, 3, 8),
+        "groups larger than a tile": workspace(narrow, 200, 5, 3, 8),
+        "heads": workspace(LayerLayout(KVFormat.K4V4, 2, 96, 112), 16, 40, 3, 8),
+    }
     print(
         json.dumps(
             {
-                "causal": {
-                    **{f"{f.value} decode": causal(LayerLayout(f, 2, 128, 128), 1) for f in KVFormat},
-                    **{f"{f.value} prefill": causal(LayerLayout(f, 2, 128, 128), 9) for f in KVFormat},
-                    "k4v4 rank": causal(LayerLayout(KVFormat.K4V4, 2, 128, 96), 9),
-                    "k8v4 mask": causal(LayerLayout(KVFormat.K8V4, 2, 128, 128), 9, masked=True),
-                    "f16 mask for one token": causal(LayerLayout(KVFormat.F16, 2, 128, 128), 1, masked=True),
+                "causal": {name: causal(case) for name, case in cases.items()},
+                "made up": {
+                    f"{name}, {field}": made_up(cases[name], field)
+                    for name in ("f16 decode step", "k8v4 sequences of any length", "f32 mask", "f32 splits of a chunk")
+                    for field in ("cu_seqlens", "past_length", "page_table", "past_visible", None)
                 },
                 "errors": {
                     "packed": packed(),
@@ -309,25 +322,33 @@ def main() -> None:
                     **{f"layer norm, {bits} bits": linear_error(bits, norm=2, has_residual=1) for bits in (16, 4)},
                     "norms of a part": linear_error(8, inputs=192, norm=2, norm_size=64),
                 },
-                "workspaces": {
-                    f"{sizes} {name}": workspace(*sizes, name)
-                    for name in ("f16", "k8v4")
-                    for sizes in ((1, 1, 1), (2, 1, CAPACITY), (3, 7, 1), (1, 600, 1))
-                },
+                "workspaces": workspaces,
                 "sizes": sizes_refused(),
                 "refused": {
-                    "qkv": causal_refused("k8v8", {0: np.ones((1, 1, 512), F32)}),
-                    "qkv's axes": causal_refused("k8v8", {0: np.ones((1, 1024), F32)}),
+                    "qkv": causal_refused("k8v8", {0: np.ones((1, 512), F32)}),
+                    "qkv's axes": causal_refused("k8v8", {0: np.ones((1, 1, 1024), F32)}),
+                    "no axes": causal_refused("k8v8", {0: np.ones((), F32)}),
                     "norm": causal_refused("k8v8", {2: np.ones(64, F32)}),
-                    "table": causal_refused("k8v8", {3: np.ones((1, 2, 128), F32)}),
-                    "mask": causal_refused("k8v8", {6: np.ones((1, 5), I32)}),
-                    "lengths": causal_refused("k8v8", {5: np.ones(2, I32)}),
-                    "scale": causal_refused("k8v8", {9: np.ones((1, 2, 16), I32)}),
-                    "halves": causal_refused("k8v8", {9: np.ones((1, 2, 15), F16)}),
-                    "no scale": causal_refused("k8v8", count=9),
-                    "type": causal_refused("f16", {7: floats, 8: floats}),
-                    "words": causal_refused("k8v4", {8: words}),
-                    "axes": causal_refused("k8v4", {7: words[0]}),
+                    "table": causal_refused("k8v8", {3: np.ones((2, 128), F32)}),
+                    "sine": causal_refused("k8v8", {4: np.ones((1, 64), F32)}),
+                    "causal bounds": causal_refused("k8v8", {5: np.ones((1, 2), I32)}),
+                    "no sequences": causal_refused("k8v8", {5: np.ones(1, I32), 6: np.ones(0, I32), **nobody}),
+                    "lengths": causal_refused("k8v8", {6: np.ones(2, I32)}),
+                    "table's axes": causal_refused("k8v8", {7: np.ones(2, I32)}),
+                    "page table": causal_refused("k8v8", {7: np.ones((2, 2), I32)}),
+                    "mask": causal_refused("k8v8", {8: np.ones((1, 255), I32)}),
+                    "mask of a page": causal_refused("k8v8", {8: np.ones((1, 128), I32)}),
+                    "mask's axes": causal_refused("k8v8", {8: np.ones(256, I32)}),
+                    "mask's sequences": causal_refused("k8v8", {8: np.ones((2, 1), I32)}),
+                    "scale": causal_refused("k8v8", {11: np.ones((3, 2, 127), I32)}),
+                    "halves": causal_refused("k8v8", {11: np.ones((3, 2, PAGE_SLOTS), F16)}),
+                    "no scale": causal_refused("k8v8", count=11),
+                    "type": causal_refused("f16", {9: floats, 10: floats}),
+                    "words": causal_refused("k8v4", {10: words}),
+                    "axes": causal_refused("k8v4", {9: words[0]}),
+                    "slots": causal_refused("k8v4", {9: np.ones((3, 2, 64, 32), I32)}),
+                    "heads of the pool": causal_refused("k8v4", {9: np.ones((3, 1, PAGE_SLOTS, 32), I32)}),
+                    "values' pages": causal_refused("k8v4", {10: np.ones((2, 2, PAGE_SLOTS, 16), I32)}),
                     "attributes": refused({**text, "causal": 3}),
                     "no format": refused({**text, "kv_format": ""}),
                     "heads": refused({**text, "num_heads": 5}),
@@ -357,6 +378,11 @@ def main() -> None:
             }
         )
     )
+
+
+def _padded(size: int) -> int:
+    """What follows is aligned as TensorRT's tensors are."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-OP, LINEAR = ("FlashAttention2", "2", ""), ("QuantLinear", "2", "")
+OP, LINEAR = ("FlashAttention2", "3", ""), ("QuantLinear", "2", "")
 
 
 NUMBERS = [-(1 << 31), -1, 0, 1, 2, 5, 64, 1 << 15, 1 << 24, (1 << 24) + 1, 1 << 30, (1 << 31) - 1]

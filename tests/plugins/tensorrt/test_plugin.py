@@ -41,9 +41,9 @@ def test_the_creator_is_found_by_the_nodes_names(tried):
 
 def test_plugins_survive_serialisation_and_cloning(tried):
     found, _ = tried
-    assert bytes.fromhex(found["bytes"]) == struct.pack("<4sIi2f5i", b"PVFA", 4, 1, 0.125, 0.5, 4, 2, 128, 96, 3)
+    assert bytes.fromhex(found["bytes"]) == struct.pack("<4sIi2f5i", b"PVFA", 5, 1, 0.125, 0.5, 4, 2, 128, 96, 3)
     assert found["clone"] == found["copy"] == found["bytes"]
-    assert bytes.fromhex(found["vision"]) == struct.pack("<4sIi2f5i", b"PVFA", 4, 0, 0.125, 0, 2, 2, 72, 72, 0)
+    assert bytes.fromhex(found["vision"]) == struct.pack("<4sIi2f5i", b"PVFA", 5, 0, 0.125, 0, 2, 2, 72, 72, 0)
 
 
 def test_what_is_not_understood_is_refused_in_words(tried):
@@ -52,7 +52,7 @@ def test_what_is_not_understood_is_refused_in_words(tried):
     for sentence in (
         "a serialised plugin of 39 bytes; expected 40: build the engine again",
         "the serialised plugin is not this one's",
-        "the serialised plugin has layout 9; expected 4",
+        "the serialised plugin has layout 9; expected 5",
         "attribute num_heads is missing",
         "attribute causal is 2; expected 0 or 1",
         "attribute causal must be one int32",

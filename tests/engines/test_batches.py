@@ -1,0 +1,87 @@
+"""Several sequences in one step, on every backend that runs here: what each of them gives alone."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+from pascalvl.engines import Session, open_engine
+from pascalvl.engines.session import ALWAYS_VISIBLE, NewTokens, Placement
+from pascalvl.plugins import bindings
+from pascalvl.plugins.kv_format import PAGE_SLOTS
+from tests.engines.batches import CAPACITY, DECODES, POOL, alone, changed, decodes, fresh_pool, places
+from tests.engines.decoder import random_tokens
+
+BACKENDS = ["onnxruntime", "torch", "plugin"]
+"""``plugin`` is ONNX Runtime's bundle in the reference host."""
+CHUNK_PAGES, CHUNK_PAST = (16, 13), 126
+"""Of a chunk of a prompt beside them."""
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def sessions(request, nano_engine):
+    """A session by the cache's format."""
+
+    @functools.cache
+    def opened(kv: str) -> Session:
+        backend = "onnxruntime" if request.param == "plugin" else request.param
+        host = "plugin" if request.param == "plugin" else None
+        engine = open_engine(nano_engine(kv, backend), host=host, marked_layers=True)
+        return engine.open_session(CAPACITY, POOL)
+
+    return opened
+
+
+def chunk(session: Session) -> NewTokens:
+    """Of a prompt: over the bound of a page, one of its tokens kept nowhere, slots of its past seen by some."""
+    visible = np.full(len(CHUNK_PAGES) * PAGE_SLOTS, ALWAYS_VISIBLE, np.int32)
+    visible[5:40] = np.arange(35) % 5
+    slots = np.array([126, 127, -1, 128], np.int32)
+    placement = Placement(np.array(CHUNK_PAGES, np.int32), CHUNK_PAST, slots, visible)
+    return random_tokens(session.model.text, placement, np.random.default_rng(99), rows=(1, 3))
+
+
+@pytest.mark.parametrize(("kv", "count"), [("f32", 3), ("k8v4", 8)])
+def test_decode_steps_equal_single_ones_to_the_bit(kv, count, sessions):
+    """Of three sequences, which TensorRT's runtime pads to four, and of as many as are padded at most."""
+    session = sessions(kv)
+    sequences = decodes(session)[:count]
+    pool = fresh_pool(session)
+    expected = alone(session, sequences)
+    stored = session.read(np.arange(POOL))
+    fresh_pool(session)
+    found = session.step(sequences)
+    assert found.keys() == expected.keys() > {bindings.LOGITS}
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    for name, array in session.read(np.arange(POOL)).items():
+        np.testing.assert_array_equal(array, stored[name], err_msg=name)
+    assert changed(session, pool) == places(sequences)
+    if count < len(DECODES):
+        likeliest = [(row.argmax(), row.max()) for row in found[bindings.LOGITS]]
+        assert session.greedy(sequences) == likeliest
+
+
+@pytest.mark.parametrize("kv", ["f32", "k8v4"])
+def test_a_chunk_of_a_prompt_beside_decodes(kv, sessions):
+    """Products of more rows are summed in other orders."""
+    session = sessions(kv)
+    one, *_, other = decodes(session)
+    sequences = [one, chunk(session), other]
+    fresh_pool(session)
+    expected = alone(session, sequences)
+    stored = session.read(np.arange(POOL))
+    pool = fresh_pool(session)
+    found = session.step(sequences)
+    assert len(found[bindings.LOGITS]) == 4  # two are the chunk's
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5 * np.abs(array).max(), err_msg=name)
+    assert changed(session, pool) == places(sequences)
+    for name, array in session.read(np.arange(POOL)).items():
+        if array.dtype == np.float32:  # codes may differ by one at ties
+            np.testing.assert_allclose(array, stored[name], rtol=0, atol=1e-5 * np.abs(array).max(), err_msg=name)
+    if kv == "f32":
+        likeliest = [(row.argmax(), row.max()) for row in found[bindings.LOGITS]]
+        assert session.greedy(sequences) == likeliest
