@@ -2,9 +2,10 @@
 
 A depth is the number of tokens of a conversation that are in the KV cache already. A prefill puts them there once; each
 repeat puts tokens of its own behind them, for which the cache is truncated to the depth, as it is in a chat whose last
-question is asked anew. Prompts are random tokens, as many as they are meant to be, whatever the tokenizer; only the
-picture's figures include the chat template and the tokenizer. EOS tokens end nothing. A measurement is run once to warm
-up, and then as often as `BenchOptions.repeats` says; figures are medians.
+question is asked anew. Sequences that decode together have that depth each, in pages of their own. Prompts are random
+tokens, as many as they are meant to be, whatever the tokenizer; only the picture's figures include the chat template
+and the tokenizer. EOS tokens end nothing. A measurement is run once to warm up, and then as often as
+`BenchOptions.repeats` says; figures are medians.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from rich.table import Table
 
 from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kv_format import pages_of
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.runtime.generation import Generation
+from pascalvl.runtime.kv_cache import KVCache
 from pascalvl.runtime.model import VisionLanguageModel
 from pascalvl.runtime.positions import mrope_position_ids
 from pascalvl.runtime.prompt import Prompt
@@ -51,12 +54,21 @@ class BenchOptions:
     """Decode steps that are timed."""
     follow_ups: tuple[int, ...] = (8, 20)
     """Tokens of further user turns."""
+    batch: tuple[int, ...] = (1,)
+    """Sequences that decode together; 1: the conversation alone, which is measured in any case."""
     picture: int = 1024
     """Side of the square picture, in pixels; 0: there is none."""
     repeats: int = 10
 
     def __post_init__(self) -> None:
-        for name, least in (("depths", 0), ("prefill", 1), ("decode", 1), ("follow_ups", 1), ("repeats", 1)):
+        for name, least in (
+            ("depths", 0),
+            ("prefill", 1),
+            ("decode", 1),
+            ("follow_ups", 1),
+            ("batch", 1),
+            ("repeats", 1),
+        ):
             value = getattr(self, name)
             for number in value if isinstance(value, tuple) else (value,):
                 if number < least:
@@ -94,6 +106,9 @@ class DepthFigures:
     """As `decode_tokens_per_second`, with the checkpoint's own sampling; None: that takes the likeliest, too."""
     follow_up_ms: dict[int, float]
     """By the tokens of a further user turn: from the call until its first new token is chosen."""
+    together_tokens_per_second: dict[int, float]
+    """By the number of sequences that decode together, each behind so many tokens: of all of them, as
+    `decode_tokens_per_second`, but not decoded to text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +158,8 @@ class BenchResult:
 def count_runs(options: BenchOptions, model: VisionLanguageModel) -> int:
     """How often `measure` will call its ``progress``."""
     samplings = 1 if _own_sampling(model) is None else 2
-    at_depth = 1 + (1 + options.repeats) * (1 + samplings + len(options.follow_ups))
-    depths = sum(_why_left_out(model, depth, options) is None for depth in options.depths)
+    at_depth = 1 + (1 + options.repeats) * (1 + samplings + len(options.follow_ups) + len(_batches(options)))
+    depths = sum(_why_left_out(model, depth, options) is None for depth in set(options.depths))
     return depths * at_depth + (1 + options.repeats) * (options.picture > 0)
 
 
@@ -182,13 +197,19 @@ def measure(
                 nbytes = weight_bytes + cache_bytes * (depth + options.decode // 2)
                 share = nbytes / read_rate * at_depth.decode_tokens_per_second
                 at_depth = dataclasses.replace(at_depth, of_floor=share)
-            figures.append(at_depth)
+            together = {}
+            for count in _batches(options):
+                try:
+                    together[count] = _together(model, runs, count, options, progress)
+                except (UserError, MemoryError) as error:
+                    left_out.append(f"{count:,} sequences behind {depth:,} tokens are left out: {_reason(error)}")
+            figures.append(dataclasses.replace(at_depth, together_tokens_per_second=together))
         launches = model.decode_launches()
         if options.picture:
             try:
                 picture = _picture(model, options, progress)
-            except UserError as error:
-                left_out.append(f"the picture is left out: {error}")
+            except (UserError, MemoryError) as error:
+                left_out.append(f"the picture is left out: {_reason(error)}")
     return BenchResult(
         source=manifest.source["name"],
         backend=manifest.backend["name"],
@@ -220,7 +241,7 @@ class _Runs:
     def __init__(
         self, model: VisionLanguageModel, tokens: np.ndarray, repeats: int, progress: Callable[[str], None]
     ) -> None:
-        self._model, self._tokens, self._repeats, self._progress = model, tokens, repeats, progress
+        self._model, self.tokens, self._repeats, self._progress = model, tokens, repeats, progress
         self._random = np.random.default_rng(_SEED)
         self._first = 0
         self.depth = len(tokens)
@@ -239,7 +260,7 @@ class _Runs:
         figures = []
         for _ in range(1 + self._repeats):
             self._progress(f"{what} behind {self.depth:,} tokens")
-            figures.append(figure(*self._run(np.concatenate([self._tokens, self._fresh(prompt)]), new, sampling)))
+            figures.append(figure(*self._run(np.concatenate([self.tokens, self._fresh(prompt)]), new, sampling)))
         return statistics.median(figures[1:])
 
     def _fresh(self, count: int) -> np.ndarray:
@@ -277,7 +298,58 @@ def _at_depth(runs: _Runs, options: BenchOptions, sampling: SamplingParams | Non
             count: runs.median(f"follow-up of {count}", count, 1, _GREEDY, lambda _, seconds: 1e3 * seconds)
             for count in options.follow_ups
         },
+        together_tokens_per_second={},
     )
+
+
+def _batches(options: BenchOptions) -> list[int]:
+    """Numbers of sequences that are measured together."""
+    return [count for count in dict.fromkeys(options.batch) if count > 1]
+
+
+def _together(
+    model: VisionLanguageModel, runs: _Runs, count: int, options: BenchOptions, progress: Callable[[str], None]
+) -> float:
+    """Tokens a second of so many sequences in a pool of their own; raises `UserError` where there is no room for it."""
+    capacity = runs.depth + options.decode
+    pages = pages_of(capacity)
+    session = model.engine.open_session(capacity, count * pages)
+    config = dataclasses.replace(model.cache_config, window=None, pin_images=False)
+    tables = np.arange(count * pages, dtype=np.int32).reshape(count, pages)
+    caches = [KVCache(session, config, capacity, table) for table in tables]
+
+    def run(cache: KVCache, tokens: np.ndarray) -> None:
+        positions = np.broadcast_to(cache.length + np.arange(len(tokens)), (3, len(tokens)))
+        with cache.appending(tokens) as placement:
+            session.step([model.new_tokens(tokens, positions, placement)])
+
+    def step(tokens: Sequence[int]) -> list[int]:
+        with contextlib.ExitStack() as stack:
+            placements = [stack.enter_context(cache.appending(np.array([0]))) for cache in caches]
+            chosen = session.greedy(model.next_tokens(tokens, [cache.length for cache in caches], placements))
+        return [token for token, _ in chosen]
+
+    rates = []
+    for cache in caches:
+        for start in range(0, runs.depth, model.prefill_chunk):
+            run(cache, runs.tokens[start : start + model.prefill_chunk])
+    for _ in range(1 + options.repeats):
+        progress(f"decode of {count} sequences behind {runs.depth:,} tokens")
+        for cache in caches:
+            cache.truncate(runs.depth)
+        tokens = [sequence % model.config.text.vocab_size for sequence in range(count)]
+        start = time.perf_counter()
+        for _ in range(options.decode):
+            tokens = step(tokens)
+        rates.append(count * options.decode / (time.perf_counter() - start))
+    return statistics.median(rates[1:])
+
+
+def _reason(error: UserError | MemoryError) -> str:
+    """Why something is left out, a sentence."""
+    if isinstance(error, UserError):
+        return str(error)
+    return f"there is not enough memory ({error})." if str(error) else "there is not enough memory."
 
 
 def _picture(model: VisionLanguageModel, options: BenchOptions, progress: Callable[[str], None]) -> PictureFigures:
@@ -361,7 +433,20 @@ def tables(result: BenchResult) -> Sequence[Table | str]:
         share = _UNKNOWN if row.of_floor is None else f"{row.of_floor:.0%}"
         times = [f"{row.follow_up_ms[count]:,.1f}" for count in options.follow_ups]
         table.add_row(f"{row.depth:,}", *map(_rate, rates), share, _rate(row.sampled_tokens_per_second), *times)
-    return [table, *_picture_tables(result.picture), *_lines(result)]
+    return [table, *_together_tables(result), *_picture_tables(result.picture), *_lines(result)]
+
+
+def _together_tables(result: BenchResult) -> list[Table]:
+    counts = list(dict.fromkeys(count for row in result.depths for count in row.together_tokens_per_second))
+    if not counts:
+        return []
+    table = Table(title=f"sequences that decode {result.options.decode} tokens together, tok/s of all")
+    for heading in ("depth", "1", *map(str, counts)):
+        table.add_column(heading, justify="right")
+    for row in result.depths:
+        rates = [row.decode_tokens_per_second, *(row.together_tokens_per_second.get(count) for count in counts)]
+        table.add_row(f"{row.depth:,}", *map(_rate, rates))
+    return [table]
 
 
 def _picture_tables(picture: PictureFigures | None) -> list[Table]:

@@ -2,15 +2,21 @@
 
 import dataclasses
 import json
+import re
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from pascalvl.engines.session import HostSession
+from pascalvl.plugins.bundle import EMBEDDINGS
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.kv_format import CacheConfig, pages_of
 from pascalvl.runtime import SamplingParams, VisionLanguageModel, bench
 from pascalvl.runtime.bench import BenchOptions, BenchResult, DepthFigures, PictureFigures
 from pascalvl.runtime.cli import main
+from pascalvl.runtime.embeddings import EmbeddingTable
+from pascalvl.runtime.prompt import Prompt
 
 OPTIONS = BenchOptions(depths=(0, 40), prefill=24, decode=3, follow_ups=(2, 5), picture=64, repeats=2)
 RUNS = 1 + OPTIONS.repeats
@@ -63,6 +69,89 @@ def test_what_runs(nano_engine_bundle, answers, sampling):
     assert all(answer.vision_seconds > 0 and (new, used) == (1, greedy) for used, new, answer in answers[-RUNS:])
     assert all((row.sampled_tokens_per_second is not None) == bool(sampling) for row in result.depths)
     assert result.sampling == ("temperature 0.7, top_k 20, top_p 0.8" if sampling else None)
+    assert all(row.together_tokens_per_second == {} for row in result.depths)
+
+
+@pytest.fixture
+def sessions(monkeypatch):
+    """By sessions that were opened: of each of their steps and of each sequence in it, its pages, past and tokens."""
+    opened = []
+    opening, step = HostSession.__init__, HostSession.step
+
+    def recording(self, *args):
+        opening(self, *args)
+        self.steps = []
+        opened.append(self)
+
+    def recording_steps(self, sequences):
+        rows = [(tuple(new.placement.pages), new.placement.past_length, new.embeds.copy()) for new in sequences]
+        self.steps.append(rows)
+        return step(self, sequences)
+
+    monkeypatch.setattr(HostSession, "__init__", recording)
+    monkeypatch.setattr(HostSession, "step", recording_steps)
+    return opened
+
+
+@pytest.mark.parametrize("kv", ["f32", "f32,window=4+200"])
+def test_sequences_together(kv, nano_engine_bundle, sessions):
+    """Each behind the depth, the same tokens before it, in pages of its own; then a token of each in every step."""
+    model = opened(nano_engine_bundle, context_length=256, prefill_chunk=64, cache=CacheConfig.parse(kv))
+    own = sessions[0]
+    options = dataclasses.replace(OPTIONS, depths=(0, 150), batch=(1, 3, 2, 3), picture=0)
+    told = []
+    result = bench.measure(model, options, told.append)
+    assert len(told) == bench.count_runs(options, model)
+    assert [what for what in told if "sequences" in what] == [
+        f"decode of {count} sequences behind {depth} tokens"
+        for depth in options.depths
+        for count in (3, 2)
+        for _ in range(RUNS)
+    ]
+    assert [(row.depth, list(row.together_tokens_per_second)) for row in result.depths] == [(0, [3, 2]), (150, [3, 2])]
+    assert all(rate > 0 for row in result.depths for rate in row.together_tokens_per_second.values())
+    assert result.left_out == ()
+    assert all(len(step) == 1 for step in own.steps)
+
+    assert len(sessions) == 1 + 4
+    cases = [(depth, count) for depth in options.depths for count in (3, 2)]
+    for session, (depth, count) in zip(sessions[1:], cases, strict=True):
+        decodes = [step for step in session.steps if len(step) > 1]
+        prefills = [row for step in session.steps if len(step) == 1 for row in step]
+        assert len(decodes) == RUNS * options.decode
+        assert session.steps == [[row] for row in prefills] + decodes
+        pages = [row[0] for row in decodes[0]]
+        assert all([row[0] for row in step] == pages for step in decodes)
+        assert session.pages == len({page for own_pages in pages for page in own_pages})
+        assert all(len(own_pages) == pages_of(depth + options.decode) for own_pages in pages)
+        for number, step in enumerate(decodes):
+            past = depth + number % options.decode
+            assert [(row[1], len(row[2])) for row in step] == [(past, 1)] * count
+        of_sequences = [[row for row in prefills if row[0] == own_pages] for own_pages in pages]
+        assert sum(map(len, of_sequences)) == len(prefills)
+        for rows in of_sequences:
+            assert [(past, len(embeds)) for _, past, embeds in rows] == (
+                [(0, 64), (64, 64), (128, 22)] if depth else []
+            )
+            for (*_, embeds), (*_, first) in zip(rows, of_sequences[0], strict=True):
+                np.testing.assert_array_equal(embeds, first)
+
+
+def test_sequences_together_choose_as_one_alone(nano_engine_bundle, sessions):
+    """The tokens that each goes on with are those that the model itself has after the same ones."""
+    model = opened(nano_engine_bundle)
+    options = dataclasses.replace(OPTIONS, depths=(40,), batch=(2,), picture=0, decode=4)
+    bench.measure(model, options)
+    decodes = [step for step in sessions[1].steps if len(step) > 1][-options.decode :]
+    depth = np.random.default_rng(0).integers(model.config.text.vocab_size, size=40)
+    for sequence in range(2):
+        tokens = np.append(depth, sequence)
+        positions = np.broadcast_to(np.arange(len(tokens)), (3, len(tokens)))
+        generation = model.answer(Prompt(tokens, positions, ()), SamplingParams(), options.decode - 1)
+        list(generation)
+        table = EmbeddingTable(nano_engine_bundle / EMBEDDINGS, **model.manifest.embeddings)
+        expected = table.read([sequence, *generation.token_ids], np.empty((options.decode, 256), np.float32))
+        np.testing.assert_array_equal(np.concatenate([step[sequence][2] for step in decodes]), expected)
 
 
 def test_figures(nano_engine_bundle, answers):
@@ -105,6 +194,26 @@ def test_what_there_is_no_room_for_is_left_out(nano_engine_bundle):
     assert bench.measure(model, dataclasses.replace(OPTIONS, depths=(39,), picture=0)).left_out == ()
 
 
+def test_sequences_that_there_is_no_room_for_are_left_out(nano_engine_bundle, monkeypatch):
+    """Also where memory ends in the middle of a run; what else there is comes out."""
+    step = HostSession.step
+
+    def limited(self, sequences):
+        if len(sequences) == 3:
+            raise MemoryError("the decoder engine")
+        return step(self, sequences)
+
+    monkeypatch.setattr(HostSession, "step", limited)
+    options = dataclasses.replace(OPTIONS, depths=(40,), batch=(10**10, 3, 2), picture=0)
+    result = bench.measure(opened(nano_engine_bundle), options)
+    pool, run = result.left_out
+    assert pool.startswith("10,000,000,000 sequences behind 40 tokens are left out: ")
+    assert "GB for its KV cache, which is more than can be allocated" in pool
+    assert run == "3 sequences behind 40 tokens are left out: there is not enough memory (the decoder engine)."
+    assert [list(row.together_tokens_per_second) for row in result.depths] == [[2]]
+    assert " ".join(["depth", "1", "2"]) in " ".join(shown(result).replace("┃", " ").split())
+
+
 def test_a_window_keeps_a_depth_from_being_measured(nano_engine_bundle):
     model = opened(nano_engine_bundle, cache=CacheConfig.parse("f32,window=4+64"))
     result = bench.measure(model, dataclasses.replace(OPTIONS, depths=(39, 40), picture=0))
@@ -124,6 +233,7 @@ def test_nothing_to_measure(nano_engine_bundle):
         ({"depths": ()}, "depths are missing"),
         ({"prefill": 0}, "prefill is out of range: expected numbers from 1, found 0"),
         ({"follow_ups": (8, 0)}, "follow_ups is out of range"),
+        ({"batch": (2, 0)}, "batch is out of range: expected numbers from 1, found 0"),
         ({"picture": 31}, "picture is out of range: expected 32 to 4096 pixels, or 0: none; found 31"),
     ],
 )
@@ -152,7 +262,7 @@ RESULT = BenchResult(
     read_bytes_per_second=2.5e12,
     launches_per_token=1602,
     sampling="temperature 0.7",
-    depths=(DepthFigures(0, 9091.2, 259.04, 0.4567, 250.0, {8: 40.04}),),
+    depths=(DepthFigures(0, 9091.2, 259.04, 0.4567, 250.0, {8: 40.04}, {2: 400.25, 8: 1234.5}),),
     picture=PictureFigures(1024, 992, 992, 10.0, 87.25, 150.5),
     left_out=("depth 9 is left out: so it is.",),
 )
@@ -173,6 +283,29 @@ def test_tables():
         assert " ".join(expected.split()) in " ".join(text.split()), expected
 
 
+def cells(line):
+    return [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
+
+
+def test_table_of_sequences_together():
+    """A column for each number of them that was measured anywhere, beside the conversation alone."""
+    first = RESULT.depths[0]
+    second = dataclasses.replace(
+        first, depth=4096, decode_tokens_per_second=200.0, together_tokens_per_second={2: 350.0}
+    )
+    text = shown(dataclasses.replace(RESULT, depths=(first, second), picture=None, left_out=()))
+    assert "sequences that decode 64 tokens together, tok/s of all" in " ".join(text.split())
+    lines = text[text.index("sequences that decode") :].splitlines()
+    rows = [cells(line) for line in lines if line.startswith(("│", "┃"))]
+    assert rows == [
+        ["depth", "1", "2", "8"],
+        ["0", "259.0", "400.2", "1,234"],
+        ["4,096", "200.0", "350.0", "–"],  # noqa: RUF001
+    ]
+    alone = dataclasses.replace(first, together_tokens_per_second={})
+    assert "together" not in shown(dataclasses.replace(RESULT, depths=(alone,)))
+
+
 def test_what_is_not_known_is_a_dash():
     row = dataclasses.replace(RESULT.depths[0], of_floor=None, sampled_tokens_per_second=None)
     nothing = {"gpu": None, "read_bytes_per_second": None, "launches_per_token": None, "sampling": None}
@@ -182,9 +315,12 @@ def test_what_is_not_known_is_a_dash():
     assert "picture" not in text
 
 
-@pytest.mark.parametrize(("backend", "depths", "picture"), [("onnxruntime", [0, 8], 32), ("torch", [2], 0)])
-def test_command(backend, depths, picture, nano_engine, tmp_path, capsys):
-    given = {"depths": depths, "prefill": 3, "decode": 1, "follow_ups": [2], "picture": picture, "repeats": 1}
+@pytest.mark.parametrize(
+    ("backend", "depths", "batch", "picture"), [("onnxruntime", [0, 8], [1, 2], 32), ("torch", [2], [2], 0)]
+)
+def test_command(backend, depths, batch, picture, nano_engine, tmp_path, capsys):
+    given = {"depths": depths, "prefill": 3, "decode": 1, "follow_ups": [2], "batch": batch, "picture": picture}
+    given["repeats"] = 1
     options = []
     for name, value in given.items():
         value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -199,6 +335,13 @@ def test_command(backend, depths, picture, nano_engine, tmp_path, capsys):
     assert figures["options"] == given
     assert [row["depth"] for row in figures["depths"]] == depths
     assert all(row["follow_up_ms"]["2"] > 0 for row in figures["depths"])
+    assert all(list(row["together_tokens_per_second"]) == ["2"] for row in figures["depths"])
+    assert all(row["together_tokens_per_second"]["2"] > 0 for row in figures["depths"])
     assert (figures["picture"] is None) == (not picture)
-    for heading in ("prefill of 3, tok/s", "decode of 1, tok/s", "follow-up of 2, ms"):
+    for heading in (
+        "prefill of 3, tok/s",
+        "decode of 1, tok/s",
+        "follow-up of 2, ms",
+        "decode 1 tokens together, tok/s of all",
+    ):
         assert heading in " ".join(out.split())
