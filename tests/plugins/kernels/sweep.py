@@ -66,7 +66,7 @@ def main() -> None:
             queries = prologue.of(q, prologue.q_norm).astype(np.float32)
             assert relative_error(found, expected_attention(cache, new, queries, lengths, 0.1, visible)) < 1e-3
             append(library, cache, new, np.arange(seq)[None])
-        for new, with_mask in (([1, 0, 1], False), ([1, 20, 3], False), ([2, 0, 9], True)):
+        for new, with_mask in (([1, 0, 1], False), ([1, 4, 2], False), ([2, 0, 9], True)):
             case = make_case(library, formats, new, [130, 5, 256], 2, 1, with_mask, num_heads=2, num_kv_heads=1)
             found, rows = case.run(library)
             assert relative_error(found, case.expected(rows)) < 1e-3
