@@ -94,7 +94,7 @@ class MadeUp:
     def bounds(self, seq: int) -> tuple[int, np.ndarray]:
         """A number of tokens, and bounds of `BATCH` sequences: in turn right ones, such as go back or too far, and
         anything."""
-        tokens = BATCH * seq if self._turn % 4 else 20
+        tokens = BATCH * seq if self._turn % 4 else BATCH * seq + 3
         usual = np.arange(BATCH + 1) * seq
         kinds = usual, self._rng.integers(-3, tokens + 4, BATCH + 1), self.integers(BATCH + 1)
         return tokens, kinds[self._rng.integers(len(kinds))]
