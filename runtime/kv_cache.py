@@ -208,6 +208,7 @@ class KVCache:
         """
         first, last = self._length, self._length + len(identities)
         if self._config.window is None:
+            self._check_room(last)
             own, slots = slice(first, last), np.arange(first, last, dtype=np.int32)
             self._identities[own] = identities
             self._token[own] = _EMPTY
@@ -219,19 +220,23 @@ class KVCache:
         slots, visible, stays = self._in_window(tokens, pinned)
         stored = slots >= 0
         places = slots[stored]
-        if places.max(initial=-1) >= self.capacity:
-            raise UserError(
-                f"the KV cache has {self.capacity} slots, too few for what is pinned: give fewer pictures, or "
-                "limit their pixels."
-            )
+        used = max(self._used, int(places.max(initial=-1)) + 1)
+        self._check_room(used)
         self._identities[first:last] = identities
         # What is there now may be overwritten before an interrupt.
         self._token[places] = _EMPTY
         yield Placement(self._pages, self._used, slots, visible)
         self._token[places] = tokens[stored]
         self._stays[places] = stays[stored]
-        self._used = max(self._used, int(places.max(initial=-1)) + 1)
-        self._length = last
+        self._used, self._length = used, last
+
+    def _check_room(self, slots: int) -> None:
+        """Raise `UserError` unless there are so many."""
+        if slots > self.capacity:
+            raise UserError(
+                f"the KV cache has {self.capacity} slots, too few for what is pinned: give fewer pictures, or "
+                "limit their pixels."
+            )
 
     def _in_window(
         self, tokens: np.ndarray, pinned: np.ndarray | None

@@ -243,6 +243,16 @@ def test_too_many_pinned_tokens():
         conversation.append(2, np.ones(2, bool))
 
 
+def test_more_tokens_than_slots():
+    """Of a cache without a window: none is appended, and the slots can be filled after that."""
+    conversation = Conversation("f32", pages=np.array([1], np.int32))
+    conversation.append(PAGE_SLOTS - 1)
+    with pytest.raises(UserError, match=f"has {PAGE_SLOTS} slots"), conversation.cache.appending(np.zeros(2, np.int64)):
+        pass
+    assert conversation.cache.length == PAGE_SLOTS - 1
+    conversation.append(1)
+
+
 def test_common_prefix():
     conversation = Conversation("f32")
     cache = conversation.cache
