@@ -31,6 +31,11 @@ class Limits:
     """Tokens of a sequence."""
 
 
+def padded_batch(count: int) -> int | None:
+    """The next of `BATCHES` for so many sequences; None: they are too many."""
+    return next((size for size in BATCHES if size >= count), None)
+
+
 def profiles(graph: str, model: ModelConfig, cache: CacheConfig, limits: Limits) -> list[Shapes]:
     """A graph's profiles. The runtime runs up to `BATCHES`' last sequences, and one picture at a time."""
     if graph == bindings.VISION:

@@ -186,7 +186,7 @@ class TensorRTSession(Session):
 
     def _decoded(self, sequences: Sequence[NewTokens]) -> _DecodeStep | None:
         """Run a step of one token of text each; None: this is none."""
-        batch = next((size for size in profiles.BATCHES if size >= len(sequences)), None)
+        batch = profiles.padded_batch(len(sequences))
         if batch is None or not all(new.is_decode for new in sequences):
             return None
         decode_step = self.decode_step(batch)

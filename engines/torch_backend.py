@@ -21,7 +21,7 @@ from torch import nn
 from transformers import Qwen3VLConfig
 
 from pascalvl.engines.backend import REFERENCE, Engine
-from pascalvl.engines.profiles import BATCHES
+from pascalvl.engines.profiles import padded_batch
 from pascalvl.engines.session import SLOTS, Features, NewTokens, Session
 from pascalvl.engines.torch_steps import CapturedStep, PlacedVisuals, StepShape
 from pascalvl.export.checkpoint import HOST_TABLES, meta_model, read_config
@@ -175,7 +175,7 @@ class TorchSession(Session):
     def _run_captured(self, sequences: Sequence[NewTokens]) -> CapturedStep | None:
         """Run a step that is captured, or on the CPU one for a single token; None: this is none of them."""
         count, tokens = len(sequences), sum(map(len, sequences))
-        batch = next((size for size in BATCHES if size >= count), None)
+        batch = padded_batch(count)
         if batch is None or not all(new.is_plain for new in sequences):
             return None
         # A call of as many tokens as sequences is a decode step: others must have more when they are padded, too.
