@@ -237,14 +237,15 @@ class Session(abc.ABC):
             begin += len(tokens)
         return visuals
 
-    def with_visuals(self, inputs: Mapping[str, np.ndarray], visuals: Sequence[VisualRows]) -> dict[str, np.ndarray]:
-        """Inputs with visuals, whose features are NumPy's, in them, and `bindings.DEEPSTACK_EMBEDS`."""
-        embeds = inputs[bindings.INPUTS_EMBEDS].copy()
+    def inputs_with_visuals(self, sequences: Sequence[NewTokens]) -> dict[str, np.ndarray]:
+        """`inputs` with visuals, whose features are NumPy's, in them, and `bindings.DEEPSTACK_EMBEDS`."""
+        inputs = self.inputs(sequences)
+        embeds = inputs[bindings.INPUTS_EMBEDS]
         deepstack = np.zeros((self.model.num_deepstack, *embeds.shape), np.float32)
-        for visual in visuals:
+        for visual in self.visuals_of(sequences):
             embeds[visual.tokens] = visual.features.embeds[visual.source]
             deepstack[:, visual.tokens] = visual.features.levels[:, visual.source]
-        return {**inputs, bindings.INPUTS_EMBEDS: embeds, bindings.DEEPSTACK_EMBEDS: deepstack}
+        return {**inputs, bindings.DEEPSTACK_EMBEDS: deepstack}
 
 
 class HostSession(Session):
@@ -263,7 +264,7 @@ class HostSession(Session):
         return sum(array.nbytes for array in self._pool.values())
 
     def step(self, sequences: Sequence[NewTokens]) -> dict[str, np.ndarray]:
-        inputs = self.with_visuals(self.inputs(sequences), self.visuals_of(sequences))
+        inputs = self.inputs_with_visuals(sequences)
         places = inputs.pop(SLOTS.name)
         outputs = self._engine.run(bindings.DECODER, {**self._pool, **inputs})
         stored = np.flatnonzero(places >= 0)

@@ -169,7 +169,7 @@ class TensorRTSession(Session):
     def step(self, sequences: Sequence[NewTokens]) -> dict[str, np.ndarray]:
         if self._decoded(sequences):
             return self.download(len(sequences), len(sequences))
-        given = self.with_visuals(self.inputs(sequences), self.visuals_of(sequences))
+        given = self.inputs_with_visuals(sequences)
         for name, array in given.items():
             if name != SLOTS.name:
                 self._prefill.set_shape(name, array.shape)
