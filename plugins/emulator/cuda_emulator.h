@@ -2,10 +2,10 @@
 // source can be compiled by g++, checked by sanitizers and executed where there is no GPU.
 //
 // A block's threads are fibers that change over at barriers, at warp operations and at their end: fast, and always in
-// the same order; blocks are spread over the cores. With PASCALVL_EMULATOR_THREADS each CUDA thread is a thread of the
-// operating system instead, and blocks run one after another: so the thread sanitizer sees a missing barrier as the
-// race it is. Shared memory is filled with NaNs before each block there (but not under the address sanitizer, whose red
-// zones around it are worth more).
+// the same order; blocks are spread over the cores. With PASCALVL_EMULATOR_SERIAL, for sanitizers, blocks run one after
+// another on one core; shared memory is filled with NaNs before each (but not under the address sanitizer, whose red
+// zones around it are worth more). The thread sanitizer is told that fibers are threads, which barriers alone bring
+// into an order, so that it sees a missing barrier as the race it is.
 //
 // Divergence is judged more strictly than on the card: all threads of a block that have not returned must meet at each
 // __syncthreads, all of a warp at each warp operation; else the launch aborts and says who waits where.
@@ -19,14 +19,13 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
 
-#ifdef PASCALVL_EMULATOR_THREADS
-#include <chrono>
-#include <condition_variable>
-#include <mutex>
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
 #endif
 
 struct uint3 {
@@ -43,7 +42,7 @@ namespace emulator {
 
 constexpr unsigned kWarpSize = 32;
 
-enum class Stop { kBlockBarrier, kWarpBarrier, kEnd };
+enum Stop { kBlockBarrier, kWarpBarrier, kEnd };
 
 // One CUDA thread's place in its grid.
 struct Place {
@@ -62,7 +61,7 @@ struct Exchange {
 struct Thread {
   Place place;
   Exchange* exchange;
-  unsigned turn = 0;
+  unsigned passed[2] = {};  // barriers of the block, of the warp
 };
 
 inline thread_local Thread* self = nullptr;
@@ -89,73 +88,40 @@ template <typename T>
 T exchange(T value, unsigned source_lane) {
   static_assert(sizeof(T) <= sizeof(uint64_t), "a lane shows at most eight bytes");
   const unsigned lane = self->place.index % kWarpSize;
-  uint64_t* values = self->exchange->values[self->turn++ % 2];
+  uint64_t* values = self->exchange->values[self->passed[kWarpBarrier] % 2];
   std::memcpy(&values[lane], &value, sizeof value);
-  wait(Stop::kWarpBarrier);
+  wait(kWarpBarrier);
   std::memcpy(&value, &values[source_lane], sizeof value);
   return value;
 }
 
-#ifdef PASCALVL_EMULATOR_THREADS
+// What the thread sanitizer is told. What UNCHECKED functions do it does not see.
+#ifdef __SANITIZE_THREAD__
 
-// A barrier that members can leave for good, as a CUDA thread does that returns.
-class Barrier {
- public:
-  explicit Barrier(unsigned members) : members_(members) {}
+#define UNCHECKED __attribute__((no_sanitize("thread")))
 
-  void wait() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    if (++waiting_ == members_) return open();
-    const unsigned phase = phase_;
-    if (!opened_.wait_for(lock, std::chrono::seconds(60), [&] { return phase_ != phase; })) {
-      fail(describe(self->place) + " waits at a barrier that others do not reach");
-    }
-  }
+inline void* current_fiber() { return __tsan_get_current_fiber(); }
+inline void* create_fiber() { return __tsan_create_fiber(0); }
+inline void destroy_fiber(void* fiber) { __tsan_destroy_fiber(fiber); }
+UNCHECKED inline void announce_switch(void* fiber) { __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync); }
+// What acquires from an address comes after all that released to it.
+UNCHECKED inline void release(void* address) { __tsan_release(address); }
+UNCHECKED inline void acquire(void* address) { __tsan_acquire(address); }
 
-  void leave() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (--members_ > 0 && waiting_ == members_) open();
-  }
+#else
 
- private:
-  void open() {
-    waiting_ = 0;
-    ++phase_;
-    opened_.notify_all();
-  }
+#define UNCHECKED
 
-  std::mutex mutex_;
-  std::condition_variable opened_;
-  unsigned members_;
-  unsigned waiting_ = 0;
-  unsigned phase_ = 0;
-};
+inline void* current_fiber() { return nullptr; }
+inline void* create_fiber() { return nullptr; }
+inline void destroy_fiber(void*) {}
+inline void announce_switch(void*) {}
+inline void release(void*) {}
+inline void acquire(void*) {}
 
-struct Block {
-  explicit Block(unsigned threads) : all(threads), exchanges((threads + kWarpSize - 1) / kWarpSize) {
-    for (unsigned first = 0; first < threads; first += kWarpSize) {
-      warps.push_back(std::make_unique<Barrier>(std::min(kWarpSize, threads - first)));
-    }
-  }
-  Barrier all;
-  std::vector<std::unique_ptr<Barrier>> warps;
-  std::vector<Exchange> exchanges;
-};
+#endif
 
-inline thread_local Block* block = nullptr;
-
-inline void wait(Stop stop) {
-  Barrier& warp = *block->warps[self->place.index / kWarpSize];
-  switch (stop) {
-    case Stop::kBlockBarrier:
-      return block->all.wait();
-    case Stop::kWarpBarrier:
-      return warp.wait();
-    case Stop::kEnd:
-      warp.leave();
-      block->all.leave();
-  }
-}
+#ifdef PASCALVL_EMULATOR_SERIAL
 
 #ifdef __SANITIZE_ADDRESS__
 
@@ -174,38 +140,22 @@ extern char __stop_emulated_shared[] __attribute__((weak));
 
 #define __shared__ static __attribute__((section("emulated_shared")))
 
-inline void poison_shared_memory() {
+UNCHECKED inline void poison_shared_memory() {
   constexpr uint32_t kNaN = 0x7fc0dead;
-  for (char* p = __start_emulated_shared; p && p + sizeof kNaN <= __stop_emulated_shared; p += sizeof kNaN) {
-    std::memcpy(p, &kNaN, sizeof kNaN);
-  }
+  auto* p = reinterpret_cast<uint32_t*>(__start_emulated_shared);
+  auto* end = reinterpret_cast<uint32_t*>(__stop_emulated_shared);
+  while (p < end) *p++ = kNaN;
 }
 
 #endif
 
-inline void run(const std::function<void()>& kernel, dim3 grid_dim, dim3 block_dim) {
-  const unsigned threads = block_dim.count();
-  for (unsigned b = 0; b < grid_dim.count(); ++b) {
-    poison_shared_memory();
-    Block shared(threads);
-    std::vector<std::thread> pool;
-    for (unsigned t = 0; t < threads; ++t) {
-      pool.emplace_back([&, t] {
-        Thread thread{{unflatten(t, block_dim), unflatten(b, grid_dim), block_dim, grid_dim, t},
-                      &shared.exchanges[t / kWarpSize]};
-        self = &thread;
-        block = &shared;
-        kernel();
-        wait(Stop::kEnd);
-      });
-    }
-    for (std::thread& thread : pool) thread.join();
-  }
-}
-
 #else
 
 #define __shared__ static thread_local
+
+inline void poison_shared_memory() {}
+
+#endif
 
 // Saves the callee-saved registers on the current stack, and goes on from another one.
 extern "C" void pascalvl_switch_stack(void** save, void* load);
@@ -232,8 +182,34 @@ pascalvl_switch_stack:
 .size pascalvl_switch_stack, .-pascalvl_switch_stack
 )");
 #else
-#error "the emulator's fibers need x86-64; build with PASCALVL_EMULATOR_THREADS elsewhere"
+#error "the emulator's fibers need x86-64"
 #endif
+
+// Fibers' stacks, kept for further launches: new pages took longer than most kernels.
+class Stacks {
+ public:
+  static constexpr size_t kBytes = 256 << 10;
+  using Stack = std::unique_ptr<char[]>;
+
+  Stack take() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (unused_.empty()) return Stack(new char[kBytes]);
+    Stack stack = std::move(unused_.back());
+    unused_.pop_back();
+    return stack;
+  }
+
+  void give_back(Stack stack) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    unused_.push_back(std::move(stack));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<Stack> unused_;
+};
+
+inline Stacks stacks;
 
 // Runs the blocks that are handed to it, one after another, on one operating system thread.
 class Worker {
@@ -243,13 +219,34 @@ class Worker {
         grid_dim_(grid_dim),
         block_dim_(block_dim),
         fibers_(block_dim.count()),
-        exchanges_((block_dim.count() + kWarpSize - 1) / kWarpSize) {
-    // Not by make_unique, which would write zeros to 64 MB at each launch: most of the time that small kernels take.
-    for (Fiber& fiber : fibers_) fiber.memory.reset(new char[kStackBytes]);
+        warps_((block_dim.count() + kWarpSize - 1) / kWarpSize) {
+    scheduler_.identity = current_fiber();
+    for (Fiber& fiber : fibers_) {
+      fiber.memory = stacks.take();
+      auto top = reinterpret_cast<uintptr_t>(fiber.memory.get() + Stacks::kBytes) & ~uintptr_t{15};
+      void** stack = reinterpret_cast<void**>(top) - 8;  // six registers, the entry, and room that keeps the alignment
+      stack[6] = reinterpret_cast<void*>(&enter);
+      fiber.context = {stack, create_fiber()};
+    }
   }
 
-  void run(unsigned block_index) {
-    for (unsigned t = 0; t < fibers_.size(); ++t) start(fibers_[t], t, block_index);
+  ~Worker() {
+    for (Fiber& fiber : fibers_) {
+      destroy_fiber(fiber.context.identity);
+      stacks.give_back(std::move(fiber.memory));
+    }
+  }
+
+  UNCHECKED void run(unsigned block_index) {
+    here = this;
+    poison_shared_memory();
+    for (unsigned t = 0; t < fibers_.size(); ++t) {
+      fibers_[t].thread =
+          Thread{{unflatten(t, block_dim_), unflatten(block_index, grid_dim_), block_dim_, grid_dim_, t},
+                 &warps_[t / kWarpSize].exchange};
+      fibers_[t].ready = true;
+    }
+    release(&started_);
     unsigned running = fibers_.size();
     while (running > 0) {
       bool moved = false;
@@ -257,67 +254,91 @@ class Worker {
         if (!fiber.ready) continue;
         moved = true;
         resume(fiber);
-        if (fiber.stop == Stop::kEnd) --running;
+        if (fiber.stop == kEnd) --running;
       }
       if (!moved && !open_barriers()) report_deadlock();
     }
+    acquire(&ended_);
   }
 
-  void stop_current(Stop stop) {
+  UNCHECKED void stop_current(Stop stop) {
     Fiber& fiber = *current_;
     fiber.stop = stop;
     fiber.ready = false;
-    pascalvl_switch_stack(&fiber.stack, scheduler_);
+    switch_to(fiber.context, scheduler_);
+  }
+
+  // The current thread waits for the others of its block or warp.
+  UNCHECKED void wait(Stop barrier) {
+    Thread& thread = current_->thread;
+    Barrier& all = barrier == kBlockBarrier ? barrier_ : warps_[thread.place.index / kWarpSize].barrier;
+    uint64_t* turn = &all.turns[thread.passed[barrier]++ % 2];
+    release(turn);
+    stop_current(barrier);
+    acquire(turn);
   }
 
   static inline thread_local Worker* here = nullptr;
 
  private:
-  static constexpr size_t kStackBytes = 256 << 10;
+  struct Context {
+    void* stack;
+    void* identity;  // for the thread sanitizer
+  };
 
   struct Fiber {
-    std::unique_ptr<char[]> memory;
-    void* stack = nullptr;
+    Stacks::Stack memory;
+    Context context;
     Thread thread;
     Stop stop;
     bool ready;
   };
 
-  void start(Fiber& fiber, unsigned index, unsigned block_index) {
-    fiber.thread =
-        Thread{{unflatten(index, block_dim_), unflatten(block_index, grid_dim_), block_dim_, grid_dim_, index},
-               &exchanges_[index / kWarpSize]};
-    fiber.ready = true;
-    auto top = reinterpret_cast<uintptr_t>(fiber.memory.get() + kStackBytes) & ~uintptr_t{15};
-    void** stack = reinterpret_cast<void**>(top) - 8;  // six registers, the entry, and room that keeps the alignment
-    stack[6] = reinterpret_cast<void*>(&enter);
-    fiber.stack = stack;
+  // Addresses of which threads know when they pass it for an even and an odd time: who has passed it, and goes on to
+  // the next, must not count as one who arrived.
+  struct Barrier {
+    uint64_t turns[2];
+  };
+
+  struct Warp {
+    Exchange exchange;
+    Barrier barrier;
+  };
+
+  UNCHECKED static void switch_to(Context& from, Context& to) {
+    announce_switch(to.identity);
+    pascalvl_switch_stack(&from.stack, to.stack);
   }
 
-  void resume(Fiber& fiber) {
+  UNCHECKED void resume(Fiber& fiber) {
     current_ = &fiber;
     self = &fiber.thread;
-    pascalvl_switch_stack(&scheduler_, fiber.stack);
+    switch_to(scheduler_, fiber.context);
   }
 
-  static void enter() {
-    here->kernel_();
-    here->stop_current(Stop::kEnd);
+  // A fiber's life: its thread of one block after another.
+  UNCHECKED static void enter() {
+    for (;;) {
+      acquire(&here->started_);
+      here->kernel_();
+      release(&here->ended_);
+      here->stop_current(kEnd);
+    }
   }
 
   // Lets on every warp, else the block, whose threads have all arrived; returns whether there was one.
-  bool open_barriers() {
+  UNCHECKED bool open_barriers() {
     bool opened = false;
     for (size_t first = 0; first < fibers_.size(); first += kWarpSize) {
-      opened |= open(first, std::min(fibers_.size(), first + kWarpSize), Stop::kWarpBarrier);
+      opened |= open(first, std::min(fibers_.size(), first + kWarpSize), kWarpBarrier);
     }
-    return opened || open(0, fibers_.size(), Stop::kBlockBarrier);
+    return opened || open(0, fibers_.size(), kBlockBarrier);
   }
 
-  bool open(size_t first, size_t last, Stop barrier) {
+  UNCHECKED bool open(size_t first, size_t last, Stop barrier) {
     bool any = false;
     for (size_t t = first; t < last; ++t) {
-      if (fibers_[t].stop != barrier && fibers_[t].stop != Stop::kEnd) return false;
+      if (fibers_[t].stop != barrier && fibers_[t].stop != kEnd) return false;
       any |= fibers_[t].stop == barrier;
     }
     for (size_t t = first; any && t < last; ++t) fibers_[t].ready = fibers_[t].stop == barrier;
@@ -326,8 +347,8 @@ class Worker {
 
   [[noreturn]] void report_deadlock() {
     for (Fiber& fiber : fibers_) {
-      if (fiber.stop == Stop::kEnd) continue;
-      fail(describe(fiber.thread.place) + " waits at a " + (fiber.stop == Stop::kBlockBarrier ? "block" : "warp") +
+      if (fiber.stop == kEnd) continue;
+      fail(describe(fiber.thread.place) + " waits at a " + (fiber.stop == kBlockBarrier ? "block" : "warp") +
            " barrier that others do not reach");
     }
     std::abort();
@@ -336,28 +357,31 @@ class Worker {
   const std::function<void()>& kernel_;
   dim3 grid_dim_, block_dim_;
   std::vector<Fiber> fibers_;
-  std::vector<Exchange> exchanges_;
+  std::vector<Warp> warps_;
   Fiber* current_ = nullptr;
-  void* scheduler_ = nullptr;
+  Context scheduler_{};
+  Barrier barrier_{};
+  uint64_t started_ = 0, ended_ = 0;  // addresses, as a barrier's
 };
 
-inline void wait(Stop stop) { Worker::here->stop_current(stop); }
+inline void wait(Stop barrier) { Worker::here->wait(barrier); }
 
 inline void run(const std::function<void()>& kernel, dim3 grid_dim, dim3 block_dim) {
   std::atomic<unsigned> next{0};
   auto work = [&] {
     Worker worker(kernel, grid_dim, block_dim);
-    Worker::here = &worker;
     for (unsigned b; (b = next++) < grid_dim.count();) worker.run(b);
   };
-  std::vector<std::thread> pool;
+#ifdef PASCALVL_EMULATOR_SERIAL
+  const unsigned cores = 1;
+#else
   const unsigned cores = std::max(1u, std::min(std::thread::hardware_concurrency(), grid_dim.count()));
+#endif
+  std::vector<std::thread> pool;
   for (unsigned i = 1; i < cores; ++i) pool.emplace_back(work);
   work();
   for (std::thread& thread : pool) thread.join();
 }
-
-#endif
 
 }  // namespace emulator
 
@@ -400,8 +424,8 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
-inline void __syncthreads() { emulator::wait(emulator::Stop::kBlockBarrier); }
-inline void __syncwarp(unsigned = 0xffffffff) { emulator::wait(emulator::Stop::kWarpBarrier); }
+inline void __syncthreads() { emulator::wait(emulator::kBlockBarrier); }
+inline void __syncwarp(unsigned = 0xffffffff) { emulator::wait(emulator::kWarpBarrier); }
 
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane, int width = emulator::kWarpSize) {

@@ -7,10 +7,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).parent / "emulator" / "reverse.cu"
-THREADS = "-DPASCALVL_EMULATOR_THREADS"
+SERIAL = "-DPASCALVL_EMULATOR_SERIAL"
 SANITIZERS = {
-    "address": (THREADS, "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    "thread": (THREADS, "-g", "-O1", "-fsanitize=thread"),
+    "address": (SERIAL, "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "thread": (SERIAL, "-g", "-O1", "-fsanitize=thread"),
 }
 
 
@@ -37,7 +37,7 @@ def run(tmp_path: Path, *flags: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    "flags", [("-O2",), (THREADS, "-O1"), *SANITIZERS.values()], ids=["fibers", "threads", *SANITIZERS]
+    "flags", [("-O2",), (SERIAL, "-O1"), *SANITIZERS.values()], ids=["parallel", "serial", *SANITIZERS]
 )
 def test_a_right_kernel_computes_and_is_clean(flags, tmp_path):
     assert run(tmp_path, *flags) == (0, "")
@@ -46,10 +46,10 @@ def test_a_right_kernel_computes_and_is_clean(flags, tmp_path):
 @pytest.mark.parametrize(
     ("bug", "flags", "told"),
     [
-        ("OUT_OF_BOUNDS", (THREADS, "-g", "-O1", "-fsanitize=address"), "AddressSanitizer: global-buffer-overflow"),
+        ("OUT_OF_BOUNDS", (SERIAL, "-g", "-O1", "-fsanitize=address"), "AddressSanitizer: global-buffer-overflow"),
         ("OVERFLOW", SANITIZERS["address"], "runtime error: signed integer overflow"),
         ("MISSING_BARRIER", SANITIZERS["thread"], "ThreadSanitizer: data race"),
-        ("UNWRITTEN", (THREADS, "-O1"), "is nan, expected"),
+        ("UNWRITTEN", (SERIAL, "-O1"), "is nan, expected"),
         ("DIVERGENCE", ("-O2",), "waits at a"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The kernels on the emulator, under sanitizers: every CUDA thread is a thread of the operating system there."""
+"""The kernels on the emulator, under sanitizers, which see every CUDA thread as a thread."""
 
 import os
 import shutil
@@ -17,10 +17,10 @@ SANITIZERS = {
     "address": (("-fsanitize=address,undefined", "-fno-sanitize-recover=all"), "libasan.so"),
     "thread": (("-fsanitize=thread",), "libtsan.so"),
 }
-THREADS = ("-DPASCALVL_EMULATOR_THREADS", "-g", "-O1")
+SERIAL = ("-DPASCALVL_EMULATOR_SERIAL", "-g", "-O0")
 ROOT = Path(__file__).parents[3]
 SECONDS = 600
-"""After which a program hangs; it takes a fifth of that."""
+"""After which a program hangs; it takes a tenth of that."""
 
 
 def sweep(library: Path, sanitizer: str, every: int) -> subprocess.CompletedProcess:
@@ -31,7 +31,7 @@ def sweep(library: Path, sanitizer: str, every: int) -> subprocess.CompletedProc
 
 def build(library: Path, sanitizer: str) -> None:
     flags, _ = SANITIZERS[sanitizer]
-    kernels_build.build(library, Target.EMULATOR, (*THREADS, *flags))
+    kernels_build.build(library, Target.EMULATOR, (*SERIAL, *flags))
 
 
 def run(program: str, library: Path, sanitizer: str, *arguments: object) -> subprocess.CompletedProcess:
