@@ -115,5 +115,5 @@ $(VENV)/torchvision: $(VENV)/installed
 $(BUNDLE)/manifest.json: $(VENV)/installed $(wildcard $(MODEL)/*) $(wildcard export/*.py plugins/*.py plugins/ops/*.py plugins/ops/*/*.py)
 	$(RUN) export $(MODEL) --output $(BUNDLE) --kv '$(KV)' $(if $(W),--weights '$(W)') $(if $(CALIBRATE),--calibrate '$(CALIBRATE)')
 
-$(ENGINE)/manifest.json: $(BUNDLE)/manifest.json $(wildcard engines/*.py)
+$(ENGINE)/manifest.json: $(BUNDLE)/manifest.json $(wildcard engines/*.py engines/*/*.py)
 	$(RUN) build $(BUNDLE) --output $(ENGINE) --backend $(BACKEND) --kv '$(KV)' $(BUILD_OPTIONS)

@@ -2,9 +2,9 @@
 
 import os
 
-from pascalvl.engines.backend import Engine, build, open_engine
-from pascalvl.engines.build_options import BuildOptions
-from pascalvl.engines.session import Session
+from pascalvl.engines.backends import build, open_engine
+from pascalvl.engines.engine import Engine, Session
+from pascalvl.engines.tensorrt.options import BuildOptions
 
 __all__ = ["BuildOptions", "Engine", "Session", "build", "open_engine"]
 

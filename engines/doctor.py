@@ -20,8 +20,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pascalvl.engines import cuda_libraries
-from pascalvl.engines.gpu import (
+from pascalvl.engines.device.gpu import (
     CUBLAS,
     CUDA_RUNTIME,
     CUDNN,
@@ -32,6 +31,7 @@ from pascalvl.engines.gpu import (
     find_gpu,
     install,
 )
+from pascalvl.engines.tensorrt import cuda_libraries
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import NVRTC_PACKAGE, Target

@@ -454,7 +454,7 @@ def _export_random(args: argparse.Namespace) -> int:
 
 def _fitting_weights(args: argparse.Namespace) -> Any:
     """The weights that the card here has room for; says which and why."""
-    from pascalvl.engines.gpu import find_gpu
+    from pascalvl.engines.device.gpu import find_gpu
     from pascalvl.export.weight_size import fitting_weights
     from pascalvl.plugins.kv_format import CacheConfig
     from pascalvl.runtime.model import DEFAULT_CONTEXT_LENGTH

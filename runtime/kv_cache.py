@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from pascalvl.engines import Session
-from pascalvl.engines.session import ALWAYS_VISIBLE, Placement
+from pascalvl.engines.engine import ALWAYS_VISIBLE, Placement
 from pascalvl.plugins.bundle import open_regular
 from pascalvl.plugins.errors import UserError, reason
 from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pascalvl.engines import Engine, open_engine
-from pascalvl.engines.session import Features, NewTokens, Placement, VisualRows
+from pascalvl.engines.engine import Features, NewTokens, Placement, VisualRows
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import EMBEDDINGS, GENERATION_CONFIG, POSITIONS, Manifest
 from pascalvl.plugins.errors import UserError

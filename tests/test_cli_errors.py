@@ -508,5 +508,5 @@ def test_not_enough_memory(refused, nano_engine_bundle, monkeypatch):
     def run(*_):
         raise MemoryError("the decoder engine")
 
-    monkeypatch.setattr("pascalvl.engines.onnxruntime_backend.OnnxRuntimeEngine.run", run)
+    monkeypatch.setattr("pascalvl.engines.onnxruntime.backend.OnnxRuntimeEngine.run", run)
     refused(r"not enough memory \(the decoder engine\): give", "run", nano_engine_bundle, "--prompt", "Hello!")

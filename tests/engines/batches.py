@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pascalvl.engines import Session
-from pascalvl.engines.session import NewTokens, Placement
+from pascalvl.engines.engine import NewTokens, Placement
 from pascalvl.plugins import bindings
 from pascalvl.plugins.kv_format import PAGE_SLOTS
 from tests.engines.decoder import random_pool, random_tokens

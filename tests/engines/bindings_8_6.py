@@ -61,8 +61,8 @@ def main() -> None:
     import tensorrt_bindings as trt
 
     sys.modules["tensorrt"] = trt
-    from pascalvl.engines import tensorrt_backend
-    from pascalvl.engines.gpu import Gpu
+    from pascalvl.engines.device.gpu import Gpu
+    from pascalvl.engines.tensorrt import backend as tensorrt_backend
 
     pascal, volta = (Gpu("", capability, 0, 0, (12, 0)) for capability in ((6, 1), (7, 0)))
     print(

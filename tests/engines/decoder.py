@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from pascalvl.engines import Session
-from pascalvl.engines.session import NewTokens, Placement
+from pascalvl.engines.engine import NewTokens, Placement
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pascalvl.engines import Session, open_engine
-from pascalvl.engines.session import ALWAYS_VISIBLE, NewTokens, Placement
+from pascalvl.engines.engine import ALWAYS_VISIBLE, NewTokens, Placement
 from pascalvl.plugins import bindings
 from pascalvl.plugins.kv_format import PAGE_SLOTS
 from tests.engines.batches import CAPACITY, DECODES, POOL, alone, changed, decodes, fresh_pool, places

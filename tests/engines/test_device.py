@@ -5,8 +5,8 @@ import logging
 import numpy as np
 import pytest
 
-from pascalvl.engines.device import ALIGNMENT, CudaDevice, EmulatedDevice, available_target, open_device
-from pascalvl.engines.gpu import find_gpu
+from pascalvl.engines.device.gpu import find_gpu
+from pascalvl.engines.device.memory import ALIGNMENT, CudaDevice, EmulatedDevice, available_target, open_device
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target, cached
 

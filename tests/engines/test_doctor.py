@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from pascalvl.engines import cuda_libraries, doctor
+from pascalvl.engines import doctor
+from pascalvl.engines.device.gpu import INSTALL_TENSORRT_8, Gpu
 from pascalvl.engines.doctor import Driver, Plugin, Row, State, TensorRT
-from pascalvl.engines.gpu import INSTALL_TENSORRT_8, Gpu
+from pascalvl.engines.tensorrt import cuda_libraries
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
@@ -184,7 +185,7 @@ def test_libraries_of_packages_are_loaded_by_their_paths(tmp_path, monkeypatch):
     assert list(found) == list(cuda_libraries.PACKAGES)
     assert found["libcublasLt.so.12"] == ""
     assert "libcublas.so.12: " in found["libcublas.so.12"]
-    script = "from pascalvl.engines import cuda_libraries as c; c.preload(); print(open('/proc/self/maps').read())"
+    script = f"import {cuda_libraries.__name__} as c; c.preload(); print(open('/proc/self/maps').read())"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert str(library) in loaded
 

@@ -14,11 +14,12 @@ import onnx
 import pytest
 from PIL import Image
 
-from pascalvl.engines import build, open_engine, plugin_host
-from pascalvl.engines.device import EmulatedDevice, available_target, open_device
-from pascalvl.engines.profiles import Limits
-from pascalvl.engines.session import NewTokens, Placement
-from pascalvl.engines.tensorrt_engine import TensorRTEngine
+from pascalvl.engines import build, open_engine
+from pascalvl.engines.device.memory import EmulatedDevice, available_target, open_device
+from pascalvl.engines.engine import NewTokens, Placement
+from pascalvl.engines.reference import backend as plugin_host
+from pascalvl.engines.tensorrt.engine import TensorRTEngine
+from pascalvl.engines.tensorrt.profiles import Limits
 from pascalvl.export import export_checkpoint
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pascalvl.engines import Engine
-from pascalvl.engines.session import ALWAYS_VISIBLE, SLOTS, Features, Placement, Session, VisualRows
+from pascalvl.engines.engine import ALWAYS_VISIBLE, SLOTS, Features, Placement, Session, VisualRows
 from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig

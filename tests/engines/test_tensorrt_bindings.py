@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pascalvl import engines
-from pascalvl.engines import plugin_host
+from pascalvl.engines.reference import backend as plugin_host
 from tests.engines.bindings_8_6 import MEMBERS
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +83,7 @@ def bindings(tmp_path_factory) -> dict:
 def used() -> set[tuple[str, str]]:
     """Class (or module) and member of what `engines` uses of TensorRT."""
     found = set()
-    for name in ("tensorrt_backend", "tensorrt_engine", "doctor"):
+    for name in ("tensorrt/backend", "tensorrt/engine", "doctor"):
         for node in ast.walk(ast.parse((ENGINES / f"{name}.py").read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute):
                 value = ast.unparse(node.value)

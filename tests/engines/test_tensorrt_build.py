@@ -17,9 +17,9 @@ import onnx.inliner
 import pytest
 import tensorrt_rtx
 
-from pascalvl.engines import BuildOptions, backend, build, open_engine
-from pascalvl.engines.gpu import Gpu
-from pascalvl.engines.profiles import profiles
+from pascalvl.engines import BuildOptions, backends, build, open_engine
+from pascalvl.engines.device.gpu import Gpu
+from pascalvl.engines.tensorrt.profiles import profiles
 from pascalvl.plugins import bindings, bundle
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
@@ -27,7 +27,7 @@ from pascalvl.plugins.kernels.build import Target
 from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, KVFormat
 from pascalvl.plugins.tensorrt import build as plugin_build
 
-NAME = "pascalvl.engines.tensorrt_backend"
+NAME = "pascalvl.engines.tensorrt.backend"
 PASCAL = Gpu("NVIDIA GeForce GTX 1080", (6, 1), 8_500_000_000, 8_000_000_000, (13, 0))
 TURING = dataclasses.replace(PASCAL, name="Tesla T4", capability=(7, 5))
 FEATURE, SOURCE = "RUNTIME_ACTIVATION_RESIZE_10_10", "JIT_CONVOLUTIONS"
@@ -300,7 +300,7 @@ module = types.ModuleType("tensorrt")
 names = vars(lean.tensorrt_lean)
 module.__dict__.update({name: names[name] for name in names if not name.startswith("__")}, __version__="10.16.1.11")
 sys.modules["tensorrt"] = module
-from pascalvl.engines import tensorrt_backend
+from pascalvl.engines.tensorrt import backend as tensorrt_backend
 from pascalvl.plugins.errors import UserError
 tensorrt_backend._LIBRARY = sys.argv[1]
 found = []
@@ -496,9 +496,9 @@ def test_plans_reach_the_engine(tensorrt, built, monkeypatch, caplog):
                 return None
             return f"engine {len(read)}"
 
-    engine = types.ModuleType("pascalvl.engines.tensorrt_engine")
+    engine = types.ModuleType("pascalvl.engines.tensorrt.engine")
     engine.TensorRTEngine = lambda *args: args
-    device = types.ModuleType("pascalvl.engines.device")
+    device = types.ModuleType("pascalvl.engines.device.memory")
     device.CudaDevice = lambda library: library.name
     for module in (engine, device):
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -526,8 +526,8 @@ def test_plan_that_the_runtime_refuses(tensorrt, tmp_path):
 
 def chosen(caplog):
     caplog.clear()
-    with caplog.at_level(logging.INFO, logger="pascalvl.engines.backend"):
-        module = backend._backend_module("auto")
+    with caplog.at_level(logging.INFO, logger="pascalvl.engines.backends"):
+        module = backends._backend_module("auto")
     return module.NAME, caplog.messages[-1]
 
 

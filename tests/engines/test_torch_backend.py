@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from pascalvl.engines import build, open_engine, torch_backend, validation
-from pascalvl.engines.session import Placement
+from pascalvl.engines import build, open_engine, validation
+from pascalvl.engines.engine import Placement
 from pascalvl.engines.tolerance import tolerance
+from pascalvl.engines.torch import backend as torch_backend
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import CHECKPOINT_CONFIG, Manifest
 from pascalvl.plugins.errors import UserError
@@ -201,7 +202,7 @@ def test_weights_are_mapped(bundle):
 
 def test_auto_never_takes_the_reference(nano_model_bundle, tmp_path, monkeypatch):
     assert build(nano_model_bundle, tmp_path / "engine").backend["name"] == "onnxruntime"
-    monkeypatch.setitem(sys.modules, "pascalvl.engines.onnxruntime_backend", None)
+    monkeypatch.setitem(sys.modules, "pascalvl.engines.onnxruntime.backend", None)
     with pytest.raises(UserError, match=r"no backend can be used: .*onnxruntime .*; install"):
         build(nano_model_bundle, tmp_path / "engine")
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from pascalvl.engines import open_engine
-from pascalvl.engines.session import Placement
+from pascalvl.engines.engine import Placement
 from pascalvl.engines.tolerance import tolerance
-from pascalvl.engines.torch_steps import CapturedStep
+from pascalvl.engines.torch.steps import CapturedStep
 from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
 from pascalvl.runtime import SamplingParams, VisionLanguageModel, bench
@@ -231,7 +231,7 @@ CAPTURE_FAILS = """
 import logging, sys
 import torch
 from pascalvl.engines.tolerance import tolerance
-from pascalvl.engines.torch_backend import TorchSession
+from pascalvl.engines.torch.backend import TorchSession
 from pascalvl.runtime import SamplingParams, VisionLanguageModel
 
 def synchronising(session, inputs, run=TorchSession._run):

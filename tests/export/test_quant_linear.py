@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from pascalvl.engines import matmul_nbits
+from pascalvl.engines.onnxruntime import matmul_nbits
 from pascalvl.export.onnx_op import IR_VERSION
 from pascalvl.plugins.kernels import torch_calls
 from pascalvl.plugins.ops.onnx_text import OPSET

@@ -5,8 +5,8 @@ import re
 import onnx
 import pytest
 
-from pascalvl.engines import gpu
-from pascalvl.engines.device import available_target
+from pascalvl.engines.device import gpu
+from pascalvl.engines.device.memory import available_target
 from pascalvl.export.checkpoint import Checkpoint
 from pascalvl.export.weight_size import fitting_weights, weight_bytes
 from pascalvl.plugins.bundle import Manifest

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pascalvl.engines.session import HostSession
+from pascalvl.engines.engine import HostSession
 from pascalvl.plugins.bundle import EMBEDDINGS
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig, pages_of

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pascalvl.engines.session import HostSession, NewTokens, Session
+from pascalvl.engines.engine import HostSession, NewTokens, Session
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bindings import Binding
 from pascalvl.plugins.errors import UserError

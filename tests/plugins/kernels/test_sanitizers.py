@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pascalvl.engines.device import available_target
+from pascalvl.engines.device.memory import available_target
 from pascalvl.plugins.kernels import build as kernels_build
 from pascalvl.plugins.kernels.build import Target
 from tests.plugins.kernels.reference import PAIRS

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import numpy as np
 
-from pascalvl.engines.device import ALIGNMENT, open_device
+from pascalvl.engines.device.memory import ALIGNMENT, open_device
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
 from pascalvl.plugins.kernels.library import AttentionArgs, Rows

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pascalvl.engines.device import available_target
+from pascalvl.engines.device.memory import available_target
 
 ROOT = Path(__file__).parents[3]
 

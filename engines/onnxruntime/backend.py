@@ -16,8 +16,8 @@ import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from pascalvl.engines.backend import Engine
-from pascalvl.engines.gpu import find_gpu
+from pascalvl.engines.device.gpu import find_gpu
+from pascalvl.engines.engine import Engine
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import ONNX_FILES, Manifest
 from pascalvl.plugins.errors import UserError, library_reason, shown
@@ -132,7 +132,8 @@ def build(model_bundle: Path, directory: Path, manifest: Manifest, cache: CacheC
     """Write the graphs for ``cache`` into ``directory``, load them once, and return the manifest's description."""
     import onnx
 
-    from pascalvl.engines import graphs, matmul_nbits
+    from pascalvl.engines import graphs
+    from pascalvl.engines.onnxruntime import matmul_nbits
 
     for graph in (bindings.VISION, bindings.DECODER):
         with graphs.reading(_path(model_bundle, graph), manifest.remedy):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from pascalvl.engines.session import ALWAYS_VISIBLE, SLOTS, VisualRows
+from pascalvl.engines.engine import ALWAYS_VISIBLE, SLOTS, VisualRows
 from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.model_config import TextConfig

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pascalvl.engines import cuda_libraries
+from pascalvl.engines.tensorrt import cuda_libraries
 
 cuda_libraries.preload()
 
@@ -28,9 +28,9 @@ cuda_libraries.preload()
 # isort: split
 import tensorrt as trt
 
-from pascalvl.engines.build_options import BuildOptions
-from pascalvl.engines.gpu import INSTALL_TENSORRT_8, PASCAL, TENSORRT_10_CAPABILITY, Gpu, check, find_gpu
-from pascalvl.engines.profiles import Limits, Shapes, profiles
+from pascalvl.engines.device.gpu import INSTALL_TENSORRT_8, PASCAL, TENSORRT_10_CAPABILITY, Gpu, check, find_gpu
+from pascalvl.engines.tensorrt.options import BuildOptions
+from pascalvl.engines.tensorrt.profiles import Limits, Shapes, profiles
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
@@ -45,7 +45,7 @@ from pascalvl.plugins.user_cache import cache_folder, open_cache_folder
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from pascalvl.engines.tensorrt_engine import TensorRTEngine
+    from pascalvl.engines.tensorrt.engine import TensorRTEngine
 
 log = logging.getLogger(__name__)
 
@@ -129,8 +129,8 @@ def open_engine(directory: Path, manifest: Manifest, marked_layers: bool) -> Ten
     sources = built.get("plugin"), plugin_build.source_hash(plugin)
     log.info("the plans were built with the plugin of sources %s; here they are %s", *sources)
 
-    from pascalvl.engines.device import CudaDevice
-    from pascalvl.engines.tensorrt_engine import TensorRTEngine
+    from pascalvl.engines.device.memory import CudaDevice
+    from pascalvl.engines.tensorrt.engine import TensorRTEngine
 
     engines = {graph: _deserialise(directory / f"{graph}.plan", gpu) for graph in _GRAPHS}
     return TensorRTEngine(directory, manifest, engines, CudaDevice(plugin), marked_layers)

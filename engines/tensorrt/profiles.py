@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from pascalvl.engines.device.batches import BATCHES
 from pascalvl.plugins import bindings
 from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
 from pascalvl.plugins.model_config import ModelConfig
 
 PREFILL, DECODE = 0, 1
 """Profiles of the decoder: chunks of prompts, and a token of each sequence."""
-BATCHES = 1, 2, 4, 8
-"""Sequences for which a decode step is captured; others are padded to the next of these."""
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """Of each input the smallest, the usual and the largest shape of a profile."""
@@ -29,11 +28,6 @@ class Limits:
     """Patches of a picture."""
     max_context: int
     """Tokens of a sequence."""
-
-
-def padded_batch(count: int) -> int | None:
-    """The next of `BATCHES` for so many sequences; None: they are too many."""
-    return next((size for size in BATCHES if size >= count), None)
 
 
 def profiles(graph: str, model: ModelConfig, cache: CacheConfig, limits: Limits) -> list[Shapes]:

@@ -1,7 +1,7 @@
 """CUDA's libraries as NVIDIA's packages bring them, loaded before TensorRT 8.6 looks for them.
 
-Its own package does not know where those lie. ``python -m pascalvl.engines.cuda_libraries`` prints, as JSON, which
-cannot be loaded and why.
+Its own package does not know where those lie. ``python -m pascalvl.engines.tensorrt.cuda_libraries`` prints, as JSON,
+which cannot be loaded and why.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from pascalvl.engines.gpu import CUBLAS, CUDA_RUNTIME, CUDNN
+from pascalvl.engines.device.gpu import CUBLAS, CUDA_RUNTIME, CUDNN
 
 PACKAGES = {
     "libcudart.so.12": (CUDA_RUNTIME, "cuda_runtime"),

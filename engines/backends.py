@@ -1,23 +1,19 @@
-"""What a backend offers, which there are, and how one is chosen."""
+"""Which backends there are, and how one is chosen."""
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import importlib
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
-from pascalvl.engines.build_options import BuildOptions
-from pascalvl.engines.session import Features, HostSession, Session
-from pascalvl.plugins import bindings
+from pascalvl.engines.engine import Engine
+from pascalvl.engines.tensorrt.options import BuildOptions
 from pascalvl.plugins.bundle import HOST_FILES, Manifest, atomic_directory
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
+from pascalvl.plugins.kv_format import CacheConfig
 
 log = logging.getLogger(__name__)
 
@@ -25,78 +21,17 @@ AUTO = "auto"
 REFERENCE = "torch"
 """What the others are judged by; `AUTO` never takes it, since a CPU has to emulate its kernels."""
 BACKENDS = {
-    "tensorrt": "pascalvl.engines.tensorrt_backend",
-    "onnxruntime": "pascalvl.engines.onnxruntime_backend",
-    REFERENCE: "pascalvl.engines.torch_backend",
+    "tensorrt": "pascalvl.engines.tensorrt.backend",
+    "onnxruntime": "pascalvl.engines.onnxruntime.backend",
+    REFERENCE: "pascalvl.engines.torch.backend",
 }
 """Backends by name, the fastest first; the value is the module, which is imported only when it is chosen.
 
 A module has `NAME`, `FILES`, `build` and `open_engine`, and may have `unavailable`, which says why this machine cannot
 run it though it is installed, and `BuildOptions`, a further argument of its `build`.
 """
-HOSTS = {"plugin": "pascalvl.engines.plugin_host"}
+HOSTS = {"plugin": "pascalvl.engines.reference.backend"}
 """What can run a bundle's graphs in place of its backend, by name: modules as those above, without `build`."""
-
-
-class Engine(abc.ABC):
-    """The engines of one bundle, loaded and ready.
-
-    `run` evaluates one graph, `bindings.DECODER` or `bindings.VISION`. It is a pure function: it never keeps or writes
-    its inputs, in particular the cache views that the caller passes.
-    """
-
-    gpu: str | None = None
-    """Name of the GPU that computes; None: the CPU does."""
-    max_pixels: int | None = None
-    """Area of the largest picture that it takes; None: any."""
-    max_prefill: int | None = None
-    """Tokens that one call takes at most; None: any number."""
-
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self.directory = directory
-        self.manifest = manifest
-
-    @abc.abstractmethod
-    def run(self, graph: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Evaluate ``graph`` on ``feeds`` (names, types and shapes of `bindings`) and return its outputs by name.
-
-        Raises:
-            MemoryError: the outputs or intermediate results do not fit in memory.
-        """
-
-    def encode(self, feeds: Sequence[Mapping[str, np.ndarray]]) -> Features:
-        """Evaluate the vision encoder on some feeds, one after the other: a picture's, or those of a video's patches in
-        time; raises `MemoryError` as `run` does."""
-        outputs = [self.run(bindings.VISION, feed) for feed in feeds]
-        embeds, levels = (
-            [output[name] for output in outputs] for name in (bindings.IMAGE_EMBEDS, bindings.DEEPSTACK_EMBEDS)
-        )
-        return Features(np.concatenate(embeds), np.concatenate(levels, axis=1))
-
-    def on_host(self, features: Features) -> Features:
-        """Features of this engine as NumPy's arrays."""
-        return features
-
-    def open_session(self, capacity: int, pages: int | None = None) -> Session:
-        """Lay out a pool for sequences of up to ``capacity`` tokens each; raises `UserError` if there is no room.
-
-        Args:
-            capacity: tokens that a sequence has at most.
-            pages: of the pool; None: as many as one such sequence takes.
-        """
-        pages = pages or pages_of(capacity)
-        try:
-            return self._new_session(pages_of(capacity), pages)
-        except MemoryError:
-            needed = pages * PAGE_SLOTS * self.manifest.kv_cache.bytes_per_token(self.manifest.model.text)
-            several = f" in a pool of {pages} pages" if pages != pages_of(capacity) else ""
-            raise UserError(
-                f"a context of {capacity} tokens{several} needs {needed / 1e9:.1f} GB for its KV cache, which is more "
-                f"than can be allocated: ask for a shorter context{', or fewer sequences' if several else ''}."
-            ) from None
-
-    def _new_session(self, sequence_pages: int, pages: int) -> Session:
-        return HostSession(self, sequence_pages, pages)
 
 
 def build(

@@ -1,7 +1,7 @@
 """Runs engines of TensorRT's: their buffers, the external cache beside them, and decode steps as CUDA graphs.
 
 Of TensorRT it uses the engine's and the execution context's methods that 8.6, 9.x and 10.x share (named tensors,
-`execute_async_v3`), on whatever has them: TensorRT's own, or `pascalvl.engines.plugin_host`.
+`execute_async_v3`), on whatever has them: TensorRT's own, or `pascalvl.engines.reference.backend`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pascalvl.engines import profiles
-from pascalvl.engines.backend import Engine
-from pascalvl.engines.device import ALIGNMENT, Buffer, Device
-from pascalvl.engines.session import ALWAYS_VISIBLE, SLOTS, NewTokens, Session
+from pascalvl.engines.device import batches
+from pascalvl.engines.device.memory import Device
+from pascalvl.engines.device.tensors import Buffers, StagedTensors, Tensors, shape_of
+from pascalvl.engines.engine import ALWAYS_VISIBLE, SLOTS, Engine, NewTokens, Session
+from pascalvl.engines.tensorrt import profiles
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
@@ -139,14 +140,14 @@ class TensorRTSession(Session):
     """The pool in the device's memory, with the decoder's contexts for prompts and for decode steps.
 
     The decoder writes the new rows of all layers beside the pool, and one launch copies them into it. A decode step is
-    padded to the next of `profiles.BATCHES` sequences; each of these has a context, made and recorded when it first
+    padded to the next of `batches.BATCHES` sequences; each of these has a context, made and recorded when it first
     runs, the first one at once.
     """
 
     def __init__(self, engine: TensorRTEngine, sequence_pages: int, pages: int) -> None:
         super().__init__(engine, sequence_pages, pages)
         self.engine, self.device = engine, engine.device
-        most = profiles.BATCHES[-1]
+        most = batches.BATCHES[-1]
         # As many tokens as the engine takes, however few a sequence has: a step runs those of several.
         tokens = engine.max_prefill
         sizes = {**self.sizes, **_sizes_of(tokens, most), "visible_slots": sequence_pages * PAGE_SLOTS}
@@ -186,7 +187,7 @@ class TensorRTSession(Session):
 
     def _decoded(self, sequences: Sequence[NewTokens]) -> _DecodeStep | None:
         """Run a step of one token of text each; None: this is none."""
-        batch = profiles.padded_batch(len(sequences))
+        batch = batches.padded_batch(len(sequences))
         if batch is None or not all(new.is_decode for new in sequences):
             return None
         decode_step = self.decode_step(batch)
@@ -208,7 +209,7 @@ class TensorRTSession(Session):
         return outputs
 
     def decode_step(self, batch: int) -> _DecodeStep:
-        """That of one of `profiles.BATCHES`."""
+        """That of one of `batches.BATCHES`."""
         if batch not in self._decode_steps:
             self._decode_steps[batch] = _DecodeStep(self, batch)
         return self._decode_steps[batch]
@@ -372,72 +373,3 @@ class Context:
     def _done(self, succeeded: bool, doing: str) -> None:
         if not succeeded:
             raise UserError(f"the {self._graph} engine does not {doing}: it was built for other sizes; build it again.")
-
-
-class Buffers:
-    """Device memory by name, allocated anew only where more is needed than ever before."""
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._buffers: dict[str, Buffer] = {}
-
-    def get(self, name: str, nbytes: int) -> int:
-        """Address of at least ``nbytes`` bytes."""
-        if name not in self._buffers or self._buffers[name].nbytes < nbytes:
-            self._buffers.pop(name, None)
-            self._buffers[name] = self._device.allocate(nbytes)
-        return self._buffers[name].pointer
-
-
-class Tensors:
-    """Tensors side by side in one piece of the device's memory.
-
-    Attributes:
-        shapes: of each.
-        pointers: their addresses.
-    """
-
-    def __init__(self, device: Device, tensors: list[bindings.Binding], sizes: Mapping[str, int]) -> None:
-        self._device = device
-        self.shapes = {tensor.name: shape_of(tensor, sizes) for tensor in tensors}
-        self._starts, nbytes = {}, 0
-        for tensor in tensors:
-            self._starts[tensor.name] = nbytes
-            nbytes += _aligned(int(np.prod(self.shapes[tensor.name])) * tensor.dtype.itemsize)
-        self._buffer = device.allocate(nbytes)
-        self.pointers = {name: self._buffer.pointer + start for name, start in self._starts.items()}
-
-    @property
-    def nbytes(self) -> int:
-        return self._buffer.nbytes
-
-
-class StagedTensors(Tensors):
-    """The same with a copy on the host, so that one transfer moves all of them.
-
-    Attributes:
-        arrays: them on the host, of zeros at first.
-    """
-
-    def __init__(self, device: Device, tensors: list[bindings.Binding], sizes: Mapping[str, int]) -> None:
-        super().__init__(device, tensors, sizes)
-        self._host = device.host_array(self._buffer.nbytes)
-        self.arrays = {
-            tensor.name: np.ndarray(self.shapes[tensor.name], tensor.dtype, self._host.data, self._starts[tensor.name])
-            for tensor in tensors
-        }
-
-    def upload(self) -> None:
-        self._device.upload(self._buffer.pointer, self._host)
-
-    def download(self) -> None:
-        self._device.download(self._host, self._buffer.pointer)
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def shape_of(binding: bindings.Binding, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """A tensor's shape where the dimensions that vary have these sizes."""
-    return tuple(sizes[size] if isinstance(size, str) else size for size in binding.shape)

@@ -1,6 +1,6 @@
 """The reference host: an engine's graphs without TensorRT, the nodes of the two ops run by the real plugin library.
 
-`ReferencePlan` stands in for TensorRT's engine under the runtime that TensorRT has (`pascalvl.engines.tensorrt_engine`:
+`ReferencePlan` stands in for TensorRT's engine under the runtime that TensorRT has (`pascalvl.engines.tensorrt.engine`:
 profiles, addresses, external cache, decode loop). It evaluates the graph that a build would give TensorRT, node by node
 in NumPy (onnx's reference evaluator); nodes of FlashAttention2 and QuantLinear go through TensorRT's plugin interface
 to the plugins' library, which reads cache and weights where they lie: on a GPU where there is one, in the emulator
@@ -19,10 +19,12 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from pascalvl.engines import graphs, matmul_nbits
-from pascalvl.engines.device import ALIGNMENT, Buffer, Device, available_target, open_device
-from pascalvl.engines.profiles import Limits, Shapes, profiles
-from pascalvl.engines.tensorrt_engine import Buffers, TensorRTEngine
+from pascalvl.engines import graphs
+from pascalvl.engines.device.memory import ALIGNMENT, Buffer, Device, available_target, open_device
+from pascalvl.engines.device.tensors import Buffers
+from pascalvl.engines.onnxruntime import matmul_nbits
+from pascalvl.engines.tensorrt.engine import TensorRTEngine
+from pascalvl.engines.tensorrt.profiles import Limits, Shapes, profiles
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import ONNX_FILES, Manifest
 from pascalvl.plugins.errors import UserError

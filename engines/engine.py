@@ -1,20 +1,22 @@
-"""The device side of the external KV cache: a decoder at work on sequences whose past lies in a pool of pages."""
+"""What a backend offers: an engine that evaluates graphs, and sessions, the device side of the external KV cache: a
+decoder at work on sequences whose past lies in a pool of pages.
+"""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bindings import Binding
-from pascalvl.plugins.kv_format import PAGE_SLOTS
-
-if TYPE_CHECKING:
-    from pascalvl.engines.backend import Engine
+from pascalvl.plugins.bundle import Manifest
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kv_format import PAGE_SLOTS, pages_of
 
 SLOTS = Binding("slots", np.dtype(np.int32), ("tokens",))
 """Where new tokens go: an input of what stores their keys and values, not of the engine."""
@@ -95,6 +97,67 @@ class NewTokens:
     def is_decode(self) -> bool:
         """Whether it is one token of text besides."""
         return self.is_plain and len(self) == 1 and not self.visuals
+
+
+class Engine(abc.ABC):
+    """The engines of one bundle, loaded and ready.
+
+    `run` evaluates one graph, `bindings.DECODER` or `bindings.VISION`. It is a pure function: it never keeps or writes
+    its inputs, in particular the cache views that the caller passes.
+    """
+
+    gpu: str | None = None
+    """Name of the GPU that computes; None: the CPU does."""
+    max_pixels: int | None = None
+    """Area of the largest picture that it takes; None: any."""
+    max_prefill: int | None = None
+    """Tokens that one call takes at most; None: any number."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.directory = directory
+        self.manifest = manifest
+
+    @abc.abstractmethod
+    def run(self, graph: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Evaluate ``graph`` on ``feeds`` (names, types and shapes of `bindings`) and return its outputs by name.
+
+        Raises:
+            MemoryError: the outputs or intermediate results do not fit in memory.
+        """
+
+    def encode(self, feeds: Sequence[Mapping[str, np.ndarray]]) -> Features:
+        """Evaluate the vision encoder on some feeds, one after the other: a picture's, or those of a video's patches in
+        time; raises `MemoryError` as `run` does."""
+        outputs = [self.run(bindings.VISION, feed) for feed in feeds]
+        embeds, levels = (
+            [output[name] for output in outputs] for name in (bindings.IMAGE_EMBEDS, bindings.DEEPSTACK_EMBEDS)
+        )
+        return Features(np.concatenate(embeds), np.concatenate(levels, axis=1))
+
+    def on_host(self, features: Features) -> Features:
+        """Features of this engine as NumPy's arrays."""
+        return features
+
+    def open_session(self, capacity: int, pages: int | None = None) -> Session:
+        """Lay out a pool for sequences of up to ``capacity`` tokens each; raises `UserError` if there is no room.
+
+        Args:
+            capacity: tokens that a sequence has at most.
+            pages: of the pool; None: as many as one such sequence takes.
+        """
+        pages = pages or pages_of(capacity)
+        try:
+            return self._new_session(pages_of(capacity), pages)
+        except MemoryError:
+            needed = pages * PAGE_SLOTS * self.manifest.kv_cache.bytes_per_token(self.manifest.model.text)
+            several = f" in a pool of {pages} pages" if pages != pages_of(capacity) else ""
+            raise UserError(
+                f"a context of {capacity} tokens{several} needs {needed / 1e9:.1f} GB for its KV cache, which is more "
+                f"than can be allocated: ask for a shorter context{', or fewer sequences' if several else ''}."
+            ) from None
+
+    def _new_session(self, sequence_pages: int, pages: int) -> Session:
+        return HostSession(self, sequence_pages, pages)
 
 
 class Session(abc.ABC):

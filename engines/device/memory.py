@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pascalvl.engines.gpu import Gpu, check, find_gpu
+from pascalvl.engines.device.gpu import Gpu, check, find_gpu
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
 from pascalvl.plugins.kernels.library import KernelLibrary

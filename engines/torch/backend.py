@@ -20,10 +20,10 @@ import torch
 from torch import nn
 from transformers import Qwen3VLConfig
 
-from pascalvl.engines.backend import REFERENCE, Engine
-from pascalvl.engines.profiles import padded_batch
-from pascalvl.engines.session import SLOTS, Features, NewTokens, Session
-from pascalvl.engines.torch_steps import CapturedStep, PlacedVisuals, StepShape
+from pascalvl.engines.backends import REFERENCE
+from pascalvl.engines.device.batches import padded_batch
+from pascalvl.engines.engine import SLOTS, Engine, Features, NewTokens, Session
+from pascalvl.engines.torch.steps import CapturedStep, PlacedVisuals, StepShape
 from pascalvl.export.checkpoint import HOST_TABLES, meta_model, read_config
 from pascalvl.export.modules import Decoder, VisionEncoder
 from pascalvl.plugins import bindings

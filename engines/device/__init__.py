@@ -1,0 +1,1 @@
+"""Memory, streams and tensors of the device that computes."""

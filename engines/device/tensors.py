@@ -1,0 +1,79 @@
+"""Tensors in a device's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from pascalvl.engines.device.memory import ALIGNMENT, Buffer, Device
+from pascalvl.plugins import bindings
+
+
+class Buffers:
+    """Device memory by name, allocated anew only where more is needed than ever before."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._buffers: dict[str, Buffer] = {}
+
+    def get(self, name: str, nbytes: int) -> int:
+        """Address of at least ``nbytes`` bytes."""
+        if name not in self._buffers or self._buffers[name].nbytes < nbytes:
+            self._buffers.pop(name, None)
+            self._buffers[name] = self._device.allocate(nbytes)
+        return self._buffers[name].pointer
+
+
+class Tensors:
+    """Tensors side by side in one piece of the device's memory.
+
+    Attributes:
+        shapes: of each.
+        pointers: their addresses.
+    """
+
+    def __init__(self, device: Device, tensors: list[bindings.Binding], sizes: Mapping[str, int]) -> None:
+        self._device = device
+        self.shapes = {tensor.name: shape_of(tensor, sizes) for tensor in tensors}
+        self._starts, nbytes = {}, 0
+        for tensor in tensors:
+            self._starts[tensor.name] = nbytes
+            nbytes += _aligned(int(np.prod(self.shapes[tensor.name])) * tensor.dtype.itemsize)
+        self._buffer = device.allocate(nbytes)
+        self.pointers = {name: self._buffer.pointer + start for name, start in self._starts.items()}
+
+    @property
+    def nbytes(self) -> int:
+        return self._buffer.nbytes
+
+
+class StagedTensors(Tensors):
+    """The same with a copy on the host, so that one transfer moves all of them.
+
+    Attributes:
+        arrays: them on the host, of zeros at first.
+    """
+
+    def __init__(self, device: Device, tensors: list[bindings.Binding], sizes: Mapping[str, int]) -> None:
+        super().__init__(device, tensors, sizes)
+        self._host = device.host_array(self._buffer.nbytes)
+        self.arrays = {
+            tensor.name: np.ndarray(self.shapes[tensor.name], tensor.dtype, self._host.data, self._starts[tensor.name])
+            for tensor in tensors
+        }
+
+    def upload(self) -> None:
+        self._device.upload(self._buffer.pointer, self._host)
+
+    def download(self) -> None:
+        self._device.download(self._host, self._buffer.pointer)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def shape_of(binding: bindings.Binding, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """A tensor's shape where the dimensions that vary have these sizes."""
+    return tuple(sizes[size] if isinstance(size, str) else size for size in binding.shape)

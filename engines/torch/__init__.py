@@ -1,0 +1,1 @@
+"""The PyTorch modules that are exported, with the kernels."""
