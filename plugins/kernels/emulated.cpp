@@ -9,6 +9,7 @@
 #include "plugins/kernels/linear.cu"
 #include "plugins/kernels/prefill.cu"
 #include "plugins/kernels/prologue.cu"
+#include "plugins/kernels/rows.cu"
 
 namespace pascalvl {
 namespace {

@@ -4,7 +4,7 @@
 #pragma once
 
 #define PASCALVL_ALL_MODULES(MODULE) \
-  MODULE(append) MODULE(decode) MODULE(greedy) MODULE(linear) MODULE(prefill) MODULE(prologue)
+  MODULE(append) MODULE(decode) MODULE(greedy) MODULE(linear) MODULE(prefill) MODULE(prologue) MODULE(rows)
 
 // Formats of a cache's keys and values.
 #define PASCALVL_FORMATS(KERNEL, FIRST) \
@@ -74,6 +74,8 @@
   PASCALVL_DECODE(PASCALVL_DECODE_KERNEL)                                    \
   PASCALVL_KERNEL(decode, merge_splits, MergeParams, kMergeThreads)          \
   PASCALVL_KERNEL(greedy, greedy_choice, GreedyParams, kGreedyThreads)       \
+  PASCALVL_KERNEL(rows, gather_rows, GatherParams, kRowThreads)              \
+  PASCALVL_KERNEL(rows, add_to, AddParams, kRowThreads)                      \
   PASCALVL_KERNEL(linear, linear_quantise, LinearParams, kLinearThreads)     \
   PASCALVL_KERNEL(linear, linear_sum, LinearParams, kLinearThreads)          \
   PASCALVL_LINEAR_NORM(PASCALVL_LINEAR_NORM_KERNEL)                          \

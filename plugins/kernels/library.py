@@ -149,6 +149,23 @@ class KernelLibrary:
         pointers = [ctypes.c_void_p(pointer) for pointer in (logits, token, logit, stream)]
         self._call("pascalvl_greedy", pointers[0], rows, vocab_size, *pointers[1:])
 
+    def gather_rows(
+        self, matrix: int, num_rows: int, width: int, rows: int, count: int, out: int, stream: int = 0
+    ) -> None:
+        """Launch the copying of rows, by their numbers, of a matrix of floats."""
+        sizes = {"num_rows": num_rows, "width": width, "count": count}
+        for name, size in sizes.items():
+            _check_fits(name, size)
+        pointers = [ctypes.c_void_p(pointer) for pointer in (matrix, rows, out, stream)]
+        self._call("pascalvl_gather_rows", pointers[0], num_rows, width, pointers[1], count, *pointers[2:])
+
+    def add_to(self, x: int, y: int, rows: int, width: int, stream: int = 0) -> None:
+        """Launch the addition of a matrix of floats to another."""
+        _check_fits("rows", rows)
+        _check_fits("width", width)
+        pointers = [ctypes.c_void_p(pointer) for pointer in (x, y, stream)]
+        self._call("pascalvl_add_to", *pointers[:2], rows, width, pointers[2])
+
     def kv_append(self, args: AppendArgs, stream: int = 0) -> None:
         """Launch the writing of new keys and values into the pools of all layers."""
         self._call("pascalvl_kv_append", ctypes.byref(args), ctypes.c_void_p(stream))

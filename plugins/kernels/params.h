@@ -206,4 +206,19 @@ struct GreedyParams {
   int vocab_size;
 };
 
+// Rows of a matrix by their numbers, which are clamped.
+struct GatherParams {
+  const float* from;  // [num_rows, width]
+  const int* rows;    // [rows picked]
+  float* out;         // [rows picked, width]
+  int num_rows, width;
+};
+
+// x += y.
+struct AddParams {
+  float* x;  // [count]
+  const float* y;
+  long long count;
+};
+
 }  // namespace pascalvl

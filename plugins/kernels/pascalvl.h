@@ -110,6 +110,13 @@ int pascalvl_kv_append(const pascalvl_append_args* args, void* stream);
 // The likeliest token of each row of logits [rows, vocab_size], the first of equal ones, and its logit: NaN if any is.
 int pascalvl_greedy(const float* logits, int32_t rows, int32_t vocab_size, int32_t* token, float* logit, void* stream);
 
+// out[i] = from[rows[i]], of floats: from is [num_rows, width], out [count, width]; width is a multiple of 4.
+int pascalvl_gather_rows(const float* from, int32_t num_rows, int32_t width, const int32_t* rows, int32_t count,
+                         float* out, void* stream);
+
+// x += y, both [rows, width]; width is a multiple of 4.
+int pascalvl_add_to(float* x, const float* y, int32_t rows, int32_t width, void* stream);
+
 enum pascalvl_activation {
   PASCALVL_NO_ACTIVATION = 0,
   PASCALVL_GELU_TANH = 1,

@@ -231,6 +231,14 @@ def main() -> None:
         if count not in SIZES or vocab_size not in SIZES:
             told = refusal(library.greedy, somewhere, count, vocab_size, somewhere, somewhere)
             assert told.endswith("."), (count, vocab_size)
+    for rows, width, count in itertools.product(VALUES, repeat=3):
+        if rows not in SIZES or width not in SIZES or width % 4 or count not in GRID:
+            told = refusal(library.gather_rows, somewhere, rows, width, somewhere, count, somewhere)
+            assert told.endswith("."), (rows, width, count)
+    for rows, width in itertools.product(VALUES, repeat=2):
+        if rows not in SIZES or width not in SIZES or width % 4 or rows * width > LIMITS["ROWS"]:
+            told = refusal(library.add_to, somewhere, somewhere, rows, width)
+            assert told.endswith("."), (rows, width)
     for row_format, dim in itertools.product([LEAST, -1, *range(5), MOST], [*VALUES, 72, 129]):
         bits = {0: 32, 1: 16, 2: 8, 3: 4}.get(row_format)
         expected = up_to(dim * bits // 8, 16) if bits and 0 < dim <= 128 else 0

@@ -195,6 +195,10 @@ def main() -> None:
     library.greedy(pointer(logits), 3, 700, pointer(token), pointer(logit))
     guarded.check()
     assert ((token >= 0) & (token < 700)).all()
+    matrix, picked, out = made_up.bits(5, 68), made_up.integers(7), aligned((7, 68))
+    library.gather_rows(pointer(matrix), 5, 68, pointer(picked), 7, pointer(out))
+    library.add_to(pointer(out), pointer(made_up.bits(7, 68)), 7, 68)
+    guarded.check()
 
 
 if __name__ == "__main__":

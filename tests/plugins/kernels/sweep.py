@@ -102,6 +102,11 @@ def main() -> None:
     logits, token, logit = normal(rng, 2, 700), aligned((2,), np.int32), aligned((2,))
     library.greedy(pointer(logits), 2, 700, pointer(token), pointer(logit))
     assert token.tolist() == logits.argmax(1).tolist()
+    matrix, more, picked, out = normal(rng, 5, 2100), normal(rng, 3, 2100), aligned((3,), np.int32), aligned((3, 2100))
+    picked[:] = 4, 0, 4
+    library.gather_rows(pointer(matrix), 5, 2100, pointer(picked), 3, pointer(out))
+    library.add_to(pointer(out), pointer(more), 3, 2100)
+    assert (out == matrix[picked] + more).all()
 
 
 if __name__ == "__main__":

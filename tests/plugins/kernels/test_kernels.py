@@ -478,6 +478,29 @@ def test_greedy_takes_the_first_of_the_largest(library, vocab_size):
     np.testing.assert_array_equal(logit, [9, -np.inf, np.nan, 0])
 
 
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [4, 300, 2560, 12288])
+def test_rows_are_picked_by_number(library, width):
+    rng = np.random.default_rng(width)
+    matrix, rows, out = normal(rng, 9, width), aligned((5,), np.int32), aligned((5, width))
+    rows[:] = 8, 0, 8, -3, 100  # the last two are clamped
+    library.gather_rows(pointer(matrix), 9, width, pointer(rows), 5, pointer(out))
+    reference.memory.wait()
+    np.testing.assert_array_equal(out, matrix[[8, 0, 8, 0, 8]])
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 4), (3, 300), (7, 2560)])
+def test_a_matrix_is_added(library, rows, width):
+    rng = np.random.default_rng(width)
+    x, y = normal(rng, rows, width), normal(rng, rows, width)
+    expected = x + y
+    library.add_to(pointer(x), pointer(y), rows, width)
+    reference.memory.wait()
+    np.testing.assert_array_equal(x, expected)
+
+
 # Bad input ------------------------------------------------------------------------------------------------------------
 
 
