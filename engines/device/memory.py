@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import ctypes
+import dataclasses
 import logging
 import weakref
 from collections.abc import Callable
@@ -59,6 +60,14 @@ class Device(abc.ABC):
         """Copy from the device to a contiguous array, which is filled when `synchronize` returns."""
 
     @abc.abstractmethod
+    def copy(self, to: int, pointer: int, nbytes: int) -> None:
+        """Copy on the device."""
+
+    @abc.abstractmethod
+    def fill_zeros(self, pointer: int, nbytes: int) -> None:
+        """Write zeros to the device."""
+
+    @abc.abstractmethod
     def synchronize(self) -> None:
         """Wait for the stream's work."""
 
@@ -67,11 +76,23 @@ class Device(abc.ABC):
         """Whether the stream records a graph, where nothing may wait for it."""
 
     @abc.abstractmethod
-    def capture(self, step: Callable[[], None]) -> Callable[[], None] | None:
-        """Record what ``step`` starts; returns what starts it again, or None, with a warning, if it cannot be recorded.
+    def capture(self, step: Callable[[], None]) -> Graph | None:
+        """Record what ``step`` starts; returns None, with a warning, if it cannot be recorded.
 
         Run ``step`` once before: what is set up on first use cannot be recorded.
         """
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """What was recorded: a call starts it again."""
+
+    start: Callable[[], None]
+    kernels: int
+    """That it launches."""
+
+    def __call__(self) -> None:
+        self.start()
 
 
 class _CudaBuffer(Buffer):
@@ -127,6 +148,13 @@ class CudaDevice(Device):
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         check(self._cuda.cudaMemcpyAsync(array.ctypes.data, pointer, array.nbytes, kind, self.stream))
 
+    def copy(self, to: int, pointer: int, nbytes: int) -> None:
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        check(self._cuda.cudaMemcpyAsync(to, pointer, nbytes, kind, self.stream))
+
+    def fill_zeros(self, pointer: int, nbytes: int) -> None:
+        check(self._cuda.cudaMemsetAsync(pointer, 0, nbytes, self.stream))
+
     def synchronize(self) -> None:
         check(self._cuda.cudaStreamSynchronize(self.stream))
 
@@ -134,7 +162,7 @@ class CudaDevice(Device):
         _, status = check(self._cuda.cudaStreamIsCapturing(self.stream))
         return status != self._cuda.cudaStreamCaptureStatus.cudaStreamCaptureStatusNone
 
-    def capture(self, step: Callable[[], None]) -> Callable[[], None] | None:
+    def capture(self, step: Callable[[], None]) -> Graph | None:
         cuda = self._cuda
         self.synchronize()
         try:
@@ -145,12 +173,16 @@ class CudaDevice(Device):
                 error, graph = cuda.cudaStreamEndCapture(self.stream)
             check((error,))
             _, executable = check(cuda.cudaGraphInstantiate(graph, 0))
+            _, _, count = check(cuda.cudaGraphGetNodes(graph))
+            _, nodes, count = check(cuda.cudaGraphGetNodes(graph, count))
+            kinds = [check(cuda.cudaGraphNodeGetType(node))[1] for node in nodes[:count]]
             check(cuda.cudaGraphDestroy(graph))
         except (RuntimeError, UserError) as error:
             cuda.cudaGetLastError()  # a capture that failed is no error of what comes next
-            log.warning("the decode step is no CUDA graph, and slower: it cannot be captured (%s)", error)
+            log.warning("a step is no CUDA graph, and slower: it cannot be captured (%s)", error)
             return None
-        return lambda: check(cuda.cudaGraphLaunch(executable, self.stream)) and None
+        kernels = kinds.count(cuda.cudaGraphNodeType.cudaGraphNodeTypeKernel)
+        return Graph(lambda: check(cuda.cudaGraphLaunch(executable, self.stream)) and None, kernels)
 
 
 class _HostBuffer(Buffer):
@@ -180,13 +212,19 @@ class EmulatedDevice(Device):
     def download(self, array: np.ndarray, pointer: int) -> None:
         ctypes.memmove(array.ctypes.data, pointer, array.nbytes)
 
+    def copy(self, to: int, pointer: int, nbytes: int) -> None:
+        ctypes.memmove(to, pointer, nbytes)
+
+    def fill_zeros(self, pointer: int, nbytes: int) -> None:
+        ctypes.memset(pointer, 0, nbytes)
+
     def synchronize(self) -> None:
         pass
 
     def is_capturing(self) -> bool:
         return False
 
-    def capture(self, step: Callable[[], None]) -> Callable[[], None] | None:
+    def capture(self, step: Callable[[], None]) -> Graph | None:
         return None
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -23,6 +24,32 @@ class Buffers:
             self._buffers.pop(name, None)
             self._buffers[name] = self._device.allocate(nbytes)
         return self._buffers[name].pointer
+
+
+class DeviceArray:
+    """An array of float32 in the device's memory, of which nothing was written yet."""
+
+    def __init__(self, device: Device, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+        self._device = device
+        self._buffer = device.allocate(self.nbytes_of(shape))
+
+    @staticmethod
+    def nbytes_of(shape: Sequence[int]) -> int:
+        """Bytes of such an array."""
+        return 4 * math.prod(shape)
+
+    def at(self, *index: int) -> int:
+        """Address of a row: an index by all but the last of the dimensions; those that are not given are 0."""
+        filled = (*index, *[0] * (len(self.shape) - len(index)))
+        return self._buffer.pointer + 4 * int(np.ravel_multi_index(filled, self.shape))
+
+    def numpy(self) -> np.ndarray:
+        """A copy on the host."""
+        array = np.empty(self.shape, np.float32)
+        self._device.download(array, self._buffer.pointer)
+        self._device.synchronize()
+        return array
 
 
 class Tensors:

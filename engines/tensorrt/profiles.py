@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from pascalvl.engines.device.batches import BATCHES
+from pascalvl.engines.device.padding import BATCHES
 from pascalvl.plugins import bindings
 from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
 from pascalvl.plugins.model_config import ModelConfig

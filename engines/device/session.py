@@ -1,0 +1,257 @@
+"""The pool of pages in a device's memory, and the decoder's steps over it: recorded as CUDA graphs where they recur."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from pascalvl.engines.device.engine import DeviceEngine
+from pascalvl.engines.device.padding import BATCHES, StepShape
+from pascalvl.engines.device.tensors import StagedTensors, Tensors, shape_of
+from pascalvl.engines.engine import ALWAYS_VISIBLE, SLOTS, NewTokens, Session, VisualRows
+from pascalvl.plugins import bindings
+from pascalvl.plugins.kernels.library import AppendArgs, AppendLayer, Rows
+
+_CHOICE = [
+    bindings.Binding("token", np.dtype(np.int32), ("batch",)),
+    bindings.Binding("logit", np.dtype(np.float32), ("batch",)),
+]
+
+
+class DeviceSession(Session):
+    """The pool in the device's memory.
+
+    The decoder writes the new rows of all layers beside the pool, and one launch copies them into it. Steps of tokens
+    that see all of their past are padded, see `StepShape`, and recorded when they first run, that of one token at once.
+    """
+
+    def __init__(self, engine: DeviceEngine, sequence_pages: int, pages: int) -> None:
+        super().__init__(engine, sequence_pages, pages)
+        self.engine, self.device = engine, engine.device
+        # As many tokens as the engine takes, however few a sequence has: a step runs those of several.
+        tokens = max(engine.max_prefill, *BATCHES)
+        self.pool = Tensors(self.device, self.stored, self.sizes)
+        self.outputs = Tensors(self.device, engine.outputs[bindings.DECODER], self.sizes_of(tokens, BATCHES[-1]))
+        self._new_rows = [bindings.new_rows(self.model, self.cache, layer) for layer in range(len(self.layouts))]
+        self._layers = [self._layer(number) for number in range(len(self.layouts))]
+        self._steps: dict[StepShape, Step] = {}
+        engine.prepare(self.sizes_of)
+        self.decode_step = self._new_step(StepShape(1, 1, 0))
+        self.decode_step.record()
+
+    @property
+    def nbytes(self) -> int:
+        return self.pool.nbytes
+
+    def sizes_of(self, tokens: int, batch: int) -> dict[str, int]:
+        """Dimensions of a step of so many tokens of so many sequences, which see all of their past."""
+        return {
+            **self.sizes,
+            "tokens": tokens,
+            "batch": batch,
+            "batch_plus_1": batch + 1,
+            "rows": batch,
+            "visible_slots": 1,
+        }
+
+    def step(self, sequences: Sequence[NewTokens]) -> dict[str, np.ndarray]:
+        pointers = self.outputs.pointers if self._padded(sequences) else self._run_as_it_is(sequences)
+        stay = {binding.name for of_layer in self._new_rows for binding in of_layer}
+        sizes = {
+            "tokens": sum(map(len, sequences)),
+            "rows": sum(len(new.logit_rows) for new in sequences),
+        }
+        outputs = {
+            binding.name: np.empty(shape_of(binding, sizes), binding.dtype)
+            for binding in self.engine.outputs[bindings.DECODER]
+            if binding.name not in stay
+        }
+        for name, array in outputs.items():
+            self.device.download(array, pointers[name])
+        self.device.synchronize()
+        return outputs
+
+    def greedy(self, sequences: Sequence[NewTokens]) -> list[tuple[int, float]]:
+        if step := self._padded(sequences):
+            return step.likeliest[: len(sequences)]
+        return super().greedy(sequences)
+
+    def decode_launches(self) -> int | None:
+        return self.decode_step.launches
+
+    def _padded(self, sequences: Sequence[NewTokens]) -> Step | None:
+        """Run a step that is padded; None: this is none."""
+        shape = StepShape.padded(sequences, self.engine.lengths, self.model.num_deepstack)
+        if shape is None or (shape.levels and not self.engine.lengths):
+            return None
+        step = self._steps.get(shape) or self._new_step(shape)
+        step.run(sequences)
+        return step
+
+    def _new_step(self, shape: StepShape) -> Step:
+        step = self._steps[shape] = Step(self, shape)
+        return step
+
+    def _run_as_it_is(self, sequences: Sequence[NewTokens]) -> dict[str, int]:
+        """Run a step that is not recorded, without waiting for it; returns where its outputs come to be."""
+        arrays, visuals = self.inputs(sequences), self.visuals_of(sequences)
+        buffers = self.engine.buffers
+        pointers = {name: buffers.get(f"step {name}", array.nbytes) for name, array in arrays.items()}
+        for name, array in arrays.items():
+            self.device.upload(pointers[name], array)
+        tokens = len(arrays[bindings.INPUTS_EMBEDS])
+        if visuals:
+            nbytes = self.model.num_deepstack * tokens * self.model.text.hidden_size * 4
+            pointers[bindings.DEEPSTACK_EMBEDS] = buffers.get(f"step {bindings.DEEPSTACK_EMBEDS}", nbytes)
+            self.place(visuals, tokens, pointers)
+        batch, visible_slots = arrays[bindings.PAST_VISIBLE].shape
+        rows = len(arrays[bindings.LOGIT_ROWS])
+        sizes = {**self.sizes_of(tokens, batch), "rows": rows, "visible_slots": visible_slots}
+        outputs = dict(self.outputs.pointers)
+        if rows > BATCHES[-1]:
+            outputs[bindings.LOGITS] = buffers.get(bindings.LOGITS, rows * self.model.text.vocab_size * 4)
+        slots = pointers.pop(SLOTS.name)
+        self.engine.program(bindings.DECODER, sizes, {**pointers, **self.pool.pointers, **outputs}, kept=False)()
+        self.append(tokens, slots)
+        return outputs
+
+    def place(self, visuals: Sequence[VisualRows], tokens: int, pointers: Mapping[str, int]) -> None:
+        """Copy features to the embeddings of a step of so many tokens, and to DeepStack's: zeros elsewhere."""
+        width = self.model.text.hidden_size * 4
+        levels = pointers[bindings.DEEPSTACK_EMBEDS]
+        self.device.fill_zeros(levels, self.model.num_deepstack * tokens * width)
+        for visual in visuals:
+            source = np.arange(visual.source.start, visual.source.stop)
+            for start, stop in _runs_of(visual.tokens):
+                token, nbytes = int(visual.tokens[start]), (stop - start) * width
+                embeds = pointers[bindings.INPUTS_EMBEDS] + token * width
+                self.device.copy(embeds, visual.features.embeds.at(int(source[start])), nbytes)
+                for level in range(self.model.num_deepstack):
+                    to = levels + (level * tokens + token) * width
+                    self.device.copy(to, visual.features.levels.at(level, int(source[start])), nbytes)
+
+    def append(self, tokens: int, slots: int) -> None:
+        """Copy the new rows of all layers into their pools, to slots at an address."""
+        args = AppendArgs.of(
+            self._layers,
+            slots=slots,
+            num_kv_heads=self.model.text.num_key_value_heads,
+            tokens=tokens,
+            num_pages=self.pages,
+        )
+        self.device.kernels.kv_append(args, self.device.stream)
+
+    def _layer(self, number: int) -> AppendLayer:
+        """Where a layer's new rows are and where they go."""
+        new, pool = (
+            Rows(**dict(zip(("key", "value", "scale"), (tensors.pointers[b.name] for b in names), strict=False)))
+            for tensors, names in ((self.outputs, self._new_rows[number]), (self.pool, self.layer_inputs[number]))
+        )
+        key_row, value_row = self.layouts[number].row_bytes
+        return AppendLayer(new_rows=new, pool=pool, key_row=key_row, value_row=value_row)
+
+    def _read(self, binding: bindings.Binding, pages: np.ndarray) -> np.ndarray:
+        array = np.empty((len(pages), *self.shape_of(binding)[1:]), binding.dtype)
+        for part, pointer in self._runs(binding, pages, array):
+            self.device.download(part, pointer)
+        self.device.synchronize()
+        return array
+
+    def _write(self, binding: bindings.Binding, pages: np.ndarray, array: np.ndarray) -> None:
+        for part, pointer in self._runs(binding, pages, np.ascontiguousarray(array)):
+            self.device.upload(pointer, part)
+        self.device.synchronize()
+
+    def _runs(
+        self, binding: bindings.Binding, pages: np.ndarray, array: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, int]]:
+        """Parts of an array of pages that follow each other in the pool, too, and where they are there."""
+        for start, stop in _runs_of(pages):
+            yield array[start:stop], self.pool.pointers[binding.name] + int(pages[start]) * array[0].nbytes
+
+
+class Step:
+    """A step of a padded shape.
+
+    What varies is written to one array in host memory, and copied to the device from there, places in the cache with
+    it: the host's word counts, also after an interrupt. Tokens that are not there go nowhere, and none sees them.
+    """
+
+    def __init__(self, session: DeviceSession, shape: StepShape) -> None:
+        self._session, self._device, self._shape = session, session.device, shape
+        sizes = session.sizes_of(shape.tokens, shape.batch)
+        varying = {binding.name for binding in session.stored} | {bindings.DEEPSTACK_EMBEDS}
+        staged = [b for b in session.engine.inputs[bindings.DECODER] if b.name not in varying]
+        self._inputs = StagedTensors(self._device, [*staged, SLOTS], sizes)
+        self._inputs.arrays[bindings.PAST_VISIBLE][:] = ALWAYS_VISIBLE
+        self._store_nothing()
+        self._choice = StagedTensors(self._device, _CHOICE, sizes)
+        self._pointers = dict(self._inputs.pointers)
+        if shape.levels:
+            deepstack = [b for b in session.engine.inputs[bindings.DECODER] if b.name == bindings.DEEPSTACK_EMBEDS]
+            self._deepstack = Tensors(self._device, deepstack, sizes)
+            self._pointers |= self._deepstack.pointers
+        pointers = {**self._pointers, **session.pool.pointers, **session.outputs.pointers}
+        del pointers[SLOTS.name]
+        self._decode = session.engine.program(bindings.DECODER, sizes, pointers, kept=True)
+        self._graph = None
+        self._is_tried = False
+
+    @property
+    def launches(self) -> int | None:
+        """Kernels that it launches on a GPU; None: it is no CUDA graph."""
+        return self._graph.kernels if self._graph else None
+
+    @property
+    def likeliest(self) -> list[tuple[int, float]]:
+        """Of each sequence the likeliest token, and its logit."""
+        tokens, logits = (self._choice.arrays[name].tolist() for name in ("token", "logit"))
+        return list(zip(tokens, logits, strict=True))
+
+    def record(self) -> None:
+        """Make the CUDA graph before there is anything to run."""
+        self._store_nothing()
+        self._inputs.upload()
+        self._start()
+        self._capture()
+
+    def run(self, sequences: Sequence[NewTokens]) -> None:
+        """Run up to as many sequences and tokens, and wait; the first time, record it for the next times."""
+        self._session.fill(self._inputs.arrays, sequences)
+        self._inputs.upload()
+        if self._shape.levels:
+            self._session.place(self._session.visuals_of(sequences), self._shape.tokens, self._pointers)
+        (self._graph or self._start)()
+        self._device.synchronize()
+        if not self._is_tried:
+            self._capture()
+
+    def _capture(self) -> None:
+        self._is_tried = True
+        self._graph = self._device.capture(self._start)
+
+    def _store_nothing(self) -> None:
+        self._inputs.arrays[SLOTS.name][:] = -1
+
+    def _start(self) -> None:
+        """From the inputs on the device to the likeliest next tokens on the host, without waiting for the device."""
+        session = self._session
+        self._decode()
+        session.append(self._shape.tokens, self._pointers[SLOTS.name])
+        self._device.kernels.greedy(
+            session.outputs.pointers[bindings.LOGITS],
+            self._shape.batch,
+            session.model.text.vocab_size,
+            self._choice.pointers["token"],
+            self._choice.pointers["logit"],
+            self._device.stream,
+        )
+        self._choice.download()
+
+
+def _runs_of(numbers: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Where numbers that follow each other start and stop."""
+    bounds = [0, *(np.flatnonzero(np.diff(numbers) != 1) + 1), len(numbers)]
+    return ((int(start), int(stop)) for start, stop in itertools.pairwise(bounds) if stop > start)
