@@ -15,8 +15,6 @@ PROMPT  ?= Describe the picture.
 OPTIONS ?=
 # What `make eval` measures: kv or weights.
 EVAL    ?= kv
-# plugin: run, chat and validate run the graphs node by node, attention in the TensorRT plugin's library.
-HOST    ?=
 # Further options of `pascalvl build`, for example --max-pixels 500000 (of TensorRT's engines).
 BUILD_OPTIONS ?=
 export IMAGE PROMPT
@@ -48,7 +46,6 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 RUN    := $(BIN)/pascalvl
-ON_HOST := $(if $(HOST),--host $(HOST))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo export engine run chat validate inspect eval kernels plugin test lint clean
@@ -66,13 +63,13 @@ export: $(BUNDLE)/manifest.json ## checkpoint MODEL to ONNX model bundle in buil
 engine: $(ENGINE)/manifest.json ## model bundle to engine bundle for BACKEND and KV in build/engine
 
 run: engine ## ask PROMPT about IMAGE
-	$(RUN) run $(ENGINE) --image "$$IMAGE" --prompt "$$PROMPT" $(ON_HOST) $(OPTIONS)
+	$(RUN) run $(ENGINE) --image "$$IMAGE" --prompt "$$PROMPT" $(OPTIONS)
 
 chat: engine ## talk to the model
-	$(RUN) chat $(ENGINE) $(ON_HOST) $(OPTIONS)
+	$(RUN) chat $(ENGINE) $(OPTIONS)
 
 validate: engine ## compare the engines with the PyTorch model, output by output
-	$(RUN) validate $(ENGINE) --reference $(MODEL) $(ON_HOST)
+	$(RUN) validate $(ENGINE) --reference $(MODEL)
 
 inspect: engine ## what the engine bundle is, and the memory it needs
 	$(RUN) inspect $(ENGINE)

@@ -18,20 +18,20 @@ from pascalvl.plugins.kv_format import CacheConfig
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-REFERENCE = "torch"
-"""What the others are judged by; `AUTO` never takes it, since a CPU has to emulate its kernels."""
 BACKENDS = {
     "tensorrt": "pascalvl.engines.tensorrt.backend",
+    "cuda": "pascalvl.engines.cuda.backend",
     "onnxruntime": "pascalvl.engines.onnxruntime.backend",
-    REFERENCE: "pascalvl.engines.torch.backend",
+    "torch": "pascalvl.engines.torch.backend",
+    "reference": "pascalvl.engines.reference.backend",
 }
 """Backends by name, the fastest first; the value is the module, which is imported only when it is chosen.
 
 A module has `NAME`, `FILES`, `build` and `open_engine`, and may have `unavailable`, which says why this machine cannot
 run it though it is installed, and `BuildOptions`, a further argument of its `build`.
 """
-HOSTS = {"plugin": "pascalvl.engines.reference.backend"}
-"""What can run a bundle's graphs in place of its backend, by name: modules as those above, without `build`."""
+_FOR_JUDGING = ("torch", "reference")
+"""What the others are judged by; `AUTO` never takes them."""
 
 
 def build(
@@ -86,7 +86,6 @@ def open_engine(
     backend: str = AUTO,
     marked_layers: bool = False,
     progress: Callable[[int], None] = lambda _: None,
-    host: str | None = None,
 ) -> Engine:
     """Load an engine bundle.
 
@@ -95,7 +94,6 @@ def open_engine(
         backend: the backend it must be for, or `AUTO` for whichever it was built for.
         marked_layers: make the decoder return `bindings.hidden_states` of every layer as well.
         progress: called with numbers of bytes, as the bundle's files are checked.
-        host: one of `HOSTS`, to run the bundle's graphs in place of its backend.
 
     Raises:
         UserError: not an engine bundle, altered files, another backend than asked for, or one that is not installed.
@@ -107,22 +105,17 @@ def open_engine(
         raise UserError(
             f"{directory} was built for backend {built_for!r}, not {backend!r}: build it with --backend {backend}."
         )
-    if host is None:
-        module = _backend_module(str(built_for))
-    elif host in HOSTS:
-        module = importlib.import_module(HOSTS[host])
-    else:
-        raise UserError(f"unknown host {host!r}: expected {', '.join(HOSTS)}.")
+    module = _backend_module(str(built_for))
     manifest.require(module.FILES)
     manifest.verify(directory, progress)
     return module.open_engine(directory, manifest, marked_layers)
 
 
 def _backend_module(name: str, tell: Callable[[str], None] = log.info):
-    """Import a backend's module; `AUTO` is the first that is installed, finds what it needs and is not `REFERENCE`."""
+    """Import a backend's module; `AUTO` is the first that is installed and finds what it needs."""
     if name not in (AUTO, *BACKENDS):
         raise UserError(f"unknown backend {name!r}: expected one of {', '.join((AUTO, *BACKENDS))}.")
-    candidates = [known for known in BACKENDS if known != REFERENCE] if name == AUTO else [name]
+    candidates = [known for known in BACKENDS if known not in _FOR_JUDGING] if name == AUTO else [name]
     skipped = {}
     for candidate in candidates:
         try:

@@ -288,9 +288,6 @@ def _add_tensorrt(parser: _Parser) -> None:
 def _add_engine(parser: _Parser) -> None:
     parser.add_argument("bundle", type=_path, metavar="ENGINE_BUNDLE", help="folder written by 'pascalvl build'")
     _add_backend(parser, "backend the bundle must be for; auto: any")
-    parser.add_argument(
-        "--host", metavar="NAME", help="plugin: run the ONNX graphs node by node, attention in the TensorRT plugin"
-    )
     parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together, at most")
     _add_kv(parser, "as the engines were built, with another window")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="resize larger pictures to this area")
@@ -615,7 +612,7 @@ def _validate(args: argparse.Namespace) -> int:
         prompts,
         tolerance(model.cache_config, model.config, model.manifest.weights),
         allowed_of_vision=vision_tolerance(model.manifest.weights),
-        name=f"{args.host} host" if args.host else model.manifest.backend["name"],
+        name=model.manifest.backend["name"],
     )
     table = Table("output", "prompt", "largest error", "tolerance", "", title="worst of each output")
     for row in validation.summarise(rows):
@@ -988,7 +985,6 @@ def _open(args: argparse.Namespace, marked_layers: bool = False) -> VisionLangua
             max_pixels=args.max_pixels,
             marked_layers=marked_layers,
             progress=lambda count: progress.advance(task, count),
-            host=args.host,
             cache=args.kv,
             control_tokens_in_text=args.control_tokens_in_text,
         )

@@ -91,7 +91,6 @@ class VisionLanguageModel:
         max_pixels: int | None = None,
         marked_layers: bool = False,
         progress: Callable[[int], None] = lambda _: None,
-        host: str | None = None,
         cache: CacheConfig | None = None,
         control_tokens_in_text: bool = False,
     ) -> VisionLanguageModel:
@@ -108,7 +107,6 @@ class VisionLanguageModel:
                 thousands of patches.
             marked_layers: let `trace` return the hidden states after each decoder layer.
             progress: called with numbers of bytes, as the bundle's files are checked.
-            host: ``plugin`` runs the bundle's graphs node by node, attention in the TensorRT plugin's library.
             cache: another window, and whether pictures are pinned; the rest as the engines were built for. By default
                 all is as it was built.
             control_tokens_in_text: take what reads as a control token in a user's or a tool's message as that token,
@@ -117,7 +115,7 @@ class VisionLanguageModel:
         Raises:
             UserError: a bundle that cannot be used here, a cache that it is not for, or a context out of range.
         """
-        engine = open_engine(Path(directory), backend, marked_layers, progress, host)
+        engine = open_engine(Path(directory), backend, marked_layers, progress)
         return cls(engine, context_length, prefill_chunk, max_pixels, cache, control_tokens_in_text)
 
     def prompt(

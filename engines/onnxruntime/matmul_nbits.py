@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper, parser
+from onnx import TensorProto, helper, parser
 
 from pascalvl.plugins.ops.quant_linear.onnx_body import LinearBody, product_of_floats
 from pascalvl.plugins.ops.quant_linear.op import (
@@ -52,25 +52,6 @@ class _Layer:
             arrays["zero"] = self._unsigned(weight.zero.astype(np.int8))
         return {self.names[name]: array for name, array in arrays.items()}
 
-    def packed(self, read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
-        """Inverse of `arrays`."""
-        if not self.form.is_quantised:
-            return {self.names["weight"]: read(self.names["weight"]).view(np.int32)}
-        blocks, scale = read(self.names["weight"]), read(self.names["scale"])
-        codes = self._signed(blocks.reshape(len(blocks), -1), self.form.padded(self.in_features))
-        zero = None
-        if "zero" in self.names:
-            zero = self._signed(read(self.names["zero"]), scale.shape[1]).astype(np.float16)
-        weight = QuantisedWeight(codes, scale.astype(np.float16), self.in_features, self.form, zero)
-        return {self.names[name]: array for name, array in weight.packed().items()}
-
-    def _signed(self, rows: np.ndarray, count: int) -> np.ndarray:
-        """Inverse of `_unsigned` for rows of so many codes."""
-        if self.form.bits == 8:
-            return (rows ^ np.uint8(128)).view(np.int8)
-        codes = np.stack([rows & 15, rows >> 4], -1).reshape(len(rows), -1)[:, :count]
-        return np.ascontiguousarray(codes.view(np.int8) - np.int8(8))
-
     def _unsigned(self, codes: np.ndarray) -> np.ndarray:
         """Rows of codes in bytes."""
         if self.form.bits == 8:
@@ -94,19 +75,6 @@ def lower(proto: onnx.ModelProto, data: Path, to: Path) -> None:
     if _DOMAIN not in {opset.domain for opset in proto.opset_import}:
         proto.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
     _write(proto, layers, data, to)
-
-
-def restore(proto: onnx.ModelProto) -> None:
-    """Undo `lower` in a graph that was loaded with its weights; of the bodies, which it leaves, no node takes one."""
-    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
-    for node, body, layer in _layers(proto):
-        node.domain = body.domain
-        for name, array in layer.packed(lambda name: numpy_helper.to_array(tensors[name])).items():
-            tensors[name].CopyFrom(numpy_helper.from_array(array, name))
-    proto.opset_import.extend(
-        helper.make_opsetid(domain, int(OP_VERSION))
-        for domain in sorted({node.domain for node in proto.graph.node} - {o.domain for o in proto.opset_import})
-    )
 
 
 def _layers(proto: onnx.ModelProto) -> Iterator[tuple[onnx.NodeProto, LinearBody, _Layer]]:

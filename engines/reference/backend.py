@@ -1,4 +1,4 @@
-"""The reference host: an engine's graphs without TensorRT, the nodes of the two ops run by the real plugin library.
+"""Backend ``reference``: the graphs without TensorRT, the nodes of the two ops run by the real plugin library.
 
 `ReferencePlan` stands in for TensorRT's engine under the runtime that TensorRT has (`pascalvl.engines.tensorrt.engine`:
 profiles, addresses, external cache, decode loop). It evaluates the graph that a build would give TensorRT, node by node
@@ -9,6 +9,7 @@ otherwise. Right, and slow.
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,19 +23,20 @@ from onnx.reference.op_run import OpRun
 from pascalvl.engines import graphs
 from pascalvl.engines.device.memory import ALIGNMENT, Buffer, Device, available_target, open_device
 from pascalvl.engines.device.tensors import Buffers
-from pascalvl.engines.onnxruntime import matmul_nbits
 from pascalvl.engines.tensorrt.engine import TensorRTEngine
 from pascalvl.engines.tensorrt.profiles import Limits, Shapes, profiles
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import ONNX_FILES, Manifest
-from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.tensorrt.host import HostedPlugin, PluginHost, plugin_host
 
-FILES = ()
-"""Whatever a bundle holds: what is needed is checked when it is opened."""
+NAME = "reference"
+FILES = ONNX_FILES
+"""What an engine bundle holds beside `HOST_FILES`."""
 MAJOR = 8
 """Whose plugin interface is spoken: that of TensorRT 8.6 and 9.x, which serve Pascal cards."""
 _LIMITS = Limits(prefill_chunk=512, max_patches=65536, max_context=262144)
+_GRAPHS = (bindings.VISION, bindings.DECODER)
 _CACHES = ("past_key.", "past_value.", "past_scale.")
 
 
@@ -203,23 +205,30 @@ def _dtype(value: onnx.ValueInfoProto) -> np.dtype:
     return onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
 
 
+def build(model_bundle: Path, directory: Path, manifest: Manifest, cache: CacheConfig) -> dict[str, str]:
+    """Write the graphs for ``cache`` and copy their weights into ``directory``; returns the manifest's description."""
+    for graph in _GRAPHS:
+        path = model_bundle / f"{graph}.onnx"
+        with graphs.reading(path, manifest.remedy):
+            proto = onnx.load(path, load_external_data=False)
+            if graph == bindings.DECODER:
+                graphs.set_cache(proto, manifest.model, cache)
+            onnx.save(proto, directory / path.name)
+        shutil.copyfile(f"{path}.data", directory / f"{path.name}.data")
+    return {"name": NAME, "version": onnx.__version__}
+
+
 def open_engine(directory: Path, manifest: Manifest, marked_layers: bool) -> TensorRTEngine:
-    """Open the ONNX graphs of an engine bundle; see `pascalvl.engines.open_engine`."""
-    if not all(name in manifest.files for name in ONNX_FILES):
-        raise UserError(
-            f"{directory} holds no ONNX graphs, which the plugin host runs, but what backend "
-            f"{manifest.backend['name']!r} made of them: build a bundle with --backend onnxruntime for it."
-        )
+    """See `pascalvl.engines.open_engine`."""
     target = available_target()
     host = plugin_host(target)  # before anything else loads the plugin's library: it registers itself then
     device = open_device(target, host.plugin)
     plugins = _Plugins(host, device)
     plans = {}
-    for graph in (bindings.VISION, bindings.DECODER):
+    for graph in _GRAPHS:
         ranges = profiles(graph, manifest.model, manifest.kv_cache, _LIMITS)
         with graphs.reading(directory / f"{graph}.onnx", manifest.remedy):
             proto = onnx.load(directory / f"{graph}.onnx")
-            matmul_nbits.restore(proto)
             if marked_layers and graph == bindings.DECODER:
                 graphs.mark_layers(proto, manifest.model)
             plans[graph] = ReferencePlan(proto, ranges, plugins, device)

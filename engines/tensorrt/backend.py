@@ -118,7 +118,7 @@ def open_engine(directory: Path, manifest: Manifest, marked_layers: bool) -> Ten
     if marked_layers:
         raise UserError(
             f"{directory} holds TensorRT plans, which do not return the hidden states of layers: bisect with "
-            "--host plugin on a bundle that was built with --backend onnxruntime instead."
+            "a bundle that was built with --backend reference instead."
         )
     built = manifest.backend
     gpu = find_gpu()

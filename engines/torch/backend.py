@@ -20,8 +20,7 @@ import torch
 from torch import nn
 from transformers import Qwen3VLConfig
 
-from pascalvl.engines.backends import REFERENCE
-from pascalvl.engines.device.batches import padded_batch
+from pascalvl.engines.device.padding import padded_batch
 from pascalvl.engines.engine import SLOTS, Engine, Features, NewTokens, Session
 from pascalvl.engines.torch.steps import CapturedStep, PlacedVisuals, StepShape
 from pascalvl.export.checkpoint import HOST_TABLES, meta_model, read_config
@@ -34,7 +33,7 @@ from pascalvl.plugins.kv_format import CacheConfig
 
 log = logging.getLogger(__name__)
 
-NAME = REFERENCE
+NAME = "torch"
 _GRAPHS = (bindings.VISION, bindings.DECODER)
 _DATA = {graph: f"{graph}.onnx.data" for graph in _GRAPHS}
 _WEIGHTS = "weights.json"

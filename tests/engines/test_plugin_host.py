@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from pascalvl.engines import build, open_engine
-from pascalvl.engines.device.memory import EmulatedDevice, available_target, open_device
+from pascalvl.engines.device.memory import EmulatedDevice, Graph, available_target, open_device
 from pascalvl.engines.engine import NewTokens, Placement
 from pascalvl.engines.reference import backend as plugin_host
 from pascalvl.engines.tensorrt.engine import TensorRTEngine
@@ -44,12 +44,12 @@ LIMITS = Limits(prefill_chunk=7, max_patches=64, max_context=1 << 40)
 
 
 @pytest.fixture(scope="module")
-def bundle(nano_engine_bundle):
-    return nano_engine_bundle
+def bundle(nano_engine):
+    return nano_engine("f32", "reference")
 
 
 def fresh(bundle, **options) -> VisionLanguageModel:
-    return VisionLanguageModel.open(bundle, context_length=CONTEXT, host="plugin", **options)
+    return VisionLanguageModel.open(bundle, context_length=CONTEXT, **options)
 
 
 @pytest.fixture
@@ -76,10 +76,10 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("kv", CACHES)
 def test_tokens_equal_the_reference_and_both_ops_are_the_plugins(kv, nano_engine, nano_reference, calls):
     """The reference is Hugging Face, or, of a cache that may change the answer, ONNX Runtime with that cache."""
-    engine = nano_engine(kv)
+    engine = nano_engine(kv, "reference")
     model = fresh(engine)
     if CacheConfig.parse(kv).kv_format.is_quantised:
-        on_onnxruntime = VisionLanguageModel.open(engine, context_length=CONTEXT)
+        on_onnxruntime = VisionLanguageModel.open(nano_engine(kv), context_length=CONTEXT)
         expected = answer(on_onnxruntime, PICTURE, NEW_TOKENS).token_ids
     else:
         expected = reference_answer(nano_reference, model.prompt(PICTURE), NEW_TOKENS)[0]
@@ -103,11 +103,11 @@ def test_ranks(nano_checkpoint, tmp_path):
     """Values of 112, whose rows in half a byte each are padded."""
     cache = CacheConfig.parse("k8v4,rv=112")
     export_checkpoint(nano_checkpoint, tmp_path / "model", cache=cache)
-    for backend in ("onnxruntime", "torch"):
+    for backend in ("onnxruntime", "reference", "torch"):
         build(tmp_path / "model", tmp_path / backend, backend, cache)
     model = VisionLanguageModel.open(tmp_path / "onnxruntime", context_length=CONTEXT)
     expected = answer(model, PICTURE, NEW_TOKENS).token_ids
-    assert answer(fresh(tmp_path / "onnxruntime"), PICTURE, NEW_TOKENS).token_ids == expected
+    assert answer(fresh(tmp_path / "reference"), PICTURE, NEW_TOKENS).token_ids == expected
     emulated = VisionLanguageModel.open(tmp_path / "torch", context_length=CONTEXT)
     assert answer(emulated, PICTURE, NEW_TOKENS).token_ids == expected
 
@@ -122,10 +122,10 @@ def test_a_conversation_in_chunks(limited, nano_reference):
     assert second.token_ids == reference_answer(nano_reference, model.prompt(TURNS), NEW_TOKENS)[0]
 
 
-def test_outputs_equal_onnx_runtimes(bundle, limited):
+def test_outputs_equal_onnx_runtimes(nano_engine_bundle, limited):
     """Also of the marked layers. Both sum in float32, in other orders."""
     feeds = decoder_feeds(limited.manifest, seq=3, capacity=10, past=4)
-    expected = open_engine(bundle, marked_layers=True).run(bindings.DECODER, feeds)
+    expected = open_engine(nano_engine_bundle, marked_layers=True).run(bindings.DECODER, feeds)
     found = limited.run(bindings.DECODER, feeds)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -164,7 +164,7 @@ def test_decode_steps_of_all_sizes_compute_in_one_block(limited, monkeypatch):
     assert {context._shapes[bindings.PAST_LENGTH] for context in contexts} == {(1,), (2,), (4,)}
     assert {context.device_memory for context in contexts} == {limited.device_memory.pointer}
     assert len({context._addresses[bindings.LOGITS] for context in contexts}) == 1
-    assert session.decode_step(4) is session.decode_step(4)
+    assert len({id(context) for context in contexts}) == 3
 
 
 def test_pages_move_in_runs(limited, monkeypatch):
@@ -199,7 +199,7 @@ def test_pages_move_in_runs(limited, monkeypatch):
 
 def test_several_sequences_have_more_tokens_than_one_holds(bundle):
     """There is room for as many as the engine takes, whatever the context."""
-    session = open_engine(bundle, host="plugin").open_session(PAGE_SLOTS, 2)
+    session = open_engine(bundle).open_session(PAGE_SLOTS, 2)
     tokens = []
     for page, seq in ((1, 100), (0, 40)):
         placement = Placement(np.array([page], np.int32), 0, np.arange(seq, dtype=np.int32))
@@ -235,11 +235,11 @@ def test_an_interrupt_leaves_the_cache_as_it_was(limited, monkeypatch, appends, 
 def test_without_a_graph_steps_run_one_by_one(limited, caplog):
     """NumPy cannot be recorded: on a GPU the capture is refused, and the host says so."""
     session = limited.open_session(8)
-    assert not session.decode_step(1).is_graph
+    assert session.decode_launches() is None
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == ON_GPU
     if ON_GPU:
-        assert "the decode step is no CUDA graph, and slower" in warnings[0]
+        assert "a step is no CUDA graph, and slower" in warnings[0]
 
 
 @pytest.mark.skipif(ON_GPU, reason="stands in for a GPU's capture")
@@ -253,11 +253,11 @@ def test_a_step_that_was_recorded_is_replayed(limited, monkeypatch):
             replays += 1
             step()
 
-        return replay
+        return Graph(replay, 5)
 
     monkeypatch.setattr(EmulatedDevice, "capture", capture)
     sequence = Conversation(limited.open_session(8))
-    assert sequence.session.decode_step(1).is_graph
+    assert sequence.session.decode_launches() == 5
     sequence.step(1, 0)
     sequence.greedy(1, 1)
     assert (replays, sequence.cache.length) == (2, 2)
@@ -335,7 +335,7 @@ def test_sizes_that_the_engine_was_not_built_for(limited):
 
 
 def test_a_context_longer_than_the_engine_takes(bundle):
-    engine = open_engine(bundle, host="plugin")
+    engine = open_engine(bundle)
     with pytest.raises(UserError, match="a context of 262145 tokens is more than this engine was built for, 262144"):
         engine.open_session(262145)
 
@@ -345,31 +345,16 @@ def test_memory_that_runs_out(limited):
         limited.open_session(1 << 39)
 
 
-def test_bundles_without_graphs_and_other_hosts(bundle, tmp_path):
-    manifest = Manifest.read(bundle, "engine")
-    files = {name: file for name, file in manifest.files.items() if not name.startswith("vision.onnx")}
-    manifest = dataclasses.replace(manifest, files=files, backend={"name": "tensorrt"})
-    with pytest.raises(UserError, match=r"holds no ONNX graphs, .* 'tensorrt' made of them: build a bundle with"):
-        plugin_host.open_engine(tmp_path, manifest, marked_layers=False)
-    with pytest.raises(UserError, match="unknown host 'trt': expected plugin"):
-        open_engine(bundle, host="trt")
-
-
 def test_command_line(bundle, capsys):
-    options = ["--host", "plugin", "--prompt", "Hello!", "--max-new-tokens", "2", "--context", str(CONTEXT)]
+    options = ["--prompt", "Hello!", "--max-new-tokens", "2", "--context", str(CONTEXT)]
     assert main(["run", str(bundle), *options]) == 0
     assert "2 new in" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(ON_GPU, reason="polygraphy is not where GPUs are")
 def test_validation(bundle, nano_checkpoint, capsys):
-    options = ["--reference", str(nano_checkpoint), "--host", "plugin", "--context", str(CONTEXT), "--bisect"]
+    options = ["--reference", str(nano_checkpoint), "--context", str(CONTEXT), "--bisect"]
     assert main(["validate", str(bundle), *options, "--prompt", "Hello!"]) == 0
     out = capsys.readouterr().out
     assert "prefill.hidden_states" in out
     assert "0 out of tolerance" in out
-
-
-def test_building_is_for_backends(nano_model_bundle, tmp_path):
-    with pytest.raises(UserError, match="unknown backend 'plugin'"):
-        build(nano_model_bundle, tmp_path / "engine", "plugin")

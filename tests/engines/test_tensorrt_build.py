@@ -471,7 +471,7 @@ def test_engines_of_another_contract(tensorrt, built, monkeypatch, module, name,
 
 
 def test_no_hidden_states(tensorrt, built):
-    with pytest.raises(UserError, match=r"plans, which do not return .* bisect with --host plugin on a bundle"):
+    with pytest.raises(UserError, match=r"plans, which do not return .* bisect with a bundle .* --backend reference"):
         open_engine(built.directory, marked_layers=True)
 
 

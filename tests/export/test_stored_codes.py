@@ -102,12 +102,11 @@ def references(coded, nano_checkpoint):
     return functools.cache(lambda kind: requantised.reference(nano_checkpoint, coded(kind)[1]))
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "torch", "plugin"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch", "reference"])
 def test_a_picture_question(backend, exported, references, tmp_path):
     """As Hugging Face's model with the same weights in float32."""
-    host = "plugin" if backend == "plugin" else None
-    build(exported("awq"), tmp_path / "engine", "onnxruntime" if host else backend, CacheConfig.parse("k8v8"))
-    model = VisionLanguageModel.open(tmp_path / "engine", context_length=256, host=host)
+    build(exported("awq"), tmp_path / "engine", backend, CacheConfig.parse("k8v8"))
+    model = VisionLanguageModel.open(tmp_path / "engine", context_length=256)
     expected = reference_answer(references("awq"), model.prompt(PICTURE), 20)[0]
     assert answer(model, PICTURE, 20).token_ids == expected
 
