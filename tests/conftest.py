@@ -92,6 +92,19 @@ def nano_engine(nano_model_bundle: Path, tmp_path_factory: pytest.TempPathFactor
     return built
 
 
+@pytest.fixture(scope="module")
+def cuda_anywhere():
+    """Backend ``cuda`` on the emulator, where there is no GPU."""
+    from pascalvl.engines.cuda import backend
+    from pascalvl.engines.device.memory import EmulatedDevice, available_target
+    from pascalvl.plugins.kernels.build import Target, cached
+
+    with pytest.MonkeyPatch.context() as patch:
+        if available_target() is Target.EMULATOR:
+            patch.setattr(backend, "open_device", lambda: EmulatedDevice(cached(Target.EMULATOR)))
+        yield
+
+
 @pytest.fixture(scope="session")
 def nano_reference(nano_checkpoint: Path) -> Qwen3VLForConditionalGeneration:
     """Hugging Face's model in float32."""

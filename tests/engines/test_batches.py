@@ -14,24 +14,23 @@ from pascalvl.plugins.kv_format import PAGE_SLOTS
 from tests.engines.batches import CAPACITY, DECODES, POOL, alone, changed, decodes, fresh_pool, places
 from tests.engines.decoder import random_tokens
 
-BACKENDS = ["onnxruntime", "torch", "plugin"]
-"""``plugin`` is ONNX Runtime's bundle in the reference host. All but the first run the kernels on the emulator, where a
-token takes seconds: few sequences there; `tests/plugins/kernels/test_sequences.py` has eight, in every format."""
+pytestmark = pytest.mark.usefixtures("cuda_anywhere")
+BACKENDS = ["onnxruntime", "torch", "cuda", "reference"]
+"""All but the first run the kernels on the emulator: few sequences there; `tests/plugins/kernels/test_sequences.py` has
+eight, in every format."""
 CHUNK_PAGES, CHUNK_PAST = (16, 13), 126
 """Of a chunk of a prompt beside them."""
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
-def sessions(request, nano_engine):
+def sessions(request, nano_engine, cuda_anywhere):
     """A session by the cache's format."""
 
     @functools.cache
     def opened(kv: str) -> Session:
         if kv != "f32" and request.param != "onnxruntime":
             pytest.skip("takes too long on the emulator")
-        backend = "onnxruntime" if request.param == "plugin" else request.param
-        host = "plugin" if request.param == "plugin" else None
-        engine = open_engine(nano_engine(kv, backend), host=host, marked_layers=True)
+        engine = open_engine(nano_engine(kv, request.param), marked_layers=True)
         return engine.open_session(CAPACITY, POOL)
 
     return opened

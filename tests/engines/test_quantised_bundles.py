@@ -22,9 +22,10 @@ from tests.engines.torch_reference import answer, reference_answer, scene, user
 
 CONTEXT, NEW_TOKENS = 256, 20
 PICTURE = [user(scene(3, 100, 70), "How many squares are there?")]
+pytestmark = pytest.mark.usefixtures("cuda_anywhere")
 QUANT_LINEARS = {bindings.VISION: 1 + 4 * 6 + 2 * 4, bindings.DECODER: 4 * 6 + 1}
 """Linear layers of the two graphs."""
-TOLERANCE = {"torch": 2e-2, "plugin": 2e-2}
+TOLERANCE = {"torch": 2e-2, "cuda": 2e-2, "reference": 2e-2}
 """Of outputs, by the RMS of ONNX Runtime's, which takes other ties when it rounds inputs to int8."""
 
 
@@ -42,10 +43,8 @@ def engines(nano_quantised_bundle, tmp_path_factory):
 
 
 def opened(engines, backend: str):
-    """A backend's engine; ``plugin`` is ONNX Runtime's bundle in the reference host."""
-    return open_engine(
-        engines("onnxruntime" if backend == "plugin" else backend), host="plugin" if backend == "plugin" else None
-    )
+    """A backend's engine."""
+    return open_engine(engines(backend))
 
 
 def test_the_manifest_says_so(nano_quantised_bundle):
@@ -68,23 +67,25 @@ def test_decoder_outputs(backend, seq, engines):
         assert np.sqrt(np.square(found[name] - value).mean()) < TOLERANCE[backend] * rms, name
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "torch", "plugin"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch", "cuda", "reference"])
 def test_a_picture_question(backend, engines, nano_reference, monkeypatch):
     """4-bit weights rounded to nearest still answer as Hugging Face does in float32."""
     calls = []
-    kernels = {"torch": (KernelLibrary, "linear"), "plugin": (HostedPlugin, "enqueue")}.get(backend)
+    kernels = {
+        "torch": (KernelLibrary, "linear"),
+        "cuda": (KernelLibrary, "linear"),
+        "reference": (HostedPlugin, "enqueue"),
+    }.get(backend)
     if kernels:
         launch = getattr(*kernels)
         monkeypatch.setattr(*kernels, lambda *arguments: calls.append(1) or launch(*arguments))
-    host = "plugin" if backend == "plugin" else None
-    bundle = engines("onnxruntime" if host else backend)
-    model = VisionLanguageModel.open(bundle, context_length=CONTEXT, host=host)
+    model = VisionLanguageModel.open(engines(backend), context_length=CONTEXT)
     expected = reference_answer(nano_reference, model.prompt(PICTURE), NEW_TOKENS)[0]
     calls.clear()
     assert answer(model, PICTURE, NEW_TOKENS).token_ids == expected
     if kernels and not torch.cuda.is_available():  # where a graph is replayed, nothing is called
         steps = len(expected)
-        attention = (6 + 6 * steps) if backend == "plugin" else 0
+        attention = (6 + 6 * steps) if backend == "reference" else 0
         assert len(calls) == QUANT_LINEARS[bindings.VISION] + steps * QUANT_LINEARS[bindings.DECODER] + attention
 
 

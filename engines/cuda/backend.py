@@ -1,0 +1,111 @@
+"""Backend for every NVIDIA GPU from SM61 on: the exported graphs as launches of our kernels, through the driver alone.
+
+No TensorRT, torch or ONNX at run time: a bundle holds a plan of launches, and the weights as they were exported.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from pascalvl.engines.cuda.engine import CudaEngine
+from pascalvl.engines.cuda.plan import Plan
+from pascalvl.engines.device.gpu import PASCAL, find_gpu
+from pascalvl.engines.device.memory import CudaDevice, Device
+from pascalvl.plugins import bindings
+from pascalvl.plugins.bundle import Manifest, read_json
+from pascalvl.plugins.errors import UserError, reading
+from pascalvl.plugins.kernels.build import Target, cached
+from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.ops.flash_attention import op as flash_attention
+from pascalvl.plugins.ops.quant_linear import op as quant_linear
+
+NAME = "cuda"
+_PLAN = "plan.json"
+_GRAPHS = (bindings.VISION, bindings.DECODER)
+_WEIGHTS = {graph: f"{graph}.onnx.data" for graph in _GRAPHS}
+FILES = (_PLAN, *_WEIGHTS.values())
+"""What an engine bundle holds beside `HOST_FILES`."""
+LAYOUT = 1
+"""Of the plan's file: one more whenever it changes."""
+_VERSIONS = {
+    "layout": str(LAYOUT),
+    **{op.OP_NAME: f"{op.OP_VERSION}.{op.SERIALISED_LAYOUT}" for op in (flash_attention, quant_linear)},
+}
+
+
+def unavailable() -> str:
+    """Why this machine cannot run it; empty: it can."""
+    try:
+        gpu = find_gpu()
+    except UserError as error:
+        return str(error).rstrip(".")
+    if gpu.capability < PASCAL:
+        return f"the kernels are for compute capability {_dotted(PASCAL)} and above; {gpu.name} has {gpu.sm}"
+    return ""
+
+
+def build(model_bundle: Path, directory: Path, manifest: Manifest, cache: CacheConfig) -> dict[str, str]:
+    """Write the graphs' plans and copy the weights into ``directory``; returns the manifest's description."""
+    import onnx
+
+    from pascalvl.engines import graphs
+    from pascalvl.engines.cuda.lowering import lower
+
+    model, plans = manifest.model, {}
+    inputs = {
+        bindings.VISION: bindings.vision_inputs(model),
+        bindings.DECODER: bindings.decoder_inputs(model, cache),
+    }
+    outputs = {
+        bindings.VISION: bindings.vision_outputs(model),
+        bindings.DECODER: bindings.decoder_outputs(model, cache),
+    }
+    for graph, data in _WEIGHTS.items():
+        path = model_bundle / f"{graph}.onnx"
+        with graphs.reading(path, manifest.remedy):
+            proto = onnx.load(path, load_external_data=False)
+            if graph == bindings.DECODER:
+                graphs.set_cache(proto, model, cache)
+            plans[graph] = lower(proto, inputs[graph], outputs[graph]).to_json()
+        shutil.copyfile(model_bundle / data, directory / data)
+    (directory / _PLAN).write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")
+    return {"name": NAME, **_VERSIONS}
+
+
+def open_engine(directory: Path, manifest: Manifest, marked_layers: bool) -> CudaEngine:
+    """See `pascalvl.engines.open_engine`."""
+    if found := [f"{name} {manifest.backend.get(name)}" for name in _VERSIONS if not _matches(manifest, name)]:
+        expected = ", ".join(f"{name} {version}" for name, version in _VERSIONS.items())
+        raise UserError(
+            f"{directory} was built by another version of PascalVL ({', '.join(found)}; this one has {expected}): "
+            f"{manifest.remedy}."
+        )
+    with reading(directory / _PLAN, manifest.remedy):
+        plans = {graph: Plan.from_json(plan) for graph, plan in read_json(directory / _PLAN, manifest.remedy).items()}
+    weights = {graph: directory / data for graph, data in _WEIGHTS.items()}
+    device = open_device()
+    try:
+        return CudaEngine(directory, manifest, plans, weights, device, marked_layers)
+    except MemoryError:
+        size = sum(path.stat().st_size for path in weights.values())
+        raise UserError(
+            f"the weights of {directory} take {size / 1e9:.1f} GB, more than is free of the GPU's memory: end what "
+            "else uses the card, or export the checkpoint with smaller weights (--weights w4)."
+        ) from None
+
+
+def open_device() -> Device:
+    """The GPU; raises `UserError` where there is none that can be used."""
+    if reason := unavailable():
+        raise UserError(f"backend cuda cannot run here: {reason}.")
+    return CudaDevice(cached(Target.CUDA))
+
+
+def _matches(manifest: Manifest, name: str) -> bool:
+    return manifest.backend.get(name) == _VERSIONS[name]
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return "{}.{}".format(*capability)

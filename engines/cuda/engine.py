@@ -1,0 +1,133 @@
+"""Runs plans: weights on the device, memory for intermediate results, and the launches of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from pascalvl.engines.cuda.plan import Plan
+from pascalvl.engines.cuda.program import BoundPlan, Launch
+from pascalvl.engines.device.engine import DeviceEngine
+from pascalvl.engines.device.memory import ALIGNMENT, Buffer, Device
+from pascalvl.engines.device.padding import BATCHES, LENGTHS
+from pascalvl.engines.device.session import DeviceSession
+from pascalvl.engines.engine import Session
+from pascalvl.plugins import bindings
+from pascalvl.plugins.bundle import Manifest
+
+_CHUNK = 32 << 20
+"""Bytes of weights that are copied at a time."""
+
+
+class CudaEngine(DeviceEngine):
+    """Both graphs' plans on a device.
+
+    Args:
+        plans: by graph.
+        weights: their files, by graph.
+        device: where they and the cache are.
+        marked_layers: whether the decoder returns `bindings.hidden_states` of every layer as well.
+
+    Raises:
+        MemoryError: the weights do not fit on the device.
+    """
+
+    max_prefill = LENGTHS[-1]
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        plans: Mapping[str, Plan],
+        weights: Mapping[str, Path],
+        device: Device,
+        marked_layers: bool = False,
+    ) -> None:
+        super().__init__(directory, manifest, device, marked_layers)
+        self.plans = plans
+        self.lengths = LENGTHS if device.gpu else ()  # padding costs the emulator more than it saves
+        self._weights = {graph: upload_file(device, path) for graph, path in weights.items()}
+        self._memory: list[Buffer] = []
+        """For intermediate results, each larger than the one before: recorded steps work in any of them."""
+        self._large: Buffer | None = None
+        """For those of the last call that is not recorded, where they need more."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the device's memory."""
+        return sum(buffer.nbytes for buffer in self._weights.values())
+
+    def program(
+        self, graph: str, sizes: Mapping[str, int], pointers: Mapping[str, int], kept: bool
+    ) -> Callable[[], None]:
+        bound = self._bound(graph, sizes, pointers)
+        return _Program(bound.launches(self._working_memory(bound.nbytes, kept)))
+
+    def _bound(self, graph: str, sizes: Mapping[str, int], pointers: Mapping[str, int]) -> BoundPlan:
+        return BoundPlan(self.plans[graph], self.device, self._weights[graph].pointer, sizes, pointers)
+
+    def _working_memory(self, nbytes: int, kept: bool) -> int:
+        """Address of memory for intermediate results; steps and pictures never run at once, and share it."""
+        self._large = None
+        if not self._memory or self._memory[-1].nbytes < nbytes:
+            buffer = self.device.allocate(nbytes)
+            if not kept:  # a large picture's: given back at the next call
+                self._large = buffer
+                return buffer.pointer
+            self._memory.append(buffer)
+        return self._memory[-1].pointer
+
+    def _new_session(self, sequence_pages: int, pages: int) -> Session:
+        return DeviceSession(self, sequence_pages, pages)
+
+    def prepare(self, sizes_of: Callable[[int, int], Mapping[str, int]]) -> None:
+        """As the base class: allocates at once what the largest of the steps works in."""
+        names = [*self.inputs[bindings.DECODER], *self.outputs[bindings.DECODER]]
+        pointers = dict.fromkeys((binding.name for binding in names), ALIGNMENT)  # nothing is launched
+        shapes = [(tokens, BATCHES[-1]) for tokens in (*self.lengths[-1:], BATCHES[-1])]
+        bound = (self._bound(bindings.DECODER, sizes_of(*shape), pointers) for shape in shapes)
+        self._working_memory(max(plan.nbytes for plan in bound), kept=True)
+
+
+class _Program:
+    """Launches in order."""
+
+    def __init__(self, launches: list[Launch]) -> None:
+        self._launches = launches
+
+    def __call__(self) -> None:
+        for launch in self._launches:
+            launch()
+
+
+def upload_file(device: Device, path: Path, progress: Callable[[int], None] = lambda _: None) -> Buffer:
+    """Copy a file to a device's memory, a part of it while the next one is read.
+
+    Args:
+        device: to which.
+        path: of the file.
+        progress: called with numbers of bytes.
+    """
+    size = path.stat().st_size
+    buffer = device.allocate(size)
+    chunks = [device.host_array(min(_CHUNK, size)) for _ in range(2)]
+    with path.open("rb", buffering=0) as file:
+        for number, start in enumerate(range(0, size, _CHUNK)):
+            part = chunks[number % 2][: min(_CHUNK, size - start)]
+            _read_into(file, part, path)
+            device.synchronize()  # the other chunk is on its way until now
+            device.upload(buffer.pointer + start, part)
+            progress(len(part))
+    device.synchronize()
+    return buffer
+
+
+def _read_into(file, part: np.ndarray, path: Path) -> None:
+    view = memoryview(part)
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise OSError(f"{path} ended early")
+        view = view[count:]
