@@ -14,6 +14,7 @@ import enum
 import functools
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -36,7 +37,9 @@ SOURCES = tuple(sorted(path.stem for path in FOLDER.glob("*.cu")))
 ABI = tuple(FOLDER / f"{name}.cpp" for name in ("library", "attention", "linear"))
 """Files of the C ABI, which are the same for CUDA and the emulator."""
 NVRTC_PACKAGE = "nvidia-cuda-nvrtc-cu12>=12.4,<13"
-CXX_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread")
+CXX_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread")
+_RESOURCES = "resources.json"
+"""Beside the object for CUDA: what `resources` tells."""
 
 
 class Target(enum.Enum):
@@ -47,34 +50,47 @@ class Target(enum.Enum):
 
 
 def build(output: Path, target: Target, flags: Sequence[str] = (), more: Sequence[Path] = ()) -> None:
-    """Write the shared library ``output``.
+    """Write the shared library ``output``: the kernels, compiled once for all libraries, and what comes to them.
 
     Args:
         output: the library's path; it appears there complete.
         target: what is to run the kernels.
-        flags: further ones for g++, for example a sanitizer's.
+        flags: further ones for g++, for ``more``.
         more: further C++ files of the library.
 
     Raises:
-        UserError: g++ or NVRTC is missing, or they refuse the sources.
+        UserError: g++ or NVRTC is missing, or they refuse the sources; or there is no room in the cache folder.
     """
+    compile_library(output, [kernels_object(target), *more], flags)
+
+
+def kernels_object(target: Target) -> Path:
+    """The kernels and their C ABI as one object file, in the user's cache folder; for errors see `build`."""
+    name = "kernels.o" if target is Target.CUDA else "kernels_emulated.o"
+    return cached_file(name, source_files(), lambda output: _build_object(output, target))
+
+
+def _build_object(output: Path, target: Target) -> None:
+    if target is Target.EMULATOR:
+        return compile_library(output, [*ABI, FOLDER / "emulated.cpp"], kind="-r")
+    _compiler()  # told before the minute that NVRTC takes
     with tempfile.TemporaryDirectory() as work:
-        if target is Target.CUDA:
-            _compiler()  # told before the minute that NVRTC takes
-            launcher = [FOLDER / "driver.cpp", _images(Path(work))]
-        else:
-            launcher = [FOLDER / "emulated.cpp"]
-        compile_library(output, [*ABI, *launcher, *more], flags)
+        images = _images(Path(work))
+        taken = {kernel: dataclasses.asdict(resources) for kernel, resources in _resources().items()}
+        (output.parent / _RESOURCES).write_text(json.dumps(taken), encoding="utf-8")
+        return compile_library(output, [*ABI, FOLDER / "driver.cpp", images], kind="-r")
 
 
-def compile_library(output: Path, sources: Sequence[Path], flags: Sequence[str] = ()) -> None:
-    """Compile C++ files to a shared library, which appears at ``output`` complete; for errors see `build`."""
+def compile_library(output: Path, sources: Sequence[Path], flags: Sequence[str] = (), kind: str = "-shared") -> None:
+    """Compile C++ files and link objects to a shared library, or with ``kind`` -r to one object, which appears at
+    ``output`` complete; for errors see `build`."""
     compiler = _compiler()
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=_partial_prefix(output.name), dir=output.parent) as work:
         made = Path(work) / output.name
-        files = [f"-I{FOLDER.parents[1]}", *map(str, sources), "-ldl", "-o", str(made)]
-        result = subprocess.run([compiler, *CXX_FLAGS, *flags, *files], capture_output=True, text=True, check=False)
+        files = [f"-I{FOLDER.parents[1]}", *map(str, sources), *["-ldl"] * (kind == "-shared"), "-o", str(made)]
+        command = [compiler, *CXX_FLAGS, kind, *flags, *files]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise UserError(f"{compiler} failed to build {output.name} ({first_error(result.stderr)}).")
         made.chmod(0o755)  # whatever the umask: others must not be able to write it
@@ -101,9 +117,9 @@ def _compiler() -> str:
 
 
 def cached(target: Target) -> Path:
-    """The library in the user's cache folder, built there on first use; see `cached_library`."""
+    """The library in the user's cache folder, built there on first use; see `cached_file`."""
     name = "libpascalvl.so" if target is Target.CUDA else "libpascalvl_emulated.so"
-    return cached_library(name, source_files(), lambda library: build(library, target))
+    return cached_file(name, source_files(), lambda library: build(library, target))
 
 
 def source_files() -> list[Path]:
@@ -111,11 +127,11 @@ def source_files() -> list[Path]:
     return [*FOLDER.glob("*.c*"), *FOLDER.glob("*.h"), *(FOLDER.parent / "emulator").glob("*.h"), Path(__file__)]
 
 
-def cached_library(name: str, sources: Sequence[Path], make: Callable[[Path], None]) -> Path:
+def cached_file(name: str, sources: Sequence[Path], make: Callable[[Path], None]) -> Path:
     """The path of what ``make`` wrote for these sources, in the user's cache folder.
 
     ``$XDG_CACHE_HOME`` (or ``~/.cache``) ``/pascalvl/kernels-<hash of the sources>/``. What compiles is not hashed, so
-    that a library carried from another machine serves where NVRTC and g++ are missing. Of several processes that want
+    that a file carried from another machine serves where NVRTC and g++ are missing. Of several processes that want
     it at once, one makes it and the others wait.
 
     Raises:
@@ -138,7 +154,7 @@ def cached_library(name: str, sources: Sequence[Path], make: Callable[[Path], No
     except OSError as error:
         raise UserError(
             f"{name} cannot be written to {cache_folder() / folder} ({error.strerror}): set XDG_CACHE_HOME to a folder "
-            "with 10 MB free that can be written."
+            "with 20 MB free that can be written."
         ) from error
     return library
 
@@ -233,7 +249,15 @@ class Resources:
 
 
 def resources() -> dict[str, Resources]:
-    """What each kernel takes, by ptxas for sm_61 and, for its inner loops, by the PTX, which is unrolled already."""
+    """What each kernel takes, by ptxas for sm_61 and, for its inner loops, by the PTX, which is unrolled already.
+
+    As the compilers said when the kernels were compiled; for errors see `build`.
+    """
+    path = kernels_object(Target.CUDA).parent / _RESOURCES
+    return {kernel: Resources(**taken) for kernel, taken in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def _resources() -> dict[str, Resources]:
     entries, found = {}, {}
     for source in SOURCES:
         path = FOLDER / f"{source}.cu"

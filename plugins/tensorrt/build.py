@@ -56,12 +56,12 @@ def cached(major: int, target: Target) -> Path:
     """The library for the project's own declarations, in the user's cache folder, built there on first use."""
     name = f"libpascalvl_plugin{major}{'_emulated' if target is Target.EMULATOR else ''}.so"
     sources = (*kernels_build.source_files(), *FOLDER.glob("*.cpp"), *FOLDER.glob("*.h"), *_FACTS, Path(__file__))
-    return kernels_build.cached_library(name, sources, lambda library: build(library, major, target=target))
+    return kernels_build.cached_file(name, sources, lambda library: build(library, major, target=target))
 
 
 def source_hash(library: Path) -> str:
     """Hash of the sources of a library that `cached` gave: equal where equal ones were compiled by other compilers."""
-    return library.parent.name.rpartition("-")[2]  # as `cached_library` names its folder
+    return library.parent.name.rpartition("-")[2]  # as `cached_file` names its folder
 
 
 def contract() -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kernels.build import Target, cached_library, compile_library
+from pascalvl.plugins.kernels.build import Target, cached_file, compile_library
 from pascalvl.plugins.ops.flash_attention.op import OP_NAME, OP_VERSION
 from pascalvl.plugins.tensorrt.build import FOLDER, cached
 
@@ -47,7 +47,7 @@ class PluginHost:
         sources = [FOLDER / "host.cpp", FOLDER / "interface.h", Path(__file__)]
         flags = [f"-DPASCALVL_TENSORRT_MAJOR={major}"]
         name = f"libpascalvl_host{major}.so"
-        host = cached_library(name, sources, lambda path: compile_library(path, sources[:1], flags))
+        host = cached_file(name, sources, lambda path: compile_library(path, sources[:1], flags))
         self._library = ctypes.CDLL(str(host), mode=ctypes.RTLD_GLOBAL)
         self._library.pascalvl_host_messages.restype = ctypes.c_char_p
         self.plugin = cached(major, target)

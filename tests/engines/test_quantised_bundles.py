@@ -71,19 +71,15 @@ def test_decoder_outputs(backend, seq, engines):
 def test_a_picture_question(backend, engines, nano_reference, monkeypatch):
     """4-bit weights rounded to nearest still answer as Hugging Face does in float32."""
     calls = []
-    kernels = {
-        "torch": (KernelLibrary, "linear"),
-        "cuda": (KernelLibrary, "linear"),
-        "reference": (HostedPlugin, "enqueue"),
-    }.get(backend)
-    if kernels:
-        launch = getattr(*kernels)
-        monkeypatch.setattr(*kernels, lambda *arguments: calls.append(1) or launch(*arguments))
+    kernels = {"reference": (HostedPlugin, "enqueue")} | dict.fromkeys(("torch", "cuda"), (KernelLibrary, "linear"))
+    if counted := kernels.get(backend):
+        launch = getattr(*counted)
+        monkeypatch.setattr(*counted, lambda *arguments: calls.append(1) or launch(*arguments))
     model = VisionLanguageModel.open(engines(backend), context_length=CONTEXT)
     expected = reference_answer(nano_reference, model.prompt(PICTURE), NEW_TOKENS)[0]
     calls.clear()
     assert answer(model, PICTURE, NEW_TOKENS).token_ids == expected
-    if kernels and not torch.cuda.is_available():  # where a graph is replayed, nothing is called
+    if counted and not torch.cuda.is_available():  # where a graph is replayed, nothing is called
         steps = len(expected)
         attention = (6 + 6 * steps) if backend == "reference" else 0
         assert len(calls) == QUANT_LINEARS[bindings.VISION] + steps * QUANT_LINEARS[bindings.DECODER] + attention

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.kernels.build import cached_library, compile_library
+from pascalvl.plugins.kernels.build import cached_file, compile_library
 from pascalvl.plugins.user_cache import cache_folder, open_cache_folder
 
 NAME = "liban answer.so"
 BUILDER = """
 import ctypes, pathlib, sys, time
-from pascalvl.plugins.kernels.build import cached_library, compile_library
+from pascalvl.plugins.kernels.build import cached_file, compile_library
 
 source, started, seconds = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), float(sys.argv[3])
 
@@ -32,7 +32,7 @@ def make(library):
     partial.rmdir()
     compile_library(library, [source])
 
-print(ctypes.CDLL(str(cached_library(NAME, [source], make))).answer())
+print(ctypes.CDLL(str(cached_file(NAME, [source], make))).answer())
 """.replace("NAME", repr(NAME))
 
 
@@ -50,7 +50,7 @@ def source(tmp_path) -> Path:
 
 
 def library_of(source: Path) -> Path:
-    return cached_library(NAME, [source], lambda library: compile_library(library, [source]))
+    return cached_file(NAME, [source], lambda library: compile_library(library, [source]))
 
 
 def builder(source: Path, seconds: float) -> subprocess.Popen:
@@ -163,7 +163,7 @@ def test_a_builder_that_fails_leaves_the_next_one_to_try(cache, source):
         raise UserError("no compiler")
 
     with pytest.raises(UserError, match="no compiler"):
-        cached_library(NAME, [source], make)
+        cached_file(NAME, [source], make)
     library = library_of(source)
     assert ctypes.CDLL(str(library)).answer() == 42
     assert {path.name for path in library.parent.iterdir()} == {NAME, f".{NAME}.lock"}

@@ -83,15 +83,20 @@ def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch, attribute, value, 
 
 
 def test_missing_nvrtc_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(kernels_build.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(kernels_build, "compile_cuda", kernels_build.compile_cuda.__wrapped__)  # remembers nothing
     with pytest.raises(UserError, match="nvidia-cuda-nvrtc-cu12"):
         build(tmp_path / "lib.so", Target.CUDA)
-    assert not list(tmp_path.iterdir())
+    assert not {path.suffix for path in tmp_path.rglob("*")} & {".o", ".so"}
 
 
 def test_a_cached_library_serves_where_nothing_compiles(tmp_path, monkeypatch):
+    compiled = kernels_build.kernels_object(Target.EMULATOR)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "pascalvl" / compiled.parent.name
+    folder.mkdir(0o700, parents=True)
+    shutil.copy(compiled, folder)
     path = cached(Target.EMULATOR)
     assert tmp_path in path.parents
     assert KernelLibrary(path).row_bytes(RowFormat.INT4, 112) == 64

@@ -31,7 +31,8 @@ def sweep(library: Path, sanitizer: str, every: int) -> subprocess.CompletedProc
 
 def build(library: Path, sanitizer: str) -> None:
     flags, _ = SANITIZERS[sanitizer]
-    kernels_build.build(library, Target.EMULATOR, (*SERIAL, *flags))
+    sources = [*kernels_build.ABI, kernels_build.FOLDER / "emulated.cpp"]
+    kernels_build.compile_library(library, sources, (*SERIAL, *flags))
 
 
 def run(program: str, library: Path, sanitizer: str, *arguments: object) -> subprocess.CompletedProcess:
