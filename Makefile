@@ -5,8 +5,9 @@ BACKEND ?= auto
 # The KV cache: a format, k8v8, k8v4, k4v4, f16 or f32, and options such as k8v4,window=64+8192,pin=image (see README.md).
 KV      ?= k8v8
 # The weights: a format, f32, f16, w8 or w4, and options such as w4,group=64,layer.0=w8 (see README.md). By default f32,
-# or as the checkpoint has them in codes of 4 bits; with BACKEND=tensorrt the most exact for which the card has room.
-W       ?= $(if $(filter tensorrt,$(BACKEND)),auto)
+# or as the checkpoint has them in codes of 4 bits; for a GPU the most exact for which the card has room.
+GPU_FITTING := $(shell nvidia-smi --list-gpus > /dev/null 2>&1 && echo auto)
+W       ?= $(if $(filter tensorrt cuda,$(BACKEND)),auto,$(if $(filter auto,$(BACKEND)),$(GPU_FITTING)))
 # A folder of your own prompts and pictures, by which an export fits weights of 4 bits, keys and values.
 CALIBRATE ?=
 IMAGE   ?= tests/nano/pictures/sample.png

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pascalvl.engines.engine import Engine
@@ -130,10 +130,22 @@ def _backend_module(name: str, tell: Callable[[str], None] = log.info):
             if reason := getattr(module, "unavailable", lambda: None)():
                 skipped[candidate] = reason
                 continue
-            reasons = "".join(f"; {other} is skipped: {reason}" for other, reason in skipped.items())
-            tell(f"backend {candidate}: the fastest that can be used here{reasons}")
+            others = candidates[candidates.index(candidate) + 1 :]
+            other = f"; --backend {others[0]} would be the next" if others else ""
+            tell(f"backend {candidate}: the fastest that can be used here{_told(skipped)}{other}")
         return module
     reasons = ", ".join(f"{candidate} ({reason})" for candidate, reason in skipped.items())
     if name == AUTO:
         raise UserError(f"no backend can be used: {reasons}; install one with pip.")
     raise UserError(f"backend not installed: {reasons}; install it with pip, or choose another --backend.")
+
+
+def _told(skipped: Mapping[str, str]) -> str:
+    """Why backends are skipped, each reason once."""
+    by_reason: dict[str, list[str]] = {}
+    for backend, reason in skipped.items():
+        by_reason.setdefault(reason, []).append(backend)
+    return "".join(
+        f"; {' and '.join(names)} {'is' if len(names) == 1 else 'are'} skipped: {reason}"
+        for reason, names in by_reason.items()
+    )

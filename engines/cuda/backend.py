@@ -5,9 +5,11 @@ No TensorRT, torch or ONNX at run time: a bundle holds a plan of launches, and t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pascalvl.engines.cuda.engine import CudaEngine
 from pascalvl.engines.cuda.plan import Plan
@@ -70,7 +72,8 @@ def build(model_bundle: Path, directory: Path, manifest: Manifest, cache: CacheC
                 graphs.set_cache(proto, model, cache)
             plans[graph] = lower(proto, inputs[graph], outputs[graph]).to_json()
         shutil.copyfile(model_bundle / data, directory / data)
-    (directory / _PLAN).write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")
+    content = {**_made_for(dataclasses.replace(manifest, kv_cache=cache)), "graphs": plans}
+    (directory / _PLAN).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return {"name": NAME, **_VERSIONS}
 
 
@@ -83,7 +86,10 @@ def open_engine(directory: Path, manifest: Manifest, marked_layers: bool) -> Cud
             f"{manifest.remedy}."
         )
     with reading(directory / _PLAN, manifest.remedy):
-        plans = {graph: Plan.from_json(plan) for graph, plan in read_json(directory / _PLAN, manifest.remedy).items()}
+        content = read_json(directory / _PLAN, manifest.remedy)
+        plans = {graph: Plan.from_json(content["graphs"][graph]) for graph in _GRAPHS}
+        if {name: content[name] for name in _made_for(manifest)} != _made_for(manifest):
+            raise UserError(f"{directory / _PLAN} is for another model, or another KV cache: {manifest.remedy}.")
     weights = {graph: directory / data for graph, data in _WEIGHTS.items()}
     device = open_device()
     try:
@@ -101,6 +107,11 @@ def open_device() -> Device:
     if reason := unavailable():
         raise UserError(f"backend cuda cannot run here: {reason}.")
     return CudaDevice(cached(Target.CUDA))
+
+
+def _made_for(manifest: Manifest) -> dict[str, Any]:
+    """What a plan depends on, so that mixed-up files are found when they are opened."""
+    return json.loads(json.dumps({"model": manifest.model.to_json(), "kv_cache": str(manifest.kv_cache)}))
 
 
 def _matches(manifest: Manifest, name: str) -> bool:

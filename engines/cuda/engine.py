@@ -62,10 +62,11 @@ class CudaEngine(DeviceEngine):
     def program(
         self, graph: str, sizes: Mapping[str, int], pointers: Mapping[str, int], kept: bool
     ) -> Callable[[], None]:
-        bound = self._bound(graph, sizes, pointers)
+        bound = self.bound(graph, sizes, pointers)
         return _Program(bound.launches(self._working_memory(bound.nbytes, kept)))
 
-    def _bound(self, graph: str, sizes: Mapping[str, int], pointers: Mapping[str, int]) -> BoundPlan:
+    def bound(self, graph: str, sizes: Mapping[str, int], pointers: Mapping[str, int]) -> BoundPlan:
+        """A graph's launches for these sizes and addresses, see `BoundPlan`."""
         return BoundPlan(self.plans[graph], self.device, self._weights[graph].pointer, sizes, pointers)
 
     def _working_memory(self, nbytes: int, kept: bool) -> int:
@@ -87,7 +88,7 @@ class CudaEngine(DeviceEngine):
         names = [*self.inputs[bindings.DECODER], *self.outputs[bindings.DECODER]]
         pointers = dict.fromkeys((binding.name for binding in names), ALIGNMENT)  # nothing is launched
         shapes = [(tokens, BATCHES[-1]) for tokens in (*self.lengths[-1:], BATCHES[-1])]
-        bound = (self._bound(bindings.DECODER, sizes_of(*shape), pointers) for shape in shapes)
+        bound = (self.bound(bindings.DECODER, sizes_of(*shape), pointers) for shape in shapes)
         self._working_memory(max(plan.nbytes for plan in bound), kept=True)
 
 

@@ -11,7 +11,6 @@ import onnx
 
 from pascalvl.engines.cuda.plan import Matrix, Node, Plan, laid_out
 from pascalvl.plugins.bindings import Binding
-from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.ops.flash_attention import op as flash_attention
 from pascalvl.plugins.ops.quant_linear import op as quant_linear
 from pascalvl.plugins.ops.quant_linear.onnx_body import LinearBody
@@ -33,7 +32,7 @@ def lower(graph: onnx.ModelProto, inputs: list[Binding], outputs: list[Binding])
         outputs: what it gives.
 
     Raises:
-        UserError: a node that is none of these.
+        ValueError: a node that is none of these.
     """
     return _Lowering(graph, inputs, outputs).plan()
 
@@ -65,10 +64,7 @@ class _Lowering:
         for node in self._graph.node:
             lowering = getattr(self, f"_{node.op_type.lower()}", None)
             if lowering is None:
-                raise UserError(
-                    f"backend cuda has no kernel for a node {node.op_type} ({node.name or node.output[0]}): export the "
-                    "checkpoint again with this version of PascalVL."
-                )
+                raise ValueError(f"there is no kernel for a node {node.op_type} ({node.name or node.output[0]})")
             lowering(node, {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute})
         nodes = [dataclasses.replace(n, tensors={k: self._place(v) for k, v in n.tensors.items()}) for n in self._nodes]
         used = {name for node in nodes for name in node.tensors.values()}
@@ -113,7 +109,7 @@ class _Lowering:
         data, (lead, width) = node.input[0], self._constants[node.input[1]].tolist()
         matrix = self._matrices[data]
         if lead != -1 or width * matrix.per_row % matrix.width:
-            raise UserError(f"backend cuda cannot take {data}'s rows of {matrix.width} as rows of {width}.")
+            raise ValueError(f"there is no way to take {data}'s rows of {matrix.width} as rows of {width}")
         per_row = matrix.per_row * width // matrix.width
         self._matrices[node.output[0]] = dataclasses.replace(matrix, per_row=per_row, width=width)
         self._same[node.output[0]] = data
@@ -140,7 +136,7 @@ class _Lowering:
         """In place: who makes the first writes it to where the sum will be."""
         x, y = node.input
         if self._readers[x] > 1 or x in self._given:
-            raise UserError(f"backend cuda adds to {x} in place, which others read.")
+            raise ValueError(f"there is no addition to {x}, which others read")
         self._matrices[node.output[0]] = self._matrices.pop(x)
         self._same[x] = node.output[0]
         self._nodes.append(Node("add_to", {"x": node.output[0], "y": y}))

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NAME = "tensorrt"
+_WITHOUT = "--backend cuda needs no TensorRT"
 _GRAPHS = (bindings.VISION, bindings.DECODER)
 FILES = tuple(f"{graph}.plan" for graph in _GRAPHS)
 """What an engine bundle holds beside `HOST_FILES`."""
@@ -86,7 +87,7 @@ def build(
     options = options or BuildOptions()
     gpu = find_gpu()
     if mismatch := _mismatch(gpu):
-        raise UserError(f"{mismatch}.")
+        raise UserError(f"{mismatch}; {_WITHOUT}.")
     _check_memory(manifest, gpu)
     limits = _limits(manifest.model, options)
     sources = options.tactic_sources if options.tactic_sources is not None else default_tactic_sources()
@@ -367,7 +368,7 @@ class _Logger(trt.ILogger):
             raise self.interruption
         if failure:
             first = self.errors[0] if self.errors else str(failure)
-            raise UserError(f"TensorRT {trt.__version__} cannot {what}: {_sentence(first)}.") from failure
+            raise UserError(f"TensorRT {trt.__version__} cannot {what}: {_sentence(first)}; {_WITHOUT}.") from failure
 
 
 def _sentence(message: str) -> str:
@@ -448,7 +449,8 @@ def _parse(path: Path, logger: _Logger) -> tuple[Any, Any, Any]:
     if not parsed:
         # The parser's own errors do not name the operator before TensorRT 9; its first message does.
         errors = [*logger.errors[:1], *(str(parser.get_error(i)) for i in range(min(parser.num_errors, 1)))]
-        raise UserError(f"TensorRT {trt.__version__} cannot parse {path.name}: {_sentence(' '.join(errors))}.")
+        found = _sentence(" ".join(errors))
+        raise UserError(f"TensorRT {trt.__version__} cannot parse {path.name}: {found}; {_WITHOUT}.")
     return builder, network, parser
 
 

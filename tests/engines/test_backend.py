@@ -33,10 +33,10 @@ def test_build_sets_the_cache_format(nano_engine):
 
 
 def test_unknown_backend(nano_model_bundle, nano_engine_bundle, tmp_path):
-    with pytest.raises(UserError, match="unknown backend 'cuda': expected one of auto, tensorrt, onnxruntime"):
-        build(nano_model_bundle, tmp_path / "engine", "cuda")
-    with pytest.raises(UserError, match="unknown backend 'cuda'"):
-        open_engine(nano_engine_bundle, "cuda")
+    with pytest.raises(UserError, match="unknown backend 'metal': expected one of auto, tensorrt, cuda, onnxruntime"):
+        build(nano_model_bundle, tmp_path / "engine", "metal")
+    with pytest.raises(UserError, match="unknown backend 'metal'"):
+        open_engine(nano_engine_bundle, "metal")
     assert not list(tmp_path.iterdir())
 
 
@@ -109,10 +109,12 @@ def _replace(directory, kind, graph, old, new):
 @pytest.mark.parametrize(
     ("graph", "old", "new"), [("vision", b"Reshape", b"Resh\xffpe"), ("decoder", b"Gather", b"G\xffther")]
 )
-@pytest.mark.parametrize("options", [{}, {"marked_layers": True}, {"host": "plugin"}])
-def test_graphs_whose_operators_names_are_no_text(nano_engine_bundle, tmp_path, capfd, graph, old, new, options):
-    """Of nodes outside the ops' bodies, which the plugin host leaves out."""
-    other = shutil.copytree(nano_engine_bundle, tmp_path / "garbled")
+@pytest.mark.parametrize(
+    ("backend", "options"), [("onnxruntime", {}), ("onnxruntime", {"marked_layers": True}), ("reference", {})]
+)
+def test_graphs_whose_operators_names_are_no_text(nano_engine, tmp_path, capfd, graph, old, new, backend, options):
+    """Of nodes outside the ops' bodies, which the reference leaves out."""
+    other = shutil.copytree(nano_engine("f32", backend), tmp_path / "garbled")
     _replace(other, "engine", graph, old, new)
     with pytest.raises(UserError, match=r"write the bundle again with 'pascalvl build'\.$") as error:
         open_engine(other, **options)
@@ -125,6 +127,9 @@ def test_graphs_whose_operators_names_are_no_text(nano_engine_bundle, tmp_path, 
     [
         ("onnxruntime", b"pascalvl", b""),
         ("onnxruntime", b"Reshape", b"Resh\xffpe"),
+        ("cuda", b"pascalvl", b""),
+        ("cuda", b"Reshape", b"Softmax"),
+        ("cuda", b"Reshape", b"Resh\xffpe"),
         ("torch", b"pascalvl", b""),
         ("torch", b"model.visual.blocks.0.attn.qkv.bias", b"model.visual.blocks.0.attn.qkv.bia\xff"),
     ],

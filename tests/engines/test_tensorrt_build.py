@@ -532,7 +532,10 @@ def chosen(caplog):
 
 
 def test_auto_takes_tensorrt_where_it_works(tensorrt, monkeypatch, caplog):
-    assert chosen(caplog) == ("tensorrt", "backend tensorrt: the fastest that can be used here")
+    assert chosen(caplog) == (
+        "tensorrt",
+        "backend tensorrt: the fastest that can be used here; --backend cuda would be the next",
+    )
     set_gpu(monkeypatch, tensorrt, PASCAL)
     name, told = chosen(caplog)
     assert name == "onnxruntime"
@@ -544,7 +547,7 @@ def test_auto_takes_tensorrt_where_it_works(tensorrt, monkeypatch, caplog):
     monkeypatch.setattr(tensorrt, "find_gpu", no_gpu)
     name, told = chosen(caplog)
     assert name == "onnxruntime"
-    assert told.endswith("tensorrt is skipped: no NVIDIA driver was found: install one")
+    assert "; tensorrt is skipped: no NVIDIA driver was found: install one; cuda is skipped: " in told
 
 
 def test_named_backend_is_not_skipped(tensorrt, nano_model_bundle, tmp_path, monkeypatch):
@@ -558,7 +561,7 @@ def test_tensorrt_that_is_not_installed(nano_model_bundle, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     name, told = chosen(caplog)
     assert name == "onnxruntime"
-    assert told.endswith("; tensorrt is skipped: needs the package tensorrt")
+    assert "; tensorrt is skipped: needs the package tensorrt; cuda is skipped: no NVIDIA " in told
     with pytest.raises(UserError, match=r"backend not installed: tensorrt \(needs the package tensorrt\)"):
         build(nano_model_bundle, tmp_path / "engine", "tensorrt")
 
@@ -570,7 +573,7 @@ def test_tensorrt_whose_libraries_are_missing(tmp_path, monkeypatch, caplog):
     monkeypatch.syspath_prepend(tmp_path)
     name, told = chosen(caplog)
     assert name == "onnxruntime"
-    assert told.endswith("; tensorrt is skipped: libnvinfer.so.8: cannot open shared object file")
+    assert "; tensorrt is skipped: libnvinfer.so.8: cannot open shared object file; cuda is skipped: " in told
 
 
 def test_options_for_another_backend(nano_model_bundle, tmp_path):
