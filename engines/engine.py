@@ -321,6 +321,8 @@ class HostSession(Session):
         super().__init__(engine, sequence_pages, pages)
         self._engine = engine
         self._pool = {binding.name: np.zeros(self.shape_of(binding), binding.dtype) for binding in self.stored}
+        layers = range(len(self.layouts))
+        self._new_rows = [bindings.new_rows(self.model, self.cache, layer) for layer in layers]
 
     @property
     def nbytes(self) -> int:
@@ -332,8 +334,8 @@ class HostSession(Session):
         outputs = self._engine.run(bindings.DECODER, {**self._pool, **inputs})
         stored = np.flatnonzero(places >= 0)
         page, slot = np.divmod(places[stored], PAGE_SLOTS)
-        for layer, pools in enumerate(self.layer_inputs):
-            for pool, new in zip(pools, bindings.new_rows(self.model, self.cache, layer), strict=True):
+        for pools, new_rows in zip(self.layer_inputs, self._new_rows, strict=True):
+            for pool, new in zip(pools, new_rows, strict=True):
                 self._pool[pool.name][page, :, slot] = outputs.pop(new.name)[:, stored].swapaxes(0, 1)
         return outputs
 

@@ -7,6 +7,11 @@ import os
 import shutil
 from pathlib import Path
 
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # Cores of its own for each of the processes, before libraries count them: threads of one would wait for another's.
+    cores, count = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) % len(cores) :: count])
+
 from tests import torchvision_for_cpu  # noqa: F401
 
 # isort: split
