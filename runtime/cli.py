@@ -346,6 +346,8 @@ def _add_generation(parser: _Parser) -> None:
         ("top-p", float, "choose among the likeliest tokens that together have probability P"),
         ("min-p", float, "choose among tokens at least P times as likely as the likeliest"),
         ("repetition-penalty", float, "above 1 makes tokens that were there before less likely"),
+        ("presence-penalty", float, "above 0 makes tokens that the answer has less likely"),
+        ("frequency-penalty", float, "above 0 makes tokens less likely each time that the answer has them"),
         ("seed", int, "the same seed gives the same answer"),
     ):
         sampling.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, metavar="X", help=meaning)

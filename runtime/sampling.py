@@ -1,18 +1,22 @@
-"""From logits to the next token: the processors of Hugging Face's `generate`, in its order."""
+"""How the tokens of an answer are chosen: the processors of Hugging Face's `generate`, in its order, and OpenAI's."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import numbers
+from collections.abc import Mapping
 
 import numpy as np
 
+from pascalvl.engines.choice import NO_TOKEN, Choice, LogitState, adjusted, choose, distribution
 from pascalvl.plugins.errors import UserError, shown
 
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 1e-6, 1e6
 """Of logits: far from what changes an answer any more, and from where float32 overflows."""
 _FACTORS = f"from {_SMALLEST_FACTOR:g} to {_LARGEST_FACTOR:g}"
+_LARGEST_PENALTY, _LARGEST_BIAS = 2.0, 100.0
+"""As OpenAI has them."""
 
 
 def _is_within(value: object, smallest: float, largest: float) -> bool:
@@ -21,6 +25,17 @@ def _is_within(value: object, smallest: float, largest: float) -> bool:
 
 def _is_factor(value: object) -> bool:
     return _is_within(value, _SMALLEST_FACTOR, _LARGEST_FACTOR)
+
+
+def _is_penalty(value: object) -> bool:
+    return _is_within(value, -_LARGEST_PENALTY, _LARGEST_PENALTY)
+
+
+def _is_bias(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        type(token) is int and token >= 0 and _is_within(bias, -_LARGEST_BIAS, _LARGEST_BIAS)
+        for token, bias in value.items()
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +47,12 @@ class SamplingParams:
 
     repetition_penalty: float = 1.0
     """Logits of tokens seen so far are divided by it where positive, else multiplied (Keskar, arXiv:1909.05858)."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the answer has already."""
+    frequency_penalty: float = 0.0
+    """Subtracted as many times as the answer has a token."""
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)
+    """By token: added to its logit."""
     temperature: float = 0.0
     """Divides the logits; 0 always takes the likeliest token, and the filters below then change nothing."""
     top_k: int = 0
@@ -44,8 +65,16 @@ class SamplingParams:
     """The same seed gives the same answer; None draws a new one each time."""
 
     def __post_init__(self) -> None:
+        penalties = f"a number from {-_LARGEST_PENALTY:g} to {_LARGEST_PENALTY:g}"
         for name, accepted, valid in (
             ("repetition_penalty", f"a number {_FACTORS}", _is_factor(self.repetition_penalty)),
+            ("presence_penalty", penalties, _is_penalty(self.presence_penalty)),
+            ("frequency_penalty", penalties, _is_penalty(self.frequency_penalty)),
+            (
+                "logit_bias",
+                f"numbers from {-_LARGEST_BIAS:g} to {_LARGEST_BIAS:g} by token",
+                _is_bias(self.logit_bias),
+            ),
             (
                 "temperature",
                 f"0 for greedy or a number {_FACTORS}",
@@ -62,7 +91,12 @@ class SamplingParams:
     @property
     def takes_likeliest(self) -> bool:
         """Whether the token of the highest logit is chosen, whatever was seen before."""
-        return self.temperature == 0 and self.repetition_penalty == 1
+        return self.temperature == 0 and not self.looks_back and not self.logit_bias
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether it matters what was seen before."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
 def check_finite(highest: float) -> None:
@@ -80,51 +114,64 @@ class Sampler:
         params: how.
         token_ids: int64 ``[n]``, the prompt: what the repetition penalty counts as seen, beside the answer itself.
         vocab_size: length of the logits.
+
+    Raises:
+        UserError: a token that is biased is not in the vocabulary.
     """
 
     def __init__(self, params: SamplingParams, token_ids: np.ndarray, vocab_size: int) -> None:
         self.params = params
-        self._seen = np.zeros(vocab_size, bool)
-        self._seen[token_ids] = True
+        state = LogitState()
+        if params.looks_back:
+            state.count_prompt(token_ids, vocab_size)
+        if params.logit_bias:
+            if unknown := [token for token in params.logit_bias if token >= vocab_size]:
+                raise UserError(f"logit_bias is for token {unknown[0]}, and the vocabulary has {vocab_size}.")
+            state.bias = np.zeros(vocab_size, np.float32)
+            state.bias[list(params.logit_bias)] = list(params.logit_bias.values())
+        names = (
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+        )
+        self._choice = Choice(**{name: getattr(params, name) for name in names})
+        if params.looks_back or params.logit_bias:
+            self._choice = dataclasses.replace(self._choice, state=state)
         self._rng = np.random.default_rng(params.seed)
 
-    def __call__(self, logits: np.ndarray) -> int:
-        """Choose from ``logits`` ``[vocab_size]``; greedy takes the first of equal maxima.
+    def next(self) -> Choice:
+        """How the next token is to be chosen; `add` it then."""
+        if self.params.temperature == 0:
+            return self._choice
+        return dataclasses.replace(self._choice, random=int(self._rng.integers(1 << 64, dtype=np.uint64)))
+
+    def add(self, token: int, highest: float) -> int:
+        """Note the token that was chosen, and return it.
+
+        Args:
+            token: it.
+            highest: the highest logit, NaN if there is one.
 
         Raises:
-            UserError: the logits are not finite.
+            UserError: the logits are not finite, or no token may be taken.
         """
-        check_finite(logits.max())
-        if self.params.temperature == 0:
-            token = int(self._penalised(logits).argmax())
-        else:
-            ids, probabilities = self.distribution(logits)
-            token = int(self._rng.choice(ids, p=probabilities))
-        self._seen[token] = True
+        check_finite(highest)
+        if token == NO_TOKEN:
+            raise UserError("no token may come next: what is asked for allows none.")
+        if self._choice.state:
+            self._choice.state.add(token)
         return token
+
+    def __call__(self, logits: np.ndarray) -> int:
+        """Choose from ``logits`` ``[vocab_size]``; greedy takes the first of equal maxima. For errors see `add`."""
+        choice, highest = self.next(), float(logits.max())
+        return self.add(choose(logits, choice) if math.isfinite(highest) else NO_TOKEN, highest)
 
     def distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids of the tokens that pass the filters, and their probabilities in float64; temperature must not be 0."""
-        params = self.params
-        scores = self._penalised(logits).astype(np.float64)
-        scores = (scores - scores.max()) / params.temperature
-        ids = np.arange(len(scores))
-        if 0 < params.top_k < len(scores):
-            lowest = np.partition(scores, -params.top_k)[-params.top_k]
-            ids = np.flatnonzero(scores >= lowest)
-        if params.top_p < 1:
-            ids = ids[scores[ids].argsort(kind="stable")]
-        probabilities = np.exp(scores[ids])
-        probabilities /= probabilities.sum()
-        keep = probabilities >= params.min_p * probabilities.max()
-        if params.top_p < 1:
-            keep &= probabilities.cumsum() > 1 - params.top_p
-            keep[-1] = True
-        ids, probabilities = ids[keep], probabilities[keep]
-        return ids, probabilities / probabilities.sum()
-
-    def _penalised(self, logits: np.ndarray) -> np.ndarray:
-        penalty = self.params.repetition_penalty
-        if penalty == 1:
-            return logits
-        return np.where(self._seen, np.where(logits < 0, logits * penalty, logits / penalty), logits)
+        ids, weights = distribution(adjusted(logits, self._choice), self._choice)
+        return ids, weights / weights.sum()
