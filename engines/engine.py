@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pascalvl.engines.choice import Choice, choose
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bindings import Binding
 from pascalvl.plugins.bundle import Manifest
@@ -197,10 +198,19 @@ class Session(abc.ABC):
             MemoryError: the outputs or intermediate results do not fit in memory.
         """
 
-    def greedy(self, sequences: Sequence[NewTokens]) -> list[tuple[int, float]]:
-        """As `step`, but returns of each row only the first of the likeliest tokens, and its logit (NaN if any is)."""
+    def choose(
+        self, sequences: Sequence[NewTokens], choices: Sequence[Choice] | None = None
+    ) -> list[tuple[int, float]]:
+        """As `step`, but returns of each row only the token chosen (`NO_TOKEN`: none may be), and the row's highest
+        logit (NaN if any is, and then the token means nothing).
+
+        Args:
+            sequences: as there.
+            choices: of each row; None: the likeliest tokens, the first of equal ones.
+        """
         logits = self.step(sequences)[bindings.LOGITS]
-        return [(int(row.argmax()), float(row.max())) for row in logits]
+        choices = choices or [Choice()] * len(logits)
+        return [(choose(row, choice), float(row.max())) for row, choice in zip(logits, choices, strict=True)]
 
     def decode_launches(self) -> int | None:
         """Kernels that a decode step launches on a GPU, copies not counted; None: there is none, or it is not known.

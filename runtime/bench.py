@@ -326,7 +326,7 @@ def _together(
     def step(tokens: Sequence[int]) -> list[int]:
         with contextlib.ExitStack() as stack:
             placements = [stack.enter_context(cache.appending(np.array([0]))) for cache in caches]
-            chosen = session.greedy(model.next_tokens(tokens, [cache.length for cache in caches], placements))
+            chosen = session.choose(model.next_tokens(tokens, [cache.length for cache in caches], placements))
         return [token for token, _ in chosen]
 
     rates = []
@@ -390,7 +390,8 @@ def _own_sampling(model: VisionLanguageModel) -> SamplingParams | None:
 def _described(sampling: SamplingParams) -> str:
     fields = [field for field in dataclasses.fields(sampling) if field.name != "seed"]
     given = {field.name: getattr(sampling, field.name) for field in fields}
-    return ", ".join(f"{field.name} {given[field.name]:g}" for field in fields if given[field.name] != field.default)
+    usual = dataclasses.asdict(SamplingParams())
+    return ", ".join(f"{name} {value}" for name, value in given.items() if value != usual[name])
 
 
 @contextlib.contextmanager

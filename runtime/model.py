@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,9 +27,11 @@ from pascalvl.runtime.kv_cache import KVCache, Prefix
 from pascalvl.runtime.messages import Message
 from pascalvl.runtime.positions import VisionPositions, rope_tables, vision_cu_seqlens, vision_rope_tables
 from pascalvl.runtime.prompt import Prompt, PromptBuilder, Visual
-from pascalvl.runtime.sampling import Sampler, SamplingParams, check_finite
+from pascalvl.runtime.sampling import Sampler, SamplingParams
 
 log = logging.getLogger(__name__)
+
+_Outputs = TypeVar("_Outputs")
 
 DEFAULT_CONTEXT_LENGTH = 4096
 """Room for a few pictures and a conversation; about 1 GB of f16 cache for the largest published model."""
@@ -191,7 +193,8 @@ class VisionLanguageModel:
         identities = token_identities(prompt)
         self._reuse(identities, self._pinned(prompt))
         unseen = [visual for visual in prompt.visuals if visual.token_indices[-1] >= self._cache.length]
-        for _ in self._prefill(prompt, identities, [(visual, self._encode(visual.patches)) for visual in unseen]):
+        seen = [(visual, self._encode(visual.patches)) for visual in unseen]
+        for _ in self._prefill(prompt, identities, seen, lambda tokens, _: self._session.choose(tokens)):
             pass
         prefix = self._cache.prefix(len(identities))
         if prefix is None:
@@ -263,7 +266,8 @@ class VisionLanguageModel:
             deepstack = np.concatenate([feature.levels for feature in on_host], axis=1)
             traced.update((validation.vision_deepstack(i), level) for i, level in enumerate(deepstack))
         seen = list(zip(prompt.visuals, features, strict=True))
-        chunks = list(self._prefill(prompt, token_identities(prompt), seen))
+        identities = token_identities(prompt)
+        chunks = list(self._prefill(prompt, identities, seen, lambda tokens, _: self._session.step(tokens)))
         traced[validation.PREFILL_LOGITS] = chunks[-1][bindings.LOGITS]
         for layer in range(self.config.text.num_hidden_layers):
             if (name := bindings.hidden_states(layer)) in chunks[0]:
@@ -315,8 +319,12 @@ class VisionLanguageModel:
         unseen = [visual for visual in prompt.visuals if visual.token_indices[-1] >= reused]
         seen = [(visual, self._encode(visual.patches)) for visual in unseen]
         generation.vision_seconds = time.perf_counter() - start
-        for outputs in self._prefill(prompt, identities, seen):
-            logits = outputs[bindings.LOGITS]
+
+        def run(tokens: list[NewTokens], is_last: bool) -> list[tuple[int, float]]:
+            return self._session.choose(tokens, [sampler.next()] if is_last else None)
+
+        for chosen in self._prefill(prompt, identities, seen, run):
+            ((first, highest),) = chosen
         generation.prefill_seconds = time.perf_counter() - start - generation.vision_seconds
 
         text = self._prompts.tokenizer.stream()
@@ -324,7 +332,7 @@ class VisionLanguageModel:
         for step in range(limit):
             start = time.perf_counter()
             if step == 0:
-                token = sampler(logits[0])
+                token = sampler.add(first, highest)
             else:
                 token = self._next(generation.token_ids[-1], prompt.next_position + step - 1, sampler)
             generation.token_ids.append(token)
@@ -353,9 +361,14 @@ class VisionLanguageModel:
         return self.engine.encode([{**feeds, bindings.PIXEL_VALUES: pixel_values} for pixel_values in pixels])
 
     def _prefill(
-        self, prompt: Prompt, identities: np.ndarray, seen: Sequence[tuple[Visual, Features]]
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """Run the prompt's tokens that are not in the cache, chunk by chunk; yields the decoder's outputs."""
+        self,
+        prompt: Prompt,
+        identities: np.ndarray,
+        seen: Sequence[tuple[Visual, Features]],
+        run: Callable[[list[NewTokens], bool], _Outputs],
+    ) -> Iterator[_Outputs]:
+        """Run the prompt's tokens that are not in the cache, chunk by chunk; yields what ``run`` makes of each, which
+        is also told whether it is the last one."""
         pinned = self._pinned(prompt)
         for start in range(self._cache.length, len(identities), self.prefill_chunk):
             chunk = slice(start, min(start + self.prefill_chunk, len(identities)))
@@ -367,21 +380,15 @@ class VisionLanguageModel:
                     visuals.append(VisualRows(features, slice(first, last), tokens))
             with self._cache.appending(identities[chunk], pinned[chunk]) as placement:
                 tokens = self.new_tokens(prompt.token_ids[chunk], prompt.position_ids[:, chunk], placement, visuals)
-                outputs = self._session.step([tokens])
+                outputs = run([tokens], chunk.stop == len(identities))
             yield outputs
 
     def _next(self, token: int, position: int, sampler: Sampler) -> int:
         """Run one more token; returns the one chosen after it."""
         with self._cache.appending(np.array([token])) as placement:
             tokens = self.next_tokens([token], [position], [placement])
-            if not sampler.params.takes_likeliest:
-                logits = self._session.step(tokens)[bindings.LOGITS]
-            else:
-                ((likeliest, logit),) = self._session.greedy(tokens)
-        if not sampler.params.takes_likeliest:
-            return sampler(logits[0])
-        check_finite(logit)
-        return likeliest
+            ((chosen, highest),) = self._session.choose(tokens, [sampler.next()])
+        return sampler.add(chosen, highest)
 
     def next_tokens(
         self, token_ids: Sequence[int], positions: Sequence[int], placements: Sequence[Placement]

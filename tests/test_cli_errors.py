@@ -88,7 +88,7 @@ def test_arguments(refused, argv, match):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (["--backend", "cuda"], "unknown backend 'cuda': expected one of auto, tensorrt, onnxruntime"),
+        (["--backend", "metal"], "unknown backend 'metal': expected one of auto, tensorrt, cuda, onnxruntime"),
         (["--context", "0"], "a context of 0 tokens is out of range: expected 2 to 8192"),
         (["--context", "1000000"], "a context of 1000000 tokens is out of range"),
         (["--max-new-tokens", "0"], "max_new_tokens is out of range: expected at least 1, found 0"),
@@ -287,7 +287,7 @@ def test_build_from_what_is_no_model_bundle(refused, nano_model_bundle, nano_eng
     output = tmp_path / "out" / "engine"
     refused("no directory .* the model bundle", "build", tmp_path / "absent", "--output", output)
     refused("is a bundle of kind 'engine': expected the model", "build", nano_engine_bundle, "--output", output)
-    refused("unknown backend 'cuda'", "build", nano_model_bundle, "--output", output, "--backend", "cuda")
+    refused("unknown backend 'metal'", "build", nano_model_bundle, "--output", output, "--backend", "metal")
     ranks = "has another rank than the model was exported with .* export it with --kv k8v4,rv=96, or give no rank"
     refused(ranks, "build", nano_model_bundle, "--output", output, "--kv", "k8v4,rv=96")
     refused(

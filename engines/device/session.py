@@ -7,14 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from pascalvl.engines.choice import Choice
+from pascalvl.engines.device.choices import CHOICES, ChoiceRecords
 from pascalvl.engines.device.engine import DeviceEngine
+from pascalvl.engines.device.memory import Buffer
 from pascalvl.engines.device.padding import BATCHES, StepShape
 from pascalvl.engines.device.tensors import StagedTensors, Tensors, shape_of
 from pascalvl.engines.engine import ALWAYS_VISIBLE, SLOTS, NewTokens, Session, VisualRows
 from pascalvl.plugins import bindings
 from pascalvl.plugins.kernels.library import AppendArgs, AppendLayer, Rows
 
-_CHOICE = [
+_CHOSEN = [
     bindings.Binding("token", np.dtype(np.int32), ("batch",)),
     bindings.Binding("logit", np.dtype(np.float32), ("batch",)),
 ]
@@ -37,6 +40,7 @@ class DeviceSession(Session):
         self._new_rows = [bindings.new_rows(self.model, self.cache, layer) for layer in range(len(self.layouts))]
         self._layers = [self._layer(number) for number in range(len(self.layouts))]
         self._steps: dict[StepShape, Step] = {}
+        self.records = ChoiceRecords(self._copy, lambda copy, at, array: self.device.upload(copy.pointer + at, array))
         engine.prepare(self.sizes_of)
         self.decode_step = self._new_step(StepShape(1, 1, 0))
         self.decode_step.record()
@@ -73,21 +77,42 @@ class DeviceSession(Session):
         self.device.synchronize()
         return outputs
 
-    def greedy(self, sequences: Sequence[NewTokens]) -> list[tuple[int, float]]:
-        if step := self._padded(sequences):
-            return step.likeliest[: len(sequences)]
-        return super().greedy(sequences)
+    def choose(
+        self, sequences: Sequence[NewTokens], choices: Sequence[Choice] | None = None
+    ) -> list[tuple[int, float]]:
+        if step := self._padded(sequences, choices):
+            return step.chosen[: len(sequences)]
+        rows = sum(len(new.logit_rows) for new in sequences)
+        return self._chosen_of(self._run_as_it_is(sequences), choices or [Choice()] * rows)
+
+    def _chosen_of(self, outputs: Mapping[str, int], choices: Sequence[Choice]) -> list[tuple[int, float]]:
+        """Choose from the logits of a step that is not recorded."""
+        records = np.zeros(len(choices), CHOICES.dtype)
+        self.records.fill(records, choices)
+        buffers = self.engine.buffers
+        token, logit = (np.empty(len(choices), binding.dtype) for binding in _CHOSEN)
+        places = [buffers.get(f"step {b.name}", len(choices) * b.dtype.itemsize) for b in (CHOICES, *_CHOSEN)]
+        self.device.upload(places[0], records)
+        self.launch_choice(outputs[bindings.LOGITS], len(choices), *places)
+        for array, place in ((token, places[1]), (logit, places[2])):
+            self.device.download(array, place)
+        self.device.synchronize()
+        return list(zip(token.tolist(), logit.tolist(), strict=True))
+
+    def launch_choice(self, logits: int, rows: int, choices: int, token: int, logit: int) -> None:
+        """Start the choice of tokens, all at addresses."""
+        self.device.kernels.choose(logits, rows, self.model.text.vocab_size, choices, token, logit, self.device.stream)
 
     def decode_launches(self) -> int | None:
         return self.decode_step.launches
 
-    def _padded(self, sequences: Sequence[NewTokens]) -> Step | None:
+    def _padded(self, sequences: Sequence[NewTokens], choices: Sequence[Choice] | None = None) -> Step | None:
         """Run a step that is padded; None: this is none."""
         shape = StepShape.padded(sequences, self.engine.lengths, self.model.num_deepstack)
         if shape is None or (shape.levels and not self.engine.lengths):
             return None
         step = self._steps.get(shape) or self._new_step(shape)
-        step.run(sequences)
+        step.run(sequences, choices or [Choice()] * len(sequences))
         return step
 
     def _new_step(self, shape: StepShape) -> Step:
@@ -152,6 +177,13 @@ class DeviceSession(Session):
         key_row, value_row = self.layouts[number].row_bytes
         return AppendLayer(new_rows=new, pool=pool, key_row=key_row, value_row=value_row)
 
+    def _copy(self, array: np.ndarray) -> Buffer:
+        """An array on the device."""
+        buffer = self.device.allocate(array.nbytes)
+        self.device.upload(buffer.pointer, array)
+        self.device.synchronize()
+        return buffer
+
     def _read(self, binding: bindings.Binding, pages: np.ndarray) -> np.ndarray:
         array = np.empty((len(pages), *self.shape_of(binding)[1:]), binding.dtype)
         for part, pointer in self._runs(binding, pages, array):
@@ -184,17 +216,17 @@ class Step:
         sizes = session.sizes_of(shape.tokens, shape.batch)
         varying = {binding.name for binding in session.stored} | {bindings.DEEPSTACK_EMBEDS}
         staged = [b for b in session.engine.inputs[bindings.DECODER] if b.name not in varying]
-        self._inputs = StagedTensors(self._device, [*staged, SLOTS], sizes)
+        self._inputs = StagedTensors(self._device, [*staged, SLOTS, CHOICES], sizes)
         self._inputs.arrays[bindings.PAST_VISIBLE][:] = ALWAYS_VISIBLE
         self._store_nothing()
-        self._choice = StagedTensors(self._device, _CHOICE, sizes)
+        self._chosen = StagedTensors(self._device, _CHOSEN, sizes)
         self._pointers = dict(self._inputs.pointers)
         if shape.levels:
             deepstack = [b for b in session.engine.inputs[bindings.DECODER] if b.name == bindings.DEEPSTACK_EMBEDS]
             self._deepstack = Tensors(self._device, deepstack, sizes)
             self._pointers |= self._deepstack.pointers
         pointers = {**self._pointers, **session.pool.pointers, **session.outputs.pointers}
-        del pointers[SLOTS.name]
+        del pointers[SLOTS.name], pointers[CHOICES.name]
         self._decode = session.engine.program(bindings.DECODER, sizes, pointers, kept=True)
         self._graph = None
         self._is_tried = False
@@ -205,9 +237,9 @@ class Step:
         return self._graph.kernels if self._graph else None
 
     @property
-    def likeliest(self) -> list[tuple[int, float]]:
-        """Of each sequence the likeliest token, and its logit."""
-        tokens, logits = (self._choice.arrays[name].tolist() for name in ("token", "logit"))
+    def chosen(self) -> list[tuple[int, float]]:
+        """Of each sequence the token chosen, and the highest logit."""
+        tokens, logits = (self._chosen.arrays[binding.name].tolist() for binding in _CHOSEN)
         return list(zip(tokens, logits, strict=True))
 
     def record(self) -> None:
@@ -217,9 +249,10 @@ class Step:
         self._start()
         self._capture()
 
-    def run(self, sequences: Sequence[NewTokens]) -> None:
+    def run(self, sequences: Sequence[NewTokens], choices: Sequence[Choice]) -> None:
         """Run up to as many sequences and tokens, and wait; the first time, record it for the next times."""
         self._session.fill(self._inputs.arrays, sequences)
+        self._session.records.fill(self._inputs.arrays[CHOICES.name], choices)
         self._inputs.upload()
         if self._shape.levels:
             self._session.place(self._session.visuals_of(sequences), self._shape.tokens, self._pointers)
@@ -236,19 +269,13 @@ class Step:
         self._inputs.arrays[SLOTS.name][:] = -1
 
     def _start(self) -> None:
-        """From the inputs on the device to the likeliest next tokens on the host, without waiting for the device."""
+        """From the inputs on the device to the next tokens on the host, without waiting for the device."""
         session = self._session
         self._decode()
         session.append(self._shape.tokens, self._pointers[SLOTS.name])
-        self._device.kernels.greedy(
-            session.outputs.pointers[bindings.LOGITS],
-            self._shape.batch,
-            session.model.text.vocab_size,
-            self._choice.pointers["token"],
-            self._choice.pointers["logit"],
-            self._device.stream,
-        )
-        self._choice.download()
+        places = (self._pointers[CHOICES.name], *(self._chosen.pointers[binding.name] for binding in _CHOSEN))
+        session.launch_choice(session.outputs.pointers[bindings.LOGITS], self._shape.batch, *places)
+        self._chosen.download()
 
 
 def _runs_of(numbers: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from transformers import Qwen3VLConfig
 
+from pascalvl.engines.choice import Choice
+from pascalvl.engines.device.choices import CHOICES, ChoiceRecords
 from pascalvl.engines.device.padding import padded_batch
 from pascalvl.engines.engine import SLOTS, Engine, Features, NewTokens, Session
 from pascalvl.engines.torch.steps import CapturedStep, PlacedVisuals, StepShape
@@ -29,6 +31,7 @@ from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import CHECKPOINT_CONFIG, Manifest, read_json
 from pascalvl.plugins.errors import UserError, reading
 from pascalvl.plugins.kernels import torch_calls
+from pascalvl.plugins.kernels.library import CHOICE
 from pascalvl.plugins.kv_format import CacheConfig
 
 log = logging.getLogger(__name__)
@@ -146,6 +149,7 @@ class TorchSession(Session):
                 b.name: part[:size].view(getattr(torch, b.dtype.name)).view(self.shape_of(b))
                 for b, part, size in zip(self.stored, self._storage.split(aligned), nbytes, strict=True)
             }
+            self._records = ChoiceRecords(self._copy, _Copy.put)
             self._steps: dict[tuple[int, int, int], CapturedStep] = {}
             self.decode_step = self._new_step(1, 1, 0)
             if engine.device.type == "cuda":
@@ -164,14 +168,23 @@ class TorchSession(Session):
                 outputs = self._run_as_it_is(sequences)
             return {name: output.numpy(force=True) for name, output in outputs.items()}
 
-    def greedy(self, sequences: Sequence[NewTokens]) -> list[tuple[int, float]]:
+    def choose(
+        self, sequences: Sequence[NewTokens], choices: Sequence[Choice] | None = None
+    ) -> list[tuple[int, float]]:
+        choices = choices or [Choice()] * sum(len(new.logit_rows) for new in sequences)
         with evaluation("the decoder engine"):
-            if step := self._run_captured(sequences):
-                return step.likeliest[: len(sequences)]
-            logit, token = self._run_as_it_is(sequences)[bindings.LOGITS].max(1)  # the first of equal ones, or of NaNs
+            if step := self._run_captured(sequences, choices):
+                return step.chosen[: len(sequences)]
+            logits = self._run_as_it_is(sequences)[bindings.LOGITS]
+            records = np.zeros(len(logits), CHOICE)
+            self._records.fill(records, choices)
+            given = torch.from_numpy(records.view(np.int32).reshape(len(logits), -1)).to(logits.device)
+            token = torch.empty(len(logits), dtype=torch.int32, device=logits.device)
+            logit = torch.empty(len(logits), device=logits.device)
+            torch_calls.choose(self._engine.kernels, logits, given, token, logit)
             return list(zip(token.tolist(), logit.tolist(), strict=True))
 
-    def _run_captured(self, sequences: Sequence[NewTokens]) -> CapturedStep | None:
+    def _run_captured(self, sequences: Sequence[NewTokens], choices: Sequence[Choice] = ()) -> CapturedStep | None:
         """Run a step that is captured, or on the CPU one for a single token; None: this is none of them."""
         count, tokens = len(sequences), sum(map(len, sequences))
         batch = padded_batch(count)
@@ -187,6 +200,7 @@ class TorchSession(Session):
         levels = self.model.num_deepstack if visuals else 0
         step = self._steps.get((padded, batch, levels)) or self._new_step(padded, batch, levels)
         self.fill(step.host, sequences)
+        self._records.fill(step.host[CHOICES.name], choices)
         step.place(visuals)
         step.run()
         return step
@@ -202,7 +216,8 @@ class TorchSession(Session):
     def _new_step(self, tokens: int, batch: int, levels: int) -> CapturedStep:
         what = f"a step of {tokens} tokens of {batch} sequences{', visuals among them' if levels else ''}"
         shape = StepShape(tokens, batch, self.sequence_pages, levels)
-        step = CapturedStep(what, self._run, self.model.text, self._engine.device, shape, self._graph_memory)
+        engine = self._engine
+        step = CapturedStep(what, self._run, engine.kernels, self.model.text, engine.device, shape, self._graph_memory)
         self._steps[tokens, batch, levels] = step
         return step
 
@@ -230,6 +245,9 @@ class TorchSession(Session):
         with torch.inference_mode():
             self._pool[binding.name][self._on_device(pages)] = torch.from_numpy(array).to(self._engine.device)
 
+    def _copy(self, array: np.ndarray) -> _Copy:
+        return _Copy(torch.from_numpy(array.view(np.int32)).to(self._engine.device, copy=True))
+
     def _on_device(self, pages: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(pages).to(self._engine.device, torch.int64)
 
@@ -246,6 +264,19 @@ class TorchSession(Session):
             pools.append((*(self._pool[binding.name] for binding in inputs_of_layer), None)[:3])
         torch_calls.kv_append(self._engine.kernels, self.layouts, new, pools, slots)
         return outputs
+
+
+class _Copy:
+    """A copy of an array on the device, in words."""
+
+    def __init__(self, words: torch.Tensor) -> None:
+        self._words = words
+        self.pointer = words.data_ptr()
+
+    def put(self, start: int, array: np.ndarray) -> None:
+        """Write an array into it, from a byte on."""
+        words = torch.from_numpy(array.view(np.int32))
+        self._words[start // 4 : start // 4 + len(words)] = words.to(self._words.device)
 
 
 def build(model_bundle: Path, directory: Path, manifest: Manifest, cache: CacheConfig) -> dict[str, str]:

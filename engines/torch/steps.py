@@ -9,9 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from pascalvl.engines.device.choices import CHOICES
 from pascalvl.engines.engine import ALWAYS_VISIBLE, SLOTS, VisualRows
 from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kernels import torch_calls
+from pascalvl.plugins.kernels.library import CHOICE, KernelLibrary
 from pascalvl.plugins.model_config import TextConfig
 
 log = logging.getLogger(__name__)
@@ -63,6 +66,7 @@ class CapturedStep:
     Args:
         what: how logs call it.
         run: the decoder on inputs by name on the device, and the appending; returns the decoder's outputs.
+        kernels: for the choice of tokens.
         text: the model's.
         device: where it runs.
         shape: how many tokens and sequences there may be.
@@ -78,12 +82,14 @@ class CapturedStep:
         self,
         what: str,
         run: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]],
+        kernels: KernelLibrary,
         text: TextConfig,
         device: torch.device,
         shape: StepShape,
         memory: Callable[[], object | None],
     ) -> None:
         self._what, self._decode, self._device, self._memory = what, run, device, memory
+        self._kernels = kernels
         self.graph: torch.cuda.CUDAGraph | None = None
         self._is_tried = device.type != "cuda"
         tokens, batch = shape.tokens, shape.batch
@@ -93,6 +99,7 @@ class CapturedStep:
             bindings.ROPE_SIN: (tokens, text.head_dim),
         }
         integers = {
+            CHOICES.name: (batch, CHOICE.itemsize // 4),  # first of them, where it is aligned
             bindings.CU_SEQLENS: (batch + 1,),
             bindings.PAST_LENGTH: (batch,),
             bindings.PAGE_TABLE: (batch, shape.sequence_pages),
@@ -114,9 +121,11 @@ class CapturedStep:
         self._visuals = PlacedVisuals(text, device, tokens, shape.levels) if shape.levels else None
         self._no_deepstack = torch.zeros(0, tokens, text.hidden_size, device=device)
         self.host = {name: tensor.numpy() for name, tensor in staged.items()}
+        self.host[CHOICES.name] = self.host[CHOICES.name].view(CHOICE)[:, 0]
         self.host[bindings.PAST_VISIBLE][:] = ALWAYS_VISIBLE
         self.store_nothing()
-        self._likeliest = torch.zeros(2, batch, dtype=torch.float64, pin_memory=device.type == "cuda")
+        self._token, self._logit = (torch.zeros(batch, dtype=t, device=device) for t in (torch.int32, torch.float32))
+        self._chosen = torch.zeros(2, batch, dtype=torch.int32, pin_memory=device.type == "cuda")
 
     def store_nothing(self) -> None:
         """Let the next run append nothing."""
@@ -140,19 +149,22 @@ class CapturedStep:
             torch.cuda.current_stream(self._device).synchronize()
 
     @property
-    def likeliest(self) -> list[tuple[int, float]]:
-        """Of each sequence the first of the likeliest tokens, and its logit, NaN if any is."""
-        return [(int(token), logit) for token, logit in self._likeliest.T.tolist()]
+    def chosen(self) -> list[tuple[int, float]]:
+        """Of each sequence the token chosen, and the highest logit, NaN if any is."""
+        token, logit = self._chosen
+        return list(zip(token.tolist(), logit.view(torch.float32).tolist(), strict=True))
 
     def _step(self) -> None:
-        """From `host` to `outputs` on the device and `likeliest` on the host, without waiting for the device."""
+        """From `host` to `outputs` on the device and `chosen` on the host, without waiting for the device."""
         self._inputs.copy_(self._staged, non_blocking=True)
-        inputs = {**self._step_inputs, bindings.DEEPSTACK_EMBEDS: self._no_deepstack}
+        choices = self._step_inputs[CHOICES.name]
+        inputs = {name: tensor for name, tensor in self._step_inputs.items() if name != CHOICES.name}
+        inputs = {**inputs, bindings.DEEPSTACK_EMBEDS: self._no_deepstack}
         if self._visuals:
             inputs |= self._visuals.inputs(inputs[bindings.INPUTS_EMBEDS])
         self.outputs = self._decode(inputs)
-        logit, token = self.outputs[bindings.LOGITS].max(1)  # the first of equal ones, or of NaNs
-        self._likeliest.copy_(torch.stack((token.double(), logit.double())), non_blocking=True)
+        torch_calls.choose(self._kernels, self.outputs[bindings.LOGITS], choices, self._token, self._logit)
+        self._chosen.copy_(torch.stack((self._token, self._logit.view(torch.int32))), non_blocking=True)
 
     def _run_and_capture(self) -> None:
         """Run, which sets up what cannot be set up in a capture, then record `graph`, or say why it cannot be."""

@@ -452,6 +452,15 @@ inline unsigned __ballot_sync(unsigned lanes, int value) {
   return ballot;
 }
 
+template <typename T, typename U>
+T atomicAdd(T* address, U value) {
+  return __atomic_fetch_add(address, T(value), __ATOMIC_RELAXED);
+}
+
+inline unsigned long long __umul64hi(unsigned long long x, unsigned long long y) {
+  return static_cast<unsigned long long>(static_cast<unsigned __int128>(x) * y >> 64);
+}
+
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 template <typename T>

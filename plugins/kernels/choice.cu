@@ -1,47 +1,279 @@
-// The likeliest token: the first of the largest logits of a row. A block takes a row; bound by one SM's share of DRAM,
-// some 40 us for 150,000 logits on SM61, where a transfer to the host would wait for the device besides.
+// The choice of each row's next token: the likeliest, or, after penalties, bias and mask, one drawn from what top-k,
+// top-p and min-p leave. Whole numbers stand for probabilities, so that sums do not depend on their order; `engines/
+// choice.py` is the definition.
+//
+// A block takes a row, and reads its logits once (the likeliest), five times (top-k: three to select it, one to gather
+// what is left into shared memory, where the rest is done), or up to seven times. Bound by one SM's share of the L2:
+// for 150,000 logits some 40 us a reading on SM61, where a transfer to the host would wait for the device besides.
 #include "plugins/kernels/device.cuh"
 
 namespace pascalvl {
 
-struct Choice {
-  float logit;
+constexpr float kWeight = 1099511627776.0f;  // 2^40: of the likeliest token
+constexpr int kChoiceWarps = kChoiceThreads / kWarp;
+constexpr int kBins = 2048;        // of 11 bits of a key
+constexpr int kCandidates = 1024;  // that shared memory has room for
+constexpr float kLog2OfE = 1.4426950408889634f;
+
+using Sum = unsigned long long;
+
+// The score of a token that may not be taken: negative infinity.
+__device__ __forceinline__ float nothing() { return __int_as_float(int(0xff800000u)); }
+
+struct Best {
+  float score;
   int token;
 };
 
 // NaN is larger than every number, so that the host sees that there was one.
-__device__ __forceinline__ bool is_better(const Choice& a, const Choice& b) {
-  const bool a_is_nan = a.logit != a.logit, b_is_nan = b.logit != b.logit;
+__device__ __forceinline__ bool is_better(const Best& a, const Best& b) {
+  const bool a_is_nan = a.score != a.score, b_is_nan = b.score != b.score;
   if (a_is_nan != b_is_nan) return a_is_nan;
-  return a.logit == b.logit || a_is_nan ? a.token < b.token : a.logit > b.logit;
+  return a.score == b.score || a_is_nan ? a.token < b.token : a.score > b.score;
 }
 
-__device__ __forceinline__ Choice best_of_warp(Choice best) {
+__device__ __forceinline__ Best best_of_warp(Best best) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-    const Choice other = {__shfl_xor_sync(kAllLanes, best.logit, mask), __shfl_xor_sync(kAllLanes, best.token, mask)};
+    const Best other = {__shfl_xor_sync(kAllLanes, best.score, mask), __shfl_xor_sync(kAllLanes, best.token, mask)};
     if (is_better(other, best)) best = other;
   }
   return best;
 }
 
-// Grid: rows.
-extern "C" __global__ void __launch_bounds__(kGreedyThreads) greedy_choice(const GreedyParams p) {
-  constexpr int kWarps = kGreedyThreads / kWarp;
-  __shared__ Choice bests[kWarps];
-  const float* logits = p.logits + (long long)blockIdx.x * p.vocab_size;
+__device__ __forceinline__ Best best_of_block(Best best, Best* bests) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  Choice best = {logits[0], 0};
-  for (int token = threadIdx.x; token < p.vocab_size; token += kGreedyThreads) {
-    const Choice found = {logits[token], token};
-    if (is_better(found, best)) best = found;
-  }
   best = best_of_warp(best);
   if (lane == 0) bests[warp] = best;
   __syncthreads();
-  if (warp > 0) return;
-  best = best_of_warp(bests[min2(lane, kWarps - 1)]);
-  if (lane == 0) p.token[blockIdx.x] = best.token, p.logit[blockIdx.x] = best.logit;
+  best = best_of_warp(bests[min2(lane, kChoiceWarps - 1)]);
+  __syncthreads();
+  return best;
+}
+
+// The sum over the block's threads before this one.
+template <typename T>
+__device__ T sum_before(T own, T* warps) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  T sum = own;
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const T other = __shfl_sync(kAllLanes, sum, max2(lane - step, 0));
+    if (lane >= step) sum += other;
+  }
+  if (lane == kWarp - 1) warps[warp] = sum;
+  __syncthreads();
+  T before = sum - own;
+  for (int i = 0; i < warp; ++i) before += warps[i];
+  __syncthreads();
+  return before;
+}
+
+// A row's tokens, as the filters see them.
+struct Row {
+  const float* logits;
+  TokenChoice c;
+  float best, scale;  // scale: from differences of scores to powers of 2
+
+  __device__ float score(int token) const {
+    float score = logits[token];
+    if (c.counts) {
+      const unsigned count = c.counts[token], times = count & 0x7fffffffu;
+      if (count) score = score < 0 ? score * c.repetition_penalty : score / c.repetition_penalty;
+      if (times) score = score - c.presence_penalty - c.frequency_penalty * float(times);
+    }
+    if (c.bias) score += c.bias[token];
+    if (c.mask && !(c.mask[token / 32] >> (token % 32) & 1)) score = nothing();
+    return score;
+  }
+
+  // Larger scores have larger keys.
+  static __device__ unsigned key(float score) {
+    const unsigned bits = unsigned(__float_as_int(score));
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+  }
+
+  __device__ Sum weight(float score) const {
+    const float x = (score - best) * scale;
+    return x <= 0 ? Sum(power_of_2(x) * kWeight) : 0;  // nothing of no number
+  }
+};
+
+struct Shared {
+  Best bests[kChoiceWarps];
+  Sum warps[kChoiceWarps];
+  unsigned bin;
+  Sum rest;
+  Sum bins[kBins];
+  int count;
+  int tokens[kCandidates];
+  unsigned keys[kCandidates];
+  Sum weights[kCandidates];
+};
+
+// The largest key of which it is true that it and all larger ones have `need` together, by what `amount_of` gives for
+// a token's score.
+template <typename Amount>
+__device__ unsigned select_key(const Row& row, int vocab_size, Sum need, Shared& shared, Amount amount_of) {
+  constexpr int kOwn = kBins / kChoiceThreads;
+  unsigned key = 0;
+  for (int shift = 32; shift > 0;) {
+    const int bits = min2(shift, 11), next = shift - bits;
+    for (int i = threadIdx.x; i < kBins; i += kChoiceThreads) shared.bins[i] = 0;
+    __syncthreads();
+    for (int token = threadIdx.x; token < vocab_size; token += kChoiceThreads) {
+      const float score = row.score(token);
+      const unsigned own = Row::key(score);
+      if (shift < 32 && own >> shift != key >> shift) continue;
+      const Sum amount = amount_of(score);
+      if (amount) atomicAdd(&shared.bins[own >> next & ((1u << bits) - 1)], amount);
+    }
+    __syncthreads();
+    // The largest bins come first.
+    const int first = kBins - 1 - int(threadIdx.x) * kOwn;
+    Sum own = 0;
+    for (int i = 0; i < kOwn; ++i) own += shared.bins[first - i];
+    Sum before = sum_before(own, shared.warps);
+    if (before < need && need <= before + own) {
+      int bin = first;
+      while (need > before + shared.bins[bin]) before += shared.bins[bin--];
+      shared.bin = bin;
+      shared.rest = need - before;
+    }
+    __syncthreads();
+    key |= shared.bin << next;
+    need = shared.rest;
+    shift = next;
+    __syncthreads();
+  }
+  return key;
+}
+
+__device__ __forceinline__ Sum sum_of_block(Sum own, Shared& shared) {
+  const Sum before = sum_before(own, shared.warps);
+  if (threadIdx.x == kChoiceThreads - 1) shared.rest = before + own;
+  __syncthreads();
+  const Sum sum = shared.rest;
+  __syncthreads();
+  return sum;
+}
+
+__device__ __forceinline__ Sum nucleus(Sum total, float top_p) {
+  const double need = ceil(double(total) * double(max2(top_p, 0.0f)));
+  return need < 1 ? 1 : Sum(need);
+}
+
+// Among at most kCandidates tokens, which are in shared memory.
+__device__ void draw_of_candidates(const ChoiceParams& p, const Row& row, Sum least_weight, Shared& shared) {
+  const int count = shared.count;
+  Sum own = 0;
+  for (int i = threadIdx.x; i < count; i += kChoiceThreads) own += shared.weights[i];
+  const Sum need = row.c.top_p < 1 ? nucleus(sum_of_block(own, shared), row.c.top_p) : ~Sum(0);
+  Sum kept[kCandidates / kChoiceThreads];
+  own = 0;
+#pragma unroll
+  for (int k = 0; k < kCandidates / kChoiceThreads; ++k) {
+    const int i = threadIdx.x + k * kChoiceThreads;
+    kept[k] = 0;
+    if (i >= count) continue;
+    Sum before = 0;
+    for (int j = 0; j < count; ++j) before += shared.keys[j] > shared.keys[i] ? shared.weights[j] : 0;
+    if (before < need && shared.weights[i] >= least_weight) kept[k] = shared.weights[i];
+    own += kept[k];
+  }
+  const Sum at = __umul64hi(sum_of_block(own, shared), row.c.random);  // behind this, all have read the weights
+#pragma unroll
+  for (int k = 0; k < kCandidates / kChoiceThreads; ++k) {
+    const int i = threadIdx.x + k * kChoiceThreads;
+    if (i < count) shared.weights[i] = kept[k];
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < count; i += kChoiceThreads) {
+    Sum before = 0;
+    for (int j = 0; j < count; ++j) before += shared.tokens[j] < shared.tokens[i] ? shared.weights[j] : 0;
+    if (before <= at && at < before + shared.weights[i]) p.token[blockIdx.x] = shared.tokens[i];
+  }
+}
+
+// Among all tokens whose key is at least `least`.
+__device__ void draw_of_all(const ChoiceParams& p, const Row& row, unsigned least, Sum least_weight, Shared& shared) {
+  auto weight_of = [&](float score, Sum from) {
+    const Sum weight = Row::key(score) >= least ? row.weight(score) : 0;
+    return weight >= from ? weight : 0;
+  };
+  if (row.c.top_p < 1) {
+    Sum own = 0;
+    for (int token = threadIdx.x; token < p.vocab_size; token += kChoiceThreads) own += weight_of(row.score(token), 1);
+    const Sum need = nucleus(sum_of_block(own, shared), row.c.top_p);
+    const unsigned key = select_key(row, p.vocab_size, need, shared, [&](float score) { return weight_of(score, 1); });
+    if (key > least) least = key;
+  }
+  // A warp's tokens follow each other.
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int each = ceil_div(p.vocab_size, kChoiceThreads) * kWarp;
+  const int first = warp * each, last = min2(first + each, p.vocab_size);
+  Sum own = 0;
+  for (int token = first + lane; token < last; token += kWarp) own += weight_of(row.score(token), least_weight);
+  const Sum at = __umul64hi(sum_of_block(own, shared), row.c.random);
+  Sum before = sum_before(own, shared.warps);
+  before = __shfl_sync(kAllLanes, before, 0);
+  for (int start = first; start < last; start += kWarp) {
+    const int token = start + lane;
+    const Sum weight = token < last ? weight_of(row.score(token), least_weight) : 0;
+    Sum sum = weight;
+#pragma unroll
+    for (int step = 1; step < kWarp; step *= 2) {
+      const Sum other = __shfl_sync(kAllLanes, sum, max2(lane - step, 0));
+      if (lane >= step) sum += other;
+    }
+    if (before + sum - weight <= at && at < before + sum) p.token[blockIdx.x] = token;
+    before += __shfl_sync(kAllLanes, sum, kWarp - 1);
+  }
+}
+
+// Grid: rows.
+extern "C" __global__ void __launch_bounds__(kChoiceThreads) choose_token(const ChoiceParams p) {
+  __shared__ Shared shared;
+  Row row = {p.logits + (long long)blockIdx.x * p.vocab_size, {}, 0, 0};
+  if (p.choices) row.c = p.choices[blockIdx.x];
+  Best best = {nothing(), p.vocab_size}, highest = {row.logits[0], 0};
+  for (int token = threadIdx.x; token < p.vocab_size; token += kChoiceThreads) {
+    const Best found = {row.score(token), token}, raw = {row.logits[token], token};
+    if (is_better(found, best)) best = found;
+    if (is_better(raw, highest)) highest = raw;
+  }
+  best = best_of_block(best, shared.bests);
+  highest = best_of_block(highest, shared.bests);
+  if (threadIdx.x == 0) {
+    p.logit[blockIdx.x] = highest.score;
+    p.token[blockIdx.x] = best.score == nothing() ? -1 : best.token;
+  }
+  if (!(row.c.temperature > 0) || !(best.score > nothing())) return;
+  __syncthreads();  // a token that is drawn is written behind the likeliest
+  row.best = best.score;
+  row.scale = kLog2OfE / row.c.temperature;
+  const float share = ceilf(row.c.min_p * kWeight);
+  const Sum least_weight = share >= 1 ? Sum(share < kWeight ? share : kWeight) : 1;
+  unsigned least = 0;
+  if (row.c.top_k > 0 && row.c.top_k < p.vocab_size) {
+    least = select_key(row, p.vocab_size, row.c.top_k, shared, [](float) { return Sum(1); });
+    if (row.c.top_k <= kCandidates) {
+      if (threadIdx.x == 0) shared.count = 0;
+      __syncthreads();
+      for (int token = threadIdx.x; token < p.vocab_size; token += kChoiceThreads) {
+        const float score = row.score(token);
+        if (Row::key(score) < least) continue;
+        const int i = atomicAdd(&shared.count, 1);
+        if (i >= kCandidates) continue;
+        shared.tokens[i] = token;
+        shared.keys[i] = Row::key(score);
+        shared.weights[i] = row.weight(score);
+      }
+      __syncthreads();
+      if (shared.count <= kCandidates) return draw_of_candidates(p, row, least_weight, shared);
+    }
+  }
+  draw_of_all(p, row, least, least_weight, shared);
 }
 
 }  // namespace pascalvl

@@ -3,8 +3,8 @@
 #include <cstring>
 
 #include "plugins/kernels/append.cu"
+#include "plugins/kernels/choice.cu"
 #include "plugins/kernels/decode.cu"
-#include "plugins/kernels/greedy.cu"
 #include "plugins/kernels/launch.h"
 #include "plugins/kernels/linear.cu"
 #include "plugins/kernels/prefill.cu"

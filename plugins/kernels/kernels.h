@@ -4,7 +4,7 @@
 #pragma once
 
 #define PASCALVL_ALL_MODULES(MODULE) \
-  MODULE(append) MODULE(decode) MODULE(greedy) MODULE(linear) MODULE(prefill) MODULE(prologue) MODULE(rows)
+  MODULE(append) MODULE(choice) MODULE(decode) MODULE(linear) MODULE(prefill) MODULE(prologue) MODULE(rows)
 
 // Formats of a cache's keys and values.
 #define PASCALVL_FORMATS(KERNEL, FIRST) \
@@ -73,7 +73,7 @@
   PASCALVL_KERNEL(prologue, attention_prologue, PrologueParams, kRowThreads) \
   PASCALVL_DECODE(PASCALVL_DECODE_KERNEL)                                    \
   PASCALVL_KERNEL(decode, merge_splits, MergeParams, kMergeThreads)          \
-  PASCALVL_KERNEL(greedy, greedy_choice, GreedyParams, kGreedyThreads)       \
+  PASCALVL_KERNEL(choice, choose_token, ChoiceParams, kChoiceThreads)        \
   PASCALVL_KERNEL(rows, gather_rows, GatherParams, kRowThreads)              \
   PASCALVL_KERNEL(rows, add_to, AddParams, kRowThreads)                      \
   PASCALVL_KERNEL(linear, linear_quantise, LinearParams, kLinearThreads)     \

@@ -14,13 +14,16 @@ void set_last_error(const char* sentence) { last_error = sentence; }
 
 using namespace pascalvl;
 
-extern "C" int pascalvl_greedy(const float* logits, int32_t rows, int32_t vocab_size, int32_t* token, float* logit,
-                               void* stream) {
+static_assert(sizeof(pascalvl_choice) == sizeof(TokenChoice), "the C ABI's struct is the kernel's");
+
+extern "C" int pascalvl_choose(const float* logits, int32_t rows, int32_t vocab_size, const pascalvl_choice* choices,
+                               int32_t* token, float* logit, void* stream) {
   return guarded([&] {
     require(logits && token && logit, "logits, token or logit is a null pointer.");
     require_size(rows, "rows");
     require_size(vocab_size, "vocab_size");
-    launch(Kernel::greedy_choice, {unsigned(rows), 1, 1}, GreedyParams{logits, token, logit, vocab_size}, stream);
+    const auto* how = reinterpret_cast<const TokenChoice*>(choices);
+    launch(Kernel::choose_token, {unsigned(rows), 1, 1}, ChoiceParams{logits, how, token, logit, vocab_size}, stream);
   });
 }
 

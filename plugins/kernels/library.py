@@ -6,6 +6,8 @@ import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import RowFormat
 
@@ -83,6 +85,18 @@ class LinearArgs(_Struct):
     )
 
 
+CHOICE = np.dtype(
+    [
+        *((f"{name}_penalty", np.float32) for name in ("repetition", "presence", "frequency")),
+        *((name, np.float32) for name in ("temperature", "top_p", "min_p")),
+        ("top_k", np.int32),
+        ("unused", np.int32),
+        *((name, np.uint64) for name in ("random", "counts", "bias", "mask")),
+    ]
+)
+"""``pascalvl_choice``."""
+
+
 class KernelLibrary:
     """The library at a path: for CUDA or for the emulator, see `pascalvl.plugins.kernels.build`.
 
@@ -142,12 +156,14 @@ class KernelLibrary:
             ctypes.c_void_p(stream),
         )
 
-    def greedy(self, logits: int, rows: int, vocab_size: int, token: int, logit: int, stream: int = 0) -> None:
-        """Launch the choice of each row's likeliest token."""
+    def choose(
+        self, logits: int, rows: int, vocab_size: int, choices: int, token: int, logit: int, stream: int = 0
+    ) -> None:
+        """Launch the choice of each row's token; ``choices``, of `CHOICE`, may be 0: the likeliest."""
         _check_fits("rows", rows)
         _check_fits("vocab_size", vocab_size)
-        pointers = [ctypes.c_void_p(pointer) for pointer in (logits, token, logit, stream)]
-        self._call("pascalvl_greedy", pointers[0], rows, vocab_size, *pointers[1:])
+        pointers = [ctypes.c_void_p(pointer) for pointer in (logits, choices, token, logit, stream)]
+        self._call("pascalvl_choose", pointers[0], rows, vocab_size, *pointers[1:])
 
     def gather_rows(
         self, matrix: int, num_rows: int, width: int, rows: int, count: int, out: int, stream: int = 0

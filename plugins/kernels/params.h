@@ -196,11 +196,22 @@ struct NormParams {
   float epsilon;
 };
 
-constexpr int kGreedyThreads = 512;
+constexpr int kChoiceThreads = 512;
 
-// The likeliest token of each row of logits.
-struct GreedyParams {
-  const float* logits;  // [rows, vocab_size]
+// How a row's token is chosen, see pascalvl_choice.
+struct TokenChoice {
+  float repetition_penalty, presence_penalty, frequency_penalty;
+  float temperature, top_p, min_p;
+  int top_k, unused;
+  unsigned long long random;
+  const unsigned* counts;  // [vocab_size]
+  const float* bias;       // [vocab_size]
+  const unsigned* mask;    // [ceil(vocab_size / 32)]
+};
+
+struct ChoiceParams {
+  const float* logits;         // [rows, vocab_size]
+  const TokenChoice* choices;  // [rows]; null: the likeliest
   int* token;
   float* logit;
   int vocab_size;

@@ -107,8 +107,28 @@ typedef struct {
 
 int pascalvl_kv_append(const pascalvl_append_args* args, void* stream);
 
-// The likeliest token of each row of logits [rows, vocab_size], the first of equal ones, and its logit: NaN if any is.
-int pascalvl_greedy(const float* logits, int32_t rows, int32_t vocab_size, int32_t* token, float* logit, void* stream);
+// How a row's token is chosen. Logits of tokens seen, whose count is not 0, are divided by repetition_penalty where
+// positive, else multiplied; of those that the answer has, whose count without its highest bit is not 0,
+// presence_penalty is subtracted, and frequency_penalty as often; then bias is added, and a token whose bit in mask is
+// 0 left out. With a temperature (above 0) the logits are divided by it, and one token is drawn by their softmax, from
+// what is left of the top_k likeliest, of the fewest of these that have a share of top_p, and of those with at least
+// min_p of the likeliest one's share (equal ones stay together; top_k 0, top_p 1, min_p 0: all): the first in the order
+// of their numbers at which the sum of the shares exceeds random / 2^64. Without, the likeliest is taken, the first of
+// equal ones.
+typedef struct {
+  float repetition_penalty, presence_penalty, frequency_penalty;
+  float temperature, top_p, min_p;
+  int32_t top_k, unused;
+  uint64_t random;
+  const uint32_t* counts;  // [vocab_size]; null: no penalties
+  const float* bias;       // [vocab_size], or null
+  const uint32_t* mask;    // [ceil(vocab_size / 32)], bit i of word w for token 32 w + i; null: all
+} pascalvl_choice;
+
+// A token of each row of logits [rows, vocab_size], -1 where a mask leaves none; and the row's highest logit, NaN if
+// any is. choices [rows] are in the device's memory; null: the likeliest.
+int pascalvl_choose(const float* logits, int32_t rows, int32_t vocab_size, const pascalvl_choice* choices,
+                    int32_t* token, float* logit, void* stream);
 
 // out[i] = from[rows[i]], of floats: from is [num_rows, width], out [count, width]; width is a multiple of 4.
 int pascalvl_gather_rows(const float* from, int32_t num_rows, int32_t width, const int32_t* rows, int32_t count,

@@ -11,7 +11,15 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 
 from pascalvl.plugins.kernels.build import Target, cached
-from pascalvl.plugins.kernels.library import AppendArgs, AppendLayer, AttentionArgs, KernelLibrary, LinearArgs, Rows
+from pascalvl.plugins.kernels.library import (
+    CHOICE,
+    AppendArgs,
+    AppendLayer,
+    AttentionArgs,
+    KernelLibrary,
+    LinearArgs,
+    Rows,
+)
 from pascalvl.plugins.kv_format import PAGE_SLOTS, LayerLayout
 from pascalvl.plugins.ops.flash_attention.op import AttentionOptions
 from pascalvl.plugins.ops.quant_linear.op import Activation, Norm
@@ -301,6 +309,31 @@ def _check_rows(
 def rows_view(key: torch.Tensor, value: torch.Tensor, scale: torch.Tensor | None) -> Rows:
     """Keys and values as the kernels take them."""
     return Rows(key=key.data_ptr(), value=value.data_ptr(), scale=None if scale is None else scale.data_ptr())
+
+
+def choose(
+    kernels: KernelLibrary, logits: torch.Tensor, choices: torch.Tensor, token: torch.Tensor, logit: torch.Tensor
+) -> None:
+    """Launch the choice of each row's token on torch's current stream.
+
+    Args:
+        kernels: of the tensors' device, see `library`.
+        logits: float32 ``[rows, vocab_size]``.
+        choices: int32 ``[rows, 16]``: records of `pascalvl.plugins.kernels.library.CHOICE`.
+        token: int32 ``[rows]``: filled with the tokens.
+        logit: float32 ``[rows]``: filled with the highest logits.
+
+    Raises:
+        ValueError: a tensor's type, shape or device is not as there.
+    """
+    rows, device = len(logits), logits.device
+    logits = _checked("logits", logits, [torch.float32], (rows, None), device)
+    _check("choices", choices, [torch.int32], (rows, CHOICE.itemsize // 4), device)
+    _check("tokens", token, [torch.int32], (rows,), device)
+    _check("highest logits", logit, [torch.float32], (rows,), device)
+    with _current(device) as stream:
+        pointers = (tensor.data_ptr() for tensor in (choices, token, logit))
+        kernels.choose(logits.data_ptr(), *logits.shape, *pointers, stream)
 
 
 @contextlib.contextmanager

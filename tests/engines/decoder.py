@@ -93,7 +93,7 @@ class Conversation:
         with self.appending(seq, seed) as tokens:
             return self.session.step([tokens])
 
-    def greedy(self, seq: int, seed: int) -> tuple[int, float]:
+    def choose(self, seq: int, seed: int) -> tuple[int, float]:
         with self.appending(seq, seed) as tokens:
-            (choice,) = self.session.greedy([tokens])
+            (choice,) = self.session.choose([tokens])
             return choice

@@ -122,6 +122,35 @@ def test_a_repetition_penalty(bundle, nano_reference):
     assert found == reference_answer(nano_reference, model.prompt(PICTURE), NEW_TOKENS, repetition_penalty=10.0)[0]
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(temperature=1.5, top_k=20, top_p=0.9, seed=3),
+        SamplingParams(temperature=1.2, seed=1, presence_penalty=1.0, frequency_penalty=0.5, logit_bias={7: -20.0}),
+    ],
+)
+@pytest.mark.parametrize("kv", ["f32", "f32,window=8+24"])
+def test_a_seed_gives_the_same_tokens_on_every_backend(kv, sampling, nano_engine):
+    answers = {}
+    for name in ("onnxruntime", "cuda", "torch", "reference"):
+        model = VisionLanguageModel.open(nano_engine("f32", name), context_length=CONTEXT, cache=CacheConfig.parse(kv))
+        answers[name] = answer(model, CONVERSATIONS["text"], 12, sampling).token_ids
+    assert len(set(map(tuple, answers.values()))) == 1, answers
+
+
+def test_logits_stay_on_the_device(bundle, monkeypatch):
+    """But what is chosen of them."""
+    model = fresh(bundle)
+    moved = []
+    download = type(model.engine.device).download
+    monkeypatch.setattr(
+        type(model.engine.device), "download", lambda self, to, at: moved.append(to.nbytes) or download(self, to, at)
+    )
+    answer(model, PICTURE, 4, SamplingParams(temperature=0.7, top_k=20, repetition_penalty=1.1, seed=0))
+    assert len(moved) >= 4
+    assert max(moved) <= 512
+
+
 # Recorded steps -------------------------------------------------------------------------------------------------------
 
 
@@ -156,7 +185,7 @@ def test_padded_steps_of_several_sequences(bundle, recorded):
             found = session.step(given)[bindings.LOGITS]
             of_these = expected[list(numbers)]
             np.testing.assert_allclose(found, of_these, rtol=0, atol=atol * np.abs(of_these).max())
-            assert session.greedy(given) == [(row.argmax(), row.max()) for row in found]
+            assert session.choose(given) == [(row.argmax(), row.max()) for row in found]
             assert changed(session, pool) == places(given)
     assert [(shape.tokens, shape.batch) for shape in session._steps] == [(1, 1), (8, 1), (4, 4), (8, 2)]
 

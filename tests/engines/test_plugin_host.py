@@ -62,7 +62,7 @@ def limited(bundle, monkeypatch) -> TensorRTEngine:
 def calls(monkeypatch):
     """Counts what the plugin and the kernels' library are called for."""
     counts = {}
-    for owner, name in ((HostedPlugin, "enqueue"), (KernelLibrary, "kv_append"), (KernelLibrary, "greedy")):
+    for owner, name in ((HostedPlugin, "enqueue"), (KernelLibrary, "kv_append"), (KernelLibrary, "choose")):
         counts[name], call = 0, getattr(owner, name)
 
         def counting(self, *arguments, name=name, call=call):
@@ -95,7 +95,7 @@ def test_tokens_equal_the_reference_and_both_ops_are_the_plugins(kv, nano_engine
     assert {name: count - warm_up[name] for name, count in calls.items()} == {
         "enqueue": sum(vision[op] + steps * decoder[op] for op in ("FlashAttention2", "QuantLinear")),
         "kv_append": steps,  # one of the tokens comes with the prompt
-        "greedy": steps - 1,
+        "choose": steps - 1,
     }
 
 
@@ -136,7 +136,7 @@ def test_a_decode_step_is_the_same_greedy_or_not(limited):
     session, other = (Conversation(limited.open_session(8)) for _ in range(2))
     for seed in range(3):
         (logits,) = session.step(1, seed)[bindings.LOGITS]
-        assert other.greedy(1, seed) == (logits.argmax(), logits.max())
+        assert other.choose(1, seed) == (logits.argmax(), logits.max())
     assert session.session.nbytes == limited.manifest.kv_cache.nbytes(limited.manifest.model.text, 8)
 
 
@@ -259,7 +259,7 @@ def test_a_step_that_was_recorded_is_replayed(limited, monkeypatch):
     sequence = Conversation(limited.open_session(8))
     assert sequence.session.decode_launches() == 5
     sequence.step(1, 0)
-    sequence.greedy(1, 1)
+    sequence.choose(1, 1)
     assert (replays, sequence.cache.length) == (2, 2)
     sequence.step(2, 2)
     assert (replays, sequence.cache.length) == (2, 4)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pascalvl.engines import Engine
+from pascalvl.engines.choice import NO_TOKEN
 from pascalvl.engines.engine import ALWAYS_VISIBLE, SLOTS, Features, Placement, Session, VisualRows
 from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
@@ -274,4 +275,4 @@ def test_kinds_of_new_tokens(sequences):
 def test_greedy_takes_the_first_of_equal_logits(session, monkeypatch):
     logits = np.array([[0.5, 2, 1, 2], [1, np.nan, 3, 0], [-1, -2, -3, -1]], np.float32)
     monkeypatch.setattr(session, "step", lambda _: {bindings.LOGITS: logits})
-    np.testing.assert_equal(session.greedy([]), [(1, 2.0), (1, np.nan), (0, -1.0)])
+    np.testing.assert_equal(session.choose([]), [(1, 2.0), (NO_TOKEN, np.nan), (0, -1.0)])

@@ -142,7 +142,7 @@ def test_a_decode_step_is_the_same_greedy_or_not(bundle):
     session, other = (Conversation(engine.open_session(8)) for _ in range(2))
     for seed in range(3):
         (logits,) = session.step(1, seed)[bindings.LOGITS]
-        assert other.greedy(1, seed) == (logits.argmax(), logits.max())
+        assert other.choose(1, seed) == (logits.argmax(), logits.max())
     assert session.session.nbytes == engine.manifest.kv_cache.nbytes(engine.manifest.model.text, 8)
 
 
@@ -163,7 +163,7 @@ def test_padded_steps_of_several_sequences(bundle, monkeypatch):
         np.testing.assert_allclose(found, of_these, rtol=0, atol=atol * np.abs(of_these).max())
         assert changed(session, pool) == places(given)
     assert [*session._steps] == [(1, 1, 0), (4, 4, 0), (8, 2, 0)]
-    assert session._steps[8, 2, 0].likeliest == [(row.argmax(), row.max()) for row in found]
+    assert session._steps[8, 2, 0].chosen == [(row.argmax(), row.max()) for row in found]
 
 
 @pytest.mark.parametrize("appends", [0, 1, 3])

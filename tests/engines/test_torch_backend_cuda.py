@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from pascalvl.engines import open_engine
-from pascalvl.engines.engine import Placement
+from pascalvl.engines.engine import Placement, Session
 from pascalvl.engines.tolerance import tolerance
+from pascalvl.engines.torch.backend import TorchSession
 from pascalvl.engines.torch.steps import CapturedStep
 from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
 from pascalvl.runtime import SamplingParams, VisionLanguageModel, bench
 from pascalvl.runtime.prompt import Prompt
-from pascalvl.runtime.sampling import Sampler
 from pascalvl.runtime.video import Video
 from tests.engines.batches import CAPACITY, POOL, alone, changed, decodes, fresh_pool, places
 from tests.engines.decoder import CACHES, Conversation, random_tokens
@@ -78,9 +78,15 @@ def test_tokens_and_logits_equal_the_reference(name, kv, nano_engine, reference,
     assert answer(model, messages, NEW_TOKENS).token_ids == expected
 
     logits = []
-    choose = Sampler.__call__
-    monkeypatch.setattr(SamplingParams, "takes_likeliest", False)  # so that logits come to the host
-    monkeypatch.setattr(Sampler, "__call__", lambda self, given: logits.append(given.copy()) or choose(self, given))
+    step = TorchSession.step
+    monkeypatch.setattr(TorchSession, "choose", Session.choose)  # so that logits come to the host
+
+    def noting(self, sequences):
+        outputs = step(self, sequences)
+        logits.append(outputs[bindings.LOGITS][0])
+        return outputs
+
+    monkeypatch.setattr(TorchSession, "step", noting)
     assert answer(model, messages, NEW_TOKENS).token_ids == expected
     rms = np.sqrt(np.square(expected_logits, dtype=np.float64).mean())
     np.testing.assert_allclose(
@@ -197,7 +203,7 @@ def test_captured_steps_of_several_sequences_equal_single_ones(kv, nano_engine, 
             given = [sequences[number] for number in numbers]
             found = session.step(given)[bindings.LOGITS]
             np.testing.assert_array_equal(found, expected[numbers])
-            assert session.greedy(given) == [(row.argmax(), row.max()) for row in expected[numbers]]
+            assert session.choose(given) == [(row.argmax(), row.max()) for row in expected[numbers]]
             assert changed(session, pool) == places(given)
         for name, rows in session.read(np.arange(POOL)).items():  # after all eight
             np.testing.assert_array_equal(rows, stored[name], err_msg=name)
@@ -222,7 +228,7 @@ def test_a_captured_step_of_a_chunk_beside_decodes(kv, tolerance, nano_engine):
         fresh_pool(session)
         found = session.step(sequences)[bindings.LOGITS]
         np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
-        assert session.greedy(sequences) == [(row.argmax(), row.max()) for row in found]
+        assert session.choose(sequences) == [(row.argmax(), row.max()) for row in found]
         assert changed(session, pool) == places(sequences)
     assert session._steps[16, 4, 0].graph
 
@@ -283,7 +289,7 @@ def test_sessions_do_not_disturb_each_other(bundle):
     alone, first, second = (Conversation(engine.open_session(16)) for _ in range(3))
     expected = [alone.step(1, seed)[bindings.LOGITS] for seed in range(4)]
     for seed, logits in enumerate(expected):
-        second.greedy(1, 0)
+        second.choose(1, 0)
         found = first.step(1, seed)[bindings.LOGITS]
         np.testing.assert_allclose(found, logits, rtol=0, atol=1e-5 * np.abs(logits).max())
 

@@ -229,7 +229,7 @@ def main() -> None:
 
     for count, vocab_size in itertools.product(VALUES, repeat=2):
         if count not in SIZES or vocab_size not in SIZES:
-            told = refusal(library.greedy, somewhere, count, vocab_size, somewhere, somewhere)
+            told = refusal(library.choose, somewhere, count, vocab_size, 0, somewhere, somewhere)
             assert told.endswith("."), (count, vocab_size)
     for rows, width, count in itertools.product(VALUES, repeat=3):
         if rows not in SIZES or width not in SIZES or width % 4 or count not in GRID:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pascalvl.plugins.kernels.build import Target
-from pascalvl.plugins.kernels.library import KernelLibrary
+from pascalvl.plugins.kernels.library import CHOICE, KernelLibrary
 from pascalvl.plugins.ops.quant_linear.op import Activation, Norm
 from pascalvl.plugins.weight_format import WeightFormat
 from pascalvl.plugins.weight_rows import InputNorm, QuantisedWeight
@@ -192,9 +192,19 @@ def main() -> None:
     multiply(library, made_up, guarded, int(every))
     logits, token, logit = made_up.bits(3, 700), aligned((3,), np.int32), aligned((3,))
     logits[1] = np.nan
-    library.greedy(pointer(logits), 3, 700, pointer(token), pointer(logit))
+    library.choose(pointer(logits), 3, 700, 0, pointer(token), pointer(logit))
     guarded.check()
     assert ((token >= 0) & (token < 700)).all()
+    choices = made_up.bits(3, 16).view(CHOICE)[:, 0]
+    tables = {"counts": made_up.integers(700), "bias": made_up.bits(700), "mask": made_up.integers(22)}
+    for name, array in tables.items():
+        choices[name] = pointer(array), 0, pointer(array)
+    for k in (int(choices["top_k"][0]), 0, 5, 1024, 1025):
+        choices["top_k"] = k
+        choices["temperature"][1:] = 0.5, np.nan
+        library.choose(pointer(logits), 3, 700, pointer(choices), pointer(token), pointer(logit))
+        guarded.check()
+        assert ((token >= -1) & (token < 700)).all()
     matrix, picked, out = made_up.bits(5, 68), made_up.integers(7), aligned((7, 68))
     library.gather_rows(pointer(matrix), 5, 68, pointer(picked), 7, pointer(out))
     library.add_to(pointer(out), pointer(made_up.bits(7, 68)), 7, 68)

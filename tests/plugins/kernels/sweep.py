@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pascalvl.plugins.kernels.library import KernelLibrary
+from pascalvl.engines.choice import Choice, LogitState, choose
+from pascalvl.plugins.kernels.library import CHOICE, KernelLibrary
 from pascalvl.plugins.ops.quant_linear.op import Activation, Norm
 from pascalvl.plugins.weight_format import WeightFormat
 from pascalvl.plugins.weight_rows import linear, quantise_weight
@@ -100,8 +101,22 @@ def main() -> None:
             # Once normed, an input half way between two codes may get either; test_linear.py takes care that none is.
             assert relative_error(quantised_linear(library, *case), linear(*case)) < (1e-3 if norm else 2e-6)
     logits, token, logit = normal(rng, 2, 700), aligned((2,), np.int32), aligned((2,))
-    library.greedy(pointer(logits), 2, 700, pointer(token), pointer(logit))
+    library.choose(pointer(logits), 2, 700, 0, pointer(token), pointer(logit))
     assert token.tolist() == logits.argmax(1).tolist()
+    counts, mask = aligned((700,), np.uint32), aligned((22,), np.uint32)
+    counts[::3], mask[:] = 1 << 31, 0xFFFF00FF
+    choices = aligned((2,), CHOICE)
+    for temperature, top_k, top_p in ((0.7, 20, 0.8), (1.0, 0, 0.9), (0.0, 0, 1.0)):
+        fields = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "random": 1 << 63}
+        for name, value in {**fields, "counts": pointer(counts), "repetition_penalty": 1.2}.items():
+            choices[name] = value
+        choices["mask"][1] = pointer(mask)
+        library.choose(pointer(logits), 2, 700, pointer(choices), pointer(token), pointer(logit))
+        state = LogitState(counts)
+        fields |= {"state": state, "repetition_penalty": 1.2}
+        assert token.tolist() == [
+            choose(row, Choice(**fields, mask=m)) for row, m in zip(logits, (None, mask), strict=True)
+        ]
     matrix, more, picked, out = normal(rng, 5, 2100), normal(rng, 3, 2100), aligned((3,), np.int32), aligned((3, 2100))
     picked[:] = 4, 0, 4
     library.gather_rows(pointer(matrix), 5, 2100, pointer(picked), 3, pointer(out))

@@ -387,7 +387,7 @@ def test_numbers_that_the_abi_has_no_room_for_are_refused(library, seq):
     with pytest.raises(UserError, match=f"key_row is {seq}: the kernels take numbers of 32 bits"):
         AppendLayer(key_row=seq)
     with pytest.raises(UserError, match=f"vocab_size is {seq}: the kernels take numbers of 32 bits"):
-        library.greedy(0, 1, seq, 0, 0)
+        library.choose(0, 1, seq, 0, 0, 0)
     with pytest.raises(UserError, match=f"dim is {seq}: the kernels take numbers of 32 bits"):
         library.row_bytes(RowFormat.INT8, seq)
 
@@ -472,9 +472,9 @@ def test_greedy_takes_the_first_of_the_largest(library, vocab_size):
     logits[2, largest[1]] = np.nan
     logits[3] = 0
     token, logit = aligned((4,), np.int32), aligned((4,))
-    library.greedy(pointer(logits), 4, vocab_size, pointer(token), pointer(logit))
+    library.choose(pointer(logits), 4, vocab_size, 0, pointer(token), pointer(logit))
     reference.memory.wait()
-    assert token.tolist() == [largest[0], 0, largest[1], 0]
+    assert token.tolist() == [largest[0], -1, largest[1], 0]  # of nothing but negative infinity none
     np.testing.assert_array_equal(logit, [9, -np.inf, np.nan, 0])
 
 

@@ -1,0 +1,82 @@
+"""How tokens are chosen, as the kernels read it on a device."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from pascalvl.engines.choice import Choice, LogitState
+from pascalvl.plugins.bindings import Binding
+from pascalvl.plugins.kernels.library import CHOICE
+
+CHOICES = Binding("choices", CHOICE, ("batch",))
+"""Of each sequence the record that `ChoiceRecords` fills in."""
+
+
+class Copy(Protocol):
+    """An array on the device."""
+
+    pointer: int
+
+
+class ChoiceRecords:
+    """Fills in records, and keeps copies on the device of what they point to.
+
+    Args:
+        copy: makes a copy of an array on the device.
+        put: writes an array into a copy, from a byte on.
+    """
+
+    def __init__(self, copy: Callable[[np.ndarray], Copy], put: Callable[[Copy, int, np.ndarray], None]) -> None:
+        self._copy, self._put = copy, put
+        self._states: weakref.WeakKeyDictionary[LogitState, dict[str, Copy]] = weakref.WeakKeyDictionary()
+        self._masks: dict[int, Copy] = {}
+        self._on_the_way: list[np.ndarray] = []
+        """What the device may still be reading."""
+
+    def fill(self, records: np.ndarray, choices: Sequence[Choice]) -> None:
+        """Write how each of some sequences' tokens is chosen, `CHOICE` ``[batch]``; more of them are left as they are.
+
+        What was given before must have run.
+        """
+        self._on_the_way.clear()
+        for number, choice in enumerate(choices):
+            records[number] = np.zeros((), CHOICE)  # the likeliest
+            if choice.is_greedy:
+                continue
+            record: Any = records[number]
+            for name in CHOICE.names:
+                if hasattr(choice, name) and name != "mask":
+                    record[name] = getattr(choice, name)
+            for name, copy in self._state(choice.state).items():
+                record[name] = copy.pointer
+            if choice.mask is not None:
+                record["mask"] = self._mask(number, choice.mask)
+
+    def _state(self, state: LogitState | None) -> dict[str, Copy]:
+        """Copies of a sequence's counts and bias."""
+        if state is None:
+            return {}
+        if state not in self._states:
+            arrays = {"counts": state.counts, "bias": state.bias}
+            self._states[state] = {name: self._copy(array) for name, array in arrays.items() if array is not None}
+        else:
+            for token in state.changed:
+                self._write(self._states[state]["counts"], 4 * token, state.counts[token : token + 1].copy())
+        state.changed.clear()
+        return self._states[state]
+
+    def _mask(self, number: int, mask: np.ndarray) -> int:
+        """Address of a copy of a mask: its row's."""
+        if number in self._masks:
+            self._write(self._masks[number], 0, mask.copy())
+        else:
+            self._masks[number] = self._copy(mask)
+        return self._masks[number].pointer
+
+    def _write(self, copy: Copy, start: int, array: np.ndarray) -> None:
+        self._on_the_way.append(array)
+        self._put(copy, start, array)
