@@ -98,7 +98,7 @@ class Yardstick:
         digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
         path = cached(Target.CUDA).with_name(f"yardstick-{digest}.ptx")
         if not path.exists():
-            path.write_bytes(compile_cuda(source, cubin=False)[0])
+            path.write_bytes(compile_cuda(source).ptx)
         return path
 
     def ffma_rate(self) -> float:

@@ -163,16 +163,13 @@ def _images(directory: Path) -> Path:
     """Compile all sources and write the assembler file that embeds them."""
     lines = [".section .rodata", '.section .note.GNU-stack,"",@progbits', ".section .rodata"]
     with ThreadPoolExecutor() as pool:
-        jobs = {
-            (source, kind): pool.submit(compile_cuda, FOLDER / f"{source}.cu", kind == "cubin")
-            for source in SOURCES
-            for kind in ("cubin", "ptx")
-        }
-        for (source, kind), job in jobs.items():
-            image = directory / f"{source}.{kind}"
-            image.write_bytes(job.result()[0])
-            symbol = f"pascalvl_{source}_{kind}"
-            lines += [f".global {symbol}", ".balign 16", f"{symbol}:", f'.incbin "{image}"', ".byte 0"]
+        compiled = pool.map(compile_cuda, (FOLDER / f"{source}.cu" for source in SOURCES))
+        for source, images in zip(SOURCES, compiled, strict=True):
+            for kind, content in (("cubin", images.cubin), ("ptx", images.ptx)):
+                image = directory / f"{source}.{kind}"
+                image.write_bytes(content)
+                symbol = f"pascalvl_{source}_{kind}"
+                lines += [f".global {symbol}", ".balign 16", f"{symbol}:", f'.incbin "{image}"', ".byte 0"]
     assembler = directory / "images.S"
     assembler.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return assembler
@@ -187,29 +184,35 @@ def _nvrtc() -> ctypes.CDLL:
     return ctypes.CDLL(str(found[0]))
 
 
-@functools.cache
-def compile_cuda(path: Path, cubin: bool) -> tuple[bytes, str]:
-    """Compile a CUDA source file to a cubin for sm_61 or PTX for compute_61.
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """What a CUDA source file was compiled to."""
 
-    Returns:
-        The image and, for a cubin, ptxas's report on registers, spills and shared memory.
-    """
+    cubin: bytes
+    """For sm_61."""
+    ptx: bytes
+    """For compute_61."""
+    report: str
+    """ptxas's, on registers, spills and shared memory."""
+
+
+@functools.cache
+def compile_cuda(path: Path) -> Images:
+    """Compile a CUDA source file; raises `UserError` if NVRTC is missing or refuses it."""
     nvrtc = _nvrtc()
     program = ctypes.c_void_p()
     created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), path.read_bytes(), path.name.encode(), 0, None, None)
     if created:
         raise UserError(f"NVRTC could not start (error {created}).")
     options = ["--std=c++17", f"--include-path={FOLDER.parents[1]}", "--extra-device-vectorization"]
-    options.append("--gpu-architecture=" + ("sm_61" if cubin else "compute_61"))
-    if cubin:
-        options.append("--ptxas-options=-v")
+    options += ["--gpu-architecture=sm_61", "--ptxas-options=-v"]
     arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     failed = nvrtc.nvrtcCompileProgram(program, len(options), arguments)
     report = _read(nvrtc, program, "ProgramLog").decode().rstrip("\0\n")
     try:
         if failed:
             raise UserError(f"NVRTC refused {path.name} ({first_error(report)}).")
-        return _read(nvrtc, program, "CUBIN" if cubin else "PTX"), report
+        return Images(_read(nvrtc, program, "CUBIN"), _read(nvrtc, program, "PTX"), report)
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
@@ -260,10 +263,10 @@ def resources() -> dict[str, Resources]:
 def _resources() -> dict[str, Resources]:
     entries, found = {}, {}
     for source in SOURCES:
-        path = FOLDER / f"{source}.cu"
-        for entry in _ENTRY.finditer(compile_cuda(path, cubin=False)[0].decode()):
+        images = compile_cuda(FOLDER / f"{source}.cu")
+        for entry in _ENTRY.finditer(images.ptx.decode()):
             entries[entry["kernel"]] = int(entry["threads"]), _multiply_adds_per_load(entry["body"])
-        for match in _FUNCTION.finditer(compile_cuda(path, cubin=True)[1]):
+        for match in _FUNCTION.finditer(images.report):
             threads, multiply_adds_per_load = entries[match["kernel"]]
             found[match["kernel"]] = Resources(
                 threads=threads,
