@@ -1,4 +1,4 @@
-"""ONNX model bundle to engine bundle, and engine bundle to something that runs; one module a backend."""
+"""ONNX model bundle to engine bundle, and engine bundle to something that runs; one folder a backend."""
 
 import os
 

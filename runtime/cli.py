@@ -458,7 +458,13 @@ def _fitting_weights(args: argparse.Namespace) -> Any:
     from pascalvl.plugins.kv_format import CacheConfig
     from pascalvl.runtime.model import DEFAULT_CONTEXT_LENGTH
 
-    gpu = find_gpu()
+    try:
+        gpu = find_gpu()
+    except UserError as error:
+        raise UserError(
+            f"--weights auto asks the card how much room it has, and {str(error).rstrip('.')}; or give a format, for "
+            "example --weights w4 (make: W=w4)."
+        ) from error
     fitting = fitting_weights(
         args.checkpoint, gpu.name, gpu.total_memory, args.kv or CacheConfig(), DEFAULT_CONTEXT_LENGTH
     )

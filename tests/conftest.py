@@ -26,7 +26,7 @@ from tests.real_sizes import HOST_FILES
 
 NANO = Path(__file__).parent / "nano"
 ALL_WEIGHT_FORMATS = "w4,layer.1=w8,layer.2=f16,layer.3=f32"
-_LONGEST = "test_sanitizers.py", "test_tensorrt_build.py"
+_LONGEST = "test_cuda_build.py", "test_sanitizers.py", "test_kv_window.py", "test_tensorrt_build.py"
 # The kernels compiled for the tests stay in the repository, for the next time.
 os.environ.setdefault("XDG_CACHE_HOME", str(Path(__file__).parents[1] / "build" / "cache"))
 
@@ -37,8 +37,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest first, so that no process is left with them in the end."""
-    items.sort(key=lambda item: item.path.name not in _LONGEST)
+    """The files that take longest first, so that no process is left with them in the end; and the first of all what
+    compiles the kernels, for which others would wait."""
+    order = {name: number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture

@@ -43,6 +43,8 @@ def unavailable() -> str:
         gpu = find_gpu()
     except UserError as error:
         return str(error).rstrip(".")
+    except ModuleNotFoundError as error:
+        return f"needs the package {error.name}"
     if gpu.capability < PASCAL:
         return f"the kernels are for compute capability {_dotted(PASCAL)} and above; {gpu.name} has {gpu.sm}"
     return ""
@@ -105,7 +107,7 @@ def open_engine(directory: Path, manifest: Manifest, marked_layers: bool) -> Cud
 def open_device() -> Device:
     """The GPU; raises `UserError` where there is none that can be used."""
     if reason := unavailable():
-        raise UserError(f"backend cuda cannot run here: {reason}.")
+        raise UserError(f"backend cuda cannot run here: {reason}; --backend onnxruntime runs on the CPU.")
     return CudaDevice(cached(Target.CUDA))
 
 

@@ -102,14 +102,14 @@ class DeviceEngine(Engine):
         """Start a graph on feeds; returns where its outputs come to be, their shapes and types."""
         sizes = self._sizes(graph, feeds)
         pointers = {}
+        # Pictures are often of one size, and a video's patches in time are.
+        are_there, self._positions = self._positions, None
         for binding in self.inputs[graph]:
             array = feeds[binding.name]
             pointers[binding.name] = self.buffers.get(f"{graph} {binding.name}", array.nbytes)
-            # Pictures are often of one size, and a video's patches in time are.
-            if binding.name != bindings.POSITION_EMBEDS or array is not self._positions:
+            if binding.name != bindings.POSITION_EMBEDS or array is not are_there:
                 self.device.upload(pointers[binding.name], np.ascontiguousarray(array, binding.dtype))
-        if graph == bindings.VISION:
-            self._positions = feeds[bindings.POSITION_EMBEDS]
+        self._positions = feeds.get(bindings.POSITION_EMBEDS, are_there)
         outputs = {}
         for binding in self.outputs[graph]:
             shape = shape_of(binding, sizes)

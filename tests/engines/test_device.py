@@ -43,7 +43,7 @@ def greedy_step(device):
 
     def step():
         device.upload(memory.pointer, logits)
-        device.kernels.greedy(memory.pointer, 1, 1000, choice.pointer, choice.pointer + 256, device.stream)
+        device.kernels.choose(memory.pointer, 1, 1000, 0, choice.pointer, choice.pointer + 256, device.stream)
         device.download(found, choice.pointer)
 
     return logits, found[:4].view(np.int32), step
