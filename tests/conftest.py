@@ -32,7 +32,7 @@ os.environ.setdefault("XDG_CACHE_HOME", str(Path(__file__).parents[1] / "build" 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fuzz-seconds", type=float, default=6.0, help="how long each fuzzer in tests/fuzz runs")
+    parser.addoption("--fuzz-seconds", type=float, default=4.0, help="how long each fuzzer in tests/fuzz runs")
     parser.addoption("--fuzz-seed", type=int, help="run fuzzers on this seed alone")
 
 

@@ -108,7 +108,7 @@ def test_outputs_equal_the_exported_graphs(seq, nano_engine):
 
 def test_conversations_in_chunks(bundle, nano_reference):
     """A prefix that is not run again, and chunks."""
-    model = fresh(bundle, prefill_chunk=7)
+    model = fresh(bundle, prefill_chunk=13)
     answer(model, PICTURE, 2)
     generation = answer(model, CONVERSATIONS["turns"], NEW_TOKENS)
     assert generation.reused_tokens >= len(model.prompt(PICTURE).token_ids) - 1

@@ -17,7 +17,7 @@ SANITIZERS = {
     "address": (("-fsanitize=address,undefined", "-fno-sanitize-recover=all"), "libasan.so"),
     "thread": (("-fsanitize=thread",), "libtsan.so"),
 }
-SERIAL = ("-DPASCALVL_EMULATOR_SERIAL", "-g", "-O0")
+SERIAL = ("-DPASCALVL_EMULATOR_SERIAL", "-g1", "-O0")
 ROOT = Path(__file__).parents[3]
 SECONDS = 600
 """After which a program hangs; it takes a tenth of that."""
@@ -71,6 +71,8 @@ def test_kernels_are_clean(sanitized, program, arguments):
 
 def test_sizes_of_any_int32_are_refused_or_right(sanitized):
     sanitizer, library = sanitized
+    if sanitizer == "thread":
+        pytest.skip("launches nothing: there is one thread")
     result = run("plugins.kernels.extremes", library, sanitizer)
     assert result.returncode == 0, result.stderr[-4000:]
 
