@@ -72,9 +72,7 @@ def kernels_object(target: Target) -> Path:
 
 def _build_object(output: Path, target: Target) -> None:
     if target is Target.EMULATOR:
-        # Blocks' and threads' variables are the workers' own: found so, the emulator is a sixth faster.
-        flags = () if "clang" in _compiler() else ("-mtls-dialect=gnu2",)
-        return compile_library(output, [*ABI, FOLDER / "emulated.cpp"], flags, kind="-r")
+        return compile_library(output, [*ABI, FOLDER / "emulated.cpp"], kind="-r")
     _compiler()  # told before the minute that NVRTC takes
     with tempfile.TemporaryDirectory() as work:
         images = _images(Path(work))
