@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -38,23 +38,21 @@ class ChoiceRecords:
         """What the device may still be reading."""
 
     def fill(self, records: np.ndarray, choices: Sequence[Choice]) -> None:
-        """Write how each of some sequences' tokens is chosen, `CHOICE` ``[batch]``; more of them are left as they are.
+        """Write how each of some sequences' tokens is chosen, `CHOICE` ``[batch]``; of more of them the likeliest is: no
+        record may point to what is no more.
 
         What was given before must have run.
         """
         self._on_the_way.clear()
+        records[:] = np.zeros((), CHOICE)
         for number, choice in enumerate(choices):
-            records[number] = np.zeros((), CHOICE)  # the likeliest
             if choice.is_greedy:
                 continue
-            record: Any = records[number]
-            for name in CHOICE.names:
-                if hasattr(choice, name) and name != "mask":
-                    record[name] = getattr(choice, name)
-            for name, copy in self._state(choice.state).items():
-                record[name] = copy.pointer
+            pointers = {name: copy.pointer for name, copy in self._state(choice.state).items()}
             if choice.mask is not None:
-                record["mask"] = self._mask(number, choice.mask)
+                pointers["mask"] = self._mask(number, choice.mask)
+            given = {**vars(choice), "unused": 0, "counts": 0, "bias": 0, "mask": 0, **pointers}
+            records[number] = tuple(given[name] for name in CHOICE.names)
 
     def _state(self, state: LogitState | None) -> dict[str, Copy]:
         """Copies of a sequence's counts and bias."""

@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 from pascalvl.engines import build, open_engine
+from pascalvl.engines.choice import Choice, LogitState
 from pascalvl.engines.cuda import backend, engine
 from pascalvl.engines.cuda.lowering import lower
 from pascalvl.engines.cuda.plan import Plan, laid_out
@@ -189,6 +190,21 @@ def test_padded_steps_of_several_sequences(bundle, recorded):
             assert session.choose(given) == [(row.argmax(), row.max()) for row in found]
             assert changed(session, pool) == places(given)
     assert [(shape.tokens, shape.batch) for shape in session._steps] == [(1, 1), (8, 1), (4, 4), (8, 2)]
+
+
+def test_records_of_sequences_that_are_no_more_are_cleared(bundle):
+    """They point to memory that was freed with them."""
+    session = open_engine(bundle).open_session(CAPACITY, POOL)
+    sequences = decodes(session)[:4]
+    vocab_size = session.model.text.vocab_size
+    choices = [Choice(presence_penalty=1.0, state=LogitState(np.zeros(vocab_size, np.uint32))) for _ in sequences]
+    session.choose(sequences, choices)
+    (step,) = [step for shape, step in session._steps.items() if shape.batch == 4]
+    records = step._inputs.arrays["choices"]
+    assert (records["counts"] != 0).all()
+    for fewer, given in ((3, choices[:1] + [Choice()] * 2), (4, None)):
+        session.choose(sequences[:fewer], given)
+        assert (records["counts"] != 0).tolist() == [given is not None, False, False, False]
 
 
 @pytest.mark.parametrize("appends", [0, 1, 3])
