@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from pascalvl.engines.engine import NewTokens
 
@@ -18,8 +18,7 @@ def padded_batch(count: int) -> int | None:
     return next((size for size in BATCHES if size >= count), None)
 
 
-@dataclasses.dataclass(frozen=True)
-class StepShape:
+class StepShape(NamedTuple):
     """Sizes of a step, in which no token sees but all of its past, and of each sequence the last one's logits come."""
 
     tokens: int

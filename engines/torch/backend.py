@@ -22,9 +22,9 @@ from transformers import Qwen3VLConfig
 
 from pascalvl.engines.choice import Choice
 from pascalvl.engines.device.choices import CHOICES, ChoiceRecords
-from pascalvl.engines.device.padding import padded_batch
+from pascalvl.engines.device.padding import LENGTHS, StepShape
 from pascalvl.engines.engine import SLOTS, Engine, Features, NewTokens, Session
-from pascalvl.engines.torch.steps import CapturedStep, PlacedVisuals, StepShape
+from pascalvl.engines.torch.steps import CapturedStep, PlacedVisuals
 from pascalvl.export.checkpoint import HOST_TABLES, meta_model, read_config
 from pascalvl.export.modules import Decoder, VisionEncoder
 from pascalvl.plugins import bindings
@@ -43,8 +43,6 @@ _WEIGHTS = "weights.json"
 """By graph and name: where in the graph's data a weight starts, its type and shape."""
 FILES = (CHECKPOINT_CONFIG, _WEIGHTS, *_DATA.values())
 _ALIGNMENT = 256
-_PREFILL_LENGTHS = tuple(1 << i for i in range(3, 10))
-"""Tokens that a captured step with more of them than sequences is padded to, 8 to 512."""
 _COPIES = ("Memcpy", "Memset")
 """What the profiler's names begin with of what is no kernel."""
 
@@ -150,8 +148,8 @@ class TorchSession(Session):
                 for b, part, size in zip(self.stored, self._storage.split(aligned), nbytes, strict=True)
             }
             self._records = ChoiceRecords(self._copy, _Copy.put)
-            self._steps: dict[tuple[int, int, int], CapturedStep] = {}
-            self.decode_step = self._new_step(1, 1, 0)
+            self._steps: dict[StepShape, CapturedStep] = {}
+            self.decode_step = self._new_step(StepShape(1, 1, 0))
             if engine.device.type == "cuda":
                 self.decode_step.run()  # records it, before there is anything to store
 
@@ -186,22 +184,14 @@ class TorchSession(Session):
 
     def _run_captured(self, sequences: Sequence[NewTokens], choices: Sequence[Choice] = ()) -> CapturedStep | None:
         """Run a step that is captured, or on the CPU one for a single token; None: this is none of them."""
-        count, tokens = len(sequences), sum(map(len, sequences))
-        batch = padded_batch(count)
-        if batch is None or not all(new.is_plain for new in sequences):
+        shape = StepShape.padded(sequences, LENGTHS, self.model.num_deepstack)
+        is_one = len(sequences) == 1 and sequences[0].is_decode
+        if shape is None or not (self.decode_step.graph or is_one):
             return None
-        # A call of as many tokens as sequences is a decode step: others must have more when they are padded, too.
-        longer = (n for n in _PREFILL_LENGTHS if n >= tokens and n > batch)
-        padded = batch if tokens == count else next(longer, None)
-        is_one = count == 1 and sequences[0].is_decode
-        if padded is None or not (self.decode_step.graph or is_one):
-            return None
-        visuals = self.visuals_of(sequences)
-        levels = self.model.num_deepstack if visuals else 0
-        step = self._steps.get((padded, batch, levels)) or self._new_step(padded, batch, levels)
+        step = self._steps.get(shape) or self._new_step(shape)
         self.fill(step.host, sequences)
         self._records.fill(step.host[CHOICES.name], choices)
-        step.place(visuals)
+        step.place(self.visuals_of(sequences))
         step.run()
         return step
 
@@ -213,12 +203,18 @@ class TorchSession(Session):
         placed.place(visuals)
         return self._run({**inputs, **placed.inputs(inputs[bindings.INPUTS_EMBEDS])})
 
-    def _new_step(self, tokens: int, batch: int, levels: int) -> CapturedStep:
-        what = f"a step of {tokens} tokens of {batch} sequences{', visuals among them' if levels else ''}"
-        shape = StepShape(tokens, batch, self.sequence_pages, levels)
-        engine = self._engine
-        step = CapturedStep(what, self._run, engine.kernels, self.model.text, engine.device, shape, self._graph_memory)
-        self._steps[tokens, batch, levels] = step
+    def _new_step(self, shape: StepShape) -> CapturedStep:
+        visuals = ", visuals among them" if shape.levels else ""
+        step = self._steps[shape] = CapturedStep(
+            f"a step of {shape.tokens} tokens of {shape.batch} sequences{visuals}",
+            self._run,
+            self._engine.kernels,
+            self.model.text,
+            self._engine.device,
+            shape,
+            self.sequence_pages,
+            self._graph_memory,
+        )
         return step
 
     def _graph_memory(self) -> object | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 
 from pascalvl.engines.device.choices import CHOICES
+from pascalvl.engines.device.padding import StepShape
 from pascalvl.engines.engine import ALWAYS_VISIBLE, SLOTS, VisualRows
 from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
@@ -44,19 +45,6 @@ class PlacedVisuals:
         return {bindings.INPUTS_EMBEDS: mixed, bindings.DEEPSTACK_EMBEDS: self._rows[1:]}
 
 
-@dataclasses.dataclass(frozen=True)
-class StepShape:
-    """Sizes of a step."""
-
-    tokens: int
-    """At most."""
-    batch: int
-    """Sequences, at most."""
-    sequence_pages: int
-    levels: int
-    """Of DeepStack; there are visuals among the tokens. 0: there are none."""
-
-
 class CapturedStep:
     """The decoder and what appends, over tokens that see all of their past, fed from one pinned array.
 
@@ -70,6 +58,7 @@ class CapturedStep:
         text: the model's.
         device: where it runs.
         shape: how many tokens and sequences there may be.
+        sequence_pages: that a sequence may have.
         memory: gives memory of another step's graph, which this one's is made in; None: its own.
 
     Attributes:
@@ -86,6 +75,7 @@ class CapturedStep:
         text: TextConfig,
         device: torch.device,
         shape: StepShape,
+        sequence_pages: int,
         memory: Callable[[], object | None],
     ) -> None:
         self._what, self._decode, self._device, self._memory = what, run, device, memory
@@ -102,7 +92,7 @@ class CapturedStep:
             CHOICES.name: (batch, CHOICE.itemsize // 4),  # first of them, where it is aligned
             bindings.CU_SEQLENS: (batch + 1,),
             bindings.PAST_LENGTH: (batch,),
-            bindings.PAGE_TABLE: (batch, shape.sequence_pages),
+            bindings.PAGE_TABLE: (batch, sequence_pages),
             bindings.PAST_VISIBLE: (batch, 1),
             bindings.LOGIT_ROWS: (batch,),
             SLOTS.name: (tokens,),
@@ -128,8 +118,9 @@ class CapturedStep:
         self._chosen = torch.zeros(2, batch, dtype=torch.int32, pin_memory=device.type == "cuda")
 
     def store_nothing(self) -> None:
-        """Let the next run append nothing."""
+        """Let the next run append nothing, and choose the likeliest tokens."""
         self.host[SLOTS.name][:] = -1
+        self.host[CHOICES.name][:] = np.zeros((), CHOICE)
 
     def place(self, visuals: Sequence[VisualRows]) -> None:
         """Set which tokens of the next run are of visuals."""
