@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pascalvl.engines.cuda.plan import Plan
-from pascalvl.engines.cuda.program import BoundPlan, Launch
+from pascalvl.engines.cuda.program import BoundPlan
 from pascalvl.engines.device.engine import DeviceEngine
 from pascalvl.engines.device.memory import ALIGNMENT, Buffer, Device
 from pascalvl.engines.device.padding import BATCHES, LENGTHS
@@ -54,16 +54,17 @@ class CudaEngine(DeviceEngine):
         self._large: Buffer | None = None
         """For those of the last call that is not recorded, where they need more."""
 
-    @property
-    def weight_bytes(self) -> int:
-        """Of the device's memory."""
-        return sum(buffer.nbytes for buffer in self._weights.values())
-
     def program(
         self, graph: str, sizes: Mapping[str, int], pointers: Mapping[str, int], kept: bool
     ) -> Callable[[], None]:
         bound = self.bound(graph, sizes, pointers)
-        return _Program(bound.launches(self._working_memory(bound.nbytes, kept)))
+        launches = bound.launches(self._working_memory(bound.nbytes, kept))
+
+        def start() -> None:
+            for launch in launches:
+                launch()
+
+        return start
 
     def bound(self, graph: str, sizes: Mapping[str, int], pointers: Mapping[str, int]) -> BoundPlan:
         """A graph's launches for these sizes and addresses, see `BoundPlan`."""
@@ -90,17 +91,6 @@ class CudaEngine(DeviceEngine):
         shapes = [(tokens, BATCHES[-1]) for tokens in (*self.lengths[-1:], BATCHES[-1])]
         bound = (self.bound(bindings.DECODER, sizes_of(*shape), pointers) for shape in shapes)
         self._working_memory(max(plan.nbytes for plan in bound), kept=True)
-
-
-class _Program:
-    """Launches in order."""
-
-    def __init__(self, launches: list[Launch]) -> None:
-        self._launches = launches
-
-    def __call__(self) -> None:
-        for launch in self._launches:
-            launch()
 
 
 def upload_file(device: Device, path: Path, progress: Callable[[int], None] = lambda _: None) -> Buffer:

@@ -86,10 +86,10 @@ class DeviceEngine(Engine):
         for feed in feeds:
             outputs = self._start(bindings.VISION, feed)
             pointer, shape, _ = outputs[bindings.IMAGE_EMBEDS]
-            self.device.copy(embeds.at(done), pointer, embeds.nbytes_of(shape))
+            nbytes = embeds.nbytes_of(shape)
+            self.device.copy(embeds.at(done), pointer, nbytes)
             of_levels, _, _ = outputs[bindings.DEEPSTACK_EMBEDS]
             for level in range(model.num_deepstack):
-                nbytes = embeds.nbytes_of(shape)
                 self.device.copy(levels.at(level, done), of_levels + level * nbytes, nbytes)
             done += shape[0]
         self.device.synchronize()

@@ -148,14 +148,14 @@ class DeviceSession(Session):
         levels = pointers[bindings.DEEPSTACK_EMBEDS]
         self.device.fill_zeros(levels, self.model.num_deepstack * tokens * width)
         for visual in visuals:
-            source = np.arange(visual.source.start, visual.source.stop)
             for start, stop in _runs_of(visual.tokens):
-                token, nbytes = int(visual.tokens[start]), (stop - start) * width
+                token, source = int(visual.tokens[start]), visual.source.start + start
+                nbytes = (stop - start) * width
                 embeds = pointers[bindings.INPUTS_EMBEDS] + token * width
-                self.device.copy(embeds, visual.features.embeds.at(int(source[start])), nbytes)
+                self.device.copy(embeds, visual.features.embeds.at(source), nbytes)
                 for level in range(self.model.num_deepstack):
                     to = levels + (level * tokens + token) * width
-                    self.device.copy(to, visual.features.levels.at(level, int(source[start])), nbytes)
+                    self.device.copy(to, visual.features.levels.at(level, source), nbytes)
 
     def append(self, tokens: int, slots: int) -> None:
         """Copy the new rows of all layers into their pools, to slots at an address."""
@@ -218,7 +218,6 @@ class Step:
         staged = [b for b in session.engine.inputs[bindings.DECODER] if b.name not in varying]
         self._inputs = StagedTensors(self._device, [*staged, SLOTS, CHOICES], sizes)
         self._inputs.arrays[bindings.PAST_VISIBLE][:] = ALWAYS_VISIBLE
-        self._store_nothing()
         self._chosen = StagedTensors(self._device, _CHOSEN, sizes)
         self._pointers = dict(self._inputs.pointers)
         if shape.levels:
@@ -244,7 +243,7 @@ class Step:
 
     def record(self) -> None:
         """Make the CUDA graph before there is anything to run."""
-        self._store_nothing()
+        self._inputs.arrays[SLOTS.name][:] = -1
         self._inputs.upload()
         self._start()
         self._capture()
@@ -264,9 +263,6 @@ class Step:
     def _capture(self) -> None:
         self._is_tried = True
         self._graph = self._device.capture(self._start)
-
-    def _store_nothing(self) -> None:
-        self._inputs.arrays[SLOTS.name][:] = -1
 
     def _start(self) -> None:
         """From the inputs on the device to the next tokens on the host, without waiting for the device."""
