@@ -38,8 +38,9 @@ class ChoiceRecords:
         """What the device may still be reading."""
 
     def fill(self, records: np.ndarray, choices: Sequence[Choice]) -> None:
-        """Write how each of some sequences' tokens is chosen, `CHOICE` ``[batch]``; of more of them the likeliest is: no
-        record may point to what is no more.
+        """Write how each of some sequences' tokens is chosen, `CHOICE` ``[batch]``; of more of them the likeliest is.
+
+        No record may point to what is no more.
 
         What was given before must have run.
         """
