@@ -15,6 +15,8 @@ from PIL import Image
 from transformers import AutoProcessor, Qwen2VLImageProcessorPil
 from transformers.video_utils import VideoMetadata
 
+from pascalvl.engines.device.memory import available_target
+from pascalvl.plugins.kernels.build import Target
 from pascalvl.runtime import SamplingParams, VisionLanguageModel
 from pascalvl.runtime.video import Video
 from tests.nano.scenes import render, render_clip
@@ -74,9 +76,11 @@ def processor(nano_checkpoint):
     return processor
 
 
-@pytest.fixture(scope="module")
-def model(nano_engine_bundle):
-    return VisionLanguageModel.open(nano_engine_bundle)
+@pytest.fixture(scope="module", params=["onnxruntime", "cuda"])
+def model(request, nano_engine):
+    if request.param == "cuda" and available_target() is not Target.CUDA:
+        pytest.skip("needs a GPU; on the emulator, tests/engines/test_cuda_backend.py has shorter ones")
+    return VisionLanguageModel.open(nano_engine("f32", request.param))
 
 
 def reference_inputs(processor, messages, images, videos):

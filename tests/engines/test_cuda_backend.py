@@ -26,6 +26,7 @@ from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
 from pascalvl.plugins.kernels.library import KernelLibrary
 from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.weight_format import WeightConfig
 from pascalvl.runtime import SamplingParams, VisionLanguageModel
 from pascalvl.runtime.cli import main
 from pascalvl.runtime.video import Video
@@ -83,6 +84,22 @@ def test_caches(kv, nano_engine):
     """The reference is ONNX Runtime with the same cache."""
     found, expected = (fresh(nano_engine(kv, backend)) for backend in ("cuda", "onnxruntime"))
     assert answer(found, PICTURE, NEW_TOKENS).token_ids == answer(expected, PICTURE, NEW_TOKENS).token_ids
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU, for the torch backend")
+@pytest.mark.parametrize("weights", ["f32", "f16", "w8", "w4"])
+def test_tokens_are_those_of_the_torch_backend(weights, nano_checkpoint, tmp_path):
+    from pascalvl.export import export_checkpoint
+
+    export_checkpoint(nano_checkpoint, tmp_path / "model", weights=WeightConfig.parse(weights))
+    for kv in CACHES:
+        models = []
+        for name in ("cuda", "torch"):
+            build(tmp_path / "model", tmp_path / f"{name} {kv}", name, CacheConfig.parse(kv))
+            models.append(fresh(tmp_path / f"{name} {kv}"))
+        for messages in CONVERSATIONS.values():
+            found, expected = (answer(model, messages, NEW_TOKENS).token_ids for model in models)
+            assert found == expected, (kv, messages)
 
 
 def test_ranks(nano_checkpoint, tmp_path):
