@@ -2,9 +2,9 @@
 // top-p and min-p leave. Whole numbers stand for probabilities, so that sums do not depend on their order; `engines/
 // choice.py` is the definition.
 //
-// A block takes a row, and reads its logits once (the likeliest), five times (top-k: three to select it, one to gather
-// what is left into shared memory, where the rest is done), or up to seven times. Bound by one SM's share of the L2:
-// for 150,000 logits some 40 us a reading on SM61, where a transfer to the host would wait for the device besides.
+// A block takes a row, and reads its logits once (the likeliest), twice (where all that may be drawn is among the few
+// candidates that fit into shared memory), or up to seven times. Bound by one SM's share of the L2: for 150,000 logits
+// some 10 us a reading on SM61, where a transfer to the host would wait for the device besides.
 #include "plugins/kernels/device.cuh"
 
 namespace pascalvl {
@@ -13,6 +13,9 @@ constexpr float kWeight = 1099511627776.0f;  // 2^40: of the likeliest token
 constexpr int kChoiceWarps = kChoiceThreads / kWarp;
 constexpr int kBins = 2048;        // of 11 bits of a key
 constexpr int kCandidates = 1024;  // that shared memory has room for
+constexpr int kMostTopK = 256;     // for which they are tried
+constexpr int kWithoutTopK = 128;  // as if it were this, where there is none
+constexpr int kUnroll = 8;         // logits of a thread that are on their way at a time
 constexpr float kLog2OfE = 1.4426950408889634f;
 
 using Sum = unsigned long long;
@@ -75,8 +78,10 @@ struct Row {
   TokenChoice c;
   float best, scale;  // scale: from differences of scores to powers of 2
 
-  __device__ float score(int token) const {
-    float score = logits[token];
+  __device__ float score(int token) const { return score(token, logits[token]); }
+
+  // Of a token's logit.
+  __device__ float score(int token, float score) const {
     if (c.counts) {
       const unsigned count = c.counts[token], times = count & 0x7fffffffu;
       if (count) score = score < 0 ? score * c.repetition_penalty : score / c.repetition_penalty;
@@ -98,6 +103,24 @@ struct Row {
     return x <= 0 ? Sum(power_of_2(x) * kWeight) : 0;  // nothing of no number
   }
 };
+
+// Calls `take(token, logit)` for this thread's share of a row's tokens.
+template <typename Take>
+__device__ __forceinline__ void for_own_tokens(const Row& row, int vocab_size, Take take) {
+  for (int first = threadIdx.x; first < vocab_size; first += kChoiceThreads * kUnroll) {
+    float logits[kUnroll];
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k) {
+      const int token = first + k * kChoiceThreads;
+      logits[k] = token < vocab_size ? row.logits[token] : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k) {
+      const int token = first + k * kChoiceThreads;
+      if (token < vocab_size) take(token, logits[k]);
+    }
+  }
+}
 
 struct Shared {
   Best bests[kChoiceWarps];
@@ -121,13 +144,13 @@ __device__ unsigned select_key(const Row& row, int vocab_size, Sum need, Shared&
     const int bits = min2(shift, 11), next = shift - bits;
     for (int i = threadIdx.x; i < kBins; i += kChoiceThreads) shared.bins[i] = 0;
     __syncthreads();
-    for (int token = threadIdx.x; token < vocab_size; token += kChoiceThreads) {
-      const float score = row.score(token);
+    for_own_tokens(row, vocab_size, [&](int token, float logit) {
+      const float score = row.score(token, logit);
       const unsigned own = Row::key(score);
-      if (shift < 32 && own >> shift != key >> shift) continue;
+      if (shift < 32 && own >> shift != key >> shift) return;
       const Sum amount = amount_of(score);
       if (amount) atomicAdd(&shared.bins[own >> next & ((1u << bits) - 1)], amount);
-    }
+    });
     __syncthreads();
     // The largest bins come first.
     const int first = kBins - 1 - int(threadIdx.x) * kOwn;
@@ -163,14 +186,66 @@ __device__ __forceinline__ Sum nucleus(Sum total, float top_p) {
   return need < 1 ? 1 : Sum(need);
 }
 
-// Among at most kCandidates tokens, which are in shared memory.
-__device__ void draw_of_candidates(const ChoiceParams& p, const Row& row, Sum least_weight, Shared& shared) {
-  const int count = shared.count;
+// Gathers the candidates into shared memory: tokens of the largest keys, at least as many as top-k asks for. Returns
+// whether all that may be drawn is among them; and what top-p asks for of their weights.
+//
+// That as many are as large as the k-th largest of all threads' largest is where the search ends, not begins.
+__device__ bool gather_candidates(const ChoiceParams& p, const Row& row, unsigned own_largest, Sum least_weight,
+                                  Shared& shared, Sum* need) {
+  const bool has_top_k = row.c.top_k > 0;
+  const int rank = has_top_k ? row.c.top_k : kWithoutTopK;
+  if (rank > kMostTopK) return false;
+  shared.keys[threadIdx.x] = own_largest;
+  if (threadIdx.x == 0) shared.count = 0;
+  __syncthreads();
+  int before = 0;  // threads with a larger one
+  for (int i = 0; i < kChoiceThreads; ++i) {
+    const unsigned other = shared.keys[i];
+    before += other > own_largest || (other == own_largest && i < int(threadIdx.x));
+  }
+  if (before == rank - 1) shared.bin = own_largest;
+  __syncthreads();
+  const unsigned bound = shared.bin;
   Sum own = 0;
-  for (int i = threadIdx.x; i < count; i += kChoiceThreads) own += shared.weights[i];
-  const Sum need = row.c.top_p < 1 ? nucleus(sum_of_block(own, shared), row.c.top_p) : ~Sum(0);
-  Sum kept[kCandidates / kChoiceThreads];
+  for_own_tokens(row, p.vocab_size, [&](int token, float logit) {
+    const float score = row.score(token, logit);
+    const unsigned key = Row::key(score);
+    if (has_top_k && key < bound) return;
+    const Sum weight = row.weight(score);
+    own += weight;
+    if (key < bound) return;
+    const int i = atomicAdd(&shared.count, 1);
+    if (i >= kCandidates) return;
+    shared.tokens[i] = token;
+    shared.keys[i] = key;
+    shared.weights[i] = weight;
+  });
+  Sum total = sum_of_block(own, shared);
+  const int count = shared.count;
+  if (count > kCandidates) return false;
   own = 0;
+  Sum smallest = ~Sum(0);
+  for (int i = threadIdx.x; i < count; i += kChoiceThreads) {
+    if (has_top_k) {
+      int larger = 0;
+      for (int j = 0; j < count; ++j) larger += shared.keys[j] > shared.keys[i];
+      if (larger >= rank) shared.weights[i] = 0;
+    }
+    own += shared.weights[i];
+    if (shared.keys[i] == bound) smallest = shared.weights[i];
+  }
+  const Sum of_candidates = sum_of_block(own, shared);
+  if (has_top_k) total = of_candidates;
+  *need = row.c.top_p < 1 ? nucleus(total, row.c.top_p) : ~Sum(0);
+  // Where the lightest of them is too light for min-p, so is all that is not among them.
+  const bool is_bounded = sum_of_block(smallest < least_weight, shared) > 0;
+  return has_top_k || of_candidates >= *need || is_bounded;
+}
+
+// Of the candidates, those that have `need` together, and each at least `least_weight`.
+__device__ void draw_of_candidates(const ChoiceParams& p, const Row& row, Sum need, Sum least_weight, Shared& shared) {
+  const int count = shared.count;
+  Sum kept[kCandidates / kChoiceThreads], own = 0;
 #pragma unroll
   for (int k = 0; k < kCandidates / kChoiceThreads; ++k) {
     const int i = threadIdx.x + k * kChoiceThreads;
@@ -203,7 +278,7 @@ __device__ void draw_of_all(const ChoiceParams& p, const Row& row, unsigned leas
   };
   if (row.c.top_p < 1) {
     Sum own = 0;
-    for (int token = threadIdx.x; token < p.vocab_size; token += kChoiceThreads) own += weight_of(row.score(token), 1);
+    for_own_tokens(row, p.vocab_size, [&](int token, float logit) { own += weight_of(row.score(token, logit), 1); });
     const Sum need = nucleus(sum_of_block(own, shared), row.c.top_p);
     const unsigned key = select_key(row, p.vocab_size, need, shared, [&](float score) { return weight_of(score, 1); });
     if (key > least) least = key;
@@ -237,11 +312,12 @@ extern "C" __global__ void __launch_bounds__(kChoiceThreads) choose_token(const 
   Row row = {p.logits + (long long)blockIdx.x * p.vocab_size, {}, 0, 0};
   if (p.choices) row.c = p.choices[blockIdx.x];
   Best best = {nothing(), p.vocab_size}, highest = {row.logits[0], 0};
-  for (int token = threadIdx.x; token < p.vocab_size; token += kChoiceThreads) {
-    const Best found = {row.score(token), token}, raw = {row.logits[token], token};
+  for_own_tokens(row, p.vocab_size, [&](int token, float logit) {
+    const Best found = {row.score(token, logit), token}, raw = {logit, token};
     if (is_better(found, best)) best = found;
     if (is_better(raw, highest)) highest = raw;
-  }
+  });
+  const unsigned own_largest = Row::key(best.score);
   best = best_of_block(best, shared.bests);
   highest = best_of_block(highest, shared.bests);
   if (threadIdx.x == 0) {
@@ -254,25 +330,12 @@ extern "C" __global__ void __launch_bounds__(kChoiceThreads) choose_token(const 
   row.scale = kLog2OfE / row.c.temperature;
   const float share = ceilf(row.c.min_p * kWeight);
   const Sum least_weight = share >= 1 ? Sum(share < kWeight ? share : kWeight) : 1;
+  Sum need = 0;
+  if (gather_candidates(p, row, own_largest, least_weight, shared, &need))
+    return draw_of_candidates(p, row, need, least_weight, shared);
   unsigned least = 0;
-  if (row.c.top_k > 0 && row.c.top_k < p.vocab_size) {
+  if (row.c.top_k > 0 && row.c.top_k < p.vocab_size)
     least = select_key(row, p.vocab_size, row.c.top_k, shared, [](float) { return Sum(1); });
-    if (row.c.top_k <= kCandidates) {
-      if (threadIdx.x == 0) shared.count = 0;
-      __syncthreads();
-      for (int token = threadIdx.x; token < p.vocab_size; token += kChoiceThreads) {
-        const float score = row.score(token);
-        if (Row::key(score) < least) continue;
-        const int i = atomicAdd(&shared.count, 1);
-        if (i >= kCandidates) continue;
-        shared.tokens[i] = token;
-        shared.keys[i] = Row::key(score);
-        shared.weights[i] = row.weight(score);
-      }
-      __syncthreads();
-      if (shared.count <= kCandidates) return draw_of_candidates(p, row, least_weight, shared);
-    }
-  }
   draw_of_all(p, row, least, least_weight, shared);
 }
 
