@@ -8,7 +8,7 @@ import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -67,12 +67,20 @@ class VisualRows:
     """int64 ``[n]``: their numbers among the sequence's new ones."""
 
 
+class Embeds(Protocol):
+    """Embeddings of tokens, read to where they are needed."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, to: np.ndarray) -> None:
+        """Write them to float32 ``[seq, hidden_size]``."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class NewTokens:
     """New tokens of one sequence, at least one."""
 
-    embeds: np.ndarray
-    """float32 ``[seq, hidden_size]``."""
+    embeds: Embeds
     rope_cos: np.ndarray
     """float32 ``[seq, head_dim]``."""
     rope_sin: np.ndarray
@@ -285,7 +293,7 @@ class Session(abc.ABC):
         for number, new in enumerate(sequences):
             end, placement = begin + len(new), new.placement
             bounds[number], own = begin, slice(begin, end)
-            inputs[bindings.INPUTS_EMBEDS][own] = new.embeds
+            new.embeds.read(inputs[bindings.INPUTS_EMBEDS][own])
             inputs[bindings.ROPE_COS][own], inputs[bindings.ROPE_SIN][own] = new.rope_cos, new.rope_sin
             slots[own] = placement.places
             inputs[bindings.PAST_LENGTH][number] = placement.past_length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,20 @@ import numpy as np
 
 _AT_ONCE = 16
 """Rows of which a copy is made on the way: little enough that it stays in the CPU's caches, and in memory it has."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EmbeddingRows:
+    """Rows of a table, which are read where they are needed, see `pascalvl.engines.engine.Embeds`."""
+
+    table: EmbeddingTable
+    rows: Sequence[int] | np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, to: np.ndarray) -> None:
+        self.table.read(self.rows, to)
 
 
 class EmbeddingTable:

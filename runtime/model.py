@@ -20,12 +20,12 @@ from pascalvl.plugins.bundle import EMBEDDINGS, GENERATION_CONFIG, POSITIONS, Ma
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import TextConfig
-from pascalvl.runtime.embeddings import EmbeddingTable
+from pascalvl.runtime.embeddings import EmbeddingRows, EmbeddingTable
 from pascalvl.runtime.generation import FinishReason, Generation, GenerationConfig, StopMatcher
 from pascalvl.runtime.image import Patches
 from pascalvl.runtime.kv_cache import KVCache, Prefix
 from pascalvl.runtime.messages import Message
-from pascalvl.runtime.positions import VisionPositions, rope_tables, vision_cu_seqlens, vision_rope_tables
+from pascalvl.runtime.positions import TextRope, VisionPositions, rope_tables, vision_cu_seqlens, vision_rope_tables
 from pascalvl.runtime.prompt import Prompt, PromptBuilder, Visual
 from pascalvl.runtime.sampling import Sampler, SamplingParams
 
@@ -72,8 +72,7 @@ class VisionLanguageModel:
         max_pixels = engine.max_pixels if max_pixels is None else max_pixels
         self._prompts = PromptBuilder(engine.directory, self.config, max_pixels, control_tokens_in_text)
         self._embeddings = EmbeddingTable(engine.directory / EMBEDDINGS, **self.manifest.embeddings)
-        self._embeds = np.empty((self.prefill_chunk, self.config.text.hidden_size), np.float32)
-        """Those of the tokens at hand: new memory for each call would take longer than they do."""
+        self._text_rope = TextRope(self.config.text)
         positions = EmbeddingTable(engine.directory / POSITIONS, **self.manifest.position_embeddings)
         self._vision_positions = VisionPositions(positions, self.config.vision)
         slots = self.cache_config.slots(self.context_length, pinned_slots(self.cache_config))
@@ -394,10 +393,10 @@ class VisionLanguageModel:
         self, token_ids: Sequence[int], positions: Sequence[int], placements: Sequence[Placement]
     ) -> list[NewTokens]:
         """One more token of text of each of some sequences."""
-        cos, sin = rope_tables(np.tile(positions, (3, 1)), self.config.text)
-        embeds = self._embeddings[token_ids]
-        rows = (slice(row, row + 1) for row in range(len(token_ids)))
-        return [NewTokens(embeds[row], cos[row], sin[row], *at) for row, *at in zip(rows, placements, strict=True)]
+        return [
+            NewTokens(EmbeddingRows(self._embeddings, (token,)), *self._text_rope.at(position), placement)
+            for token, position, placement in zip(token_ids, positions, placements, strict=True)
+        ]
 
     def new_tokens(
         self,
@@ -406,10 +405,9 @@ class VisionLanguageModel:
         placement: Placement,
         visuals: Sequence[VisualRows] = (),
     ) -> NewTokens:
-        """Tokens ``[n]`` of one sequence at positions ``[3, n]``, at most `prefill_chunk`, until the next call."""
+        """Tokens ``[n]`` of one sequence at positions ``[3, n]``, at most `prefill_chunk`."""
         cos, sin = rope_tables(position_ids, self.config.text)
-        embeds = self._embeddings.read(token_ids, self._embeds[: len(token_ids)])
-        return NewTokens(embeds, cos, sin, placement, visuals)
+        return NewTokens(EmbeddingRows(self._embeddings, token_ids), cos, sin, placement, visuals)
 
 
 def pinned_slots(cache: CacheConfig) -> int:

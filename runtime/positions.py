@@ -5,6 +5,7 @@ All on the host in NumPy, equal to Hugging Face's Qwen3-VL: angles are float32 p
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,6 +48,26 @@ def rope_tables(position_ids: np.ndarray, config: TextConfig) -> tuple[np.ndarra
     angles = np.concatenate([angles, angles], axis=-1)
     scaling = np.float32(config.rope_attention_scaling)
     return np.cos(angles) * scaling, np.sin(angles) * scaling
+
+
+class TextRope:
+    """Rotary tables of single tokens of text, which are at one position in time, height and width.
+
+    A sequence's next tokens follow each other: tables are made, and kept, for blocks of them.
+    """
+
+    _BLOCK, _KEPT = 64, 64
+
+    def __init__(self, config: TextConfig) -> None:
+        self._block = functools.lru_cache(self._KEPT)(
+            lambda start: rope_tables(np.tile(np.arange(start, start + self._BLOCK), (3, 1)), config)
+        )
+
+    def at(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and sines ``[1, head_dim]``."""
+        row = position % self._BLOCK
+        cos, sin = self._block(position - row)
+        return cos[row : row + 1], sin[row : row + 1]
 
 
 def _patch_rows_and_columns(grid: Grid, merge_size: int) -> np.ndarray:

@@ -141,11 +141,11 @@ class Sampler:
         self._choice = Choice(**{name: getattr(params, name) for name in names})
         if params.looks_back or params.logit_bias:
             self._choice = dataclasses.replace(self._choice, state=state)
-        self._rng = np.random.default_rng(params.seed)
+        self._rng = None if params.temperature == 0 else np.random.default_rng(params.seed)
 
     def next(self) -> Choice:
         """How the next token is to be chosen; `add` it then."""
-        if self.params.temperature == 0:
+        if self._rng is None:
             return self._choice
         return dataclasses.replace(self._choice, random=int(self._rng.integers(1 << 64, dtype=np.uint64)))
 

@@ -244,7 +244,6 @@ class Step:
     def record(self) -> None:
         """Make the CUDA graph before there is anything to run."""
         self._inputs.arrays[SLOTS.name][:] = -1
-        self._inputs.upload()
         self._start()
         self._capture()
 
@@ -252,8 +251,8 @@ class Step:
         """Run up to as many sequences and tokens, and wait; the first time, record it for the next times."""
         self._session.fill(self._inputs.arrays, sequences)
         self._session.records.fill(self._inputs.arrays[CHOICES.name], choices)
-        self._inputs.upload()
-        if self._shape.levels:
+        if self._shape.levels:  # behind the upload
+            self._inputs.upload()
             self._session.place(self._session.visuals_of(sequences), self._shape.tokens, self._pointers)
         (self._graph or self._start)()
         self._device.synchronize()
@@ -265,8 +264,11 @@ class Step:
         self._graph = self._device.capture(self._start)
 
     def _start(self) -> None:
-        """From the inputs on the device to the next tokens on the host, without waiting for the device."""
+        """From the inputs, on the device where visuals are among them, to the next tokens on the host, without waiting
+        for the device."""
         session = self._session
+        if not self._shape.levels:
+            self._inputs.upload()
         self._decode()
         session.append(self._shape.tokens, self._pointers[SLOTS.name])
         places = (self._pointers[CHOICES.name], *(self._chosen.pointers[binding.name] for binding in _CHOSEN))

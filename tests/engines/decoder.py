@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -21,12 +22,25 @@ CACHES = ["f32", "f16", "k8v8", "k8v4", "k4v4", "k4v4,layer.0-1=f16,layer.3=k8v8
 """Of every kind."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Given:
+    """Embeddings as they are."""
+
+    array: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def read(self, to: np.ndarray) -> None:
+        to[:] = self.array
+
+
 def random_tokens(text: TextConfig, placement: Placement, rng: np.random.Generator, **options: object) -> NewTokens:
     """Tokens of text for the places given, with random embeddings and rotations."""
     widths = text.hidden_size, text.head_dim, text.head_dim
     seq = len(placement.slots)
-    arrays = (rng.standard_normal((seq, width)).astype(np.float32) / 2 for width in widths)
-    return NewTokens(*arrays, placement, **options)
+    embeds, *rope = (rng.standard_normal((seq, width)).astype(np.float32) / 2 for width in widths)
+    return NewTokens(Given(embeds), *rope, placement, **options)
 
 
 def random_pool(model: ModelConfig, cache: CacheConfig, pages: int, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -166,12 +166,11 @@ def test_inputs_of_several_sequences(session, sequences):
     visible = np.full((3, 2 * PAGE_SLOTS), ALWAYS_VISIBLE)
     visible[0, :3] = 2, 1, 0
     np.testing.assert_array_equal(inputs[bindings.PAST_VISIBLE], visible)
-    for name, field in (
-        (bindings.INPUTS_EMBEDS, "embeds"),
-        (bindings.ROPE_COS, "rope_cos"),
-        (bindings.ROPE_SIN, "rope_sin"),
+    given = [(new.embeds.array, new.rope_cos, new.rope_sin) for new in sequences]
+    for name, arrays in zip(
+        (bindings.INPUTS_EMBEDS, bindings.ROPE_COS, bindings.ROPE_SIN), zip(*given, strict=True), strict=True
     ):
-        np.testing.assert_array_equal(inputs[name], np.concatenate([getattr(new, field) for new in sequences]))
+        np.testing.assert_array_equal(inputs[name], np.concatenate(arrays))
 
 
 def test_where_all_is_seen_one_column_says_so(session, sequences):
@@ -242,7 +241,7 @@ def test_visuals_take_the_place_of_embeddings():
             _new([2], 0, range(4), seed=3, visuals=[second, first]),
         ]
     )
-    embeds = np.concatenate([_new([0], 0, range(n), seed=s).embeds for n, s in ((3, 1), (1, 2), (4, 3))])
+    embeds = np.concatenate([_new([0], 0, range(n), seed=s).embeds.array for n, s in ((3, 1), (1, 2), (4, 3))])
     levels = np.zeros((1, 8, 8), np.float32)
     for tokens, (source, rows) in {
         (1, 2): (features[0], slice(2, 4)),

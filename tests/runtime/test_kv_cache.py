@@ -20,6 +20,7 @@ from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
 from pascalvl.plugins.model_config import TextConfig
 from pascalvl.runtime.kv_cache import KVCache, Prefix, check_writable
+from tests.engines.decoder import Given
 from tests.fuzz.mutators import damaged_bytes
 
 TEXT = TextConfig(16, 8, 2, 1, 1, 128, 1000, (24, 20, 20), (0.5,) * 64, 1.0, (128,) * 2)
@@ -92,7 +93,7 @@ class Conversation:
                 assert placement.visible is None  # decode sees all of its past
             rope = np.zeros((count, TEXT.head_dim), np.float32)
             self.pinned = {place for place in self.pinned if place < first} | set(places[pinned].tolist())
-            yield NewTokens(np.repeat(tokens[:, None], TEXT.hidden_size, 1), rope, rope, placement)
+            yield NewTokens(Given(np.repeat(tokens[:, None], TEXT.hidden_size, 1)), rope, rope, placement)
         for place in places.tolist():
             seen = self.session.seen[self.first_number + place]
             assert [token - self.first_number for token in seen] == self.expected(place), place

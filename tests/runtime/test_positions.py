@@ -94,6 +94,15 @@ def test_rope_tables(nano_reference, config):
     assert np.abs(cos - positions.rope_tables(position_ids[[0, 0, 0]], config.text)[0]).max() > 1  # all axes matter
 
 
+def test_rope_of_single_tokens_of_text(config):
+    """Of what was kept before, too, and forgotten."""
+    rope = positions.TextRope(config.text)
+    for position in (0, 63, 64, 130, 1, *range(70, 70 + 64 * 70, 64), 2):
+        expected = positions.rope_tables(np.full((3, 1), position), config.text)
+        for found, table in zip(rope.at(position), expected, strict=True):
+            np.testing.assert_array_equal(found, table)
+
+
 def test_rope_tables_of_a_stretched_context(nano_reference, config):
     """YaRN scales cos and sin, which the default, of factor 1, does not show."""
     stretched = copy.deepcopy(nano_reference.config.text_config)
