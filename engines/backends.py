@@ -28,7 +28,8 @@ BACKENDS = {
 """Backends by name, the fastest first; the value is the module, which is imported only when it is chosen.
 
 A module has `NAME`, `FILES`, `build` and `open_engine`, and may have `unavailable`, which says why this machine cannot
-run it though it is installed, and `BuildOptions`, a further argument of its `build`.
+run it though it is installed, `BuildOptions`, a further argument of its `build`, and `CHECKED_WHEN_READ`, files whose
+hashes its `open_engine` checks, which then takes ``progress``, too.
 """
 _FOR_JUDGING = ("torch", "reference")
 """What the others are judged by; `AUTO` never takes them."""
@@ -93,7 +94,7 @@ def open_engine(
         directory: the bundle.
         backend: the backend it must be for, or `AUTO` for whichever it was built for.
         marked_layers: make the decoder return `bindings.hidden_states` of every layer as well.
-        progress: called with numbers of bytes, as the bundle's files are checked.
+        progress: called with numbers of bytes, from several threads, as the bundle's files are checked.
 
     Raises:
         UserError: not an engine bundle, altered files, another backend than asked for, or one that is not installed.
@@ -107,8 +108,10 @@ def open_engine(
         )
     module = _backend_module(str(built_for))
     manifest.require(module.FILES)
-    manifest.verify(directory, progress)
-    return module.open_engine(directory, manifest, marked_layers)
+    checked_when_read = getattr(module, "CHECKED_WHEN_READ", ())
+    manifest.verify(directory, progress, checked_when_read)
+    given = (progress,) if checked_when_read else ()
+    return module.open_engine(directory, manifest, marked_layers, *given)
 
 
 def _backend_module(name: str, tell: Callable[[str], None] = log.info):

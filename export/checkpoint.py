@@ -317,7 +317,7 @@ class Checkpoint:
         """SHA-256 over the config and all weight files: the identity of what was exported."""
         total = hashlib.sha256()
         for name in (_CONFIG, *self._shard_names()):
-            total.update(bytes.fromhex(bundle.sha256(self.directory / name)))
+            total.update(bundle.sha256(self.directory / name))
         return total.hexdigest()
 
     def copy_host_files(self, target: Path) -> None:

@@ -16,7 +16,7 @@ graphs              per graph: opset, IR version, plugin op version, how many no
 kv_cache            `CacheConfig` that the graphs are for (of a model bundle's, a build can change all but the rank)
 weights             `WeightConfig` of the graphs
 backend             engine bundles: backend name, its version, and what else its engines depend on
-files               per file: size in bytes and SHA-256
+files               per file: size in bytes, and SHA-256 of each `PIECE_BYTES` of it
 sha256              of all of the above, see `manifest_digest`
 =================== ====================================================================================================
 """
@@ -47,7 +47,7 @@ from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig
 
-BUNDLE_VERSION = 7
+BUNDLE_VERSION = 8
 MANIFEST = "manifest.json"
 EMBEDDINGS = "embeddings.bin"
 POSITIONS = "position_embeddings.bin"
@@ -71,7 +71,8 @@ _OUT_OF_ROOM = {
     errno.EDQUOT: "your quota is used up, free some space",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
 }
-_CHUNK = 1 << 22
+PIECE_BYTES = 1 << 24
+"""Of a file, which are hashed by themselves: at the same time, and on their way to where they are needed."""
 _PARTIAL, _OLD, _LOCK = ".partial", ".old", ".lock"
 """Ends of names beside a bundle that is being written: the new one, an earlier one, what tells that they are in use."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -189,15 +190,20 @@ class Manifest:
                 raise TypeError(f"the graph {shown(name)} is {shown(graph)}")
         if not all(_is_short(value) for value in self.backend.values()):
             raise TypeError("backend is no object of short texts")
-        if not all(_is_count(file["bytes"]) and isinstance(file["sha256"], str) for file in self.files.values()):
+        if not all(_is_file(**file) for file in self.files.values()):
             raise TypeError("files without sizes or hashes")
         if outside := [name for name in self.files if not is_file_name(name)]:
             raise ValueError(f"it lists {shown(outside[0])}, which is no name of a file in the bundle")
 
-    def verify(self, directory: Path, progress: Callable[[int], None] = lambda _: None) -> None:
-        """Check every file's size and hash; raises `UserError` naming the first that is missing or altered.
+    def verify(
+        self, directory: Path, progress: Callable[[int], None] = lambda _: None, only_sizes: Iterable[str] = ()
+    ) -> None:
+        """Check every file's size and hashes; raises `UserError` naming the first that is missing or altered.
 
-        ``progress`` is called with the number of bytes hashed since the last call (from several threads).
+        Args:
+            directory: where the files are.
+            progress: called with numbers of bytes that were hashed, from several threads.
+            only_sizes: files of which no hash is checked: `check_piece` is for who reads them.
         """
         for name, expected in self.files.items():
             path = directory / name
@@ -207,24 +213,42 @@ class Manifest:
                 raise UserError(f"{path} was altered: it is no regular file; {self.remedy}.")
             if (size := path.stat().st_size) != expected["bytes"]:
                 raise UserError(f"{path} was altered: expected {expected['bytes']} bytes, found {size}; {self.remedy}.")
+        left_out = set(only_sizes)
+        pieces = [
+            (directory / name, number)
+            for name, file in self.files.items()
+            if name not in left_out
+            for number in range(len(file["sha256"]))
+        ]
+
+        def check(place: tuple[Path, int]) -> None:
+            content = _read_piece(*place)
+            self.check_piece(*place, content)
+            progress(len(content))
+
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            digests = pool.map(lambda name: sha256(directory / name, progress), self.files)
-            for (name, expected), digest in zip(self.files.items(), digests, strict=True):
-                if digest != expected["sha256"]:
-                    raise UserError(
-                        f"{directory / name} was altered: expected SHA-256 {expected['sha256'][:12]}…, "
-                        f"found {digest[:12]}…; {self.remedy}."
-                    )
+            for _ in pool.map(check, pieces):
+                pass
+
+    def check_piece(self, path: Path, number: int, content: bytes | memoryview) -> None:
+        """Check the hash of what was read of a file, piece by piece; raises `UserError` if it was altered."""
+        expected, found = self.files[path.name]["sha256"][number], hashlib.sha256(content).hexdigest()
+        if found != expected:
+            raise UserError(
+                f"{path} was altered: expected SHA-256 {expected[:12]}…, found {found[:12]}…"
+                f"{f' from byte {number * PIECE_BYTES} on' if number else ''}; {self.remedy}."
+            )
 
     def write(self, directory: Path) -> Manifest:
         """Write `manifest.json` beside the files in ``directory``, adding their sizes and hashes; returns it."""
         paths = sorted(path for path in directory.iterdir() if path.name != MANIFEST)
+        sizes = {path: path.stat().st_size for path in paths}
+        pieces = [(path, number) for path, size in sizes.items() for number in range(_count_pieces(size))]
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            digests = list(pool.map(sha256, paths))
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": digest}
-            for path, digest in zip(paths, digests, strict=True)
-        }
+            digests = list(pool.map(lambda place: hashlib.sha256(_read_piece(*place)).hexdigest(), pieces))
+        files = {path.name: {"bytes": size, "sha256": []} for path, size in sizes.items()}
+        for (path, _), digest in zip(pieces, digests, strict=True):
+            files[path.name]["sha256"].append(digest)
         manifest = dataclasses.replace(self, files=files)
         (directory / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
         return manifest
@@ -259,6 +283,26 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
+def _is_file(bytes: object, sha256: object) -> bool:
+    """Whether this says what a file is."""
+    return (
+        _is_count(bytes)
+        and isinstance(sha256, list)
+        and len(sha256) == _count_pieces(bytes)
+        and all(isinstance(digest, str) for digest in sha256)
+    )
+
+
+def _count_pieces(nbytes: int) -> int:
+    return max(1, -(-nbytes // PIECE_BYTES))
+
+
+def _read_piece(path: Path, number: int) -> bytes:
+    with open_regular(path) as file:
+        file.seek(number * PIECE_BYTES)
+        return file.read(PIECE_BYTES)
+
+
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """Read a JSON object; raises `UserError`, which ends with what to do, for what is none, or is too large."""
     try:
@@ -290,14 +334,13 @@ def is_file_name(name: str) -> bool:
     return name == Path(name).name and name.isprintable() and name != ".." and 0 < len(name.encode()) <= _LONGEST_NAME
 
 
-def sha256(path: Path, progress: Callable[[int], None] = lambda _: None) -> str:
-    """SHA-256 of a file, read in pieces."""
+def sha256(path: Path) -> bytes:
+    """SHA-256 of a file, read piece by piece."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            progress(len(chunk))
-    return digest.hexdigest()
+        while piece := file.read(PIECE_BYTES):
+            digest.update(piece)
+    return digest.digest()
 
 
 @contextlib.contextmanager

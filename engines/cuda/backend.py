@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ _GRAPHS = (bindings.VISION, bindings.DECODER)
 _WEIGHTS = {graph: f"{graph}.onnx.data" for graph in _GRAPHS}
 FILES = (_PLAN, *_WEIGHTS.values())
 """What an engine bundle holds beside `HOST_FILES`."""
+CHECKED_WHEN_READ = tuple(_WEIGHTS.values())
+"""Files whose hashes `open_engine` checks."""
 LAYOUT = 1
 """Of the plan's file: one more whenever it changes."""
 _VERSIONS = {
@@ -79,8 +82,10 @@ def build(model_bundle: Path, directory: Path, manifest: Manifest, cache: CacheC
     return {"name": NAME, **_VERSIONS}
 
 
-def open_engine(directory: Path, manifest: Manifest, marked_layers: bool) -> CudaEngine:
-    """See `pascalvl.engines.open_engine`."""
+def open_engine(
+    directory: Path, manifest: Manifest, marked_layers: bool, progress: Callable[[int], None] = lambda _: None
+) -> CudaEngine:
+    """See `pascalvl.engines.open_engine`; ``progress`` is called with numbers of bytes of `CHECKED_WHEN_READ`."""
     if found := [f"{name} {manifest.backend.get(name)}" for name in _VERSIONS if not _matches(manifest, name)]:
         expected = ", ".join(f"{name} {version}" for name, version in _VERSIONS.items())
         raise UserError(
@@ -95,7 +100,7 @@ def open_engine(directory: Path, manifest: Manifest, marked_layers: bool) -> Cud
     weights = {graph: directory / data for graph, data in _WEIGHTS.items()}
     device = open_device()
     try:
-        return CudaEngine(directory, manifest, plans, weights, device, marked_layers)
+        return CudaEngine(directory, manifest, plans, weights, device, marked_layers, progress)
     except MemoryError:
         size = sum(path.stat().st_size for path in weights.values())
         raise UserError(

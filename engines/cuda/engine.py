@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
+import os
+import queue
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,10 +19,10 @@ from pascalvl.engines.device.padding import BATCHES, LENGTHS
 from pascalvl.engines.device.session import DeviceSession
 from pascalvl.engines.engine import Session
 from pascalvl.plugins import bindings
-from pascalvl.plugins.bundle import Manifest
+from pascalvl.plugins.bundle import PIECE_BYTES, Manifest
 
-_CHUNK = 32 << 20
-"""Bytes of weights that are copied at a time."""
+_MOST_READERS = 8
+"""Threads that read and hash weights, each with a piece of pinned memory."""
 
 
 class CudaEngine(DeviceEngine):
@@ -29,9 +33,11 @@ class CudaEngine(DeviceEngine):
         weights: their files, by graph.
         device: where they and the cache are.
         marked_layers: whether the decoder returns `bindings.hidden_states` of every layer as well.
+        progress: called with numbers of bytes of weights that were checked, from several threads.
 
     Raises:
         MemoryError: the weights do not fit on the device.
+        UserError: they were altered.
     """
 
     max_prefill = LENGTHS[-1]
@@ -44,11 +50,15 @@ class CudaEngine(DeviceEngine):
         weights: Mapping[str, Path],
         device: Device,
         marked_layers: bool = False,
+        progress: Callable[[int], None] = lambda _: None,
     ) -> None:
         super().__init__(directory, manifest, device, marked_layers)
         self.plans = plans
         self.lengths = LENGTHS if device.gpu else ()  # padding costs the emulator more than it saves
-        self._weights = {graph: upload_file(device, path) for graph, path in weights.items()}
+        self._weights = {
+            graph: upload_file(device, path, functools.partial(manifest.check_piece, path), progress)
+            for graph, path in weights.items()
+        }
         self._memory: list[Buffer] = []
         """For intermediate results, each larger than the one before: recorded steps work in any of them."""
         self._large: Buffer | None = None
@@ -93,32 +103,49 @@ class CudaEngine(DeviceEngine):
         self._working_memory(max(plan.nbytes for plan in bound), kept=True)
 
 
-def upload_file(device: Device, path: Path, progress: Callable[[int], None] = lambda _: None) -> Buffer:
-    """Copy a file to a device's memory, a part of it while the next one is read.
+def upload_file(
+    device: Device,
+    path: Path,
+    check: Callable[[int, memoryview], None],
+    progress: Callable[[int], None] = lambda _: None,
+) -> Buffer:
+    """Copy a file to a device's memory: pieces are read, hashed and sent at the same time.
 
     Args:
         device: to which.
         path: of the file.
-        progress: called with numbers of bytes.
+        check: raises an error if this is not what a piece of so and so many is to be; called from several threads.
+        progress: called with numbers of bytes, from several threads.
     """
     size = path.stat().st_size
     buffer = device.allocate(size)
-    chunks = [device.host_array(min(_CHUNK, size)) for _ in range(2)]
-    with path.open("rb", buffering=0) as file:
-        for number, start in enumerate(range(0, size, _CHUNK)):
-            part = chunks[number % 2][: min(_CHUNK, size - start)]
-            _read_into(file, part, path)
-            device.synchronize()  # the other chunk is on its way until now
-            device.upload(buffer.pointer + start, part)
-            progress(len(part))
-    device.synchronize()
+    readers = min(_MOST_READERS, len(os.sched_getaffinity(0)))
+    free = queue.SimpleQueue()
+    for _ in range(readers):
+        free.put(device.host_array(min(PIECE_BYTES, size)))
+
+    def send(number: int) -> None:
+        memory, start = free.get(), number * PIECE_BYTES
+        try:
+            piece = memory[: min(PIECE_BYTES, size - start)]
+            _read_into(file.fileno(), piece, start, path)
+            check(number, memoryview(piece))
+            device.upload(buffer.pointer + start, piece)
+            device.synchronize()
+        finally:
+            free.put(memory)
+        progress(len(piece))
+
+    with path.open("rb", buffering=0) as file, concurrent.futures.ThreadPoolExecutor(readers) as pool:
+        for _ in pool.map(send, range(-(-size // PIECE_BYTES))):
+            pass
     return buffer
 
 
-def _read_into(file, part: np.ndarray, path: Path) -> None:
-    view = memoryview(part)
+def _read_into(descriptor: int, piece: np.ndarray, start: int, path: Path) -> None:
+    view = memoryview(piece)
     while view:
-        count = file.readinto(view)
+        count = os.preadv(descriptor, [view], start)
         if not count:
             raise OSError(f"{path} ended early")
-        view = view[count:]
+        view, start = view[count:], start + count

@@ -405,13 +405,36 @@ def test_command_line(bundle, capsys):
 
 
 def test_weights_arrive_whole_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "_CHUNK", 1000)
+    monkeypatch.setattr(engine, "PIECE_BYTES", 1000)
     content = np.random.default_rng(0).integers(0, 256, 12345, np.uint8)
     (tmp_path / "weights").write_bytes(content.tobytes())
-    device, told = backend.open_device(), []
-    buffer = engine.upload_file(device, tmp_path / "weights", told.append)
+    device, told, checked = backend.open_device(), [], []
+    buffer = engine.upload_file(
+        device,
+        tmp_path / "weights",
+        lambda number, piece: checked.append(bytes(piece) == content[1000 * number :][:1000].tobytes()),
+        told.append,
+    )
     found = np.empty_like(content)
     device.download(found, buffer.pointer)
     device.synchronize()
     np.testing.assert_array_equal(found, content)
     assert sum(told) == 12345
+    assert checked == [True] * 13
+
+
+def test_altered_weights_are_found_on_their_way(bundle, tmp_path):
+    copy = shutil.copytree(bundle, tmp_path / "altered")
+    with (copy / "decoder.onnx.data").open("r+b") as file:
+        file.seek((16 << 20) + 5)
+        old = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([old[0] ^ 1]))
+    with pytest.raises(UserError, match=r"decoder.onnx.data was altered: .* from byte 16777216 on; write the bundle"):
+        open_engine(copy)
+
+
+def test_progress_is_told_of_all_files(bundle):
+    told = []
+    VisionLanguageModel.open(bundle, context_length=CONTEXT, progress=told.append)
+    assert sum(told) == sum(file["bytes"] for file in Manifest.read(bundle, "engine").files.values())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import re
 import signal
@@ -75,12 +76,45 @@ def test_altered_files_are_found(written, alter, phrase):
         Manifest.read(written, "model").verify(written)
 
 
+@pytest.fixture
+def in_pieces(written, monkeypatch):
+    """Of which the graph's weights have ten."""
+    monkeypatch.setattr(bundle, "PIECE_BYTES", 100)
+    return MANIFEST.write(written)
+
+
+def test_pieces_of_files(written, in_pieces):
+    assert len(in_pieces.files["decoder.onnx.data"]["sha256"]) == 10
+    assert in_pieces.files["decoder.onnx"]["sha256"] == [hashlib.sha256(b"graph").hexdigest()]
+    assert Manifest.read(written, "model") == in_pieces
+    with (written / "decoder.onnx.data").open("r+b") as file:
+        file.seek(731)
+        file.write(b"x")
+    phrase = "decoder.onnx.data was altered: expected SHA-256 .* found .* from byte 700 on; write the bundle again"
+    with pytest.raises(UserError, match=phrase):
+        in_pieces.verify(written)
+    told = []
+    in_pieces.verify(written, told.append, ["decoder.onnx.data"])
+    assert sum(told) == sum(file["bytes"] for name, file in in_pieces.files.items() if name != "decoder.onnx.data")
+    content = (written / "decoder.onnx.data").read_bytes()
+    in_pieces.check_piece(written / "decoder.onnx.data", 6, content[600:700])
+    with pytest.raises(UserError, match=phrase):
+        in_pieces.check_piece(written / "decoder.onnx.data", 7, content[700:800])
+
+
+@pytest.mark.parametrize("change", [lambda digests: digests.pop(), lambda digests: digests.append("0")])
+def test_a_hash_for_each_piece(written, in_pieces, change):
+    edit_manifest(written, lambda data: change(data["files"]["decoder.onnx.data"]["sha256"]))
+    with pytest.raises(UserError, match="files without sizes or hashes"):
+        Manifest.read(written, "model")
+
+
 @pytest.mark.parametrize(
     ("change", "phrase"),
     [
         ({"kind": "engine"}, "is a bundle of kind 'engine'"),
         ({"version": 99}, "has bundle version 99"),
-        ({"version": 6}, "has bundle version 6, this PascalVL reads version 7: write the bundle again"),
+        ({"version": 7}, "has bundle version 7, this PascalVL reads version 8: write the bundle again"),
         ({"kv_cache": "k3v3"}, "unknown KV cache format 'k3v3'"),
         ({"model": {"text": {}}}, "lacks 'vocab_size'"),
         ({"colour": 1}, "cannot be used"),
@@ -248,7 +282,7 @@ def test_what_is_no_regular_file(written, kind):
 
 @pytest.mark.parametrize("name", FILE_NAMES)
 def test_files_outside_the_bundle(written, name):
-    edit_manifest(written, lambda data: data["files"].update({name: {"bytes": 1, "sha256": ""}}))
+    edit_manifest(written, lambda data: data["files"].update({name: {"bytes": 1, "sha256": [""]}}))
     with pytest.raises(UserError, match="which is no name of a file in the bundle") as error:
         Manifest.read(written, "model")
     assert str(error.value).isprintable()
