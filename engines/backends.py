@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pascalvl.engines.engine import Engine
+from pascalvl.engines.engine import DeviceMemory, Engine
 from pascalvl.engines.tensorrt.options import BuildOptions
 from pascalvl.plugins.bundle import HOST_FILES, Manifest, atomic_directory
 from pascalvl.plugins.errors import UserError
@@ -29,7 +29,7 @@ BACKENDS = {
 
 A module has `NAME`, `FILES`, `build` and `open_engine`, and may have `unavailable`, which says why this machine cannot
 run it though it is installed, `BuildOptions`, a further argument of its `build`, and `CHECKED_WHEN_READ`, files whose
-hashes its `open_engine` checks, which then takes ``progress``, too.
+hashes its `open_engine` checks, which then takes ``progress``, too. For `memory` see `device_memory`.
 """
 _FOR_JUDGING = ("torch", "reference")
 """What the others are judged by; `AUTO` never takes them."""
@@ -112,6 +112,22 @@ def open_engine(
     manifest.verify(directory, progress, checked_when_read)
     given = (progress,) if checked_when_read else ()
     return module.open_engine(directory, manifest, marked_layers, *given)
+
+
+def device_memory(directory: Path, manifest: Manifest, capacity: int) -> DeviceMemory | None:
+    """What an engine bundle will take of this machine's GPU; None: its backend does not tell.
+
+    Args:
+        directory: the bundle.
+        manifest: its own.
+        capacity: slots of the cache of a sequence.
+
+    Raises:
+        UserError: no GPU can be used, or the bundle is not one that can be run.
+    """
+    name = manifest.backend.get("name")
+    tell = getattr(_backend_module(name), "memory", None) if name in BACKENDS else None
+    return tell and tell(directory, manifest, capacity)
 
 
 def _backend_module(name: str, tell: Callable[[str], None] = log.info):

@@ -108,6 +108,22 @@ class NewTokens:
         return self.is_plain and len(self) == 1 and not self.visuals
 
 
+@dataclasses.dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes that a model takes of a GPU's memory, beside the CUDA context with the kernels in it."""
+
+    weights: int
+    cache: int
+    steps: int
+    """Inputs, results and workspace of the decoder, and of pictures that need no more."""
+    picture: int
+    """More, while a picture of 1,024 x 1,024 pixels is looked at, and for its features."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.steps + self.picture
+
+
 class Engine(abc.ABC):
     """The engines of one bundle, loaded and ready.
 

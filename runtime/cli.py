@@ -20,6 +20,7 @@ from pascalvl.plugins.errors import UserError, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from pascalvl.runtime.generation import Generation
     from pascalvl.runtime.model import VisionLanguageModel
@@ -902,18 +903,53 @@ def _inspect(args: argparse.Namespace) -> int:
     memory = Table("KV cache", "bytes a token", title="KV cache in GB, by tokens of context")
     for length in lengths:
         memory.add_column(str(length), justify="right")
-    fitting = Table("KV cache", title=f"longest context beside {weights / 1e9:.3f} GB of weights, by the card's GB")
+    on_gpu, rest = _memory_of_gpu(args.bundle, manifest, caches[0], lengths)
+    beside = f"{weights / 1e9:.3f} GB of weights"
+    if rest:
+        beside += f" and {rest / 1e9:.3f} GB of what else is allocated"
+    fitting = Table("KV cache", title=f"longest context beside {beside}, by the card's GB")
     for size in args.memory or _CARDS:
         fitting.add_column(f"{size:g}", justify="right")
     for cache in caches:
         gigabytes = [f"{cache.nbytes(text, length, pinned_slots(cache)) / 1e9:.3f}" for length in lengths]
         memory.add_row(str(cache), str(cache.bytes_per_token(text)), *gigabytes)
-        rooms = [int(size * 1e9) - weights for size in args.memory or _CARDS]
+        rooms = [int(size * 1e9) - weights - rest for size in args.memory or _CARDS]
         fitting.add_row(str(cache), *(_longest_context(cache, text, pinned_slots(cache), room) for room in rooms))
     console = _console()
     console.width = max(console.width, _TABLE_WIDTH)
-    console.print(facts, memory, fitting)
+    console.print(facts, memory, *on_gpu, fitting)
     return 0
+
+
+def _memory_of_gpu(bundle: Path, manifest: Any, cache: Any, lengths: Sequence[int]) -> tuple[list[Table | str], int]:
+    """Of an engine bundle: what it takes of this machine's GPU, by tokens of context; and the most beside weights and
+    cache. Nothing and 0 where that is not told."""
+    from rich.table import Table
+
+    from pascalvl.engines import device_memory
+    from pascalvl.runtime.model import pinned_slots
+
+    rows = {}
+    try:
+        for length in lengths:
+            found = device_memory(bundle, manifest, cache.slots(length, pinned_slots(cache)))
+            if found is None:
+                return [], 0
+            rows[str(length)] = found
+    except UserError as error:
+        return [f"what else is allocated is told where it can run: {error}"], 0
+    table = Table("tokens of context", title="a GPU's memory in GB, beside the CUDA context with the kernels in it")
+    for length in rows:
+        table.add_column(length, justify="right")
+    for name, field in (
+        ("weights", "weights"),
+        ("KV cache", "cache"),
+        ("steps", "steps"),
+        ("a picture of 1024x1024", "picture"),
+        ("together", "total"),
+    ):
+        table.add_row(name, *(f"{getattr(found, field) / 1e9:.3f}" for found in rows.values()))
+    return [table], max(found.steps + found.picture for found in rows.values())
 
 
 def _longest_context(cache: Any, text: Any, pinned: int, room: int) -> str:

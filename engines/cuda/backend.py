@@ -6,16 +6,22 @@ No TensorRT, torch or ONNX at run time: a bundle holds a plan of launches, and t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pascalvl.engines.cuda.engine import CudaEngine
+import numpy as np
+
+from pascalvl.engines.cuda.engine import CudaEngine, upload_file
 from pascalvl.engines.cuda.plan import Plan
+from pascalvl.engines.device.dry_run import DryRun
 from pascalvl.engines.device.gpu import PASCAL, find_gpu
 from pascalvl.engines.device.memory import CudaDevice, Device
+from pascalvl.engines.device.tensors import shape_of
+from pascalvl.engines.engine import DeviceMemory
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest, read_json
 from pascalvl.plugins.errors import UserError, reading
@@ -27,6 +33,8 @@ from pascalvl.plugins.ops.quant_linear import op as quant_linear
 NAME = "cuda"
 _PLAN = "plan.json"
 _GRAPHS = (bindings.VISION, bindings.DECODER)
+_PICTURE = 1024
+"""Side, in pixels, of the picture of which `memory` tells."""
 _WEIGHTS = {graph: f"{graph}.onnx.data" for graph in _GRAPHS}
 FILES = (_PLAN, *_WEIGHTS.values())
 """What an engine bundle holds beside `HOST_FILES`."""
@@ -86,6 +94,38 @@ def open_engine(
     directory: Path, manifest: Manifest, marked_layers: bool, progress: Callable[[int], None] = lambda _: None
 ) -> CudaEngine:
     """See `pascalvl.engines.open_engine`; ``progress`` is called with numbers of bytes of `CHECKED_WHEN_READ`."""
+    plans, device = _read_plans(directory, manifest), open_device()
+    paths = {graph: directory / data for graph, data in _WEIGHTS.items()}
+    try:
+        weights = {
+            graph: upload_file(device, path, functools.partial(manifest.check_piece, path), progress)
+            for graph, path in paths.items()
+        }
+    except MemoryError:
+        size = sum(path.stat().st_size for path in paths.values())
+        raise UserError(
+            f"the weights of {directory} take {size / 1e9:.1f} GB, more than is free of the GPU's memory: end what "
+            "else uses the card, or export the checkpoint with smaller weights (--weights w4)."
+        ) from None
+    return CudaEngine(directory, manifest, plans, weights, device, marked_layers)
+
+
+def memory(directory: Path, manifest: Manifest, capacity: int) -> DeviceMemory:
+    """See `pascalvl.engines.device_memory`."""
+    model = manifest.model
+    device = DryRun(open_device())
+    weights = {graph: device.allocate(manifest.files[data]["bytes"]) for graph, data in _WEIGHTS.items()}
+    of_weights = device.nbytes
+    engine = CudaEngine(directory, manifest, _read_plans(directory, manifest), weights, device)
+    session = engine.open_session(capacity)
+    opened = device.nbytes
+    side = _PICTURE // model.vision.patch_size
+    sizes = {"patches": side**2, "segments_plus_1": 2}
+    engine.encode([{b.name: np.zeros(shape_of(b, sizes), b.dtype) for b in engine.inputs[bindings.VISION]}])
+    return DeviceMemory(of_weights, session.nbytes, opened - of_weights - session.nbytes, device.peak - opened)
+
+
+def _read_plans(directory: Path, manifest: Manifest) -> dict[str, Plan]:
     if found := [f"{name} {manifest.backend.get(name)}" for name in _VERSIONS if not _matches(manifest, name)]:
         expected = ", ".join(f"{name} {version}" for name, version in _VERSIONS.items())
         raise UserError(
@@ -97,16 +137,7 @@ def open_engine(
         plans = {graph: Plan.from_json(content["graphs"][graph]) for graph in _GRAPHS}
         if {name: content[name] for name in _made_for(manifest)} != _made_for(manifest):
             raise UserError(f"{directory / _PLAN} is for another model, or another KV cache: {manifest.remedy}.")
-    weights = {graph: directory / data for graph, data in _WEIGHTS.items()}
-    device = open_device()
-    try:
-        return CudaEngine(directory, manifest, plans, weights, device, marked_layers, progress)
-    except MemoryError:
-        size = sum(path.stat().st_size for path in weights.values())
-        raise UserError(
-            f"the weights of {directory} take {size / 1e9:.1f} GB, more than is free of the GPU's memory: end what "
-            "else uses the card, or export the checkpoint with smaller weights (--weights w4)."
-        ) from None
+    return plans
 
 
 def open_device() -> Device:

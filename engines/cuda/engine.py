@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import functools
 import os
 import queue
 from collections.abc import Callable, Mapping
@@ -30,14 +29,9 @@ class CudaEngine(DeviceEngine):
 
     Args:
         plans: by graph.
-        weights: their files, by graph.
+        weights: by graph, on the device.
         device: where they and the cache are.
         marked_layers: whether the decoder returns `bindings.hidden_states` of every layer as well.
-        progress: called with numbers of bytes of weights that were checked, from several threads.
-
-    Raises:
-        MemoryError: the weights do not fit on the device.
-        UserError: they were altered.
     """
 
     max_prefill = LENGTHS[-1]
@@ -47,18 +41,14 @@ class CudaEngine(DeviceEngine):
         directory: Path,
         manifest: Manifest,
         plans: Mapping[str, Plan],
-        weights: Mapping[str, Path],
+        weights: Mapping[str, Buffer],
         device: Device,
         marked_layers: bool = False,
-        progress: Callable[[int], None] = lambda _: None,
     ) -> None:
         super().__init__(directory, manifest, device, marked_layers)
         self.plans = plans
         self.lengths = LENGTHS if device.gpu else ()  # padding costs the emulator more than it saves
-        self._weights = {
-            graph: upload_file(device, path, functools.partial(manifest.check_piece, path), progress)
-            for graph, path in weights.items()
-        }
+        self._weights = weights
         self._memory: list[Buffer] = []
         """For intermediate results, each larger than the one before: recorded steps work in any of them."""
         self._large: Buffer | None = None
@@ -116,6 +106,9 @@ def upload_file(
         path: of the file.
         check: raises an error if this is not what a piece of so and so many is to be; called from several threads.
         progress: called with numbers of bytes, from several threads.
+
+    Raises:
+        MemoryError: there is no room for it.
     """
     size = path.stat().st_size
     buffer = device.allocate(size)

@@ -28,6 +28,7 @@ class DeviceSession(Session):
 
     The decoder writes the new rows of all layers beside the pool, and one launch copies them into it. Steps of tokens
     that see all of their past are padded, see `StepShape`, and recorded when they first run, that of one token at once.
+    They never run at the same time, and their inputs share memory.
     """
 
     def __init__(self, engine: DeviceEngine, sequence_pages: int, pages: int) -> None:
@@ -40,6 +41,8 @@ class DeviceSession(Session):
         self._new_rows = [bindings.new_rows(self.model, self.cache, layer) for layer in range(len(self.layouts))]
         self._layers = [self._layer(number) for number in range(len(self.layouts))]
         self._steps: dict[StepShape, Step] = {}
+        largest = StepShape(max((*engine.lengths, BATCHES[-1])), BATCHES[-1], self.model.num_deepstack)
+        self.staging = self.device.allocate(Step.staged_bytes(self, largest))
         self.records = ChoiceRecords(self._copy, lambda copy, at, array: self.device.upload(copy.pointer + at, array))
         engine.prepare(self.sizes_of)
         self.decode_step = self._new_step(StepShape(1, 1, 0))
@@ -214,21 +217,36 @@ class Step:
     def __init__(self, session: DeviceSession, shape: StepShape) -> None:
         self._session, self._device, self._shape = session, session.device, shape
         sizes = session.sizes_of(shape.tokens, shape.batch)
-        varying = {binding.name for binding in session.stored} | {bindings.DEEPSTACK_EMBEDS}
-        staged = [b for b in session.engine.inputs[bindings.DECODER] if b.name not in varying]
-        self._inputs = StagedTensors(self._device, [*staged, SLOTS, CHOICES], sizes)
+        inputs, deepstack = self._staged(session)
+        memory = session.staging.pointer
+        self._inputs = StagedTensors(self._device, inputs, sizes, memory)
         self._inputs.arrays[bindings.PAST_VISIBLE][:] = ALWAYS_VISIBLE
-        self._chosen = StagedTensors(self._device, _CHOSEN, sizes)
+        memory += self._inputs.nbytes
+        self._chosen = StagedTensors(self._device, _CHOSEN, sizes, memory)
         self._pointers = dict(self._inputs.pointers)
         if shape.levels:
-            deepstack = [b for b in session.engine.inputs[bindings.DECODER] if b.name == bindings.DEEPSTACK_EMBEDS]
-            self._deepstack = Tensors(self._device, deepstack, sizes)
-            self._pointers |= self._deepstack.pointers
+            memory += self._chosen.nbytes
+            self._pointers |= Tensors(self._device, deepstack, sizes, memory).pointers
         pointers = {**self._pointers, **session.pool.pointers, **session.outputs.pointers}
         del pointers[SLOTS.name], pointers[CHOICES.name]
         self._decode = session.engine.program(bindings.DECODER, sizes, pointers, kept=True)
         self._graph = None
         self._is_tried = False
+
+    @classmethod
+    def staged_bytes(cls, session: DeviceSession, shape: StepShape) -> int:
+        """Of `DeviceSession.staging`, what one of such a shape takes."""
+        inputs, deepstack = cls._staged(session)
+        tensors = [*inputs, *_CHOSEN, *(deepstack if shape.levels else ())]
+        return Tensors.nbytes_of(tensors, session.sizes_of(shape.tokens, shape.batch))
+
+    @staticmethod
+    def _staged(session: DeviceSession) -> tuple[list[bindings.Binding], list[bindings.Binding]]:
+        """The inputs that come from the host, and DeepStack's."""
+        pool = {binding.name for binding in session.stored}
+        inputs = [b for b in session.engine.inputs[bindings.DECODER] if b.name not in pool]
+        deepstack = [b for b in inputs if b.name == bindings.DEEPSTACK_EMBEDS]
+        return [*(b for b in inputs if b not in deepstack), SLOTS, CHOICES], deepstack
 
     @property
     def launches(self) -> int | None:

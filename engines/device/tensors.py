@@ -55,24 +55,36 @@ class DeviceArray:
 class Tensors:
     """Tensors side by side in one piece of the device's memory.
 
+    Args:
+        device: whose memory.
+        tensors: which.
+        sizes: of the dimensions that vary.
+        memory: address of a piece, of `nbytes_of` them at least, that outlives them; None: one of their own.
+
     Attributes:
         shapes: of each.
         pointers: their addresses.
+        nbytes: of the piece.
     """
 
-    def __init__(self, device: Device, tensors: list[bindings.Binding], sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        device: Device,
+        tensors: Sequence[bindings.Binding],
+        sizes: Mapping[str, int],
+        memory: int | None = None,
+    ) -> None:
         self._device = device
         self.shapes = {tensor.name: shape_of(tensor, sizes) for tensor in tensors}
-        self._starts, nbytes = {}, 0
-        for tensor in tensors:
-            self._starts[tensor.name] = nbytes
-            nbytes += _aligned(int(np.prod(self.shapes[tensor.name])) * tensor.dtype.itemsize)
-        self._buffer = device.allocate(nbytes)
-        self.pointers = {name: self._buffer.pointer + start for name, start in self._starts.items()}
+        self._starts, self.nbytes = _laid_out(tensors, sizes)
+        self._buffer = device.allocate(self.nbytes) if memory is None else None
+        self._memory = self._buffer.pointer if memory is None else memory
+        self.pointers = {name: self._memory + start for name, start in self._starts.items()}
 
-    @property
-    def nbytes(self) -> int:
-        return self._buffer.nbytes
+    @staticmethod
+    def nbytes_of(tensors: Sequence[bindings.Binding], sizes: Mapping[str, int]) -> int:
+        """Bytes that they take."""
+        return _laid_out(tensors, sizes)[1]
 
 
 class StagedTensors(Tensors):
@@ -82,19 +94,30 @@ class StagedTensors(Tensors):
         arrays: them on the host, of zeros at first.
     """
 
-    def __init__(self, device: Device, tensors: list[bindings.Binding], sizes: Mapping[str, int]) -> None:
-        super().__init__(device, tensors, sizes)
-        self._host = device.host_array(self._buffer.nbytes)
+    def __init__(
+        self, device: Device, tensors: Sequence[bindings.Binding], sizes: Mapping[str, int], memory: int
+    ) -> None:
+        super().__init__(device, tensors, sizes, memory)
+        self._host = device.host_array(self.nbytes)
         self.arrays = {
             tensor.name: np.ndarray(self.shapes[tensor.name], tensor.dtype, self._host.data, self._starts[tensor.name])
             for tensor in tensors
         }
 
     def upload(self) -> None:
-        self._device.upload(self._buffer.pointer, self._host)
+        self._device.upload(self._memory, self._host)
 
     def download(self) -> None:
-        self._device.download(self._host, self._buffer.pointer)
+        self._device.download(self._host, self._memory)
+
+
+def _laid_out(tensors: Sequence[bindings.Binding], sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """Where each starts, and the bytes of all."""
+    starts, nbytes = {}, 0
+    for tensor in tensors:
+        starts[tensor.name] = nbytes
+        nbytes += _aligned(math.prod(shape_of(tensor, sizes)) * tensor.dtype.itemsize)
+    return starts, nbytes
 
 
 def _aligned(nbytes: int) -> int:

@@ -6,12 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import onnx
 import pytest
 
-from pascalvl.engines import build, open_engine
+from pascalvl.engines import build, device_memory, open_engine
 from pascalvl.engines.choice import Choice, LogitState
 from pascalvl.engines.cuda import backend, engine
 from pascalvl.engines.cuda.lowering import lower
@@ -281,6 +282,46 @@ def test_memory_is_what_the_plan_says(bundle, monkeypatch):
     answer(model, PICTURE, 1)
     assert large is not None
     assert opened._large is not large
+
+
+@pytest.mark.parametrize("kv", ["f32", "k8v8", "k4v4,layer.0-1=f16,layer.3=k8v8"])
+@pytest.mark.parametrize("context", [60, 1000, 4000])
+def test_memory_is_as_inspect_tells(kv, context, nano_engine, monkeypatch):
+    """To the byte: in steps of text, and at most for a picture that needs more than they do."""
+    monkeypatch.setattr(backend, "_PICTURE", 256)
+    if not ON_GPU:  # pad steps as there
+        monkeypatch.setattr(EmulatedDevice, "gpu", Gpu("a GPU", (6, 1), 0, 0, (12, 0)))
+    folder = nano_engine(kv, "cuda")
+    told = device_memory(folder, Manifest.read(folder, "engine"), context)
+    live, peak = weakref.WeakSet(), 0
+    device_type = type(backend.open_device())
+    allocate = device_type.allocate
+
+    def counted(self, nbytes):
+        nonlocal peak
+        live.add(buffer := allocate(self, nbytes))
+        peak = max(peak, sum(buffer.nbytes for buffer in live))
+        return buffer
+
+    monkeypatch.setattr(device_type, "allocate", counted)
+    model = VisionLanguageModel.open(folder, context_length=context)
+    assert model._session.nbytes == told.cache
+    assert model.manifest.weight_bytes("decoder", "vision") == told.weights
+    assert sum(buffer.nbytes for buffer in live) == peak == told.weights + told.cache + told.steps
+    answer(model, CONVERSATIONS["text"], 2)
+    assert peak == told.weights + told.cache + told.steps
+    model._encode(model.prompt([user(scene(1, 256, 256), "What is it?")]).visuals[0].patches)
+    assert peak == told.total > told.weights + told.cache + told.steps
+
+
+def test_inspect_tells_of_a_gpu(bundle, monkeypatch, capsys):
+    assert main(["inspect", str(bundle)]) == 0
+    found = capsys.readouterr().out
+    assert "a GPU's memory in GB" in found
+    assert "GB of what else is allocated, by the card's GB" in found.replace("\n", " ")
+    monkeypatch.setattr(backend, "open_device", lambda: (_ for _ in ()).throw(UserError("there is no GPU.")))
+    assert main(["inspect", str(bundle)]) == 0
+    assert "what else is allocated is told where it can run: there is no GPU." in capsys.readouterr().out
 
 
 # Plans ----------------------------------------------------------------------------------------------------------------
