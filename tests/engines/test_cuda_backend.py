@@ -318,7 +318,7 @@ def test_inspect_tells_of_a_gpu(bundle, monkeypatch, capsys):
     assert main(["inspect", str(bundle)]) == 0
     found = capsys.readouterr().out
     assert "a GPU's memory in GB" in found
-    assert "GB of what else is allocated, by the card's GB" in found.replace("\n", " ")
+    assert "GB of what else is allocated, by the card's GB" in " ".join(found.split())
     monkeypatch.setattr(backend, "open_device", lambda: (_ for _ in ()).throw(UserError("there is no GPU.")))
     assert main(["inspect", str(bundle)]) == 0
     assert "what else is allocated is told where it can run: there is no GPU." in capsys.readouterr().out
