@@ -69,9 +69,16 @@ bool decodes(const pascalvl_attention_args& a) {
 
 bool prefills(const pascalvl_attention_args& a) { return !decodes(a) || !is_step(a); }
 
+// Whether prefill's rows are so few that they go to prefill_short.
+bool is_short(const pascalvl_attention_args& a) {
+  return a.causal && a.value_dim > 72 && int64_t(a.tokens) * group_of(a) <= kShortRows;
+}
+
+int rows_of_tile(const pascalvl_attention_args& a) { return is_short(a) ? kShortRows : prefill_rows(a.value_dim); }
+
 // Tiles of rows of `group` for each token: at least as many as the sequences have, and the padding.
 int64_t tiles(const pascalvl_attention_args& a, int group) {
-  return int64_t(a.tokens) * group / prefill_rows(a.value_dim) + a.batch + 1;
+  return int64_t(a.tokens) * group / rows_of_tile(a) + a.batch + 1;
 }
 
 void check(const pascalvl_attention_args& a) {
@@ -117,7 +124,7 @@ void check(const pascalvl_attention_args& a) {
   }
   require(tiles(a, group_of(a)) <= PASCALVL_MAX_GRID,
           "%d tokens of %d sequences with %d query heads a kv head make %lld tiles of %d rows; expected at most %d.",
-          a.tokens, a.batch, group_of(a), static_cast<long long>(tiles(a, group_of(a))), prefill_rows(a.value_dim),
+          a.tokens, a.batch, group_of(a), static_cast<long long>(tiles(a, group_of(a))), rows_of_tile(a),
           int(PASCALVL_MAX_GRID));
 }
 
@@ -134,7 +141,7 @@ int decode_splits(const pascalvl_attention_args& a) {
 int prefill_splits(const pascalvl_attention_args& a) {
   if (!a.causal || !a.past_length) return 1;
   const int64_t rows = int64_t(a.tokens) * group_of(a);
-  const int64_t blocks = ((rows - 1) / prefill_rows(a.value_dim) + a.batch) * a.num_kv_heads;
+  const int64_t blocks = ((rows - 1) / rows_of_tile(a) + a.batch) * a.num_kv_heads;
   const int64_t wanted = multiprocessors() * kBlocksPerMultiprocessor;
   const int64_t most = capacity_of(a) / (kLeastTiles * prefill_keys(a.value_dim));
   return int(std::max<int64_t>(1, std::min({most, wanted / blocks, int64_t(kMaxSplits)})));
@@ -241,6 +248,16 @@ Kernel prefill_causal_kernel(int dim, int key_format, int value_format) {
   no_kernel("of causal prefill");
 }
 
+Kernel prefill_short_kernel(int key_format, int value_format) {
+#define PASCALVL_CHOICE(DIM, KEY, VALUE)                         \
+  if (key_format == KEY && value_format == VALUE) {              \
+    return Kernel::PASCALVL_PREFILL_SHORT_NAME(DIM, KEY, VALUE); \
+  }
+  PASCALVL_PREFILL_SHORT(PASCALVL_CHOICE)
+#undef PASCALVL_CHOICE
+  no_kernel("of prefill of few rows");
+}
+
 Kernel prefill_packed_kernel(int dim) {
 #define PASCALVL_CHOICE(DIM) \
   if (dim == DIM) return Kernel::PASCALVL_PREFILL_PACKED_NAME(DIM);
@@ -285,7 +302,9 @@ void attention(const pascalvl_attention_args& a, unsigned char* workspace, void*
   if (prefills(a)) {
     p.partial = sizes.prefilled ? reinterpret_cast<float*>(workspace + sizes.decoded) : nullptr;
     p.splits = prefill_splits(a);
-    launch(prefill_causal_kernel(a.value_dim <= 64 ? 64 : 128, a.key_format, a.value_format),
+    const int dim = a.value_dim <= 64 ? 64 : 128;
+    launch(is_short(a) ? prefill_short_kernel(a.key_format, a.value_format)
+                       : prefill_causal_kernel(dim, a.key_format, a.value_format),
            {unsigned(a.num_kv_heads * p.splits), unsigned(tiles(a, p.group)), 1}, p, stream);
     merge.prefilled = p.partial;
     merge.prefill_splits = p.splits;

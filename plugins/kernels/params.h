@@ -98,6 +98,7 @@ constexpr int kPrefillThreads = 128;
 // Query rows of a prefill block, and keys of a tile, where values have up to so many channels.
 PASCALVL_BOTH_SIDES constexpr int prefill_rows(int value_dim) { return value_dim > 72 ? 64 : 128; }
 PASCALVL_BOTH_SIDES constexpr int prefill_keys(int value_dim) { return value_dim > 72 ? 128 : 64; }
+constexpr int kShortRows = 32;  // of a block of prefill_short, for a call that has no more
 
 constexpr int kDecodeWarps = 4;
 constexpr int kDecodeThreads = 32 * kDecodeWarps;

@@ -37,9 +37,9 @@ __device__ __forceinline__ Place find_tile(const AttentionParams& p, int tile, i
 // Grid: (kv heads times splits, tiles of rows). The last tiles of rows see the most keys and are started first. Where
 // rows are few, blocks share the past: each takes a split of it, the first one the new keys too, and leaves its state
 // for the merge.
-template <int kValueDim, int kKeyFormat, int kValueFormat>
-__device__ __forceinline__ void prefill_causal(const AttentionParams& p, PrefillShared<kValueDim>& shared) {
-  constexpr int kRows = Tile<kValueDim>::kRows, kKeys = Tile<kValueDim>::kKeys;
+template <typename T, int kKeyFormat, int kValueFormat>
+__device__ __forceinline__ void prefill_causal(const AttentionParams& p, PrefillShared<T>& shared) {
+  constexpr int kRows = T::kRows, kKeys = T::kKeys;
   static_assert(kPageSlots % kKeys == 0, "no tile crosses a page");
   const int head = blockIdx.x / p.splits, split = blockIdx.x % p.splits;
   const Place place = find_tile<kRows>(p, gridDim.y - 1 - blockIdx.y, p.group);
@@ -54,7 +54,7 @@ __device__ __forceinline__ void prefill_causal(const AttentionParams& p, Prefill
     }
     return;
   }
-  Prefill<kValueDim> prefill;
+  Prefill<T> prefill;
   prefill.begin(p, first_row, rows, p.tokens);
   const int past = past_of(p, sequence);
   // This block's keys lie in slots begin to end.
@@ -110,14 +110,14 @@ __device__ __forceinline__ void prefill_causal(const AttentionParams& p, Prefill
 }
 
 // Bidirectional within each sequence. Grid: (tiles of rows, heads).
-template <int kValueDim>
-__device__ __forceinline__ void prefill_packed(const AttentionParams& p, PrefillShared<kValueDim>& shared) {
-  constexpr int kRows = Tile<kValueDim>::kRows, kKeys = Tile<kValueDim>::kKeys;
+template <typename T>
+__device__ __forceinline__ void prefill_packed(const AttentionParams& p, PrefillShared<T>& shared) {
+  constexpr int kRows = T::kRows, kKeys = T::kKeys;
   const int head = blockIdx.y;
   const Place place = find_tile<kRows>(p, blockIdx.x, 1);
   if (place.sequence == p.batch) return;
   const int length = place.tokens.length;
-  Prefill<kValueDim> prefill;
+  Prefill<T> prefill;
   prefill.begin(p, place.tile * kRows, length, 0);
   const long long first_token = (long long)head * p.tokens + place.tokens.begin;
   const unsigned char* q = p.q + first_token * 4 * p.head_dim;
@@ -134,15 +134,23 @@ __device__ __forceinline__ void prefill_packed(const AttentionParams& p, Prefill
 #define PREFILL_CAUSAL(DIM, KEY, VALUE)                                        \
   extern "C" __global__ void __launch_bounds__(kPrefillThreads, 2)             \
       PASCALVL_PREFILL_CAUSAL_NAME(DIM, KEY, VALUE)(const AttentionParams p) { \
-    __shared__ __align__(16) PrefillShared<DIM> shared;                        \
-    prefill_causal<DIM, KEY, VALUE>(p, shared);                                \
+    __shared__ __align__(16) PrefillShared<Tile<DIM>> shared;                  \
+    prefill_causal<Tile<DIM>, KEY, VALUE>(p, shared);                          \
   }
 PASCALVL_PREFILL_CAUSAL(PREFILL_CAUSAL)
+
+#define PREFILL_SHORT(DIM, KEY, VALUE)                                        \
+  extern "C" __global__ void __launch_bounds__(kPrefillThreads, 2)            \
+      PASCALVL_PREFILL_SHORT_NAME(DIM, KEY, VALUE)(const AttentionParams p) { \
+    __shared__ __align__(16) PrefillShared<Tile<DIM, 4>> shared;              \
+    prefill_causal<Tile<DIM, 4>, KEY, VALUE>(p, shared);                      \
+  }
+PASCALVL_PREFILL_SHORT(PREFILL_SHORT)
 
 #define PREFILL_PACKED(DIM)                                        \
   extern "C" __global__ void __launch_bounds__(kPrefillThreads, 2) \
       PASCALVL_PREFILL_PACKED_NAME(DIM)(const AttentionParams p) { \
-    __shared__ __align__(16) PrefillShared<DIM> shared;            \
+    __shared__ __align__(16) PrefillShared<Tile<DIM>> shared;      \
     prefill_packed(p, shared);                                     \
   }
 PASCALVL_PREFILL_PACKED(PREFILL_PACKED)

@@ -4,7 +4,8 @@
 // rows, 64 keys). For text the rows are 64 / group tokens times the query heads of one kv head, so that K and V are
 // read once for all of them. A thread owns 8 rows: 8 x 8 of the scores and 8 x 8 of the output, in registers; the 16
 // (8) threads that share rows are of one warp, so the softmax needs shuffles only. Per word of K and Q, and per key, a
-// thread does 64 FFMA for 4 shared loads of 16 bytes: 4 a word, which is what SM61's shared memory can feed.
+// thread does 64 FFMA for 4 shared loads of 16 bytes: 4 a word, which is what SM61's shared memory can feed. Where
+// there are no more than 32 rows, a thread owns 4: half the FFMA, for 3 shared loads.
 //
 // Q K^T is in FP32 where keys are floats; where they are int8 or int4, queries are int8 too, four channels make a word,
 // and a DP4A takes the place of four FFMA. P V is in FP32 always.
@@ -18,7 +19,6 @@
 
 namespace pascalvl {
 
-constexpr int kRowsPerThread = 8;
 constexpr int kKeysPerThread = 8;  // of a tile, in each row
 constexpr int kSlice = 8;          // words of Q and K, or keys of V, in shared memory at a time
 constexpr int kQuadsPerRow = kSlice / 4;
@@ -134,17 +134,16 @@ __device__ __forceinline__ void multiply_add(int* sum, int a, int4 b) {
   sum[3] = __dp4a(a, b.w, sum[3]);
 }
 
-// The same for a thread's 8 rows (a, b): accumulators `at` and on of each.
-template <typename Word, int kWidth, typename Quad>
-__device__ __forceinline__ void multiply_rows(Word (*sums)[kWidth], int at, Quad a, Quad b, Quad columns) {
-  multiply_add(&sums[0][at], a.x, columns);
-  multiply_add(&sums[1][at], a.y, columns);
-  multiply_add(&sums[2][at], a.z, columns);
-  multiply_add(&sums[3][at], a.w, columns);
-  multiply_add(&sums[4][at], b.x, columns);
-  multiply_add(&sums[5][at], b.y, columns);
-  multiply_add(&sums[6][at], b.z, columns);
-  multiply_add(&sums[7][at], b.w, columns);
+// The same for a thread's rows, four in a quad: accumulators `at` and on of each.
+template <int kQuads, typename Word, int kWidth, typename Quad>
+__device__ __forceinline__ void multiply_rows(Word (*sums)[kWidth], int at, const Quad (&rows)[kQuads], Quad columns) {
+#pragma unroll
+  for (int i = 0; i < kQuads; ++i) {
+    multiply_add(&sums[4 * i][at], rows[i].x, columns);
+    multiply_add(&sums[4 * i + 1][at], rows[i].y, columns);
+    multiply_add(&sums[4 * i + 2][at], rows[i].z, columns);
+    multiply_add(&sums[4 * i + 3][at], rows[i].w, columns);
+  }
 }
 
 // Integers below 2^22 in size are exact in the lowest bits of this float; taking it away is faster than a conversion.
@@ -152,17 +151,20 @@ constexpr int kZeroBits = 0x4b400000;
 __device__ __forceinline__ float to_float(int sum) { return __int_as_float(sum) - 12582912.0f; }
 __device__ __forceinline__ float to_float(float sum) { return sum; }
 
-// What the rest of this file needs to know of a head size.
-template <int kValueDim>
+// What the rest of this file needs to know of a head size, and the rows of a thread: 8, or 4 for few rows.
+template <int kValueDim, int kThreadRows = 8>
 struct Tile {
+  static constexpr int kRowsPerThread = kThreadRows, kRowQuads = kRowsPerThread / 4;
   static constexpr int kColumnThreads = kValueDim > 72 ? 16 : 8;  // that share rows
   static constexpr int kRows = kPrefillThreads / kColumnThreads * kRowsPerThread;
   static constexpr int kKeys = kColumnThreads * kKeysPerThread;
-  static_assert(kRows == prefill_rows(kValueDim) && kKeys == prefill_keys(kValueDim), "as the host counts them");
+  static_assert(kRows == (kThreadRows == 8 ? prefill_rows(kValueDim) : kShortRows) && kKeys == prefill_keys(kValueDim),
+                "as the host counts them");
   static constexpr int kHalf = kKeys / 2;    // a thread scores keys 4 * column and on, and as many a half further on
   static constexpr int kQPitch = kRows + 4;  // words between those of a row: no bank conflicts when a slice is stored
   static constexpr int kKPitch = kKeys + 4;
-  static constexpr int kQLoads = kRows / kRowsAtOnce, kKLoads = kKeys / kRowsAtOnce;  // quads of a slice, of a thread
+  static constexpr int kQLoads = (kRows + kRowsAtOnce - 1) / kRowsAtOnce;  // quads of a slice, of a thread
+  static constexpr int kKLoads = kKeys / kRowsAtOnce;
   static constexpr int kValueHalf = 4 * kColumnThreads;  // a thread has 4 channels in each half of the output ...
   static constexpr int kRest = kValueDim == 72 ? 1 : 0;  // ... and of 72 one more
   static constexpr int kOutputs = 8 + kRest;
@@ -170,13 +172,13 @@ struct Tile {
   static constexpr int kValueQuads = kSlice * kValuePitch / 4;  // in a slice of V
   static constexpr int kScoreWords = kSlice * (kQPitch + kKPitch), kOutputWords = kSlice * kValuePitch;
   static constexpr int kSliceWords = kScoreWords > kOutputWords ? kScoreWords : kOutputWords;
-  static_assert(kRows % kRowsAtOnce == 0 && kKeys % kRowsAtOnce == 0, "the threads cover a slice");
+  static_assert((kRows % kRowsAtOnce == 0 || kRows < kRowsAtOnce) && kKeys % kRowsAtOnce == 0,
+                "the threads cover a slice");
 };
 
 // What a block keeps in shared memory. What the compiler finds there it does not keep in registers across barriers.
-template <int kValueDim>
+template <typename T>
 struct PrefillShared {
-  using T = Tile<kValueDim>;
   float slices[2][T::kSliceWords];
   float probability[T::kKeys * T::kRows];  // [key][row], see probability_at
   Source sources[2];                       // the pool and the new keys
@@ -186,10 +188,10 @@ struct PrefillShared {
   float v_scale[T::kKeys];
 };
 
-template <int kValueDim>
-struct Prefill : Tile<kValueDim> {
-  using T = Tile<kValueDim>;
-  using Shared = PrefillShared<kValueDim>;
+template <typename T>
+struct Prefill {
+  static constexpr int kRowsPerThread = T::kRowsPerThread, kRowQuads = T::kRowQuads;
+  using Shared = PrefillShared<T>;
 
   SoftmaxState state[kRowsPerThread];  // of the thread's rows, the sum over this thread's keys alone
   float output[kRowsPerThread][T::kOutputs];
@@ -278,6 +280,7 @@ struct Prefill : Tile<kValueDim> {
       Word* at = reinterpret_cast<Word*>(buffer);
 #pragma unroll
       for (int i = 0; i < T::kQLoads; ++i) {
+        if (T::kRows < kRowsAtOnce && load_row >= T::kRows) break;
         transpose(at + load_word * T::kQPitch + load_row + i * kRowsAtOnce, T::kQPitch, next_q[i]);
       }
       at += kSlice * T::kQPitch;
@@ -297,10 +300,11 @@ struct Prefill : Tile<kValueDim> {
       const Word* k_slice = reinterpret_cast<const Word*>(buffer) + kSlice * T::kQPitch + 4 * column;
 #pragma unroll
       for (int c = 0; c < kSlice; ++c) {
-        const Quad a = *reinterpret_cast<const Quad*>(q_slice + c * T::kQPitch);
-        const Quad b = *reinterpret_cast<const Quad*>(q_slice + c * T::kQPitch + 4);
-        multiply_rows(sums, 0, a, b, *reinterpret_cast<const Quad*>(k_slice + c * T::kKPitch));
-        multiply_rows(sums, 4, a, b, *reinterpret_cast<const Quad*>(k_slice + c * T::kKPitch + T::kHalf));
+        Quad rows[kRowQuads];
+#pragma unroll
+        for (int i = 0; i < kRowQuads; ++i) rows[i] = *reinterpret_cast<const Quad*>(q_slice + c * T::kQPitch + 4 * i);
+        multiply_rows(sums, 0, rows, *reinterpret_cast<const Quad*>(k_slice + c * T::kKPitch));
+        multiply_rows(sums, 4, rows, *reinterpret_cast<const Quad*>(k_slice + c * T::kKPitch + T::kHalf));
       }
     };
     fetch(0);
@@ -353,7 +357,7 @@ struct Prefill : Tile<kValueDim> {
     for (int j = 0; j < kKeysPerThread; ++j) {
       const float scale = kScaled ? shared.v_scale[key_of(j)] : 1;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
+      for (int h = 0; h < kRowQuads; ++h) {
         *reinterpret_cast<float4*>(&shared.probability[probability_at(key_of(j), row0 / 4 + h)]) =
             make_float4(scale * score[4 * h][j], scale * score[4 * h + 1][j], scale * score[4 * h + 2][j],
                         scale * score[4 * h + 3][j]);
@@ -400,20 +404,28 @@ struct Prefill : Tile<kValueDim> {
       const float* values = buffer + 4 * column;
 #pragma unroll
       for (int h = 0; h < kSlice / 4; ++h) {
-        const float* rows_a = shared.probability + probability_at(kSlice * s + 4 * h, row0 / 4);
-        const float* rows_b = shared.probability + probability_at(kSlice * s + 4 * h, row0 / 4 + 1);
+        const float* quads[kRowQuads];
+#pragma unroll
+        for (int i = 0; i < kRowQuads; ++i) {
+          quads[i] = shared.probability + probability_at(kSlice * s + 4 * h, row0 / 4 + i);
+        }
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          const float4 a = *reinterpret_cast<const float4*>(rows_a + c * T::kRows);
-          const float4 b = *reinterpret_cast<const float4*>(rows_b + c * T::kRows);
+          float4 rows[kRowQuads];
+#pragma unroll
+          for (int i = 0; i < kRowQuads; ++i) rows[i] = *reinterpret_cast<const float4*>(quads[i] + c * T::kRows);
           const float* at = values + (4 * h + c) * T::kValuePitch;
-          multiply_rows(output, 0, a, b, *reinterpret_cast<const float4*>(at));
-          multiply_rows(output, 4, a, b, *reinterpret_cast<const float4*>(at + T::kValueHalf));
+          multiply_rows(output, 0, rows, *reinterpret_cast<const float4*>(at));
+          multiply_rows(output, 4, rows, *reinterpret_cast<const float4*>(at + T::kValueHalf));
           if (T::kRest) {
             const float v = buffer[(4 * h + c) * T::kValuePitch + 2 * T::kValueHalf + column];
-            const float weights[kRowsPerThread] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
-            for (int i = 0; i < kRowsPerThread; ++i) output[i][T::kOutputs - 1] += weights[i] * v;
+            for (int i = 0; i < kRowQuads; ++i) {
+              output[4 * i][T::kOutputs - 1] += rows[i].x * v;
+              output[4 * i + 1][T::kOutputs - 1] += rows[i].y * v;
+              output[4 * i + 2][T::kOutputs - 1] += rows[i].z * v;
+              output[4 * i + 3][T::kOutputs - 1] += rows[i].w * v;
+            }
           }
         }
       }

@@ -67,7 +67,7 @@ def attention_bytes(a: AttentionArgs) -> int | None:
         table = a.sequence_pages in SIZES and a.batch * capacity <= LIMITS["ROWS"]
         if not pool or not table or quantised > bool(a.pool.scale):
             return None
-    tile = 64 if a.value_dim > 72 else 128
+    tile = 128 if a.value_dim <= 72 else 32 if a.tokens * group <= 32 else 64
     if a.tokens * group // tile + a.batch + 1 not in GRID:
         return None
     partial, wanted = (a.value_dim + 4) * 4, 2 * MULTIPROCESSORS
