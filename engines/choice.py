@@ -7,6 +7,7 @@ share, are closer than float32 tells apart.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -72,6 +73,12 @@ class Choice:
     random: int = 0
     """Of 64 bits, evenly distributed: where among the shares of the tokens left, in the order of their numbers, the
     choice falls."""
+
+    def at(self, random: int) -> Choice:
+        """The same, with another random number."""
+        other = copy.copy(self)
+        object.__setattr__(other, "random", random)  # dataclasses.replace takes five times as long
+        return other
 
     @property
     def is_greedy(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -17,6 +17,8 @@ _SMALLEST_FACTOR, _LARGEST_FACTOR = 1e-6, 1e6
 _FACTORS = f"from {_SMALLEST_FACTOR:g} to {_LARGEST_FACTOR:g}"
 _LARGEST_PENALTY, _LARGEST_BIAS = 2.0, 100.0
 """As OpenAI has them."""
+_RANDOM_NUMBERS = 64
+"""That are drawn at a time: one alone takes as long."""
 
 
 def _is_within(value: object, smallest: float, largest: float) -> bool:
@@ -107,6 +109,13 @@ def check_finite(highest: float) -> None:
         )
 
 
+def _random_numbers(seed: int | None) -> Iterator[int]:
+    """Of 64 bits, without end."""
+    rng = np.random.default_rng(seed)
+    while True:
+        yield from rng.integers(1 << 64, size=_RANDOM_NUMBERS, dtype=np.uint64).tolist()
+
+
 class Sampler:
     """Chooses the tokens of one answer.
 
@@ -141,13 +150,12 @@ class Sampler:
         self._choice = Choice(**{name: getattr(params, name) for name in names})
         if params.looks_back or params.logit_bias:
             self._choice = dataclasses.replace(self._choice, state=state)
-        self._rng = None if params.temperature == 0 else np.random.default_rng(params.seed)
+        self._randoms = iter(()) if params.temperature == 0 else _random_numbers(params.seed)
 
     def next(self) -> Choice:
         """How the next token is to be chosen; `add` it then."""
-        if self._rng is None:
-            return self._choice
-        return dataclasses.replace(self._choice, random=int(self._rng.integers(1 << 64, dtype=np.uint64)))
+        random = next(self._randoms, None)
+        return self._choice if random is None else self._choice.at(random)
 
     def add(self, token: int, highest: float) -> int:
         """Note the token that was chosen, and return it.

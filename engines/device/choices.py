@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -14,6 +15,11 @@ from pascalvl.plugins.kernels.library import CHOICE
 
 CHOICES = Binding("choices", CHOICE, ("batch",))
 """Of each sequence the record that `ChoiceRecords` fills in."""
+
+
+_GREEDY = np.zeros((), CHOICE)
+_GIVEN = operator.attrgetter(*CHOICE.names[: CHOICE.names.index("unused")])
+"""A choice's fields that a record begins with."""
 
 
 class Copy(Protocol):
@@ -45,15 +51,14 @@ class ChoiceRecords:
         What was given before must have run.
         """
         self._on_the_way.clear()
-        records[:] = np.zeros((), CHOICE)
+        records[:] = _GREEDY
         for number, choice in enumerate(choices):
             if choice.is_greedy:
                 continue
-            pointers = {name: copy.pointer for name, copy in self._state(choice.state).items()}
-            if choice.mask is not None:
-                pointers["mask"] = self._mask(number, choice.mask)
-            given = {**vars(choice), "unused": 0, "counts": 0, "bias": 0, "mask": 0, **pointers}
-            records[number] = tuple(given[name] for name in CHOICE.names)
+            state = self._state(choice.state)
+            counts, bias = (state[name].pointer if name in state else 0 for name in ("counts", "bias"))
+            mask = 0 if choice.mask is None else self._mask(number, choice.mask)
+            records[number] = (*_GIVEN(choice), 0, choice.random, counts, bias, mask)
 
     def _state(self, state: LogitState | None) -> dict[str, Copy]:
         """Copies of a sequence's counts and bias."""

@@ -28,11 +28,8 @@ struct Best {
   int token;
 };
 
-// NaN is larger than every number, so that the host sees that there was one.
 __device__ __forceinline__ bool is_better(const Best& a, const Best& b) {
-  const bool a_is_nan = a.score != a.score, b_is_nan = b.score != b.score;
-  if (a_is_nan != b_is_nan) return a_is_nan;
-  return a.score == b.score || a_is_nan ? a.token < b.token : a.score > b.score;
+  return a.score == b.score ? a.token < b.token : a.score > b.score;
 }
 
 __device__ __forceinline__ Best best_of_warp(Best best) {
@@ -130,7 +127,7 @@ struct Shared {
   Sum bins[kBins];
   int count;
   int tokens[kCandidates];
-  unsigned keys[kCandidates];
+  __align__(16) unsigned keys[kCandidates];
   Sum weights[kCandidates];
 };
 
@@ -199,9 +196,13 @@ __device__ bool gather_candidates(const ChoiceParams& p, const Row& row, unsigne
   if (threadIdx.x == 0) shared.count = 0;
   __syncthreads();
   int before = 0;  // threads with a larger one
-  for (int i = 0; i < kChoiceThreads; ++i) {
-    const unsigned other = shared.keys[i];
+  auto count_before = [&](unsigned other, int i) {
     before += other > own_largest || (other == own_largest && i < int(threadIdx.x));
+  };
+  for (int i = 0; i < kChoiceThreads; i += 4) {
+    const uint4 others = *reinterpret_cast<const uint4*>(&shared.keys[i]);
+    count_before(others.x, i), count_before(others.y, i + 1);
+    count_before(others.z, i + 2), count_before(others.w, i + 3);
   }
   if (before == rank - 1) shared.bin = own_largest;
   __syncthreads();
@@ -311,17 +312,21 @@ extern "C" __global__ void __launch_bounds__(kChoiceThreads) choose_token(const 
   __shared__ Shared shared;
   Row row = {p.logits + (long long)blockIdx.x * p.vocab_size, {}, 0, 0};
   if (p.choices) row.c = p.choices[blockIdx.x];
-  Best best = {nothing(), p.vocab_size}, highest = {row.logits[0], 0};
+  Best best = {nothing(), p.vocab_size};
+  float highest = nothing();
+  bool has_nan = false;
   for_own_tokens(row, p.vocab_size, [&](int token, float logit) {
-    const Best found = {row.score(token, logit), token}, raw = {logit, token};
-    if (is_better(found, best)) best = found;
-    if (is_better(raw, highest)) highest = raw;
+    const float score = row.score(token, logit);
+    if (score > best.score) best = {score, token};  // of equal ones the first
+    highest = max2(highest, logit);
+    has_nan |= logit != logit;
   });
   const unsigned own_largest = Row::key(best.score);
   best = best_of_block(best, shared.bests);
-  highest = best_of_block(highest, shared.bests);
+  // The host is told where there is a NaN: it goes as the first of all infinities.
+  const Best told = best_of_block(has_nan ? Best{-nothing(), 0} : Best{highest, 1}, shared.bests);
   if (threadIdx.x == 0) {
-    p.logit[blockIdx.x] = highest.score;
+    p.logit[blockIdx.x] = told.token ? told.score : told.score - told.score;
     p.token[blockIdx.x] = best.score == nothing() ? -1 : best.token;
   }
   if (!(row.c.temperature > 0) || !(best.score > nothing())) return;
