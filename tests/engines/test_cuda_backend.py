@@ -19,7 +19,6 @@ from pascalvl.engines.cuda.lowering import lower
 from pascalvl.engines.cuda.plan import Plan, laid_out
 from pascalvl.engines.device.gpu import Gpu
 from pascalvl.engines.device.memory import EmulatedDevice, Graph, available_target
-from pascalvl.engines.device.padding import LENGTHS
 from pascalvl.engines.engine import Placement
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import Manifest
@@ -57,6 +56,13 @@ def bundle(nano_engine):
 
 def fresh(bundle, **options) -> VisionLanguageModel:
     return VisionLanguageModel.open(bundle, context_length=CONTEXT, **options)
+
+
+@pytest.fixture
+def padding(monkeypatch) -> None:
+    """Steps of several tokens are padded as on a GPU."""
+    if not ON_GPU:
+        monkeypatch.setattr(EmulatedDevice, "gpu", Gpu("a GPU", (6, 1), 0, 0, (12, 0)))
 
 
 @pytest.fixture
@@ -174,11 +180,9 @@ def test_logits_stay_on_the_device(bundle, monkeypatch):
 # Recorded steps -------------------------------------------------------------------------------------------------------
 
 
-def test_a_conversation_of_recorded_steps(bundle, nano_reference, recorded, monkeypatch):
+def test_a_conversation_of_recorded_steps(bundle, nano_reference, padding, recorded):
     """Prompts are padded, pictures among them; the second time all steps are played again."""
-    monkeypatch.setattr(engine.CudaEngine, "lengths", LENGTHS, raising=False)
     model = fresh(bundle)
-    model._session.engine.lengths = LENGTHS
     for messages in (PICTURE, CONVERSATIONS["turns"], CONVERSATIONS["text"], PICTURE, CONVERSATIONS["turns"]):
         model._cache.truncate(0)
         expected = reference_answer(nano_reference, model.prompt(messages), 3)[0]
@@ -189,10 +193,9 @@ def test_a_conversation_of_recorded_steps(bundle, nano_reference, recorded, monk
     assert model.decode_launches() == (7 if not ON_GPU else pytest.approx(9 * 6 + 4, abs=8))
 
 
-def test_padded_steps_of_several_sequences(bundle, recorded):
+def test_padded_steps_of_several_sequences(bundle, padding, recorded):
     """Three decode steps in that of four, to the bit, then a chunk in one of eight tokens."""
     session = open_engine(bundle).open_session(CAPACITY, POOL)
-    session.engine.lengths = LENGTHS
     placement = Placement(np.array([16, 13], np.int32), 126, np.arange(126, 130, dtype=np.int32))
     chunk = random_tokens(session.model.text, placement, np.random.default_rng(99))
     sequences = [*decodes(session)[:3], chunk]
@@ -286,11 +289,9 @@ def test_memory_is_what_the_plan_says(bundle, monkeypatch):
 
 @pytest.mark.parametrize("kv", ["f32", "k8v8", "k4v4,layer.0-1=f16,layer.3=k8v8"])
 @pytest.mark.parametrize("context", [60, 1000, 4000])
-def test_memory_is_as_inspect_tells(kv, context, nano_engine, monkeypatch):
+def test_memory_is_as_inspect_tells(kv, context, nano_engine, padding, monkeypatch):
     """To the byte: in steps of text, and at most for a picture that needs more than they do."""
     monkeypatch.setattr(backend, "_PICTURE", 256)
-    if not ON_GPU:  # pad steps as there
-        monkeypatch.setattr(EmulatedDevice, "gpu", Gpu("a GPU", (6, 1), 0, 0, (12, 0)))
     folder = nano_engine(kv, "cuda")
     told = device_memory(folder, Manifest.read(folder, "engine"), context)
     live, peak = weakref.WeakSet(), 0
