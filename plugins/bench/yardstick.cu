@@ -8,19 +8,19 @@ namespace pascalvl {
 extern "C" __global__ void __launch_bounds__(kPrefillThreads, 2)
     sgemm(const float* a, const float* b, float* c, int n, int k) {
   using T = Tile<128>;
-  __shared__ __align__(16) PrefillShared<128> shared;
+  __shared__ __align__(16) PrefillShared<T> shared;
   AttentionParams p{};
   p.head_dim = k;
   p.group = 1;
   p.scale_log2 = 1;
   const Source source{reinterpret_cast<const unsigned char*>(b), nullptr, nullptr, 4 * k, 0};
   const int first = blockIdx.x * T::kKeys;
-  Prefill<128> tile;
+  Prefill<T> tile;
   tile.begin(p, blockIdx.y * T::kRows, gridDim.y * T::kRows, 0);
-  float product[kRowsPerThread][kKeysPerThread];
+  float product[T::kRowsPerThread][kKeysPerThread];
   tile.scores<kFloat32>(p, reinterpret_cast<const unsigned char*>(a), source, first, T::kKeys, shared, product);
 #pragma unroll
-  for (int i = 0; i < kRowsPerThread; ++i) {
+  for (int i = 0; i < T::kRowsPerThread; ++i) {
     float* row = c + (long long)(tile.first_row + tile.row0 + i) * n + first + 4 * tile.column;
     const float* x = product[i];
     *reinterpret_cast<float4*>(row) = make_float4(x[0], x[1], x[2], x[3]);
