@@ -142,6 +142,10 @@ class Engine(abc.ABC):
         self.directory = directory
         self.manifest = manifest
 
+    def close(self) -> None:  # noqa: B027 - what a backend has in the host's memory ends with its objects
+        """Give back what it takes of its device, and of a GPU the CUDA context, this process's only one; neither it nor
+        its sessions and features may be used any more."""
+
     @abc.abstractmethod
     def run(self, graph: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Evaluate ``graph`` on ``feeds`` (names, types and shapes of `bindings`) and return its outputs by name.

@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from pascalvl.runtime.generation import Generation
+    from pascalvl.runtime.idle import Idle
     from pascalvl.runtime.model import VisionLanguageModel
     from pascalvl.runtime.prompt_folder import PromptCase
     from pascalvl.runtime.sampling import SamplingParams
@@ -214,6 +216,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_engine(sub)
     _add_fps(sub)
     _add_generation(sub)
+    sub.add_argument(
+        "--unload-after",
+        type=_duration,
+        metavar="TIME",
+        help="give the GPU back when nothing was asked for so long, such as 90s, 10m or 2h, until something is",
+    )
 
     sub = command("validate", _validate, "engines,export,runtime", "compare the engines with the PyTorch model")
     _add_engine(sub)
@@ -379,6 +387,14 @@ def _counts(argument: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, parts)))
 
 
+def _duration(argument: str) -> float:
+    """Seconds."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smh])", argument, re.ASCII)
+    if not found:
+        raise UserError(f"expected a time such as 90s, 10m or 2h, found {shown(argument)}.")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
 def _cache(text: str) -> Any:
     from pascalvl.plugins.kv_format import CacheConfig
 
@@ -541,9 +557,18 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _chat(args: argparse.Namespace) -> int:
+    from pascalvl.runtime.idle import Idle
+
     given = _given_sampling(args)
     model = _open(args)
     sampling = _sampling(model, given)
+    with Idle(model, args.unload_after) as idle:
+        _talk(args, sampling, model, idle)
+    return 0
+
+
+def _talk(args: argparse.Namespace, sampling: SamplingParams, model: VisionLanguageModel, idle: Idle) -> None:
+    """Answer lines from the standard input until they end."""
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
@@ -563,20 +588,24 @@ def _chat(args: argparse.Namespace) -> int:
                 raise UserError(f"unknown command {word}: expected {_CHAT_COMMANDS}.")
             elif word:
                 asked = [*messages, _user_message(visuals, line.strip())]
-                if answer := _answer(model, asked, sampling, args.max_new_tokens, args.stop):
+                with idle.busy():
+                    answer = _answer(model, asked, sampling, args.max_new_tokens, args.stop)
+                if answer:
                     messages, visuals = [*asked, {"role": "assistant", "content": answer}], []
         except UserError as error:
             if not interactive:
                 raise
             _fail(f"error: {error}")
-    return 0
 
 
 def _answer(model: VisionLanguageModel, *request: Any) -> str:
     """Print an answer as it comes; returns as much of it as came before an interrupt."""
     text = ""
     try:
-        for piece in model.generate(*request):
+        generation = model.generate(*request)
+        if generation.load_seconds:
+            print(f"[the model was loaded again, in {generation.load_seconds:.1f} s]", file=sys.stderr)
+        for piece in generation:
             text += piece
             print(piece, end="", flush=True)
         print()

@@ -112,8 +112,10 @@ class Generation:
     Text holds whole characters; one that the last token leaves incomplete is dropped.
     """
 
-    def __init__(self, prompt_tokens: int, reused_tokens: int) -> None:
+    def __init__(self, prompt_tokens: int, reused_tokens: int, load_seconds: float = 0.0) -> None:
         self.prompt_tokens = prompt_tokens
+        self.load_seconds = load_seconds
+        """That it took to load the model again, which was unloaded."""
         self.reused_tokens = reused_tokens
         """Tokens of the prompt whose keys and values were still in the cache."""
         self.token_ids: list[int] = []

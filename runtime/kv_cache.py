@@ -194,6 +194,11 @@ class KVCache:
         """Tokens of the conversation so far, those that were dropped included."""
         return self._length
 
+    @property
+    def pinned(self) -> np.ndarray:
+        """Which of the tokens are never dropped, bool ``[length]``, as long as none was."""
+        return self._stays[: self._length].copy()
+
     @contextlib.contextmanager
     def appending(self, identities: np.ndarray, pinned: np.ndarray | None = None) -> Iterator[Placement]:
         """Give new tokens their places; inside, run them. What an exception ends, or an interrupt, appends nothing.

@@ -55,6 +55,7 @@ class VisionLanguageModel:
         max_pixels: int | None = None,
         cache: CacheConfig | None = None,
         control_tokens_in_text: bool = False,
+        reopen: Callable[[], Engine] | None = None,
     ) -> None:
         self.manifest = engine.manifest
         self.config = self.manifest.model
@@ -65,7 +66,6 @@ class VisionLanguageModel:
         if prefill_chunk < 1:
             raise UserError(f"a prefill chunk of {prefill_chunk} tokens is out of range: expected at least 1.")
         self.generation_config = GenerationConfig.from_file(engine.directory / GENERATION_CONFIG)
-        self.engine = engine
         window = self.cache_config.window
         most = [engine.max_prefill, window.length if window else None]
         self.prefill_chunk = min([prefill_chunk, *(limit for limit in most if limit is not None)])
@@ -75,12 +75,53 @@ class VisionLanguageModel:
         self._text_rope = TextRope(self.config.text)
         positions = EmbeddingTable(engine.directory / POSITIONS, **self.manifest.position_embeddings)
         self._vision_positions = VisionPositions(positions, self.config.vision)
-        slots = self.cache_config.slots(self.context_length, pinned_slots(self.cache_config))
-        self._session = engine.open_session(slots)
-        self._cache = KVCache(self._session, self.cache_config, self.context_length)
-        log.info("KV cache %s: %d slots, %d bytes", self.cache_config, self._cache.capacity, self._session.nbytes)
+        self.gpu = engine.gpu
+        """Name of the GPU that computes; None: the CPU does."""
         self._prefixes: list[Prefix] = []
         self._answering: Generator[str, None, None] = (piece for piece in ())
+        self._reopen = reopen
+        self._unloaded: tuple[Prefix | None, np.ndarray] | None = None
+        """Of a model that is unloaded: what its cache held, and which tokens of that are pinned."""
+        self._use(engine)
+
+    def _use(self, engine: Engine) -> None:
+        """Run on an engine, with a cache that is empty."""
+        slots = self.cache_config.slots(self.context_length, pinned_slots(self.cache_config))
+        session = engine.open_session(slots)
+        self.engine, self._session = engine, session
+        self._cache = KVCache(session, self.cache_config, self.context_length)
+        log.info("KV cache %s: %d slots, %d bytes", self.cache_config, self._cache.capacity, session.nbytes)
+
+    def unload(self) -> None:
+        """Give back what the model takes of its device, a GPU's CUDA context too, until it is asked again.
+
+        Keys and values wait in the host's memory, unless a window has dropped some. All of the process loses what it
+        has on the GPU. Only models from `open` can be unloaded.
+        """
+        if self._unloaded is not None:
+            return
+        if self._reopen is None:
+            raise ValueError("the model was not opened from a bundle")
+        self._answering.close()
+        engine, self._unloaded = self.engine, (self._cache.prefix(self._cache.length), self._cache.pinned)
+        del self.engine, self._session, self._cache
+        engine.close()
+        log.info("unloaded")
+
+    def load(self) -> float:
+        """Undo `unload`; returns the seconds that it took, 0 where there is nothing to undo.
+
+        Raises:
+            UserError: as `open`; the model stays unloaded.
+        """
+        if self._unloaded is None:
+            return 0.0
+        start = time.perf_counter()
+        self._use(self._reopen())
+        (prefix, pinned), self._unloaded = self._unloaded, None
+        if prefix is not None:
+            self._cache.restore(prefix, len(prefix.identities), pinned)
+        return time.perf_counter() - start
 
     @classmethod
     def open(
@@ -116,8 +157,11 @@ class VisionLanguageModel:
         Raises:
             UserError: a bundle that cannot be used here, a cache that it is not for, or a context out of range.
         """
-        engine = open_engine(Path(directory), backend, marked_layers, progress)
-        return cls(engine, context_length, prefill_chunk, max_pixels, cache, control_tokens_in_text)
+
+        def opened() -> Engine:
+            return open_engine(Path(directory), backend, marked_layers, progress)
+
+        return cls(opened(), context_length, prefill_chunk, max_pixels, cache, control_tokens_in_text, opened)
 
     def prompt(
         self,
@@ -167,11 +211,12 @@ class VisionLanguageModel:
         if limit is not None and limit < 1:
             raise UserError(f"max_new_tokens is out of range: expected at least 1, found {limit}.")
         self._answering.close()
+        load_seconds = self.load()
         room = self._room(prompt)
         identities = token_identities(prompt)
         reused = self._reuse(identities, self._pinned(prompt))
         sampler = Sampler(sampling or self.generation_config.sampling, prompt.token_ids, self.config.text.vocab_size)
-        generation = Generation(len(prompt.token_ids), reused)
+        generation = Generation(len(prompt.token_ids), reused, load_seconds)
         limit = room if limit is None else min(limit, room)
         self._answering = generation.pieces = self._answer(prompt, identities, sampler, matcher, limit, generation)
         return generation
@@ -187,6 +232,7 @@ class VisionLanguageModel:
         What is kept of, for example, a system message and a picture is not computed again, whatever was asked between.
         """
         self._answering.close()
+        self.load()
         prompt = self.prompt(messages, tools, template_variables)
         self._room(prompt)
         identities = token_identities(prompt)
@@ -208,6 +254,7 @@ class VisionLanguageModel:
         Raises:
             UserError: the file cannot be written, or a window has dropped some.
         """
+        self.load()
         prefix = self._cache.prefix(self._cache.length)
         if prefix is None:
             raise UserError(
@@ -217,15 +264,12 @@ class VisionLanguageModel:
 
     def load_cache(self, path: str | Path) -> None:
         """Keep what `save_cache` wrote, as `keep_prefix` does; raises `UserError` for other files."""
+        self.load()
         self._prefixes.append(Prefix.load(Path(path), self._digest, self._session))
-
-    @property
-    def gpu(self) -> str | None:
-        """Name of the GPU that computes; None: the CPU does."""
-        return self.engine.gpu
 
     def decode_launches(self) -> int | None:
         """Kernels that a decode step launches, see `pascalvl.engines.Session.decode_launches`."""
+        self.load()
         return self._session.decode_launches()
 
     @property
@@ -254,6 +298,7 @@ class VisionLanguageModel:
         from pascalvl.engines import validation
 
         self._answering.close()
+        self.load()
         prompt = self.prompt(messages)
         self._room(prompt, len(forced_tokens))
         self._cache.truncate(0)

@@ -48,6 +48,9 @@ class DryRun(Device):
     def synchronize(self) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
     def is_capturing(self) -> bool:
         return False
 

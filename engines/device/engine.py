@@ -66,6 +66,9 @@ class DeviceEngine(Engine):
     def prepare(self, sizes_of: Callable[[int, int], Mapping[str, int]]) -> None:
         """Get ready for a session's steps, whose sizes are those of so many tokens and sequences."""
 
+    def close(self) -> None:
+        self.device.close()
+
     def run(self, graph: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         outputs = self._start(graph, feeds)
         arrays = {}

@@ -72,6 +72,10 @@ class Device(abc.ABC):
         """Wait for the stream's work."""
 
     @abc.abstractmethod
+    def close(self) -> None:
+        """Give back all that was ever allocated, and what made it possible; nothing of it may be used any more."""
+
+    @abc.abstractmethod
     def is_capturing(self) -> bool:
         """Whether the stream records a graph, where nothing may wait for it."""
 
@@ -83,7 +87,7 @@ class Device(abc.ABC):
         """
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Graph:
     """What was recorded: a call starts it again."""
 
@@ -95,21 +99,37 @@ class Graph:
         self.start()
 
 
+class _CudaContext:
+    """The primary context, from when it is first used until it is reset: all that there is in it ends with it."""
+
+    def __init__(self) -> None:
+        self._is_open = True
+
+    def free(self, release: Callable[[int], object], handle: int) -> None:
+        """Release what is in it, if it was not reset."""
+        if self._is_open:
+            release(handle)
+
+    def close(self) -> None:
+        """What there is in it is no more."""
+        self._is_open = False
+
+
 class _CudaBuffer(Buffer):
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, context: _CudaContext, nbytes: int) -> None:
         from cuda.bindings import runtime
 
         self.nbytes = nbytes
-        self._free = runtime.cudaFree
+        self._context, self._free = context, runtime.cudaFree
         _, self.pointer = check(runtime.cudaMalloc(max(nbytes, 1)))
 
     def __del__(self) -> None:
         if hasattr(self, "pointer"):
-            self._free(self.pointer)
+            self._context.free(self._free, self.pointer)
 
 
 class CudaDevice(Device):
-    """CUDA's current device.
+    """CUDA's current device. Closing one resets the device for all of the process.
 
     Args:
         library: the kernels for CUDA.
@@ -117,6 +137,8 @@ class CudaDevice(Device):
     Raises:
         UserError: there is no GPU that can be used, or the kernels do not run on it.
     """
+
+    _context = _CudaContext()
 
     def __init__(self, library: Path) -> None:
         from cuda.bindings import runtime
@@ -130,12 +152,12 @@ class CudaDevice(Device):
         self.stream = int(stream)
 
     def allocate(self, nbytes: int) -> Buffer:
-        return _CudaBuffer(nbytes)
+        return _CudaBuffer(self._context, nbytes)
 
     def host_array(self, nbytes: int) -> np.ndarray:
         _, pointer = check(self._cuda.cudaMallocHost(nbytes))
         block = (ctypes.c_uint8 * nbytes).from_address(pointer)
-        weakref.finalize(block, self._cuda.cudaFreeHost, pointer)  # arrays hold on to it
+        weakref.finalize(block, self._context.free, self._cuda.cudaFreeHost, pointer)  # arrays hold on to it
         array = np.frombuffer(block, np.uint8)
         array[:] = 0
         return array
@@ -157,6 +179,13 @@ class CudaDevice(Device):
 
     def synchronize(self) -> None:
         check(self._cuda.cudaStreamSynchronize(self.stream))
+
+    def close(self) -> None:
+        self.synchronize()
+        self.kernels.unload()
+        self._context.close()
+        CudaDevice._context = _CudaContext()
+        check(self._cuda.cudaDeviceReset())
 
     def is_capturing(self) -> bool:
         _, status = check(self._cuda.cudaStreamIsCapturing(self.stream))
@@ -182,7 +211,9 @@ class CudaDevice(Device):
             log.warning("a step is no CUDA graph, and slower: it cannot be captured (%s)", error)
             return None
         kernels = kinds.count(cuda.cudaGraphNodeType.cudaGraphNodeTypeKernel)
-        return Graph(lambda: check(cuda.cudaGraphLaunch(executable, self.stream)) and None, kernels)
+        graph = Graph(lambda: check(cuda.cudaGraphLaunch(executable, self.stream)) and None, kernels)
+        weakref.finalize(graph, self._context.free, cuda.cudaGraphExecDestroy, executable)
+        return graph
 
 
 class _HostBuffer(Buffer):
@@ -219,6 +250,9 @@ class EmulatedDevice(Device):
         ctypes.memset(pointer, 0, nbytes)
 
     def synchronize(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
     def is_capturing(self) -> bool:

@@ -33,6 +33,7 @@ struct Driver {
   Result (*current_device)(int*);
   Result (*device_attribute)(int*, int, int);
   Result (*load_module)(LoadedModule*, const void*);
+  Result (*unload_module)(LoadedModule);
   Result (*get_function)(Function*, LoadedModule, const char*);
   Result (*resident_blocks)(int*, Function, int, size_t);
   Result (*launch_kernel)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
@@ -46,6 +47,7 @@ struct Driver {
     find(library, "cuCtxGetDevice", current_device);
     find(library, "cuDeviceGetAttribute", device_attribute);
     find(library, "cuModuleLoadData", load_module);
+    find(library, "cuModuleUnload", unload_module);
     find(library, "cuModuleGetFunction", get_function);
     find(library, "cuOccupancyMaxActiveBlocksPerMultiprocessor", resident_blocks);
     find(library, "cuLaunchKernel", launch_kernel);
@@ -116,14 +118,21 @@ Kernels load() {
 
 std::mutex mutex;
 
-// The current context's kernels. The caller holds the mutex.
-Kernels& current() {
-  static std::map<Context, Kernels> all;
+// By context. Whoever looks in it, or at what is in it, holds the mutex.
+std::map<Context, Kernels> loaded;
+
+Context current_context() {
   Context context = nullptr;
   driver().check(driver().current_context(&context), "to tell the current context");
   if (!context) throw CudaError("There is no current CUDA context in this thread; make one before.");
-  const auto found = all.find(context);
-  return found != all.end() ? found->second : all.emplace(context, load()).first->second;
+  return context;
+}
+
+// The current context's kernels.
+Kernels& current() {
+  Context context = current_context();
+  const auto found = loaded.find(context);
+  return found != loaded.end() ? found->second : loaded.emplace(context, load()).first->second;
 }
 
 std::string doing(const char* what, Kernel kernel) { return std::string(what) + kKernelNames[int(kernel)]; }
@@ -141,6 +150,15 @@ Function function_of(Kernels& kernels, Kernel kernel) {
 void load_kernels() {
   const std::lock_guard<std::mutex> lock(mutex);
   current();
+}
+
+void unload_kernels() {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = loaded.find(current_context());
+  if (found == loaded.end()) return;
+  const Kernels kernels = found->second;
+  loaded.erase(found);
+  for (LoadedModule module : kernels.modules) driver().check(driver().unload_module(module), "to unload the kernels");
 }
 
 int multiprocessors() {

@@ -31,6 +31,8 @@ const Starter kStarters[] = {PASCALVL_ALL_KERNELS};
 
 void load_kernels() {}
 
+void unload_kernels() {}
+
 void launch(Kernel kernel, Dim grid, const void* params, void*) {
   kStarters[int(kernel)](grid, kKernelThreads[int(kernel)], params);
 }

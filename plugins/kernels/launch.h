@@ -41,6 +41,9 @@ struct CudaError : std::runtime_error {
 // Makes the kernels ready in the current context; throws CudaError.
 void load_kernels();
 
+// Takes them out of it; throws CudaError.
+void unload_kernels();
+
 // Starts a kernel with its params; throws CudaError.
 void launch(Kernel kernel, Dim grid, const void* params, void* stream);
 

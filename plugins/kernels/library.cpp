@@ -63,4 +63,6 @@ extern "C" size_t pascalvl_row_bytes(int32_t format, int32_t dim) {
 
 extern "C" int pascalvl_load(void) { return guarded(load_kernels); }
 
+extern "C" int pascalvl_unload(void) { return guarded(unload_kernels); }
+
 extern "C" const char* pascalvl_last_error(void) { return last_error.c_str(); }

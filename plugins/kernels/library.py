@@ -119,6 +119,10 @@ class KernelLibrary:
         """Make the kernels ready in the current CUDA context."""
         self._call("pascalvl_load")
 
+    def unload(self) -> None:
+        """Take the kernels out of the current CUDA context, before that is destroyed."""
+        self._call("pascalvl_unload")
+
     def row_bytes(self, row_format: RowFormat, dim: int) -> int:
         """Bytes of a cache row of ``dim`` elements."""
         _check_fits("dim", dim)

@@ -181,6 +181,10 @@ size_t pascalvl_row_bytes(int32_t format, int32_t dim);
 // Makes the kernels ready in the current CUDA context.
 int pascalvl_load(void);
 
+// Takes the kernels out of the current CUDA context, before that is destroyed. None may be running; they are loaded
+// again when next needed.
+int pascalvl_unload(void);
+
 // What went wrong in this thread's last call that did not return 0.
 const char* pascalvl_last_error(void);
 
