@@ -236,9 +236,13 @@ class Session(abc.ABC):
             sequences: as there.
             choices: of each row; None: the likeliest tokens, the first of equal ones.
         """
-        logits = self.step(sequences)[bindings.LOGITS]
+        logits = self._logits = self.step(sequences)[bindings.LOGITS]
         choices = choices or [Choice()] * len(logits)
         return [(choose(row, choice), float(row.max())) for row, choice in zip(logits, choices, strict=True)]
+
+    def logits(self) -> np.ndarray:
+        """Of the rows of the last `choose`, float32 ``[rows, vocab_size]``; no other step may have run since."""
+        return self._logits
 
     def decode_launches(self) -> int | None:
         """Kernels that a decode step launches on a GPU, copies not counted; None: there is none, or it is not known.

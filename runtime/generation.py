@@ -7,6 +7,8 @@ import enum
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from pascalvl.plugins.bundle import read_json
 from pascalvl.plugins.errors import UserError, shown
 from pascalvl.runtime.sampling import SamplingParams
@@ -105,6 +107,24 @@ class StopMatcher:
         return next((i for i in range(max(0, end - len(stop) + 1), end) if stop.startswith(self._held[i:])), end)
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities where a token was chosen, before penalties, filters and temperature."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """Of the likeliest tokens, the likeliest first."""
+
+    @classmethod
+    def of(cls, logits: np.ndarray, token_id: int, top: int) -> TokenLogprobs:
+        """Of logits ``[vocab_size]``."""
+        logprobs = logits.astype(np.float64) - logits.max()
+        logprobs -= np.log(np.exp(logprobs).sum())
+        likeliest = np.argsort(-logprobs, kind="stable")[:top].tolist()
+        return cls(token_id, float(logprobs[token_id]), tuple((token, float(logprobs[token])) for token in likeliest))
+
+
 class Generation:
     """An answer being written: iterate over it for its text, piece by piece; the fields fill while that goes on.
 
@@ -120,6 +140,8 @@ class Generation:
         """Tokens of the prompt whose keys and values were still in the cache."""
         self.token_ids: list[int] = []
         """The tokens chosen, with the one that ended the answer."""
+        self.logprobs: list[TokenLogprobs] = []
+        """Of each of them, where they were asked for."""
         self.finish_reason: FinishReason | None = None
         """None while the answer is not finished."""
         self.vision_seconds = 0.0

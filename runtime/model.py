@@ -17,11 +17,11 @@ from pascalvl.engines import Engine, open_engine
 from pascalvl.engines.engine import Features, NewTokens, Placement, VisualRows
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import EMBEDDINGS, GENERATION_CONFIG, POSITIONS, Manifest
-from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.errors import UserError, shown
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import TextConfig
 from pascalvl.runtime.embeddings import EmbeddingRows, EmbeddingTable
-from pascalvl.runtime.generation import FinishReason, Generation, GenerationConfig, StopMatcher
+from pascalvl.runtime.generation import FinishReason, Generation, GenerationConfig, StopMatcher, TokenLogprobs
 from pascalvl.runtime.image import Patches
 from pascalvl.runtime.kv_cache import KVCache, Prefix
 from pascalvl.runtime.messages import Message
@@ -38,6 +38,8 @@ DEFAULT_CONTEXT_LENGTH = 4096
 PINNED_SLOTS = 4096
 """Room beside a window for pictures that stay: four of a megapixel."""
 DEFAULT_PREFILL_CHUNK = 512
+_MOST_LOGPROBS = 20
+"""Of the likeliest tokens, as OpenAI has it."""
 
 
 class VisionLanguageModel:
@@ -180,6 +182,7 @@ class VisionLanguageModel:
         stop: str | Sequence[str] = (),
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_variables: Mapping[str, Any] | None = None,
+        logprobs: int | None = None,
     ) -> Generation:
         """Answer messages; the answer is computed while it is iterated over, and ends one that is still under way.
 
@@ -190,13 +193,15 @@ class VisionLanguageModel:
             stop: one text or several that end the answer where they come up in it, and are not part of it.
             tools: JSON schemas of functions that the model may call, for the chat template.
             template_variables: what else the chat template may ask for, such as ``{"enable_thinking": False}``.
+            logprobs: fill `Generation.logprobs`, with as many of the likeliest tokens, from 0; on a GPU logits are then
+                copied to the host for each token.
 
         Raises:
-            UserError: messages, pictures or videos that cannot be used, a prompt longer than the context, or a limit
-                below 1.
+            UserError: messages, pictures or videos that cannot be used, a prompt longer than the context, a limit
+                below 1, or logprobs out of range.
         """
         prompt = self.prompt(messages, tools, template_variables)
-        return self.answer(prompt, sampling, max_new_tokens, stop)
+        return self.answer(prompt, sampling, max_new_tokens, stop, logprobs)
 
     def answer(
         self,
@@ -204,12 +209,15 @@ class VisionLanguageModel:
         sampling: SamplingParams | None = None,
         max_new_tokens: int | None = None,
         stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
     ) -> Generation:
         """`generate`, of what `prompt` made of messages, or of any other tokens."""
         matcher = StopMatcher(stop)
         limit = max_new_tokens if max_new_tokens is not None else self.generation_config.max_new_tokens
         if limit is not None and limit < 1:
             raise UserError(f"max_new_tokens is out of range: expected at least 1, found {limit}.")
+        if logprobs is not None and not (type(logprobs) is int and 0 <= logprobs <= _MOST_LOGPROBS):
+            raise UserError(f"logprobs is out of range: expected 0 to {_MOST_LOGPROBS}, found {shown(logprobs)}.")
         self._answering.close()
         load_seconds = self.load()
         room = self._room(prompt)
@@ -218,7 +226,9 @@ class VisionLanguageModel:
         sampler = Sampler(sampling or self.generation_config.sampling, prompt.token_ids, self.config.text.vocab_size)
         generation = Generation(len(prompt.token_ids), reused, load_seconds)
         limit = room if limit is None else min(limit, room)
-        self._answering = generation.pieces = self._answer(prompt, identities, sampler, matcher, limit, generation)
+        self._answering = generation.pieces = self._answer(
+            prompt, identities, sampler, matcher, limit, generation, logprobs
+        )
         return generation
 
     def keep_prefix(
@@ -357,6 +367,7 @@ class VisionLanguageModel:
         matcher: StopMatcher,
         limit: int,
         generation: Generation,
+        logprobs: int | None,
     ) -> Generator[str, None, None]:
         start = time.perf_counter()
         reused = self._cache.length
@@ -380,6 +391,8 @@ class VisionLanguageModel:
             else:
                 token = self._next(generation.token_ids[-1], prompt.next_position + step - 1, sampler)
             generation.token_ids.append(token)
+            if logprobs is not None:
+                generation.logprobs.append(TokenLogprobs.of(self._session.logits()[0], token, logprobs))
             piece = "" if token in self.generation_config.eos_token_ids else matcher.push(text.push(token))
             generation.decode_seconds += time.perf_counter() - start
             if piece:

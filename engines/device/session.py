@@ -83,20 +83,30 @@ class DeviceSession(Session):
     def choose(
         self, sequences: Sequence[NewTokens], choices: Sequence[Choice] | None = None
     ) -> list[tuple[int, float]]:
-        if step := self._padded(sequences, choices):
-            return step.chosen[: len(sequences)]
         rows = sum(len(new.logit_rows) for new in sequences)
-        return self._chosen_of(self._run_as_it_is(sequences), choices or [Choice()] * rows)
+        if step := self._padded(sequences, choices):
+            self._chosen_from = self.outputs.pointers[bindings.LOGITS], rows
+            return step.chosen[: len(sequences)]
+        logits = self._run_as_it_is(sequences)[bindings.LOGITS]
+        self._chosen_from = logits, rows
+        return self._chosen_of(logits, choices or [Choice()] * rows)
 
-    def _chosen_of(self, outputs: Mapping[str, int], choices: Sequence[Choice]) -> list[tuple[int, float]]:
-        """Choose from the logits of a step that is not recorded."""
+    def logits(self) -> np.ndarray:
+        pointer, rows = self._chosen_from
+        array = np.empty((rows, self.model.text.vocab_size), np.float32)
+        self.device.download(array, pointer)
+        self.device.synchronize()
+        return array
+
+    def _chosen_of(self, logits: int, choices: Sequence[Choice]) -> list[tuple[int, float]]:
+        """Choose from the logits of a step that is not recorded, which are at an address."""
         records = np.zeros(len(choices), CHOICES.dtype)
         self.records.fill(records, choices)
         buffers = self.engine.buffers
         token, logit = (np.empty(len(choices), binding.dtype) for binding in _CHOSEN)
         places = [buffers.get(f"step {b.name}", len(choices) * b.dtype.itemsize) for b in (CHOICES, *_CHOSEN)]
         self.device.upload(places[0], records)
-        self.launch_choice(outputs[bindings.LOGITS], len(choices), *places)
+        self.launch_choice(logits, len(choices), *places)
         for array, place in ((token, places[1]), (logit, places[2])):
             self.device.download(array, place)
         self.device.synchronize()

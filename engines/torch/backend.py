@@ -172,8 +172,9 @@ class TorchSession(Session):
         choices = choices or [Choice()] * sum(len(new.logit_rows) for new in sequences)
         with evaluation("the decoder engine"):
             if step := self._run_captured(sequences, choices):
+                self._chosen_from = step.outputs[bindings.LOGITS][: len(sequences)]
                 return step.chosen[: len(sequences)]
-            logits = self._run_as_it_is(sequences)[bindings.LOGITS]
+            logits = self._chosen_from = self._run_as_it_is(sequences)[bindings.LOGITS]
             records = np.zeros(len(logits), CHOICE)
             self._records.fill(records, choices)
             given = torch.from_numpy(records.view(np.int32).reshape(len(logits), -1)).to(logits.device)
@@ -181,6 +182,9 @@ class TorchSession(Session):
             logit = torch.empty(len(logits), device=logits.device)
             torch_calls.choose(self._engine.kernels, logits, given, token, logit)
             return list(zip(token.tolist(), logit.tolist(), strict=True))
+
+    def logits(self) -> np.ndarray:
+        return self._chosen_from.numpy(force=True)
 
     def _run_captured(self, sequences: Sequence[NewTokens], choices: Sequence[Choice] = ()) -> CapturedStep | None:
         """Run a step that is captured, or on the CPU one for a single token; None: this is none of them."""

@@ -180,6 +180,24 @@ def test_logits_stay_on_the_device(bundle, monkeypatch):
 # Recorded steps -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(temperature=0.9, top_k=5, presence_penalty=1.0, seed=3)]
+)
+def test_logprobs(sampling, bundle, nano_engine, padding):
+    """Those that ONNX Runtime's logits have; of a prompt's last chunk, and of decode steps."""
+    generations = []
+    for folder in (bundle, nano_engine("f32")):
+        generation = fresh(folder, prefill_chunk=16).generate(PICTURE, sampling, 4, logprobs=3)
+        list(generation)
+        generations.append(generation)
+    found, expected = generations
+    assert found.token_ids == expected.token_ids == [row.token_id for row in found.logprobs]
+    for ours, theirs in zip(found.logprobs, expected.logprobs, strict=True):
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+        assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+        assert ours.top[0][1] >= ours.top[1][1] >= ours.top[2][1]
+
+
 def test_a_conversation_of_recorded_steps(bundle, nano_reference, padding, recorded):
     """Prompts are padded, pictures among them; the second time all steps are played again."""
     model = fresh(bundle)

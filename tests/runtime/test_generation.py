@@ -3,10 +3,11 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 
 from pascalvl.plugins.errors import UserError
-from pascalvl.runtime.generation import GenerationConfig, StopMatcher
+from pascalvl.runtime.generation import GenerationConfig, StopMatcher, TokenLogprobs
 from pascalvl.runtime.sampling import SamplingParams
 
 
@@ -170,3 +171,14 @@ def test_stop_strings_that_are_no_text():
 def test_empty_stop_string():
     with pytest.raises(UserError, match="stop string is empty"):
         StopMatcher(("a", ""))
+
+
+def test_logprobs():
+    logits = np.array([1.0, 3.0, 3.0, -np.inf, 2.0], np.float32)
+    found = TokenLogprobs.of(logits, 4, 3)
+    total = np.log(np.exp([1.0, 3.0, 3.0, 2.0]).sum())
+    assert found.token_id == 4
+    assert found.logprob == pytest.approx(2 - total)
+    assert found.top == ((1, pytest.approx(3 - total)), (2, pytest.approx(3 - total)), (4, pytest.approx(2 - total)))
+    assert TokenLogprobs.of(logits, 3, 0) == TokenLogprobs(3, -np.inf, ())
+    assert len(TokenLogprobs.of(logits, 0, 20).top) == 5

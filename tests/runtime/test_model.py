@@ -158,6 +158,9 @@ def test_limits_out_of_range(nano_engine_bundle):
     model, _ = scripted(nano_engine_bundle, [7])
     with pytest.raises(UserError, match="max_new_tokens is out of range: expected at least 1, found 0"):
         model.generate(HELLO, max_new_tokens=0)
+    for logprobs in (-1, 21, True, 1.0):
+        with pytest.raises(UserError, match="logprobs is out of range: expected 0 to 20, found"):
+            model.generate(HELLO, logprobs=logprobs)
     with pytest.raises(UserError, match="stop string is empty"):
         model.generate(HELLO, stop=[""])
     with pytest.raises(UserError, match="prefill chunk of 0 tokens"):
