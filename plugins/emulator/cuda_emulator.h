@@ -58,13 +58,24 @@ struct Exchange {
   uint64_t values[2][kWarpSize];
 };
 
+class Worker;
+
 struct Thread {
   Place place;
   Exchange* exchange;
+  Worker* worker;
   unsigned passed[2] = {};  // barriers of the block, of the warp
 };
 
-inline thread_local Thread* self = nullptr;
+constexpr size_t kStackBytes = 256 << 10;  // of a fiber, and what its first byte is aligned to
+
+// The thread that runs: its stack begins with its address, which a variable of an operating system thread would be
+// asked for by a call each time. The same all through a function: the compiler may read it once.
+inline Thread* self() {
+  Thread* thread;
+  asm("movq %%rsp, %0\n\tandq %1, %0\n\tmovq (%0), %0" : "=r"(thread) : "i"(-long(kStackBytes)) : "cc");
+  return thread;
+}
 
 void wait(Stop stop);
 
@@ -87,8 +98,8 @@ inline uint3 unflatten(unsigned index, const dim3& shape) {
 template <typename T>
 T exchange(T value, unsigned source_lane) {
   static_assert(sizeof(T) <= sizeof(uint64_t), "a lane shows at most eight bytes");
-  const unsigned lane = self->place.index % kWarpSize;
-  uint64_t* values = self->exchange->values[self->passed[kWarpBarrier] % 2];
+  const unsigned lane = self()->place.index % kWarpSize;
+  uint64_t* values = self()->exchange->values[self()->passed[kWarpBarrier] % 2];
   std::memcpy(&values[lane], &value, sizeof value);
   wait(kWarpBarrier);
   std::memcpy(&value, &values[source_lane], sizeof value);
@@ -188,12 +199,14 @@ pascalvl_switch_stack:
 // Fibers' stacks, kept for further launches: new pages took longer than most kernels.
 class Stacks {
  public:
-  static constexpr size_t kBytes = 256 << 10;
-  using Stack = std::unique_ptr<char[]>;
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  using Stack = std::unique_ptr<void, Free>;
 
   Stack take() {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (unused_.empty()) return Stack(new char[kBytes]);
+    if (unused_.empty()) return Stack(std::aligned_alloc(kStackBytes, kStackBytes));
     Stack stack = std::move(unused_.back());
     unused_.pop_back();
     return stack;
@@ -221,10 +234,13 @@ class Worker {
         fibers_(block_dim.count()),
         warps_((block_dim.count() + kWarpSize - 1) / kWarpSize) {
     scheduler_.identity = current_fiber();
-    for (Fiber& fiber : fibers_) {
+    for (unsigned t = 0; t < fibers_.size(); ++t) {
+      Fiber& fiber = fibers_[t];
+      fiber.thread = {{unflatten(t, block_dim_), {}, block_dim_, grid_dim_, t}, &warps_[t / kWarpSize].exchange, this};
       fiber.memory = stacks.take();
-      auto top = reinterpret_cast<uintptr_t>(fiber.memory.get() + Stacks::kBytes) & ~uintptr_t{15};
-      void** stack = reinterpret_cast<void**>(top) - 8;  // six registers, the entry, and room that keeps the alignment
+      *static_cast<Thread**>(fiber.memory.get()) = &fiber.thread;
+      // Six registers, the entry, and room that keeps the alignment.
+      void** stack = static_cast<void**>(fiber.memory.get()) + kStackBytes / sizeof(void*) - 8;
       stack[6] = reinterpret_cast<void*>(&enter);
       fiber.context = {stack, create_fiber()};
     }
@@ -238,23 +254,21 @@ class Worker {
   }
 
   UNCHECKED void run(unsigned block_index) {
-    here = this;
     poison_shared_memory();
-    for (unsigned t = 0; t < fibers_.size(); ++t) {
-      fibers_[t].thread =
-          Thread{{unflatten(t, block_dim_), unflatten(block_index, grid_dim_), block_dim_, grid_dim_, t},
-                 &warps_[t / kWarpSize].exchange};
-      fibers_[t].ready = true;
+    const uint3 block = unflatten(block_index, grid_dim_);
+    for (Fiber& fiber : fibers_) {
+      fiber.thread.place.block = block;
+      fiber.thread.passed[kBlockBarrier] = fiber.thread.passed[kWarpBarrier] = 0;
+      fiber.ready = true;
     }
     release(&started_);
-    unsigned running = fibers_.size();
-    while (running > 0) {
+    running_ = fibers_.size();
+    while (running_ > 0) {
       bool moved = false;
       for (Fiber& fiber : fibers_) {
         if (!fiber.ready) continue;
         moved = true;
         resume(fiber);
-        if (fiber.stop == kEnd) --running;
       }
       if (!moved && !open_barriers()) report_deadlock();
     }
@@ -265,7 +279,12 @@ class Worker {
     Fiber& fiber = *current_;
     fiber.stop = stop;
     fiber.ready = false;
-    switch_to(fiber.context, scheduler_);
+    running_ -= stop == kEnd;
+    // At once to the next one, where the scheduler would go.
+    Fiber* next = &fiber + 1;
+    const bool is_ready = next != past_last_ && next->ready;
+    if (is_ready) current_ = next;
+    switch_to(fiber.context, is_ready ? next->context : scheduler_);
   }
 
   // The current thread waits for the others of its block or warp.
@@ -277,8 +296,6 @@ class Worker {
     stop_current(barrier);
     acquire(turn);
   }
-
-  static inline thread_local Worker* here = nullptr;
 
  private:
   struct Context {
@@ -312,17 +329,17 @@ class Worker {
 
   UNCHECKED void resume(Fiber& fiber) {
     current_ = &fiber;
-    self = &fiber.thread;
     switch_to(scheduler_, fiber.context);
   }
 
   // A fiber's life: its thread of one block after another.
   UNCHECKED static void enter() {
+    Worker& worker = *self()->worker;
     for (;;) {
-      acquire(&here->started_);
-      here->kernel_();
-      release(&here->ended_);
-      here->stop_current(kEnd);
+      acquire(&worker.started_);
+      worker.kernel_();
+      release(&worker.ended_);
+      worker.stop_current(kEnd);
     }
   }
 
@@ -358,13 +375,15 @@ class Worker {
   dim3 grid_dim_, block_dim_;
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
+  Fiber* const past_last_ = fibers_.data() + fibers_.size();
   Fiber* current_ = nullptr;
+  unsigned running_ = 0;  // that have not ended
   Context scheduler_{};
   Barrier barrier_{};
   uint64_t started_ = 0, ended_ = 0;  // addresses, as a barrier's
 };
 
-inline void wait(Stop barrier) { Worker::here->wait(barrier); }
+inline void wait(Stop barrier) { self()->worker->wait(barrier); }
 
 inline void run(const std::function<void()>& kernel, dim3 grid_dim, dim3 block_dim) {
   std::atomic<unsigned> next{0};
@@ -395,10 +414,10 @@ inline void run(const std::function<void()>& kernel, dim3 grid_dim, dim3 block_d
 #define __align__(n) __attribute__((aligned(n)))
 #define __restrict__ __restrict
 
-#define threadIdx (emulator::self->place.thread)
-#define blockIdx (emulator::self->place.block)
-#define blockDim (emulator::self->place.block_dim)
-#define gridDim (emulator::self->place.grid_dim)
+#define threadIdx (emulator::self()->place.thread)
+#define blockIdx (emulator::self()->place.block)
+#define blockDim (emulator::self()->place.block_dim)
+#define gridDim (emulator::self()->place.grid_dim)
 
 struct alignas(8) float2 {
   float x, y;
@@ -429,13 +448,13 @@ inline void __syncwarp(unsigned = 0xffffffff) { emulator::wait(emulator::kWarpBa
 
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane, int width = emulator::kWarpSize) {
-  const unsigned own = emulator::self->place.index % emulator::kWarpSize;
+  const unsigned own = emulator::self()->place.index % emulator::kWarpSize;
   return emulator::exchange(value, (own & ~(width - 1)) | (lane & (width - 1)));
 }
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask, int width = emulator::kWarpSize) {
-  const unsigned own = emulator::self->place.index % emulator::kWarpSize;
+  const unsigned own = emulator::self()->place.index % emulator::kWarpSize;
   const unsigned source = own ^ mask;
   return emulator::exchange(value, (source & ~(width - 1)) == (own & ~(width - 1)) ? source : own);
 }
@@ -447,7 +466,7 @@ inline int __any_sync(unsigned lanes, int value) {
 }
 
 inline unsigned __ballot_sync(unsigned lanes, int value) {
-  unsigned ballot = unsigned(value != 0) << emulator::self->place.index % emulator::kWarpSize;
+  unsigned ballot = unsigned(value != 0) << emulator::self()->place.index % emulator::kWarpSize;
   for (int mask = 1; mask < int(emulator::kWarpSize); mask *= 2) ballot |= __shfl_xor_sync(lanes, ballot, mask);
   return ballot;
 }
