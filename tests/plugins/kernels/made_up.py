@@ -28,6 +28,7 @@ from tests.plugins.kernels.reference import (
     Shape,
     aligned,
     append,
+    copy,
     packed_attention,
     pointer,
 )
@@ -197,7 +198,7 @@ def main() -> None:
     assert ((token >= -1) & (token < 700)).all()
     assert token[1] == -1
     choices = made_up.bits(3, 16).view(CHOICE)[:, 0]
-    tables = {"counts": made_up.integers(700), "bias": made_up.bits(700), "mask": made_up.integers(22)}
+    tables = {"counts": copy(made_up.integers(700)), "bias": made_up.bits(700), "mask": copy(made_up.integers(22))}
     for name, array in tables.items():
         choices[name] = pointer(array), 0, pointer(array)
     for k in (int(choices["top_k"][0]), 0, 5, 1024, 1025):
@@ -206,7 +207,7 @@ def main() -> None:
         library.choose(pointer(logits), 3, 700, pointer(choices), pointer(token), pointer(logit))
         guarded.check()
         assert ((token >= -1) & (token < 700)).all()
-    matrix, picked, out = made_up.bits(5, 68), made_up.integers(7), aligned((7, 68))
+    matrix, picked, out = made_up.bits(5, 68), copy(made_up.integers(7)), aligned((7, 68))
     library.gather_rows(pointer(matrix), 5, 68, pointer(picked), 7, pointer(out))
     library.add_to(pointer(out), pointer(made_up.bits(7, 68)), 7, 68)
     guarded.check()
