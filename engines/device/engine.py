@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -67,6 +68,7 @@ class DeviceEngine(Engine):
         """Get ready for a session's steps, whose sizes are those of so many tokens and sequences."""
 
     def close(self) -> None:
+        gc.collect()  # sessions' steps refer back to them
         self.device.close()
 
     def run(self, graph: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -97,6 +97,11 @@ class TensorRTEngine(DeviceEngine):
             self._zeros.append(buffer)
         return self._zeros[-1].pointer
 
+    def close(self) -> None:
+        """As the base class; TensorRT's objects end before the CUDA context that they are in."""
+        self._contexts, self.plans = {}, {}
+        super().close()
+
     def open_session(self, capacity: int, pages: int | None = None) -> Session:
         if pages_of(capacity) > self._max_pages:
             raise UserError(

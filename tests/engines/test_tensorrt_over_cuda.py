@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 
 import numpy as np
 import pytest
@@ -52,6 +53,26 @@ def test_steps_of_several_sequences(nano_engine):
         fresh_pool(session)
         np.testing.assert_array_equal(session.step(sequences)[bindings.LOGITS], expected)
         assert changed(session, pool) == places(sequences)
+
+
+def test_its_objects_end_before_the_device_is_closed(nano_engine, monkeypatch):
+    bundle = nano_engine("f32", "cuda")
+    engine = behind_tensorrt(open_engine(bundle), bundle, LIMITS)
+    left = weakref.WeakSet(engine.plans.values())
+    create = PlanAsEngine.create_execution_context_without_device_memory
+
+    def noted(self):
+        left.add(context := create(self))
+        return context
+
+    monkeypatch.setattr(PlanAsEngine, "create_execution_context_without_device_memory", noted)
+    model = VisionLanguageModel(engine, 160, 512, reopen=lambda: engine)
+    answer(model, PICTURE, 2)
+    assert len(left) > 3
+    closed = []
+    monkeypatch.setattr(type(engine.device), "close", lambda _: closed.append(len(left)))
+    model.unload()
+    assert closed == [0]
 
 
 def test_it_has_the_members_of_8_6_1_that_are_used():
