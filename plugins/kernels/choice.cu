@@ -183,10 +183,9 @@ __device__ __forceinline__ Sum nucleus(Sum total, float top_p) {
   return need < 1 ? 1 : Sum(need);
 }
 
-// Gathers the candidates into shared memory: tokens of the largest keys, at least as many as top-k asks for. Returns
-// whether all that may be drawn is among them; and what top-p asks for of their weights.
-//
-// That as many are as large as the k-th largest of all threads' largest is where the search ends, not begins.
+// Gathers the candidates into shared memory: tokens of the largest keys, at least as many as top-k asks for: the k-th
+// largest of what each thread found as its own largest bounds them, for k tokens are as large as that. Returns whether
+// all that may be drawn is among them; and what top-p asks for of their weights.
 __device__ bool gather_candidates(const ChoiceParams& p, const Row& row, unsigned own_largest, Sum least_weight,
                                   Shared& shared, Sum* need) {
   const bool has_top_k = row.c.top_k > 0;

@@ -126,7 +126,7 @@ typedef struct {
 } pascalvl_choice;
 
 // A token of each row of logits [rows, vocab_size], -1 where a mask leaves none; and the row's highest logit, NaN if
-// any is. choices [rows] are in the device's memory; null: the likeliest.
+// any is, and then the token means nothing. choices [rows] are in the device's memory; null: the likeliest.
 int pascalvl_choose(const float* logits, int32_t rows, int32_t vocab_size, const pascalvl_choice* choices,
                     int32_t* token, float* logit, void* stream);
 
