@@ -17,8 +17,7 @@ import pytest
 from PIL import Image
 
 from pascalvl.plugins.bundle import EMBEDDINGS, GENERATION_CONFIG, MANIFEST, POSITIONS, Manifest
-from pascalvl.runtime import cli
-from pascalvl.runtime.cli import main
+from pascalvl.runtime.cli import entry, main
 from tests.manifests import edit_manifest
 
 COMMAND = [sys.executable, "-c", "import sys; from pascalvl.runtime.cli import main; sys.exit(main())"]
@@ -445,7 +444,7 @@ def test_interrupts_wait_for_the_end_of_an_import(tmp_path, monkeypatch):
         assert heavy_module.complete
         time.sleep(10)
 
-    with pytest.raises(KeyboardInterrupt), cli._interruptible():
+    with pytest.raises(KeyboardInterrupt), entry._interruptible():
         command()
     assert sys.modules.pop("heavy_module").complete
 
@@ -458,7 +457,7 @@ def test_interrupts_that_native_code_turns_into_an_error_are_told():
         except KeyboardInterrupt:
             raise ValueError("could not determine the shape of object") from None
 
-    with pytest.raises(KeyboardInterrupt), cli._interruptible():
+    with pytest.raises(KeyboardInterrupt), entry._interruptible():
         command()
 
 

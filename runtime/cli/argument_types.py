@@ -1,0 +1,61 @@
+"""What arguments are turned into; errors are for who typed them."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from pascalvl.plugins.errors import UserError, shown
+
+AUTO = "auto"
+
+
+def unicode_text(argument: str) -> str:
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"expected text in UTF-8, found {shown(argument.encode(errors='surrogateescape'))}.") from None
+    return argument
+
+
+def own_path(argument: str) -> Path:
+    """A folder of ours: its path, unlike a picture's, goes through libraries that take UTF-8 alone."""
+    unicode_text(os.path.abspath(argument))
+    return Path(argument)
+
+
+def names(argument: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in argument.split(",") if name.strip())
+
+
+def counts(argument: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in argument.split(",")]
+    if not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
+        raise UserError(f"expected whole numbers with commas between them, such as 0,4096, found {shown(argument)}.")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def duration(argument: str) -> float:
+    """Seconds."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smh])", argument, re.ASCII)
+    if not found:
+        raise UserError(f"expected a time such as 90s, 10m or 2h, found {shown(argument)}.")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def cache_config(text: str) -> Any:
+    from pascalvl.plugins.kv_format import CacheConfig
+
+    return CacheConfig.parse(text)
+
+
+def weight_config(text: str) -> Any:
+    from pascalvl.plugins.weight_format import WeightConfig
+
+    return WeightConfig.parse(text)
+
+
+def weights_or_auto(text: str) -> Any:
+    return text if text == AUTO else weight_config(text)

@@ -1,0 +1,115 @@
+"""The command `pascalvl` from its arguments to its exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import shutil
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from types import FrameType
+
+from pascalvl.plugins.errors import UserError
+from pascalvl.runtime.cli.common import fail
+from pascalvl.runtime.cli.parser import command_parser
+
+_RETRY_SECONDS = 0.05
+
+
+class _Terminated(BaseException):
+    """SIGTERM or SIGHUP came."""
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP clean up as Ctrl-C does, and none of them come up where it does harm.
+
+    During an import it would abort the process in native code, or leave a module in pieces; during the removal of a
+    folder it would leave the rest. It is then tried again a moment later. Native code that it came up in may have
+    turned it into another error, which then is not told.
+    """
+    latest = signal.SIGINT
+    came_up = False
+
+    def interruption() -> type[BaseException]:
+        return KeyboardInterrupt if latest == signal.SIGINT else _Terminated
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal latest, came_up
+        latest = latest if number == signal.SIGALRM else number
+        while frame is not None:
+            code, frame = frame.f_code, frame.f_back
+            if code.co_filename.startswith("<frozen importlib") or code is shutil.rmtree.__code__:
+                signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
+                return
+        came_up = True
+        raise interruption()
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+    previous = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if previous[number] is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, handle)
+    try:
+        yield
+    except Exception:
+        if came_up:
+            raise interruption() from None
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number in numbers:
+            signal.signal(number, previous[number])
+
+
+def _open_closed_streams() -> None:
+    """Give the standard streams that the caller closed the null device, lest the next file opened takes their place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code.
+
+    0: done; 1: `validate` found a deviation, or `doctor` what keeps the tensorrt backend from running; 2: something the
+    user can put right, told in one sentence on stderr.
+    """
+    _open_closed_streams()
+    try:
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+        args = command_parser().parse_args(argv)
+        logging.basicConfig(level=logging.DEBUG if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
+        if not args.verbose:
+            # What other libraries warn of is nothing that the user can put right.
+            warnings.simplefilter("ignore")
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        with _interruptible():
+            code = args.command(args)
+            sys.stdout.flush()
+        return code
+    except UserError as error:
+        return fail(f"error: {error}")
+    except KeyboardInterrupt:
+        return fail("interrupted; nothing was left half-written")
+    except _Terminated:
+        return fail("terminated; nothing was left half-written")
+    except BrokenPipeError:
+        # The reader has what it wants. Python flushes stdout at exit: let that not fail too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError as error:
+        what = f" ({error})" if str(error) else ""
+        return fail(f"error: there is not enough memory{what}: give a smaller --context or --max-pixels.")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("pascalvl"):
+            raise
+        return fail(f"error: the package {error.name} is not installed: pip install 'pascalvl[{args.needs}]'.")
+    except OSError as error:
+        return fail(f"error: {error.filename or 'a file'} cannot be read or written: {error.strerror or error}.")

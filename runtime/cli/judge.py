@@ -1,0 +1,236 @@
+"""How far from the original: `validate` and `eval`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pascalvl.plugins.errors import UserError
+from pascalvl.runtime.cli.common import FINDING, TABLE_WIDTH, new_console, open_model, write_whole
+from pascalvl.runtime.cli.convert import CALIBRATION_PIXELS, calibration_prompts
+from pascalvl.runtime.cli.talk import load_visuals, user_message
+from pascalvl.runtime.cli.timing import figures_table
+
+if TYPE_CHECKING:
+    from pascalvl.runtime.prompt_folder import PromptCase
+
+_OWN_ANSWER_TOKENS = 64
+"""Tokens of an answer that the model gives itself where an evaluation has none."""
+_REFERENCE_WEIGHTS = {
+    True: "which read the weights itself",
+    False: "with weights that PascalVL read for it, of which a wrong reading does not show here",
+}
+"""What a validation's reference is, by whether transformers reads the checkpoint itself."""
+
+
+def validate(args: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from pascalvl.engines import validation
+    from pascalvl.engines.tolerance import tolerance, vision_tolerance
+    from pascalvl.export.checkpoint import Checkpoint
+
+    requests = _validation_requests(args)
+    with Checkpoint(args.reference) as checkpoint:
+        digest, is_read_by_transformers = checkpoint.digest(), checkpoint.is_read_by_transformers
+    model = open_model(args, marked_layers=args.bisect)
+    if digest != (exported := model.manifest.source)["sha256"]:
+        raise UserError(
+            f"{args.bundle} was not made from {args.reference} but from another checkpoint, {exported['name']}: give "
+            "that as --reference."
+        )
+    prompts = []
+    for name, messages in requests.items():
+        prompt = model.prompt(messages)
+        patches = [visual.patches for visual in prompt.visuals]
+        visuals = [validation.VisualInput(p.pixel_values, p.grid, p.is_video) for p in patches]
+        prompts.append(validation.ValidationPrompt(name, prompt.token_ids, visuals))
+    conversations = list(requests.values())
+    rows = validation.validate(
+        args.reference,
+        lambda index, forced: model.trace(conversations[index], forced),
+        prompts,
+        tolerance(model.cache_config, model.config, model.manifest.weights),
+        allowed_of_vision=vision_tolerance(model.manifest.weights),
+        name=model.manifest.backend["name"],
+    )
+    table = Table("output", "prompt", "largest error", "tolerance", "", title="worst of each output")
+    for row in validation.summarise(rows):
+        error, tolerance = f"{row.max_error:.2e}", f"{row.tolerance:.2e}"
+        table.add_row(row.output, row.prompt, error, tolerance, "ok" if row.passed else "DEVIATES")
+    failed = sum(not row.passed for row in rows)
+    console = new_console()
+    console.print(table)
+    console.print(f"{len(rows)} outputs compared, {failed} out of tolerance")
+    console.print(f"reference: Hugging Face's model in float32, {_REFERENCE_WEIGHTS[is_read_by_transformers]}")
+    if args.bisect and (first := validation.first_deviation(rows)):
+        console.print(f"the first to deviate is {first.output}, of prompt {first.prompt!r}")
+    return FINDING if failed else 0
+
+
+def _validation_requests(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Conversations by name: the user's, or some of every kind."""
+    if args.prompt is not None or args.visuals or args.fps is not None:
+        return {"given": [user_message(load_visuals(args), args.prompt or "Describe what you see.")]}
+    import numpy as np
+    from PIL import Image
+
+    from pascalvl.runtime.video import Video
+
+    def picture(width: int, height: int, turn: float = 0.0) -> Image.Image:
+        """Rings of changing colour, whose details are of all sizes."""
+        y, x = np.mgrid[:height, :width] / 24.0
+        phase = np.hypot(x - 2, y - 3)[..., None] ** 1.5 + np.array([0, 2, 4]) + turn
+        return Image.fromarray((127.5 + 127.5 * np.sin(phase)).astype(np.uint8))
+
+    clip = Video([picture(128, 96, turn / 4) for turn in range(8)], 2.0)
+    first = user_message([("image", picture(300, 200))], "What is in the picture?")
+    return {
+        "text": [user_message([], "Why is the sky blue?")],
+        "picture": [first],
+        "pictures": [user_message([("image", picture(90, 210)), ("image", picture(256, 128, 1))], "Compare them.")],
+        "video": [user_message([("video", clip)], "What happens?")],
+        "turns": [first, {"role": "assistant", "content": "Rings."}, user_message([], "Which colours have they?")],
+    }
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    import dataclasses
+    import json
+    import tempfile
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from pascalvl.export.checkpoint import Checkpoint
+    from pascalvl.runtime.prompt_folder import read_prompts
+
+    if args.plot:
+        import matplotlib  # noqa: F401 - missing: said before the work
+    for other in {"kv", "weights"} - {args.what}:
+        if getattr(args, other) or (args.plot and other == "kv"):
+            option = f"--{other}" if getattr(args, other) else "--plot"
+            raise UserError(f"{option} is not for 'eval {args.what}': leave it out, or give 'eval {other}'.")
+    cases = read_prompts(args.data)
+    learned = read_prompts(args.calibrate) if args.calibrate else []
+    console = Console(stderr=True)
+    with (
+        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        with Checkpoint(args.checkpoint) as checkpoint:
+            checkpoint.copy_host_files(Path(folder))
+            config = checkpoint.model_config()
+        calibration = calibration_prompts(learned, Path(folder), config) if learned else None
+        prompts = _evaluation_prompts(args.checkpoint, cases, Path(folder), config, progress)
+        run = _evaluate_cache if args.what == "kv" else _evaluate_weights
+        results, tables = run(args, config, prompts, calibration, progress)
+    console = new_console()
+    console.width = max(console.width, TABLE_WIDTH)
+    console.print(*tables)
+    if args.json:
+        figures = json.dumps([dataclasses.asdict(row) for row in results], indent=1)
+        write_whole(args.json, lambda path: path.write_text(figures + "\n", encoding="utf-8"))
+    if args.plot:
+        from pascalvl.export import kv_evaluation
+
+        write_whole(args.plot, lambda path: kv_evaluation.plot(results, path))
+    return 0
+
+
+def _evaluate_cache(
+    args: argparse.Namespace, config: Any, prompts: list[Any], calibration: list[Any] | None, progress: Any
+) -> tuple[list[Any], list[Any]]:
+    """Results of formats of the KV cache, and tables of them."""
+    from pascalvl.export import kv_evaluation
+    from pascalvl.export.calibration import calibrate
+    from pascalvl.export.kv_times import LENGTH
+    from pascalvl.plugins.kv_format import CacheConfig
+
+    formats = args.kv or [CacheConfig.parse(text) for text in kv_evaluation.DEFAULT_FORMATS]
+    statistics = None
+    if calibration:
+        task = progress.add_task("calibrating", total=config.text.num_hidden_layers)
+        statistics = calibrate(args.checkpoint, calibration, lambda: progress.advance(task))
+    baselines = not args.no_baselines
+    task = progress.add_task("evaluating", total=len(prompts) * kv_evaluation.passes(formats, baselines))
+    results = kv_evaluation.evaluate(
+        args.checkpoint, prompts, formats, statistics, baselines, lambda: progress.advance(task)
+    )
+    first, timed = results[0], results[0].decode_us is not None
+    times = ["append us", f"decode {LENGTH:,} us"] if timed else []
+    table = figures_table(
+        f"{first.positions} positions of text, {first.answer_positions} of them of answers",
+        ("KV cache", "bytes", *_SUMMARY, *times),
+    )
+    for row in results:
+        times = ["" if us is None else f"{us:.1f}" for us in (row.append_us, row.decode_us)] if timed else []
+        table.add_row(row.name, f"{row.bytes_per_token:g}", *_summary_cells(row), *times)
+    return results, [table]
+
+
+def _evaluate_weights(
+    args: argparse.Namespace, config: Any, prompts: list[Any], calibration: list[Any] | None, progress: Any
+) -> tuple[list[Any], list[Any]]:
+    """Results of formats of the weights, and a table of them."""
+    from pascalvl.export import weight_evaluation
+    from pascalvl.plugins.weight_format import WeightConfig
+
+    formats = args.weights or [WeightConfig.parse(text) for text in weight_evaluation.DEFAULT_FORMATS]
+    baselines = not args.no_baselines
+    passes = weight_evaluation.passes(formats, calibration is not None, baselines)
+    task = progress.add_task("evaluating", total=len(prompts) * passes)
+    results = weight_evaluation.evaluate(
+        args.checkpoint, prompts, formats, calibration, baselines, lambda: progress.advance(task)
+    )
+    first = results[0]
+    table = figures_table(
+        f"{first.positions} positions of text, {first.answer_positions} of them of answers",
+        ("weights", "MB", *_SUMMARY),
+    )
+    for row in results:
+        table.add_row(row.name, f"{row.nbytes / 1e6:.1f}", *_summary_cells(row))
+    return results, [table]
+
+
+_SUMMARY = "KL", "KL 99.9%", "top-1", "perplexity", "answers: KL", "top-1", "right"
+
+
+def _summary_cells(row: Any) -> list[str]:
+    """The cells of `_SUMMARY`, of a `pascalvl.export.evaluation.Summary`."""
+    right = "" if row.right is None else f"{row.right:.2%}"
+    figures = [f"{row.kl:.2e}", f"{row.kl_999:.2e}", f"{row.top_1:.2%}", f"{row.perplexity:.5g}"]
+    return [*figures, f"{row.answer_kl:.2e}", f"{row.answer_top_1:.2%}", right]
+
+
+def _evaluation_prompts(
+    checkpoint: Path, cases: Sequence[PromptCase], directory: Path, config: Any, progress: Any
+) -> list[Any]:
+    """Conversations with the answers that the folder gives, or else the model's own."""
+    import numpy as np
+
+    from pascalvl.export import kv_evaluation
+    from pascalvl.plugins.bundle import GENERATION_CONFIG
+    from pascalvl.runtime.generation import GenerationConfig
+    from pascalvl.runtime.prompt import PromptBuilder
+
+    builder = PromptBuilder(directory, config, CALIBRATION_PIXELS)
+    eos = GenerationConfig.from_file(directory / GENERATION_CONFIG).eos_token_ids
+    model, prompts = None, []
+    task = progress.add_task("reading prompts", total=len(cases))
+    for case, prompt in zip(cases, calibration_prompts(cases, directory, config), strict=True):
+        if case.answer is None:
+            model = model or kv_evaluation.load(checkpoint)
+            answer = kv_evaluation.greedy_answer(model, prompt, eos, _OWN_ANSWER_TOKENS)
+        else:
+            whole = builder.build([*case.messages, {"role": "assistant", "content": case.answer}]).token_ids
+            rest = whole[len(prompt.token_ids) :]
+            ends = np.flatnonzero(np.isin(rest, list(eos)))
+            if not np.array_equal(whole[: len(prompt.token_ids)], prompt.token_ids) or not len(ends):
+                raise UserError(f"the chat template has no place for the answer to {case.name}: leave the answer out.")
+            answer = rest[: ends[0] + 1]
+        prompts.append(kv_evaluation.EvaluationPrompt(prompt, answer, case.answer is not None, case.name))
+        progress.advance(task)
+    return prompts

@@ -1,0 +1,246 @@
+"""Commands and their arguments."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from pascalvl.plugins.errors import UserError
+from pascalvl.runtime.cli.argument_types import (
+    AUTO,
+    cache_config,
+    counts,
+    duration,
+    names,
+    own_path,
+    unicode_text,
+    weight_config,
+    weights_or_auto,
+)
+from pascalvl.runtime.cli.convert import build, export
+from pascalvl.runtime.cli.judge import evaluate, validate
+from pascalvl.runtime.cli.look import doctor, inspect
+from pascalvl.runtime.cli.talk import CHAT_COMMANDS, chat, run
+from pascalvl.runtime.cli.timing import bench_kernels, bench_model
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports bad arguments as every other bad input is: in one sentence, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see '{self.prog} --help'.")
+
+
+def command_parser() -> argparse.ArgumentParser:
+    parser = _Parser("pascalvl", description="Qwen3-VL on NVIDIA Pascal, and on machines without a card.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], needs: str, description: str, among: Any = commands
+    ) -> _Parser:
+        sub = among.add_parser(name, help=description, description=f"{description[0].upper()}{description[1:]}.")
+        sub.set_defaults(command=run, needs=needs)
+        sub.add_argument("--verbose", action="store_true", help="log what is done, and where errors come from")
+        return sub
+
+    sub = command("export", export, "export,runtime", "checkpoint to model bundle")
+    sub.add_argument("checkpoint", type=own_path, metavar="CHECKPOINT", help="folder of a Hugging Face Qwen3-VL model")
+    _add_output(sub)
+    meaning = "for timings: random weights in the shape of Qwen3-VL-SIZE (2B, 4B, 8B, 32B); CHECKPOINT, of any size, "
+    sub.add_argument("--random", metavar="SIZE", help=f"{meaning}gives the tokenizer and the processors")
+    sub.add_argument("--layers", type=int, metavar="N", help="with --random: decoder layers (as published)")
+    _add_kv(sub, "the KV cache it is for, of which the rank (rv) is made now, and the rest by 'build'")
+    forms = "w4, w8, f16 or f32[,group=INPUTS][,lm_head=FORMAT][,vision=FORMAT][,layer.FIRST-LAST=FORMAT]"
+    meaning = "how weights are stored (f32, or as the checkpoint has them in codes of 4 bits)"
+    forms += f"; {AUTO}: the most exact of w4, w8, f16 and f32 for which the card here has room"
+    sub.add_argument("--weights", type=weights_or_auto, metavar="CONFIG", help=f"{meaning}: {forms}")
+    sub.add_argument(
+        "--calibrate",
+        type=own_path,
+        metavar="DIR",
+        help="folder of prompts and pictures, as the model will be asked, to fit keys and values to the cache by",
+    )
+
+    sub = command("build", build, "engines", "model bundle to engine bundle")
+    sub.add_argument("bundle", type=own_path, metavar="MODEL_BUNDLE", help="folder written by 'pascalvl export'")
+    _add_output(sub)
+    _add_backend(sub, "what runs the engines; auto: the fastest that can be used here")
+    _add_kv(sub, "what the KV cache is like (k8v8)")
+    _add_tensorrt(sub)
+
+    sub = command("run", run, "runtime", "answer one prompt")
+    _add_engine(sub)
+    sub.add_argument("--prompt", type=unicode_text, required=True, metavar="TEXT", help="what to ask")
+    _add_visuals(sub)
+    _add_generation(sub)
+    sub.add_argument(
+        "--cache",
+        type=own_path,
+        metavar="FILE",
+        help="keep the KV cache there: what a later prompt shares with this one, as a picture, is not computed again",
+    )
+
+    sub = command("chat", chat, "runtime", f"talk to the model: lines of text, or {CHAT_COMMANDS}")
+    _add_engine(sub)
+    _add_fps(sub)
+    _add_generation(sub)
+    sub.add_argument(
+        "--unload-after",
+        type=duration,
+        metavar="TIME",
+        help="give the GPU back when nothing was asked for so long, such as 90s, 10m or 2h, until something is",
+    )
+
+    sub = command("validate", validate, "engines,export,runtime", "compare the engines with the PyTorch model")
+    _add_engine(sub)
+    sub.add_argument(
+        "--reference", type=own_path, required=True, metavar="CHECKPOINT", help="the checkpoint that was exported"
+    )
+    sub.add_argument(
+        "--prompt", type=unicode_text, metavar="TEXT", help="compare on this prompt, not the built-in ones"
+    )
+    _add_visuals(sub)
+    sub.add_argument("--bisect", action="store_true", help="compare every layer, and name the first that deviates")
+
+    sub = command("eval", evaluate, "export,runtime,dev", "what compressed caches or weights do to a model's answers")
+    sub.add_argument("what", choices=["kv", "weights"], help="formats of the KV cache, or of the weights")
+    sub.add_argument("checkpoint", type=own_path, metavar="CHECKPOINT", help="folder of a Hugging Face Qwen3-VL model")
+    sub.add_argument("--data", type=own_path, required=True, metavar="DIR", help="folder of prompts and pictures")
+    sub.add_argument(
+        "--calibrate", type=own_path, metavar="DIR", help="fit the formats by this folder of other prompts"
+    )
+    for name, kind in (("kv", cache_config), ("weights", weight_config)):
+        meaning = f"eval {name}: a format to measure; can be repeated (several)"
+        sub.add_argument(f"--{name}", type=kind, action="append", metavar="CONFIG", help=meaning)
+    sub.add_argument("--no-baselines", action="store_true", help="leave out llama.cpp's formats, and parts of ours")
+    _add_json(sub)
+    sub.add_argument("--plot", type=own_path, metavar="FILE", help="eval kv: draw divergence against bytes there (PNG)")
+
+    help_of_bench = "how fast a model answers, or its kernels are"
+    bench = commands.add_parser("bench", help=help_of_bench, description=f"{help_of_bench.capitalize()}.")
+    measured = bench.add_subparsers(required=True, metavar="WHAT")
+    sub = command("model", bench_model, "runtime", "time prompts, answers and a picture", measured)
+    _add_engine(sub)
+    _add_bench(sub)
+    for what in ("attention", "linear"):
+        sub = command(what, bench_kernels, "export,dev", f"check and time the kernels of {what} on a GPU", measured)
+        sub.set_defaults(what=what)
+        sub.add_argument("--quick", action="store_true", help="only check small shapes, for compute-sanitizer")
+        _add_json(sub)
+
+    sub = command("inspect", inspect, "runtime", "what a bundle is, and the memory it needs")
+    sub.add_argument("bundle", type=own_path, metavar="BUNDLE", help="folder of a model or engine bundle")
+    _add_kv(sub, "tell of this KV cache")
+    sub.add_argument(
+        "--memory", type=float, action="append", metavar="GB", help="tell the longest context that fits in so much"
+    )
+
+    sub = command("doctor", doctor, "runtime", "what the tensorrt backend needs, and what this machine has of it")
+    sub.add_argument(
+        "--engine", type=own_path, metavar="ENGINE_BUNDLE", help="check whether this bundle runs here, too"
+    )
+    return parser
+
+
+def _add_output(parser: _Parser) -> None:
+    parser.add_argument("--output", type=own_path, required=True, metavar="DIR", help="folder to write")
+
+
+def _add_backend(parser: _Parser, meaning: str) -> None:
+    parser.add_argument("--backend", default="auto", metavar="NAME", help=meaning)
+
+
+def _add_kv(parser: argparse.ArgumentParser, meaning: str) -> None:
+    forms = "k8v8, k8v4, k4v4, f16 or f32[,rv=RANK][,window=SINKS+LENGTH][,pin=image]..."
+    parser.add_argument("--kv", type=cache_config, metavar="CONFIG", help=f"{meaning}: {forms}")
+
+
+def _add_tensorrt(parser: _Parser) -> None:
+    group = parser.add_argument_group("tensorrt", "for --backend tensorrt alone")
+    for name, kind, form, meaning in (
+        ("prefill-chunk", int, "N", "tokens of a prompt that one call takes at most (512)"),
+        ("max-pixels", int, "N", "area of the largest picture (1048576)"),
+        ("max-context", int, "N", "tokens of prompt and answer together, at most (32768)"),
+        (
+            "timing-cache",
+            own_path,
+            "FILE",
+            "where the times of kernels are kept for later builds (in the cache folder)",
+        ),
+        ("tactic-sources", names, "A,B", "libraries whose kernels are tried (as TensorRT has it)"),
+        ("preview-features", names, "A,B", "features to enable, the others being disabled (what suits the card)"),
+    ):
+        group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, metavar=form, help=meaning)
+
+
+def _add_engine(parser: _Parser) -> None:
+    parser.add_argument("bundle", type=own_path, metavar="ENGINE_BUNDLE", help="folder written by 'pascalvl build'")
+    _add_backend(parser, "backend the bundle must be for; auto: any")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together, at most")
+    _add_kv(parser, "as the engines were built, with another window")
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="resize larger pictures to this area")
+    parser.add_argument(
+        "--control-tokens-in-text",
+        action="store_true",
+        help="take what reads as a control token in a prompt, such as <|im_end|>, as that token; else it is text alone",
+    )
+
+
+def _add_visuals(parser: _Parser) -> None:
+    for kind, meaning in (("image", "picture file"), ("video", "video file or folder of pictures")):
+        parser.add_argument(
+            f"--{kind}",
+            type=lambda path, kind=kind: (kind, path),
+            action="append",
+            dest="visuals",
+            default=[],
+            metavar="PATH",
+            help=f"{meaning} to ask about; may be given several times",
+        )
+    _add_fps(parser)
+
+
+def _add_fps(parser: _Parser) -> None:
+    meaning = "pictures a second of folders that are videos, which are taken in the order of the numbers in their names"
+    parser.add_argument("--fps", type=float, metavar="X", help=f"{meaning} (24); other videos have times of their own")
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    for name, kind, form, meaning in (
+        ("depths", counts, "N,N", "tokens that the KV cache holds before (0,4096,16384)"),
+        ("prefill", int, "N", "tokens of the prompt that is timed (512)"),
+        ("decode", int, "N", "tokens of the answer that is timed (64)"),
+        ("follow-ups", counts, "N,N", "tokens of further questions, until the first new token (8,20)"),
+        ("batch", counts, "N,N", "sequences that decode together, each behind that many tokens (1)"),
+        ("picture", int, "SIDE", "side of a square picture, in pixels; 0: none (1024)"),
+        ("repeats", int, "N", "how often each is run, after once to warm up; figures are medians (10)"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, metavar=form, help=meaning)
+    _add_json(parser)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=own_path, metavar="FILE", help="write the figures there")
+
+
+def _add_generation(parser: _Parser) -> None:
+    parser.add_argument(
+        "--system", type=unicode_text, metavar="TEXT", help="instructions that come before the conversation"
+    )
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens of an answer at most")
+    parser.add_argument(
+        "--stop", type=unicode_text, action="append", default=[], metavar="STR", help="text to end before"
+    )
+    sampling = parser.add_argument_group("sampling", "what is not given is as the model's authors set it")
+    for name, kind, meaning in (
+        ("temperature", float, "randomness; 0 always takes the likeliest token"),
+        ("top-k", int, "choose among the K likeliest tokens; 0: all"),
+        ("top-p", float, "choose among the likeliest tokens that together have probability P"),
+        ("min-p", float, "choose among tokens at least P times as likely as the likeliest"),
+        ("repetition-penalty", float, "above 1 makes tokens that were there before less likely"),
+        ("presence-penalty", float, "above 0 makes tokens that the answer has less likely"),
+        ("frequency-penalty", float, "above 0 makes tokens less likely each time that the answer has them"),
+        ("seed", int, "the same seed gives the same answer"),
+    ):
+        sampling.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, metavar="X", help=meaning)

@@ -1,0 +1,165 @@
+"""Answers: `run` and `chat`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pascalvl.plugins.errors import UserError
+from pascalvl.runtime.cli.common import fail, open_model
+
+if TYPE_CHECKING:
+    from pascalvl.runtime.generation import Generation
+    from pascalvl.runtime.idle import Idle
+    from pascalvl.runtime.model import VisionLanguageModel
+    from pascalvl.runtime.sampling import SamplingParams
+
+CHAT_COMMANDS = "/image PATH, /video PATH, /reset, /exit"
+
+
+def _given_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling options on the command line; raises `UserError` for values out of range, before any work."""
+    from pascalvl.runtime.sampling import SamplingParams
+
+    names = SamplingParams.__dataclass_fields__
+    given = {name: value for name, value in vars(args).items() if name in names}
+    SamplingParams(**given)
+    return given
+
+
+def _sampling(model: VisionLanguageModel, given: dict[str, Any]) -> SamplingParams:
+    import dataclasses
+
+    sampling = dataclasses.replace(model.generation_config.sampling, **given)
+    without_effect = [name for name in ("top_k", "top_p", "min_p", "seed") if name in given]
+    if sampling.temperature == 0 and without_effect:
+        option = "--" + without_effect[0].replace("_", "-")
+        raise UserError(
+            f"{option} has no effect at temperature 0, which takes the likeliest token: give --temperature."
+        )
+    return sampling
+
+
+def run(args: argparse.Namespace) -> int:
+    from pascalvl.runtime.kv_cache import check_writable
+
+    given = _given_sampling(args)
+    messages = [*system_messages(args), user_message(load_visuals(args), args.prompt)]
+    if args.cache:
+        check_writable(args.cache)
+    model = open_model(args)
+    sampling = _sampling(model, given)
+    if args.cache and args.cache.exists():
+        model.load_cache(args.cache)
+    generation = model.generate(messages, sampling, args.max_new_tokens, args.stop)
+    for piece in generation:
+        print(piece, end="", flush=True)
+    print()
+    print(_summary(generation), file=sys.stderr)
+    if args.cache:
+        model.save_cache(args.cache)
+    return 0
+
+
+def chat(args: argparse.Namespace) -> int:
+    from pascalvl.runtime.idle import Idle
+
+    given = _given_sampling(args)
+    model = open_model(args)
+    sampling = _sampling(model, given)
+    with Idle(model, args.unload_after) as idle:
+        _talk(args, sampling, model, idle)
+    return 0
+
+
+def _talk(args: argparse.Namespace, sampling: SamplingParams, model: VisionLanguageModel, idle: Idle) -> None:
+    """Answer lines from the standard input until they end."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - input() then edits lines
+        print(f"Write a line, or {CHAT_COMMANDS}.", file=sys.stderr)
+    messages, visuals = system_messages(args), []
+    while (line := _read_line("> " if interactive else "")) is not None:
+        word, _, rest = line.strip().partition(" ")
+        try:
+            if word == "/exit":
+                break
+            elif word == "/reset":
+                messages, visuals = system_messages(args), []
+            elif word in ("/image", "/video"):
+                visuals.append(load_visual(word[1:], os.path.expanduser(rest.strip()), args.fps))
+            elif word.startswith("/"):
+                raise UserError(f"unknown command {word}: expected {CHAT_COMMANDS}.")
+            elif word:
+                asked = [*messages, user_message(visuals, line.strip())]
+                with idle.busy():
+                    answer = _answer(model, asked, sampling, args.max_new_tokens, args.stop)
+                if answer:
+                    messages, visuals = [*asked, {"role": "assistant", "content": answer}], []
+        except UserError as error:
+            if not interactive:
+                raise
+            fail(f"error: {error}")
+
+
+def _answer(model: VisionLanguageModel, *request: Any) -> str:
+    """Print an answer as it comes; returns as much of it as came before an interrupt."""
+    text = ""
+    try:
+        generation = model.generate(*request)
+        if generation.load_seconds:
+            print(f"[the model was loaded again, in {generation.load_seconds:.1f} s]", file=sys.stderr)
+        for piece in generation:
+            text += piece
+            print(piece, end="", flush=True)
+        print()
+    except KeyboardInterrupt:
+        print(" [stopped]")
+    return text
+
+
+def _read_line(prompt: str) -> str | None:
+    try:
+        return input(prompt)
+    except EOFError:
+        return None
+
+
+def system_messages(args: argparse.Namespace) -> list[dict[str, Any]]:
+    return [] if args.system is None else [{"role": "system", "content": args.system}]
+
+
+def load_visuals(args: argparse.Namespace) -> list[tuple[str, Any]]:
+    if args.fps is not None and not any(kind == "video" and os.path.isdir(path) for kind, path in args.visuals):
+        raise UserError("--fps is for folders of pictures, and no --video names one: leave it out, or give a folder.")
+    return [load_visual(kind, path, args.fps) for kind, path in args.visuals]
+
+
+def load_visual(kind: str, path: str, fps: float | None) -> tuple[str, Any]:
+    """Read a picture or video at once, so that one that cannot be used is known before any work."""
+    from pascalvl.runtime.image import load_image
+    from pascalvl.runtime.video import load_video
+
+    return kind, load_image(path) if kind == "image" else load_video(path, fps)
+
+
+def user_message(visuals: Sequence[tuple[str, Any]], text: str) -> dict[str, Any]:
+    parts = [{"type": kind, kind: visual} for kind, visual in visuals]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def _summary(generation: Generation) -> str:
+    count = len(generation.token_ids)
+    rate = generation.tokens_per_second
+    speed = "" if rate is None else f" ({rate:.1f} tokens/s)"
+    reused = f" ({generation.reused_tokens} of them cached)" if generation.reused_tokens else ""
+    seconds = generation.vision_seconds + generation.prefill_seconds
+    return (
+        f"{generation.prompt_tokens} prompt tokens{reused} in {seconds:.2f} s, "
+        f"{count} new in {generation.decode_seconds:.2f} s{speed}; ended by {generation.finish_reason.value}"
+    )
