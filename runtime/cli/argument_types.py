@@ -13,6 +13,7 @@ AUTO = "auto"
 
 
 def unicode_text(argument: str) -> str:
+    """The argument, if it is UTF-8."""
     try:
         argument.encode()
     except UnicodeEncodeError:
@@ -27,10 +28,12 @@ def own_path(argument: str) -> Path:
 
 
 def names(argument: str) -> tuple[str, ...]:
+    """Names with commas between them."""
     return tuple(name.strip() for name in argument.split(",") if name.strip())
 
 
 def counts(argument: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them, each once."""
     parts = [part.strip() for part in argument.split(",")]
     if not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
         raise UserError(f"expected whole numbers with commas between them, such as 0,4096, found {shown(argument)}.")
@@ -46,16 +49,21 @@ def duration(argument: str) -> float:
 
 
 def cache_config(text: str) -> Any:
+    """A `CacheConfig`."""
+
     from pascalvl.plugins.kv_format import CacheConfig
 
     return CacheConfig.parse(text)
 
 
 def weight_config(text: str) -> Any:
+    """A `WeightConfig`."""
+
     from pascalvl.plugins.weight_format import WeightConfig
 
     return WeightConfig.parse(text)
 
 
 def weights_or_auto(text: str) -> Any:
+    """A `WeightConfig`, or `AUTO`."""
     return text if text == AUTO else weight_config(text)

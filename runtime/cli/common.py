@@ -24,6 +24,7 @@ TABLE_WIDTH = 110
 
 
 def fail(sentence: str) -> int:
+    """Tell on stderr, in one line, what went wrong; returns the exit code."""
     log.debug("the error comes from here", exc_info=True)
     with contextlib.suppress(OSError):  # nobody can be told
         print(f"pascalvl: {' '.join(sentence.split())}", file=sys.stderr)
@@ -31,6 +32,7 @@ def fail(sentence: str) -> int:
 
 
 def report_bundle(output: Path, manifest: Any) -> None:
+    """Tell which bundle was written."""
     megabytes = sum(file["bytes"] for file in manifest.files.values()) / 1e6
     print(f"{output}: {manifest.kind} bundle of {manifest.source['name']}, {megabytes:.0f} MB")
 

@@ -20,6 +20,8 @@ CALIBRATION_PIXELS = 1 << 20
 
 
 def export(args: argparse.Namespace) -> int:
+    """Run `pascalvl export`; returns the exit code."""
+
     from pascalvl.export import export_checkpoint
 
     if args.random is not None:
@@ -72,6 +74,7 @@ def _fitting_weights(args: argparse.Namespace) -> Any:
 
 
 def calibration_prompts(cases: Sequence[PromptCase], directory: Path, config: Any) -> list[Any]:
+    """What statistics for the cache are taken of, read from a folder of prompts."""
     from pascalvl.export.calibration import CalibrationPrompt, CalibrationVisual
     from pascalvl.runtime.prompt import PromptBuilder
 
@@ -102,6 +105,8 @@ def _check_host_files(directory: Path, config: Any) -> None:
 
 
 def build(args: argparse.Namespace) -> int:
+    """Run `pascalvl build`; returns the exit code."""
+
     from pascalvl.engines import BuildOptions, build
 
     given = {name: value for name, value in vars(args).items() if name in BuildOptions.__dataclass_fields__}

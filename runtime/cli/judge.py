@@ -26,6 +26,8 @@ _REFERENCE_WEIGHTS = {
 
 
 def validate(args: argparse.Namespace) -> int:
+    """Run `pascalvl validate`; returns the exit code."""
+
     from rich.table import Table
 
     from pascalvl.engines import validation
@@ -97,6 +99,8 @@ def _validation_requests(args: argparse.Namespace) -> dict[str, list[dict[str, A
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    """Run `pascalvl eval`; returns the exit code."""
+
     import dataclasses
     import json
     import tempfile

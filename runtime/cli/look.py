@@ -18,6 +18,8 @@ CARDS = (6.0, 8.0, 11.0, 24.0)
 
 
 def inspect(args: argparse.Namespace) -> int:
+    """Run `pascalvl inspect`; returns the exit code."""
+
     from rich.table import Table
 
     from pascalvl.plugins.bundle import Manifest
@@ -124,6 +126,8 @@ def _context_lengths(longest: int) -> list[int]:
 
 
 def doctor(args: argparse.Namespace) -> int:
+    """Run `pascalvl doctor`; returns the exit code."""
+
     from rich.console import Console
     from rich.table import Table
 

@@ -33,6 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def command_parser() -> argparse.ArgumentParser:
+    """The command's; a parsed command has its function, ``command``, and the extras that it ``needs``."""
     parser = _Parser("pascalvl", description="Qwen3-VL on NVIDIA Pascal, and on machines without a card.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -45,6 +45,8 @@ def _sampling(model: VisionLanguageModel, given: dict[str, Any]) -> SamplingPara
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run `pascalvl run`; returns the exit code."""
+
     from pascalvl.runtime.kv_cache import check_writable
 
     given = _given_sampling(args)
@@ -66,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def chat(args: argparse.Namespace) -> int:
+    """Run `pascalvl chat`; returns the exit code."""
+
     from pascalvl.runtime.idle import Idle
 
     given = _given_sampling(args)
@@ -131,10 +135,12 @@ def _read_line(prompt: str) -> str | None:
 
 
 def system_messages(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What comes before the conversation."""
     return [] if args.system is None else [{"role": "system", "content": args.system}]
 
 
 def load_visuals(args: argparse.Namespace) -> list[tuple[str, Any]]:
+    """Pictures and videos of the command line, with their kinds."""
     if args.fps is not None and not any(kind == "video" and os.path.isdir(path) for kind, path in args.visuals):
         raise UserError("--fps is for folders of pictures, and no --video names one: leave it out, or give a folder.")
     return [load_visual(kind, path, args.fps) for kind, path in args.visuals]
@@ -149,6 +155,7 @@ def load_visual(kind: str, path: str, fps: float | None) -> tuple[str, Any]:
 
 
 def user_message(visuals: Sequence[tuple[str, Any]], text: str) -> dict[str, Any]:
+    """A message of what `load_visuals` gave and a text."""
     parts = [{"type": kind, kind: visual} for kind, visual in visuals]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 

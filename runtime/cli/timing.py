@@ -24,6 +24,8 @@ def figures_table(title: str, headings: Sequence[str]) -> Any:
 
 
 def bench_model(args: argparse.Namespace) -> int:
+    """Run `pascalvl bench model`; returns the exit code."""
+
     import dataclasses
     import json
 
@@ -52,6 +54,8 @@ def bench_model(args: argparse.Namespace) -> int:
 
 
 def bench_kernels(args: argparse.Namespace) -> int:
+    """Run `pascalvl bench attention` or `linear`; returns the exit code."""
+
     import importlib
 
     import torch
