@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,9 +49,9 @@ def check_sentence(err, match):
 @pytest.mark.parametrize(
     ("argv", "match"),
     [
-        ([], "required: COMMAND"),
+        (["--verbose"], "required: COMMAND"),
         (["translate"], "invalid choice: 'translate'"),
-        (["run", "engine"], "required: --prompt; see 'pascalvl run --help'"),
+        (["run", "engine"], "required: -p/--prompt; see 'pascalvl run --help'"),
         (["run", "engine", "--prompt", "x", "--colour", "red"], "unrecognized arguments: --colour red"),
         (["build", "model", "--output", "o", "--kv", "f8"], "unknown KV cache format 'f8': expected one of f32, f16"),
         (["build", "model", "--output", "o", "--kv", "k8v4,rv=100"], "'rv=100' is no rank: expected one of 64, 96"),
@@ -509,3 +510,30 @@ def test_not_enough_memory(refused, nano_engine_bundle, monkeypatch):
 
     monkeypatch.setattr("pascalvl.engines.onnxruntime.backend.OnnxRuntimeEngine.run", run)
     refused(r"not enough memory \(the decoder engine\): give", "run", nano_engine_bundle, "--prompt", "Hello!")
+
+
+# What is no error -----------------------------------------------------------------------------------------------------
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert re.fullmatch(r"pascalvl (\d+\.\d+\.\d+|of a folder that is not installed)\n", capsys.readouterr().out)
+
+
+def test_the_command_alone(capsys):
+    assert main([]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("usage: pascalvl ")
+    assert err == ""
+
+
+def test_short_options(nano_engine_bundle, capsys):
+    options = ["--max-new-tokens", "2", "--context", "200", "--temperature", "0"]
+    picture = str(Path(__file__).parent / "nano" / "pictures" / "sample.png")
+    answers = []
+    for image, prompt in (("-i", "-p"), ("--image", "--prompt")):
+        assert main(["run", str(nano_engine_bundle), image, picture, prompt, "Describe the picture.", *options]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != "\n"

@@ -84,7 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
-        args = command_parser().parse_args(argv)
+        parser, given = command_parser(), sys.argv[1:] if argv is None else argv
+        if not given:
+            parser.print_help()
+            return 0
+        args = parser.parse_args(given)
         logging.basicConfig(level=logging.DEBUG if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
         if not args.verbose:
             # What other libraries warn of is nothing that the user can put right.

@@ -32,9 +32,24 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see '{self.prog} --help'.")
 
 
+class _Version(argparse.Action):
+    """Tells the version that is installed, which is looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib import metadata
+
+        try:
+            found = metadata.version("pascalvl")
+        except metadata.PackageNotFoundError:
+            found = "of a folder that is not installed"
+        print(f"pascalvl {found}")
+        parser.exit()
+
+
 def command_parser() -> argparse.ArgumentParser:
     """The command's; a parsed command has its function, ``command``, and the extras that it ``needs``."""
     parser = _Parser("pascalvl", description="Qwen3-VL on NVIDIA Pascal, and on machines without a card.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="tell the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(
@@ -72,7 +87,7 @@ def command_parser() -> argparse.ArgumentParser:
 
     sub = command("run", run, "runtime", "answer one prompt")
     _add_engine(sub)
-    sub.add_argument("--prompt", type=unicode_text, required=True, metavar="TEXT", help="what to ask")
+    sub.add_argument("-p", "--prompt", type=unicode_text, required=True, metavar="TEXT", help="what to ask")
     _add_visuals(sub)
     _add_generation(sub)
     sub.add_argument(
@@ -191,6 +206,7 @@ def _add_engine(parser: _Parser) -> None:
 def _add_visuals(parser: _Parser) -> None:
     for kind, meaning in (("image", "picture file"), ("video", "video file or folder of pictures")):
         parser.add_argument(
+            *(["-i"] if kind == "image" else []),
             f"--{kind}",
             type=lambda path, kind=kind: (kind, path),
             action="append",
