@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from pascalvl.engines.device.memory import ALIGNMENT, Buffer, Device, Graph
+from pascalvl.engines.device.memory import ALIGNMENT, Buffer, Device, Graph, SynchronousDevice
 
 
-class DryRun(Device):
+class DryRun(SynchronousDevice):
     """Counts what is allocated; nothing is copied or computed.
 
     Args:
@@ -20,8 +20,6 @@ class DryRun(Device):
         peak: the most that was.
     """
 
-    stream = 0
-
     def __init__(self, device: Device) -> None:
         self.gpu = device.gpu
         self.kernels = _WithoutLaunches(device)
@@ -29,9 +27,6 @@ class DryRun(Device):
 
     def allocate(self, nbytes: int) -> Buffer:
         return _Counted(self, nbytes)
-
-    def host_array(self, nbytes: int) -> np.ndarray:
-        return np.zeros(nbytes, np.uint8)
 
     def upload(self, pointer: int, array: np.ndarray) -> None:
         pass
@@ -44,15 +39,6 @@ class DryRun(Device):
 
     def fill_zeros(self, pointer: int, nbytes: int) -> None:
         pass
-
-    def synchronize(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def is_capturing(self) -> bool:
-        return False
 
     def capture(self, step: Callable[[], None]) -> Graph | None:
         return Graph(lambda: None, 0)

@@ -223,19 +223,32 @@ class _HostBuffer(Buffer):
         self.pointer = -(-self.array.ctypes.data // ALIGNMENT) * ALIGNMENT
 
 
-class EmulatedDevice(Device):
-    """The CPU and its memory, with the emulator's kernels; every call has done its work when it returns."""
+class SynchronousDevice(Device):
+    """Every call has done its work when it returns."""
 
     stream = 0
+
+    def host_array(self, nbytes: int) -> np.ndarray:
+        return np.zeros(nbytes, np.uint8)
+
+    def synchronize(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def is_capturing(self) -> bool:
+        return False
+
+
+class EmulatedDevice(SynchronousDevice):
+    """The CPU and its memory, with the emulator's kernels."""
 
     def __init__(self, library: Path) -> None:
         self.kernels = KernelLibrary(library)
 
     def allocate(self, nbytes: int) -> Buffer:
         return _HostBuffer(nbytes)
-
-    def host_array(self, nbytes: int) -> np.ndarray:
-        return np.zeros(nbytes, np.uint8)
 
     def upload(self, pointer: int, array: np.ndarray) -> None:
         ctypes.memmove(pointer, array.ctypes.data, array.nbytes)
@@ -248,15 +261,6 @@ class EmulatedDevice(Device):
 
     def fill_zeros(self, pointer: int, nbytes: int) -> None:
         ctypes.memset(pointer, 0, nbytes)
-
-    def synchronize(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def is_capturing(self) -> bool:
-        return False
 
     def capture(self, step: Callable[[], None]) -> Graph | None:
         return None
