@@ -50,7 +50,6 @@ def duration(argument: str) -> float:
 
 def cache_config(text: str) -> Any:
     """A `CacheConfig`."""
-
     from pascalvl.plugins.kv_format import CacheConfig
 
     return CacheConfig.parse(text)
@@ -58,7 +57,6 @@ def cache_config(text: str) -> Any:
 
 def weight_config(text: str) -> Any:
     """A `WeightConfig`."""
-
     from pascalvl.plugins.weight_format import WeightConfig
 
     return WeightConfig.parse(text)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FINDING = 1
-USER_ERROR = 2
+_USER_ERROR = 2
 TABLE_WIDTH = 110
 """Of figures that are of no use where they are cut off."""
 
@@ -28,7 +28,7 @@ def fail(sentence: str) -> int:
     log.debug("the error comes from here", exc_info=True)
     with contextlib.suppress(OSError):  # nobody can be told
         print(f"pascalvl: {' '.join(sentence.split())}", file=sys.stderr)
-    return USER_ERROR
+    return _USER_ERROR
 
 
 def report_bundle(output: Path, manifest: Any) -> None:

@@ -21,7 +21,6 @@ CALIBRATION_PIXELS = 1 << 20
 
 def export(args: argparse.Namespace) -> int:
     """Run `pascalvl export`; returns the exit code."""
-
     from pascalvl.export import export_checkpoint
 
     if args.random is not None:
@@ -106,7 +105,6 @@ def _check_host_files(directory: Path, config: Any) -> None:
 
 def build(args: argparse.Namespace) -> int:
     """Run `pascalvl build`; returns the exit code."""
-
     from pascalvl.engines import BuildOptions, build
 
     given = {name: value for name, value in vars(args).items() if name in BuildOptions.__dataclass_fields__}

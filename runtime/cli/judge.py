@@ -27,7 +27,6 @@ _REFERENCE_WEIGHTS = {
 
 def validate(args: argparse.Namespace) -> int:
     """Run `pascalvl validate`; returns the exit code."""
-
     from rich.table import Table
 
     from pascalvl.engines import validation
@@ -100,7 +99,6 @@ def _validation_requests(args: argparse.Namespace) -> dict[str, list[dict[str, A
 
 def evaluate(args: argparse.Namespace) -> int:
     """Run `pascalvl eval`; returns the exit code."""
-
     import dataclasses
     import json
     import tempfile

@@ -13,13 +13,12 @@ from pascalvl.runtime.cli.common import FINDING, TABLE_WIDTH, new_console
 if TYPE_CHECKING:
     from rich.table import Table
 
-CARDS = (6.0, 8.0, 11.0, 24.0)
+_CARDS = (6.0, 8.0, 11.0, 24.0)
 """Gigabytes of the Pascal cards that there are."""
 
 
 def inspect(args: argparse.Namespace) -> int:
     """Run `pascalvl inspect`; returns the exit code."""
-
     from rich.table import Table
 
     from pascalvl.plugins.bundle import Manifest
@@ -64,12 +63,12 @@ def inspect(args: argparse.Namespace) -> int:
     if rest:
         beside += f" and {rest / 1e9:.3f} GB of what else is allocated"
     fitting = Table("KV cache", title=f"longest context beside {beside}, by the card's GB")
-    for size in args.memory or CARDS:
+    for size in args.memory or _CARDS:
         fitting.add_column(f"{size:g}", justify="right")
     for cache in caches:
         gigabytes = [f"{cache.nbytes(text, length, pinned_slots(cache)) / 1e9:.3f}" for length in lengths]
         memory.add_row(str(cache), str(cache.bytes_per_token(text)), *gigabytes)
-        rooms = [int(size * 1e9) - weights - rest for size in args.memory or CARDS]
+        rooms = [int(size * 1e9) - weights - rest for size in args.memory or _CARDS]
         fitting.add_row(str(cache), *(_longest_context(cache, text, pinned_slots(cache), room) for room in rooms))
     console = new_console()
     console.width = max(console.width, TABLE_WIDTH)
@@ -127,7 +126,6 @@ def _context_lengths(longest: int) -> list[int]:
 
 def doctor(args: argparse.Namespace) -> int:
     """Run `pascalvl doctor`; returns the exit code."""
-
     from rich.console import Console
     from rich.table import Table
 

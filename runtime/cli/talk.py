@@ -46,7 +46,6 @@ def _sampling(model: VisionLanguageModel, given: dict[str, Any]) -> SamplingPara
 
 def run(args: argparse.Namespace) -> int:
     """Run `pascalvl run`; returns the exit code."""
-
     from pascalvl.runtime.kv_cache import check_writable
 
     given = _given_sampling(args)
@@ -69,7 +68,6 @@ def run(args: argparse.Namespace) -> int:
 
 def chat(args: argparse.Namespace) -> int:
     """Run `pascalvl chat`; returns the exit code."""
-
     from pascalvl.runtime.idle import Idle
 
     given = _given_sampling(args)

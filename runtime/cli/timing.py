@@ -25,7 +25,6 @@ def figures_table(title: str, headings: Sequence[str]) -> Any:
 
 def bench_model(args: argparse.Namespace) -> int:
     """Run `pascalvl bench model`; returns the exit code."""
-
     import dataclasses
     import json
 
@@ -55,7 +54,6 @@ def bench_model(args: argparse.Namespace) -> int:
 
 def bench_kernels(args: argparse.Namespace) -> int:
     """Run `pascalvl bench attention` or `linear`; returns the exit code."""
-
     import importlib
 
     import torch
