@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pascalvl.engines.engine import DeviceMemory, Engine
@@ -114,20 +114,21 @@ def open_engine(
     return module.open_engine(directory, manifest, marked_layers, *given)
 
 
-def device_memory(directory: Path, manifest: Manifest, capacity: int) -> DeviceMemory | None:
-    """What an engine bundle will take of this machine's GPU; None: its backend does not tell.
+def device_memory(directory: Path, manifest: Manifest, capacities: Sequence[int]) -> list[DeviceMemory]:
+    """What an engine bundle will take of this machine's GPU, for each of some capacities; none if its backend does not
+    tell.
 
     Args:
         directory: the bundle.
         manifest: its own.
-        capacity: slots of the cache of a sequence.
+        capacities: slots of the cache of a sequence.
 
     Raises:
         UserError: no GPU can be used, or the bundle is not one that can be run.
     """
     name = manifest.backend.get("name")
     tell = getattr(_backend_module(name), "memory", None) if name in BACKENDS else None
-    return tell and tell(directory, manifest, capacity)
+    return tell(directory, manifest, capacities) if tell else []
 
 
 def _backend_module(name: str, tell: Callable[[str], None] = log.info):

@@ -6,16 +6,15 @@ No TensorRT, torch or ONNX at run time: a bundle holds a plan of launches, and t
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pascalvl.engines.cuda.engine import CudaEngine, upload_file
+from pascalvl.engines.cuda.engine import CudaEngine, upload_files
 from pascalvl.engines.cuda.plan import Plan
 from pascalvl.engines.device.dry_run import DryRun
 from pascalvl.engines.device.gpu import PASCAL, find_gpu
@@ -97,10 +96,7 @@ def open_engine(
     plans, device = _read_plans(directory, manifest), open_device()
     paths = {graph: directory / data for graph, data in _WEIGHTS.items()}
     try:
-        weights = {
-            graph: upload_file(device, path, functools.partial(manifest.check_piece, path), progress)
-            for graph, path in paths.items()
-        }
+        weights = upload_files(device, paths, manifest.check_piece, progress)
     except MemoryError:
         size = sum(path.stat().st_size for path in paths.values())
         raise UserError(
@@ -110,19 +106,24 @@ def open_engine(
     return CudaEngine(directory, manifest, plans, weights, device, marked_layers)
 
 
-def memory(directory: Path, manifest: Manifest, capacity: int) -> DeviceMemory:
+def memory(directory: Path, manifest: Manifest, capacities: Sequence[int]) -> list[DeviceMemory]:
     """See `pascalvl.engines.device_memory`."""
-    model = manifest.model
-    device = DryRun(open_device())
-    weights = {graph: device.allocate(manifest.files[data]["bytes"]) for graph, data in _WEIGHTS.items()}
-    of_weights = device.nbytes
-    engine = CudaEngine(directory, manifest, _read_plans(directory, manifest), weights, device)
-    session = engine.open_session(capacity)
-    opened = device.nbytes
-    side = _PICTURE // model.vision.patch_size
-    sizes = {"patches": side**2, "segments_plus_1": 2}
-    engine.encode([{b.name: np.zeros(shape_of(b, sizes), b.dtype) for b in engine.inputs[bindings.VISION]}])
-    return DeviceMemory(of_weights, session.nbytes, opened - of_weights - session.nbytes, device.peak - opened)
+    plans, gpu = _read_plans(directory, manifest), open_device()
+    sizes = {"patches": (_PICTURE // manifest.model.vision.patch_size) ** 2, "segments_plus_1": 2}
+    inputs = bindings.vision_inputs(manifest.model)
+    picture = {binding.name: np.zeros(shape_of(binding, sizes), binding.dtype) for binding in inputs}
+
+    def of(capacity: int) -> DeviceMemory:
+        device = DryRun(gpu)
+        weights = {graph: device.allocate(manifest.files[data]["bytes"]) for graph, data in _WEIGHTS.items()}
+        of_weights = device.nbytes
+        engine = CudaEngine(directory, manifest, plans, weights, device)
+        session = engine.open_session(capacity)
+        opened = device.nbytes
+        engine.encode([picture])
+        return DeviceMemory(of_weights, session.nbytes, opened - of_weights - session.nbytes, device.peak - opened)
+
+    return [of(capacity) for capacity in capacities]
 
 
 def _read_plans(directory: Path, manifest: Manifest) -> dict[str, Plan]:

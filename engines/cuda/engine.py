@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import queue
 from collections.abc import Callable, Mapping
@@ -93,46 +94,50 @@ class CudaEngine(DeviceEngine):
         self._working_memory(max(plan.nbytes for plan in bound), kept=True)
 
 
-def upload_file(
+def upload_files(
     device: Device,
-    path: Path,
-    check: Callable[[int, memoryview], None],
+    paths: Mapping[str, Path],
+    check: Callable[[Path, int, memoryview], None],
     progress: Callable[[int], None] = lambda _: None,
-) -> Buffer:
-    """Copy a file to a device's memory: pieces are read, hashed and sent at the same time.
+) -> dict[str, Buffer]:
+    """Copy files to a device's memory: pieces are read, hashed and sent at the same time.
 
     Args:
         device: to which.
-        path: of the file.
-        check: raises an error if this is not what a piece of so and so many is to be; called from several threads.
+        paths: of the files, by name; what they are copied to is returned by it.
+        check: raises an error if this is not what a file's piece of so and so many is to be; called from several
+            threads.
         progress: called with numbers of bytes, from several threads.
 
     Raises:
-        MemoryError: there is no room for it.
+        MemoryError: there is no room for them.
     """
-    size = path.stat().st_size
-    buffer = device.allocate(size)
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
+    buffers = {name: device.allocate(size) for name, size in sizes.items()}
     readers = min(_MOST_READERS, len(os.sched_getaffinity(0)))
     free = queue.SimpleQueue()
     for _ in range(readers):
-        free.put(device.host_array(min(PIECE_BYTES, size)))
+        free.put(device.host_array(min(PIECE_BYTES, max(sizes.values()))))
 
-    def send(number: int) -> None:
+    def send(place: tuple[str, int]) -> None:
+        name, number = place
         memory, start = free.get(), number * PIECE_BYTES
         try:
-            piece = memory[: min(PIECE_BYTES, size - start)]
-            _read_into(file.fileno(), piece, start, path)
-            check(number, memoryview(piece))
-            device.upload(buffer.pointer + start, piece)
+            piece = memory[: min(PIECE_BYTES, sizes[name] - start)]
+            _read_into(files[name].fileno(), piece, start, paths[name])
+            check(paths[name], number, memoryview(piece))
+            device.upload(buffers[name].pointer + start, piece)
             device.synchronize()
         finally:
             free.put(memory)
         progress(len(piece))
 
-    with path.open("rb", buffering=0) as file, concurrent.futures.ThreadPoolExecutor(readers) as pool:
-        for _ in pool.map(send, range(-(-size // PIECE_BYTES))):
+    pieces = [(name, number) for name, size in sizes.items() for number in range(-(-size // PIECE_BYTES))]
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(path.open("rb", buffering=0)) for name, path in paths.items()}
+        for _ in stack.enter_context(concurrent.futures.ThreadPoolExecutor(readers)).map(send, pieces):
             pass
-    return buffer
+    return buffers
 
 
 def _read_into(descriptor: int, piece: np.ndarray, start: int, path: Path) -> None:

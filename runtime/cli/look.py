@@ -84,18 +84,15 @@ def _memory_of_gpu(bundle: Path, manifest: Any, cache: Any, lengths: Sequence[in
     from pascalvl.engines import device_memory
     from pascalvl.runtime.model import pinned_slots
 
-    rows = {}
     try:
-        for length in lengths:
-            found = device_memory(bundle, manifest, cache.slots(length, pinned_slots(cache)))
-            if found is None:
-                return [], 0
-            rows[str(length)] = found
+        columns = device_memory(bundle, manifest, [cache.slots(length, pinned_slots(cache)) for length in lengths])
     except UserError as error:
         return [f"what else is allocated is told where it can run: {error}"], 0
+    if not columns:
+        return [], 0
     table = Table("tokens of context", title="a GPU's memory in GB, beside the CUDA context with the kernels in it")
-    for length in rows:
-        table.add_column(length, justify="right")
+    for length in lengths:
+        table.add_column(str(length), justify="right")
     for name, field in (
         ("weights", "weights"),
         ("KV cache", "cache"),
@@ -103,8 +100,8 @@ def _memory_of_gpu(bundle: Path, manifest: Any, cache: Any, lengths: Sequence[in
         ("a picture of 1024x1024", "picture"),
         ("together", "total"),
     ):
-        table.add_row(name, *(f"{getattr(found, field) / 1e9:.3f}" for found in rows.values()))
-    return [table], max(found.steps + found.picture for found in rows.values())
+        table.add_row(name, *(f"{getattr(found, field) / 1e9:.3f}" for found in columns))
+    return [table], max(found.steps + found.picture for found in columns)
 
 
 def _longest_context(cache: Any, text: Any, pinned: int, room: int) -> str:

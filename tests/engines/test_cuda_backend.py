@@ -321,7 +321,7 @@ def test_memory_is_as_inspect_tells(kv, context, nano_engine, padding, monkeypat
     """To the byte: in steps of text, and at most for a picture that needs more than they do."""
     monkeypatch.setattr(backend, "_PICTURE", 256)
     folder = nano_engine(kv, "cuda")
-    told = device_memory(folder, Manifest.read(folder, "engine"), context)
+    (told,) = device_memory(folder, Manifest.read(folder, "engine"), [context])
     live, peak = weakref.WeakSet(), 0
     device_type = type(backend.open_device())
     allocate = device_type.allocate
@@ -476,21 +476,25 @@ def test_command_line(bundle, capsys):
 
 def test_weights_arrive_whole_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "PIECE_BYTES", 1000)
-    content = np.random.default_rng(0).integers(0, 256, 12345, np.uint8)
-    (tmp_path / "weights").write_bytes(content.tobytes())
+    contents = {name: np.random.default_rng(n).integers(0, 256, n, np.uint8) for name, n in (("a", 12345), ("b", 999))}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content.tobytes())
     device, told, checked = backend.open_device(), [], []
-    buffer = engine.upload_file(
+    buffers = engine.upload_files(
         device,
-        tmp_path / "weights",
-        lambda number, piece: checked.append(bytes(piece) == content[1000 * number :][:1000].tobytes()),
+        {name: tmp_path / name for name in contents},
+        lambda path, number, piece: checked.append(
+            bytes(piece) == contents[path.name][1000 * number :][:1000].tobytes()
+        ),
         told.append,
     )
-    found = np.empty_like(content)
-    device.download(found, buffer.pointer)
-    device.synchronize()
-    np.testing.assert_array_equal(found, content)
-    assert sum(told) == 12345
-    assert checked == [True] * 13
+    for name, content in contents.items():
+        found = np.empty_like(content)
+        device.download(found, buffers[name].pointer)
+        device.synchronize()
+        np.testing.assert_array_equal(found, content)
+    assert sum(told) == 12345 + 999
+    assert checked == [True] * 14
 
 
 def test_altered_weights_are_found_on_their_way(bundle, tmp_path):
