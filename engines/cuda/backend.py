@@ -53,8 +53,6 @@ def unavailable() -> str:
         gpu = find_gpu()
     except UserError as error:
         return str(error).rstrip(".")
-    except ModuleNotFoundError as error:
-        return f"needs the package {error.name}"
     if gpu.capability < PASCAL:
         return f"the kernels are for compute capability {_dotted(PASCAL)} and above; {gpu.name} has {gpu.sm}"
     return ""

@@ -1,12 +1,12 @@
-"""The GPU that there is, as the CUDA runtime tells."""
+"""The GPU that there is, as its driver tells."""
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
-import os
 import shlex
 
-from pascalvl.plugins.errors import UserError
+from pascalvl.engines.device import driver
 
 PASCAL = (6, 1)
 """The compute capability that the kernels are for, and the lowest that they run on."""
@@ -15,7 +15,7 @@ TENSORRT_10_CAPABILITY = (7, 5)
 CUDNN, CUBLAS, CUDA_RUNTIME = "nvidia-cudnn-cu12==8.9.*", "nvidia-cublas-cu12", "nvidia-cuda-runtime-cu12"
 TENSORRT_8 = (
     *("tensorrt==8.6.1.post1", "tensorrt_bindings==8.6.1", "tensorrt_libs==8.6.1"),
-    *(CUDNN, CUBLAS, CUDA_RUNTIME, "cuda-bindings>=12.6,<13", "numpy<2", "ml_dtypes<0.6"),
+    *(CUDNN, CUBLAS, CUDA_RUNTIME, "numpy<2", "ml_dtypes<0.6"),
 )
 """The last release that serves Pascal cards, for Python 3.8 to 3.11, and what it was made for."""
 
@@ -26,8 +26,6 @@ def install(*packages: str) -> str:
 
 
 INSTALL_TENSORRT_8 = install("--extra-index-url", "https://pypi.nvidia.com", *TENSORRT_8)
-# Kernels are loaded when they are first run: less memory of a small card. Read when CUDA is initialised.
-os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,39 +47,20 @@ class Gpu:
 
 def find_gpu() -> Gpu:
     """CUDA's current device; raises `UserError` where there is none that can be used."""
-    from cuda.bindings import runtime
-
-    _, version = check(runtime.cudaDriverGetVersion())
-    if version == 0:
-        raise UserError(
-            "no NVIDIA driver was found (libcuda.so.1): install one; the last that serves Pascal cards is branch 580."
-        )
-    error, count = runtime.cudaGetDeviceCount()
-    if error != runtime.cudaError_t.cudaSuccess or count == 0:
-        reason = runtime.cudaGetErrorString(error)[1].decode() if count in (None, 0) and int(error) else "it sees none"
-        raise UserError(
-            f"no NVIDIA GPU can be used ({reason}): check nvidia-smi, and CUDA_VISIBLE_DEVICES if it is set."
-        )
-    _, device = check(runtime.cudaGetDevice())
-    _, properties = check(runtime.cudaGetDeviceProperties(device))
-    _, free, total = check(runtime.cudaMemGetInfo())
+    context = driver.context()
+    name = ctypes.create_string_buffer(256)
+    context.driver.call("cuDeviceGetName", name, len(name), context.device)
+    major, minor = (
+        context.driver.get("cuDeviceGetAttribute", ctypes.c_int, attribute, context.device)
+        for attribute in (driver.CAPABILITY_MAJOR, driver.CAPABILITY_MINOR)
+    )
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    context.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+    version = context.driver.get("cuDriverGetVersion", ctypes.c_int)
     return Gpu(
-        name=properties.name.decode().rstrip("\0"),
-        capability=(properties.major, properties.minor),
-        total_memory=total,
-        free_memory=free,
+        name=name.value.decode(),
+        capability=(major, minor),
+        total_memory=total.value,
+        free_memory=free.value,
         driver_cuda=(version // 1000, version % 1000 // 10),
     )
-
-
-def check(result: tuple) -> tuple:
-    """A CUDA runtime call's result, if it did not fail; out of memory is `MemoryError`, all else `UserError`."""
-    from cuda.bindings import runtime
-
-    error = result[0]
-    if error == runtime.cudaError_t.cudaSuccess:
-        return result
-    reason = runtime.cudaGetErrorString(error)[1].decode()
-    if error == runtime.cudaError_t.cudaErrorMemoryAllocation:
-        raise MemoryError("the GPU's memory")
-    raise UserError(f"CUDA failed: {reason} ({error.name}); check nvidia-smi, and that no other program has the card.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import ctypes
 import dataclasses
 import logging
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pascalvl.engines.device.gpu import Gpu, check, find_gpu
+from pascalvl.engines.device import driver
+from pascalvl.engines.device.driver import Context, context
+from pascalvl.engines.device.gpu import Gpu, find_gpu
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
 from pascalvl.plugins.kernels.library import KernelLibrary
@@ -99,33 +102,15 @@ class Graph:
         self.start()
 
 
-class _CudaContext:
-    """The primary context, from when it is first used until it is reset: all that there is in it ends with it."""
-
-    def __init__(self) -> None:
-        self._is_open = True
-
-    def free(self, release: Callable[[int], object], handle: int) -> None:
-        """Release what is in it, if it was not reset."""
-        if self._is_open:
-            release(handle)
-
-    def close(self) -> None:
-        """What there is in it is no more."""
-        self._is_open = False
-
-
 class _CudaBuffer(Buffer):
-    def __init__(self, context: _CudaContext, nbytes: int) -> None:
-        from cuda.bindings import runtime
-
+    def __init__(self, context: Context, nbytes: int) -> None:
         self.nbytes = nbytes
-        self._context, self._free = context, runtime.cudaFree
-        _, self.pointer = check(runtime.cudaMalloc(max(nbytes, 1)))
+        self._context = context
+        self.pointer = context.get("cuMemAlloc_v2", ctypes.c_uint64, max(nbytes, 1))
 
     def __del__(self) -> None:
         if hasattr(self, "pointer"):
-            self._context.free(self._free, self.pointer)
+            self._context.release("cuMemFree_v2", self.pointer)
 
 
 class CudaDevice(Device):
@@ -138,82 +123,83 @@ class CudaDevice(Device):
         UserError: there is no GPU that can be used, or the kernels do not run on it.
     """
 
-    _context = _CudaContext()
-
     def __init__(self, library: Path) -> None:
-        from cuda.bindings import runtime
-
         self.gpu = find_gpu()
-        self._cuda = runtime
-        check(runtime.cudaFree(0))  # makes the context in which the kernels are loaded
+        self._context = context()
+        self.stream = self._context.get("cuStreamCreate", ctypes.c_void_p, driver.NON_BLOCKING_STREAM)
         self.kernels = KernelLibrary(library)
         self.kernels.load()
-        _, stream = check(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
-        self.stream = int(stream)
 
     def allocate(self, nbytes: int) -> Buffer:
         return _CudaBuffer(self._context, nbytes)
 
     def host_array(self, nbytes: int) -> np.ndarray:
-        _, pointer = check(self._cuda.cudaMallocHost(nbytes))
+        pointer = self._context.get("cuMemHostAlloc", ctypes.c_void_p, max(nbytes, 1), 0)
         block = (ctypes.c_uint8 * nbytes).from_address(pointer)
-        weakref.finalize(block, self._context.free, self._cuda.cudaFreeHost, pointer)  # arrays hold on to it
+        weakref.finalize(block, self._context.release, "cuMemFreeHost", pointer)  # arrays hold on to it
         array = np.frombuffer(block, np.uint8)
         array[:] = 0
         return array
 
     def upload(self, pointer: int, array: np.ndarray) -> None:
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        check(self._cuda.cudaMemcpyAsync(pointer, array.ctypes.data, array.nbytes, kind, self.stream))
+        self._context.call("cuMemcpyHtoDAsync_v2", pointer, array.ctypes.data, array.nbytes, self.stream)
 
     def download(self, array: np.ndarray, pointer: int) -> None:
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        check(self._cuda.cudaMemcpyAsync(array.ctypes.data, pointer, array.nbytes, kind, self.stream))
+        self._context.call("cuMemcpyDtoHAsync_v2", array.ctypes.data, pointer, array.nbytes, self.stream)
 
     def copy(self, to: int, pointer: int, nbytes: int) -> None:
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        check(self._cuda.cudaMemcpyAsync(to, pointer, nbytes, kind, self.stream))
+        self._context.call("cuMemcpyDtoDAsync_v2", to, pointer, nbytes, self.stream)
 
     def fill_zeros(self, pointer: int, nbytes: int) -> None:
-        check(self._cuda.cudaMemsetAsync(pointer, 0, nbytes, self.stream))
+        self._context.call("cuMemsetD8Async", pointer, 0, nbytes, self.stream)
 
     def synchronize(self) -> None:
-        check(self._cuda.cudaStreamSynchronize(self.stream))
+        self._context.call("cuStreamSynchronize", self.stream)
 
     def close(self) -> None:
         self.synchronize()
         self.kernels.unload()
         self._context.close()
-        CudaDevice._context = _CudaContext()
-        check(self._cuda.cudaDeviceReset())
 
     def is_capturing(self) -> bool:
-        _, status = check(self._cuda.cudaStreamIsCapturing(self.stream))
-        return status != self._cuda.cudaStreamCaptureStatus.cudaStreamCaptureStatusNone
+        status = ctypes.c_int()
+        self._context.call("cuStreamIsCapturing", self.stream, ctypes.byref(status))
+        return status.value != driver.CAPTURE_NONE
 
     def capture(self, step: Callable[[], None]) -> Graph | None:
-        cuda = self._cuda
+        cuda = self._context
         self.synchronize()
         try:
-            check(cuda.cudaStreamBeginCapture(self.stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed))
+            cuda.call("cuStreamBeginCapture_v2", self.stream, driver.CAPTURE_RELAXED)
+            recorded = ctypes.c_void_p()
+            end = "cuStreamEndCapture", self.stream, ctypes.byref(recorded)
             try:
                 step()
-            finally:
-                error, graph = cuda.cudaStreamEndCapture(self.stream)
-            check((error,))
-            _, executable = check(cuda.cudaGraphInstantiate(graph, 0))
-            _, _, count = check(cuda.cudaGraphGetNodes(graph))
-            _, nodes, count = check(cuda.cudaGraphGetNodes(graph, count))
-            kinds = [check(cuda.cudaGraphNodeGetType(node))[1] for node in nodes[:count]]
-            check(cuda.cudaGraphDestroy(graph))
+            except BaseException:
+                with contextlib.suppress(UserError):
+                    cuda.call(*end)
+                raise
+            cuda.call(*end)
+            executable = cuda.get("cuGraphInstantiateWithFlags", ctypes.c_void_p, recorded, 0)
+            kernels = self._count_kernels(recorded)
+            cuda.call("cuGraphDestroy", recorded)
         except (RuntimeError, UserError) as error:
-            cuda.cudaGetLastError()  # a capture that failed is no error of what comes next
             log.warning("a step is no CUDA graph, and slower: it cannot be captured (%s)", error)
             return None
-        kernels = kinds.count(cuda.cudaGraphNodeType.cudaGraphNodeTypeKernel)
-        graph = Graph(lambda: check(cuda.cudaGraphLaunch(executable, self.stream)) and None, kernels)
-        weakref.finalize(graph, self._context.free, cuda.cudaGraphExecDestroy, executable)
+        graph = Graph(lambda: cuda.call("cuGraphLaunch", executable, self.stream), kernels)
+        weakref.finalize(graph, cuda.release, "cuGraphExecDestroy", executable)
         return graph
+
+    def _count_kernels(self, graph: ctypes.c_void_p) -> int:
+        count = ctypes.c_size_t()
+        self._context.call("cuGraphGetNodes", graph, None, ctypes.byref(count))
+        nodes = (ctypes.c_void_p * count.value)()
+        self._context.call("cuGraphGetNodes", graph, nodes, ctypes.byref(count))
+        kernels, kind = 0, ctypes.c_int()
+        for node in nodes:
+            self._context.call("cuGraphNodeGetType", node, ctypes.byref(kind))
+            kernels += kind.value == driver.KERNEL_NODE
+        return kernels
 
 
 class _HostBuffer(Buffer):

@@ -28,7 +28,7 @@ cuda_libraries.preload()
 # isort: split
 import tensorrt as trt
 
-from pascalvl.engines.device.gpu import INSTALL_TENSORRT_8, PASCAL, TENSORRT_10_CAPABILITY, Gpu, check, find_gpu
+from pascalvl.engines.device.gpu import INSTALL_TENSORRT_8, PASCAL, TENSORRT_10_CAPABILITY, Gpu, find_gpu
 from pascalvl.engines.tensorrt.options import BuildOptions
 from pascalvl.engines.tensorrt.profiles import Limits, Shapes, profiles
 from pascalvl.plugins import bindings
@@ -54,6 +54,7 @@ _WITHOUT = "--backend cuda needs no TensorRT"
 _GRAPHS = (bindings.VISION, bindings.DECODER)
 FILES = tuple(f"{graph}.plan" for graph in _GRAPHS)
 """What an engine bundle holds beside `HOST_FILES`."""
+_CUDA_MAJORS = (12, 13, 11)
 _LIBRARY = "libnvinfer.so"
 _OLDEST_TENSORRT = (8, 6)
 _MOST_OF_WEIGHTS, _REST_OF_PLAN = 1.2, 64_000_000
@@ -68,8 +69,6 @@ def unavailable() -> str | None:
         return _mismatch(find_gpu())
     except UserError as error:
         return str(error).removesuffix(".")
-    except ModuleNotFoundError as error:
-        return f"needs the package {error.name}"
 
 
 def build(
@@ -105,7 +104,7 @@ def build(
     return {
         "name": NAME,
         "version": trt.__version__,
-        "cuda": _cuda_version(),
+        "cuda": _dotted(_cuda_version() or gpu.driver_cuda),
         "capability": _dotted(gpu.capability),
         "gpu": gpu.name,
         "contract": plugin_build.contract(),
@@ -149,11 +148,17 @@ def _dotted(version: tuple[int, int]) -> str:
     return "{}.{}".format(*version)
 
 
-def _cuda_version() -> str:
-    from cuda.bindings import runtime
-
-    _, version = check(runtime.cudaRuntimeGetVersion())
-    return _dotted((version // 1000, version % 1000 // 10))
+def _cuda_version() -> tuple[int, int] | None:
+    """Of the CUDA runtime that TensorRT has loaded; None: it has one inside."""
+    for major in _CUDA_MAJORS:
+        try:
+            runtime = ctypes.CDLL(f"libcudart.so.{major}", mode=os.RTLD_NOLOAD)
+        except OSError:
+            continue
+        version = ctypes.c_int()
+        runtime.cudaRuntimeGetVersion(ctypes.byref(version))
+        return version.value // 1000, version.value % 1000 // 10
+    return None
 
 
 def _mismatch(gpu: Gpu) -> str | None:

@@ -420,11 +420,6 @@ def test_without_a_gpu(bundle, monkeypatch, capsys):
     assert "Traceback" not in result.stderr
 
 
-def test_without_cuda_bindings(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    assert backend.unavailable() == "needs the package cuda.bindings"
-
-
 def test_a_gpu_older_than_pascal(monkeypatch):
     monkeypatch.setattr(backend, "find_gpu", lambda: Gpu("Tesla M40", (5, 2), 1 << 34, 1 << 34, (12, 8)))
     assert backend.unavailable() == ("the kernels are for compute capability 6.1 and above; Tesla M40 has sm_52")
