@@ -34,28 +34,35 @@ PIP_ARGS ?=
 TORCH       := 2.13.0
 TORCHVISION := 0.28.0
 
-LABEL  := $(subst /,-,$(patsubst tests/%,%,$(patsubst %/,%,$(patsubst %/checkpoint,%,$(MODEL)))))
 comma  := ,
-# What of KV an export depends on, and names of folders without what make gives a meaning to.
-RANK   := $(filter rv=%,$(subst $(comma), ,$(KV)))
+space  := $() $()
+quoted  = '$(subst ','\'',$(1))'
+# Names of folders without what make and the shell give a meaning to.
 plain   = $(subst :,,$(subst +,-,$(subst =,,$(subst $(comma),-,$(1)))))
-MODEL_LABEL := $(call plain,$(subst /,-,$(LABEL)$(addprefix -,$(W) $(RANK))$(if $(CALIBRATE),-calibrated)))
-BUNDLE := build/model/$(subst $() ,,$(MODEL_LABEL))
-ENGINE := build/engine/$(subst $() ,,$(MODEL_LABEL))-$(BACKEND)-$(call plain,$(KV))
+LABEL  := $(subst /,-,$(patsubst tests/%,%,$(patsubst %/,%,$(patsubst %/checkpoint,%,$(subst ',-,$(subst $(space),-,$(MODEL)))))))
+# What of KV an export depends on.
+RANK   := $(filter rv=%,$(subst $(comma), ,$(KV)))
+MODEL_LABEL := $(call plain,$(LABEL)$(addprefix -,$(W) $(RANK))$(if $(CALIBRATE),-calibrated))
+BUNDLE := build/model/$(subst $(space),,$(MODEL_LABEL))
+ENGINE := build/engine/$(subst $(space),,$(MODEL_LABEL))-$(BACKEND)-$(call plain,$(KV))
+# What of the checkpoint is newer than its model bundle.
+NEWER  := $(shell find $(call quoted,$(MODEL)) -maxdepth 1 -newer $(BUNDLE)/manifest.json 2> /dev/null)
 
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Progress on a terminal alone.
+QUIET  := $(shell test -t 2 || echo --quiet)
+PIP    := $(BIN)/python -m pip --disable-pip-version-check $(QUIET)
 RUN    := $(BIN)/pascalvl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo export engine run chat validate inspect eval kernels plugin test lint clean
+.PHONY: help setup demo export engine run chat validate inspect eval kernels plugin wheel test lint clean FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo 'with MODEL=<checkpoint> BACKEND=$(BACKEND) W=<weights> KV=$(KV) IMAGE=<picture> PROMPT=<text>, as they apply'
 
-setup: $(VENV)/installed ## a virtual environment in .venv with everything that is needed
+setup: $(VENV)/installed ## a virtual environment in .venv with everything that is needed but for tests
 
 demo: validate run ## export the nano checkpoint, check its engines against PyTorch, describe a picture
 
@@ -64,24 +71,24 @@ export: $(BUNDLE)/manifest.json ## checkpoint MODEL to ONNX model bundle in buil
 engine: $(ENGINE)/manifest.json ## model bundle to engine bundle for BACKEND and KV in build/engine
 
 run: engine ## ask PROMPT about IMAGE
-	$(RUN) run $(ENGINE) --image "$$IMAGE" --prompt "$$PROMPT" $(OPTIONS)
+	@$(RUN) run $(ENGINE) --image "$$IMAGE" --prompt "$$PROMPT" $(OPTIONS)
 
 chat: engine ## talk to the model
-	$(RUN) chat $(ENGINE) $(OPTIONS)
+	@$(RUN) chat $(ENGINE) $(OPTIONS)
 
 validate: engine ## compare the engines with the PyTorch model, output by output
-	$(RUN) validate $(ENGINE) --reference $(MODEL)
+	@$(RUN) validate $(ENGINE) --reference $(call quoted,$(MODEL))
 
 inspect: engine ## what the engine bundle is, and the memory it needs
-	$(RUN) inspect $(ENGINE)
+	@$(RUN) inspect $(ENGINE)
 
-eval: setup $(VENV)/torchvision ## what formats of the cache (EVAL=kv) or weights (EVAL=weights) do to nano's answers
+eval: $(VENV)/tests $(VENV)/torchvision ## what formats of the cache (EVAL=kv) or weights (EVAL=weights) do to nano's answers
 	$(BIN)/python -m tests.nano.questions build/questions
 	$(BIN)/python -m tests.nano.questions build/calibration --calibration
 	$(RUN) eval $(EVAL) tests/nano/checkpoint --data build/questions --calibrate build/calibration \
 	    --json build/eval-$(EVAL).json $(if $(filter kv,$(EVAL)),--plot build/eval-kv.png)
 
-test: setup $(VENV)/torchvision ## the tests
+test: $(VENV)/tests $(VENV)/torchvision ## the tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Not in build/lib: what lies there, setuptools packs into wheels.
@@ -91,7 +98,10 @@ kernels: setup ## the CUDA kernels' library, build/native/libpascalvl.so
 plugin: setup ## the TensorRT plugin's library, build/native/libpascalvl_plugin.so, for TENSORRT_MAJOR
 	$(BIN)/python -m pascalvl.plugins.tensorrt.build build/native/libpascalvl_plugin.so $(PLUGIN_ARGS)
 
-lint: setup ## ruff and clang-format
+wheel: setup ## a wheel with the kernels and the plugin in it, in build/dist
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir build/dist .
+
+lint: $(VENV)/tests ## ruff and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(wildcard plugins/*/*.c* plugins/*/*.h tests/*.cpp tests/plugins/*/*.cu)
@@ -99,19 +109,25 @@ lint: setup ## ruff and clang-format
 clean: ## remove what was built, and the environment
 	rm -rf build $(VENV)
 
+# What is done on the way to something else is told on stderr: make run > answer.txt holds the answer alone.
 $(VENV)/installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install $(PIP_ARGS) torch==$(TORCH)
-	$(PIP) install $(PIP_ARGS) -e '.[dev]'
-	touch $@
+	@set -x && $(PYTHON) -m venv $(VENV) >&2
+	@set -x && $(PIP) install $(PIP_ARGS) torch==$(TORCH) >&2
+	@set -x && $(PIP) install $(PIP_ARGS) -e '.[engines,export,video]' >&2
+	@touch $@
+
+$(VENV)/tests: $(VENV)/installed
+	@set -x && $(PIP) install $(PIP_ARGS) -e '.[dev]' >&2
+	@touch $@
 
 # Reference for video preprocessing. It stays out of the environment: beside a CPU-only torch, torchvision's default
 # wheel breaks every import of transformers, for which the tests alone have a cure.
-$(VENV)/torchvision: $(VENV)/installed
-	$(PIP) install $(PIP_ARGS) --no-deps --upgrade --target $@ torchvision==$(TORCHVISION)
+$(VENV)/torchvision: $(VENV)/tests
+	@set -x && $(PIP) install $(PIP_ARGS) --no-deps --upgrade --target $@ torchvision==$(TORCHVISION) >&2
 
-$(BUNDLE)/manifest.json: $(VENV)/installed $(wildcard $(MODEL)/*) $(wildcard export/*.py plugins/*.py plugins/ops/*.py plugins/ops/*/*.py)
-	$(RUN) export $(MODEL) --output $(BUNDLE) --kv '$(KV)' $(if $(W),--weights '$(W)') $(if $(CALIBRATE),--calibrate '$(CALIBRATE)')
+$(BUNDLE)/manifest.json: $(VENV)/installed $(wildcard export/*.py plugins/*.py plugins/ops/*.py plugins/ops/*/*.py) $(if $(NEWER),FORCE)
+	@set -x && $(RUN) export $(call quoted,$(MODEL)) --output $(BUNDLE) --kv '$(KV)' $(if $(W),--weights '$(W)') \
+	    $(if $(CALIBRATE),--calibrate $(call quoted,$(CALIBRATE))) >&2
 
 $(ENGINE)/manifest.json: $(BUNDLE)/manifest.json $(wildcard engines/*.py engines/*/*.py)
-	$(RUN) build $(BUNDLE) --output $(ENGINE) --backend $(BACKEND) --kv '$(KV)' $(BUILD_OPTIONS)
+	@set -x && $(RUN) build $(BUNDLE) --output $(ENGINE) --backend $(BACKEND) --kv '$(KV)' $(BUILD_OPTIONS) >&2

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,8 +39,10 @@ ABI = tuple(FOLDER / f"{name}.cpp" for name in ("library", "attention", "linear"
 """Files of the C ABI, which are the same for CUDA and the emulator."""
 NVRTC_PACKAGE = "nvidia-cuda-nvrtc-cu12>=12.4,<13"
 CXX_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-pthread")
+PACKAGED = FOLDER.parent / "native"
+"""Where a wheel has the libraries, compiled when it was made."""
 _RESOURCES = "resources.json"
-"""Beside the object for CUDA: what `resources` tells."""
+"""Beside the images: what `resources` tells."""
 
 
 class Target(enum.Enum):
@@ -71,14 +74,23 @@ def kernels_object(target: Target) -> Path:
 
 
 def _build_object(output: Path, target: Target) -> None:
-    if target is Target.EMULATOR:
-        return compile_library(output, [*ABI, FOLDER / "emulated.cpp"], kind="-r")
+    own = FOLDER / "emulated.cpp" if target is Target.EMULATOR else FOLDER / "driver.cpp"
+    images = [] if target is Target.EMULATOR else [kernel_images()]
+    compile_library(output, [*ABI, own, *images], kind="-r")
+
+
+def kernel_images() -> Path:
+    """The kernels' cubins and PTX as one object file, in the user's cache folder; for errors see `build`."""
+    return cached_file("images.o", source_files(), _build_images)
+
+
+def _build_images(output: Path) -> None:
     _compiler()  # told before the minute that NVRTC takes
     with tempfile.TemporaryDirectory() as work:
         images = _images(Path(work))
         taken = {kernel: dataclasses.asdict(resources) for kernel, resources in _resources().items()}
         (output.parent / _RESOURCES).write_text(json.dumps(taken), encoding="utf-8")
-        return compile_library(output, [*ABI, FOLDER / "driver.cpp", images], kind="-r")
+        compile_library(output, [images], kind="-r")
 
 
 def compile_library(output: Path, sources: Sequence[Path], flags: Sequence[str] = (), kind: str = "-shared") -> None:
@@ -89,10 +101,10 @@ def compile_library(output: Path, sources: Sequence[Path], flags: Sequence[str] 
     with tempfile.TemporaryDirectory(prefix=_partial_prefix(output.name), dir=output.parent) as work:
         made = Path(work) / output.name
         files = [f"-I{FOLDER.parents[1]}", *map(str, sources), *["-ldl"] * (kind == "-shared"), "-o", str(made)]
-        command = [compiler, *CXX_FLAGS, kind, *flags, *files]
+        command = [*compiler, *CXX_FLAGS, kind, *flags, *files]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
-            raise UserError(f"{compiler} failed to build {output.name} ({first_error(result.stderr)}).")
+            raise UserError(f"{shlex.join(compiler)} failed to build {output.name} ({first_error(result.stderr)}).")
         made.chmod(0o755)  # whatever the umask: others must not be able to write it
         made.replace(output)
 
@@ -109,15 +121,16 @@ def first_error(report: str) -> str:
     return next((line for line in lines if "error" in line), lines[0] if lines else "it does not say why").strip()
 
 
-def _compiler() -> str:
-    compiler = os.environ.get("CXX", "g++")
-    if not shutil.which(compiler):
-        raise UserError(f"the C++ compiler {compiler!r} was not found: install g++ or set CXX.")
+def _compiler() -> list[str]:
+    """The C++ compiler's command, of one or more words."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if not shutil.which(compiler[0]):
+        raise UserError(f"the C++ compiler {compiler[0]!r} was not found: install g++ or set CXX.")
     return compiler
 
 
 def cached(target: Target) -> Path:
-    """The library in the user's cache folder, built there on first use; see `cached_file`."""
+    """The library that the wheel has, or else in the user's cache folder, built on first use; see `cached_file`."""
     name = "libpascalvl.so" if target is Target.CUDA else "libpascalvl_emulated.so"
     return cached_file(name, source_files(), lambda library: build(library, target))
 
@@ -127,8 +140,16 @@ def source_files() -> list[Path]:
     return [*FOLDER.glob("*.c*"), *FOLDER.glob("*.h"), *(FOLDER.parent / "emulator").glob("*.h"), Path(__file__)]
 
 
+def source_hash(sources: Sequence[Path]) -> str:
+    """Of the names and contents of files, in any order."""
+    digest = hashlib.sha256()
+    for source in sorted(sources, key=lambda path: path.name):
+        digest.update(source.name.encode() + b"\0" + hashlib.sha256(source.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
 def cached_file(name: str, sources: Sequence[Path], make: Callable[[Path], None]) -> Path:
-    """The path of what ``make`` wrote for these sources, in the user's cache folder.
+    """The path of what ``make`` wrote for these sources: where a wheel has it, or in the user's cache folder.
 
     ``$XDG_CACHE_HOME`` (or ``~/.cache``) ``/pascalvl/kernels-<hash of the sources>/``. What compiles is not hashed, so
     that a file carried from another machine serves where NVRTC and g++ are missing. Of several processes that want
@@ -137,10 +158,9 @@ def cached_file(name: str, sources: Sequence[Path], make: Callable[[Path], None]
     Raises:
         UserError: see `build`; or there is no room; or others could have written there.
     """
-    digest = hashlib.sha256()
-    for source in sorted(sources, key=lambda path: path.name):
-        digest.update(source.name.encode() + b"\0" + hashlib.sha256(source.read_bytes()).digest())
-    folder = f"kernels-{digest.hexdigest()[:16]}"
+    if (packaged := PACKAGED / name).exists():
+        return packaged
+    folder = f"kernels-{source_hash(sources)}"
     try:
         library = open_cache_folder(folder) / name
         if not library.exists():
@@ -256,7 +276,7 @@ def resources() -> dict[str, Resources]:
 
     As the compilers said when the kernels were compiled; for errors see `build`.
     """
-    path = kernels_object(Target.CUDA).parent / _RESOURCES
+    path = kernel_images().parent / _RESOURCES
     return {kernel: Resources(**taken) for kernel, taken in json.loads(path.read_text(encoding="utf-8")).items()}
 
 

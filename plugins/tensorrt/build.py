@@ -52,16 +52,40 @@ def build(output: Path, major: int, headers: Sequence[Path] = (), target: Target
     kernels_build.build(output, target, _flags(major, headers), SOURCES)
 
 
+def build_packaged(folder: Path) -> None:
+    """Write what a wheel has in `kernels_build.PACKAGED`: the kernels' library, and plugins that find it beside them.
+
+    Raises:
+        UserError: see `build`.
+    """
+    kernels = folder / "libpascalvl.so"
+    sources = [*kernels_build.ABI, kernels_build.FOLDER / "driver.cpp", kernels_build.kernel_images()]
+    kernels_build.compile_library(kernels, sources, ["-s", f"-Wl,-soname,{kernels.name}"])
+    for major in MAJORS:
+        flags = [*_flags(major, []), "-s", "-Wl,-rpath,$ORIGIN"]
+        kernels_build.compile_library(folder / _name(major), [*SOURCES, kernels], flags)
+
+
 def cached(major: int, target: Target) -> Path:
-    """The library for the project's own declarations, in the user's cache folder, built there on first use."""
-    name = f"libpascalvl_plugin{major}{'_emulated' if target is Target.EMULATOR else ''}.so"
-    sources = (*kernels_build.source_files(), *FOLDER.glob("*.cpp"), *FOLDER.glob("*.h"), *_FACTS, Path(__file__))
-    return kernels_build.cached_file(name, sources, lambda library: build(library, major, target=target))
+    """The library for the project's own declarations: the wheel's, or else in the user's cache folder, built there on
+    first use."""
+    name = _name(major, "_emulated" if target is Target.EMULATOR else "")
+    return kernels_build.cached_file(name, _source_files(), lambda library: build(library, major, target=target))
 
 
 def source_hash(library: Path) -> str:
     """Hash of the sources of a library that `cached` gave: equal where equal ones were compiled by other compilers."""
+    if library.parent == kernels_build.PACKAGED:
+        return kernels_build.source_hash(_source_files())
     return library.parent.name.rpartition("-")[2]  # as `cached_file` names its folder
+
+
+def _name(major: int, emulated: str = "") -> str:
+    return f"libpascalvl_plugin{major}{emulated}.so"
+
+
+def _source_files() -> list[Path]:
+    return [*kernels_build.source_files(), *FOLDER.glob("*.cpp"), *FOLDER.glob("*.h"), *_FACTS, Path(__file__)]
 
 
 def contract() -> str:
