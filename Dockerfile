@@ -7,21 +7,13 @@
 # toolkit when it runs. Never built or run by the project: neither those libraries nor a Pascal card were at hand.
 FROM python:3.11-slim-bookworm
 
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ \
-    && rm -rf /var/lib/apt/lists/*
-
 # What TensorRT 8.6.1 was made for; its helpers still take np.bool for granted.
 RUN pip install --no-cache-dir --extra-index-url https://pypi.nvidia.com \
     tensorrt==8.6.1.post1 tensorrt_bindings==8.6.1 tensorrt_libs==8.6.1 \
     nvidia-cudnn-cu12==8.9.7.29 nvidia-cublas-cu12==12.4.5.8 nvidia-cuda-runtime-cu12==12.4.127 \
-    "cuda-bindings>=12.6,<13" "numpy<2" "ml_dtypes<0.6"
+    "numpy<2" "ml_dtypes<0.6"
 
 COPY . /pascalvl
-RUN pip install --no-cache-dir "/pascalvl[engines,runtime,video]"
-
-# The kernels and the plugin, compiled now and not on first use.
-RUN python -c "from pascalvl.plugins.tensorrt.build import cached; \
-from pascalvl.plugins.kernels.build import Target; cached(8, Target.CUDA)"
+RUN pip install --no-cache-dir "/pascalvl[engines,video]"
 
 ENTRYPOINT ["pascalvl"]

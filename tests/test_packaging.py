@@ -16,7 +16,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("engines", "export", "plugins", "runtime")
-TOP = (".clang-format", "Dockerfile", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml")
+WITHOUT_INSTALLATION = ("examples", "tests")
+TOP = (
+    *(".clang-format", "CHANGELOG.md", "CONTRIBUTING.md", "Dockerfile", "LICENSE", "MANIFEST.in", "Makefile"),
+    *("README.md", "pyproject.toml"),
+)
 SUFFIXES = (".py", ".cu", ".cuh", ".cpp", ".h")
 PACKAGING = "plugins/packaging/"
 LIBRARIES = {f"pascalvl/plugins/native/libpascalvl{name}.so" for name in ("", "_plugin8", "_plugin10")}
@@ -31,7 +35,7 @@ def built(tmp_path_factory) -> Path:
     """The folder of both, made of a copy in which `make kernels` and a test run have left what they leave."""
     copy = tmp_path_factory.mktemp("packaging") / "pascalvl"
     kept = {"ignore": shutil.ignore_patterns("__pycache__"), "dirs_exist_ok": True}
-    for folder in (*FOLDERS, "tests"):
+    for folder in (*FOLDERS, *WITHOUT_INSTALLATION):
         shutil.copytree(ROOT / folder, copy / folder, **kept)
     for name in TOP:
         shutil.copyfile(ROOT / name, copy / name)
@@ -88,9 +92,10 @@ def test_a_source_distribution_holds_what_tests_need_too(built, sources):
     with tarfile.open(sdist) as archive:
         files = {Path(*Path(member.name).parts[1:]).as_posix() for member in archive if member.isfile()}
     of_the_project = {file for file in files if not file.startswith("pascalvl.egg-info/")}
-    tests = {file for file in (ROOT / "tests").rglob("*") if file.is_file() and "__pycache__" not in file.parts}
+    more = (file for folder in WITHOUT_INSTALLATION for file in (ROOT / folder).rglob("*") if file.is_file())
+    more = {file for file in more if "__pycache__" not in file.parts}
     notes = {"plugins/bench/README.md", "plugins/kernels/sm61.md", f"{PACKAGING}NOTICE"}
-    expected = sources | {file.relative_to(ROOT).as_posix() for file in tests} | notes | set(TOP)
+    expected = sources | {file.relative_to(ROOT).as_posix() for file in more} | notes | set(TOP)
     assert of_the_project - {"PKG-INFO", "setup.cfg"} == expected
 
 
