@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import FineGrainedFP8Config, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from pascalvl.export.host_files import HostFiles
+from pascalvl.export.host_files import FILES_READ, HostFiles
 from pascalvl.export.modules import ACTIVATIONS, activation
 from pascalvl.export.quantization import read_quantization
 from pascalvl.export.scaled_weights import ScaledWeights
@@ -31,9 +31,11 @@ log = logging.getLogger(__name__)
 
 _CONFIG = bundle.CHECKPOINT_CONFIG
 _MODELOPT_CONFIG = "hf_quant_config.json"
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_PICKLES = ("pytorch_model*.*", "model*.bin*", "model*.pt*", "consolidated*.pt*")
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SMALL_FILES = (_CONFIG, INDEX, _MODELOPT_CONFIG, *FILES_READ)
+"""All that is read of a checkpoint but its weights."""
+PICKLES = ("pytorch_model*.*", "model*.bin*", "model*.pt*", "consolidated*.pt*")
 """Names of weights, and their index, in PyTorch's own format."""
 _MODEL_TYPE = "qwen3_vl"
 TOKEN_EMBEDDINGS = "model.language_model.embed_tokens.weight"
@@ -53,6 +55,48 @@ def read_config(data: dict[str, Any]) -> Qwen3VLConfig:
     """Hugging Face's config of what is in ``config.json``; raises `ValueError` for sizes that no model has."""
     check_sizes(data)
     return Qwen3VLConfig.from_dict(data)
+
+
+def check_model_type(data: dict[str, Any], where: object) -> None:
+    """Raise `UserError` unless what is in the ``config.json`` from ``where`` is of a model that can be exported."""
+    if (found := data.get("model_type")) != _MODEL_TYPE:
+        raise UserError(
+            f"expected a dense Qwen3-VL checkpoint (model_type {_MODEL_TYPE!r}) in {where}, found {shown(found)}: "
+            "give a Qwen3-VL 2B, 4B, 8B or 32B model."
+        )
+
+
+def read_config_file(path: Path) -> tuple[Qwen3VLConfig, dict[str, Any] | None]:
+    """Hugging Face's config of a ``config.json``, and its part about quantised weights, None where there are none.
+
+    Raises `UserError` for one of another model, or that no model has.
+    """
+    data = bundle.read_json(path, "download the model again")
+    check_model_type(data, path)
+    quantization = data.pop("quantization_config", None) or None
+    with _config_errors(path):
+        return read_config(data), quantization
+
+
+def names_in_index(path: Path) -> list[str]:
+    """The weight files that an index names; raises `UserError` for an index that cannot be used."""
+    weight_map = bundle.read_json(path, "download the model again").get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else [{"weight_map": weight_map}]
+    if others := [name for name in names if not isinstance(name, str) or not bundle.is_file_name(name)]:
+        raise UserError(
+            f"{path} names {shown(others[0])}: expected weight files in the same folder; download the model again."
+        )
+    return sorted(set(names))
+
+
+@contextlib.contextmanager
+def _config_errors(path: Path) -> Iterator[None]:
+    """Raise `UserError` about the config for what transformers raises: many kinds, all of them about that file."""
+    try:
+        yield
+    except Exception as error:
+        told = f"{type(error).__name__}: {library_reason(error)}"
+        raise UserError(f"{path} is not a valid Qwen3-VL config ({told}): download the model again.") from error
 
 
 def meta_model(config: Qwen3VLConfig) -> Qwen3VLForConditionalGeneration:
@@ -137,18 +181,14 @@ class Checkpoint:
             raise UserError(f"no checkpoint directory at {directory}: give the folder of a Qwen3-VL model.")
         self._config = self._read_json(_CONFIG)
         data = dict(self._config)
-        if (found := data.get("model_type")) != _MODEL_TYPE:
-            raise UserError(
-                f"expected a dense Qwen3-VL checkpoint (model_type {_MODEL_TYPE!r}) in {directory}, found {found!r}: "
-                "give a Qwen3-VL 2B, 4B, 8B or 32B model."
-            )
+        check_model_type(data, directory)
         self.quantization = data.pop("quantization_config", None) or None
         if self.quantization is None:
             self._check_modelopt()
         stored = None if self.quantization is None else read_quantization(self.quantization, directory, self)
         self.codes = stored if isinstance(stored, StoredCodes) else None
         self._scaled = stored if isinstance(stored, ScaledWeights) else None
-        with self._config_errors():
+        with _config_errors(self.directory / _CONFIG):
             self.hf_config = read_config(data)
         self.model_config()  # what it has to say comes before anything is built
         self.host_files = HostFiles(directory, self._config, self._read_json)
@@ -189,7 +229,7 @@ class Checkpoint:
         Raises:
             UserError: a tensor that is missing, of another shape or of no float type, or one that no model uses.
         """
-        with self._config_errors():
+        with _config_errors(self.directory / _CONFIG):
             model = meta_model(self.hf_config)
         if not self._is_checked:
             self._check_tensors(model)
@@ -250,11 +290,11 @@ class Checkpoint:
 
     def _refuse_pickles(self) -> None:
         """Raise `UserError` for a checkpoint that has its weights in PyTorch's own format alone."""
-        if any((self.directory / name).exists() for name in (_SINGLE, _INDEX)):
+        if any((self.directory / name).exists() for name in (SINGLE, INDEX)):
             return
-        if found := [path.name for names in _PICKLES for path in sorted(self.directory.glob(names))]:
+        if found := [path.name for names in PICKLES for path in sorted(self.directory.glob(names))]:
             raise UserError(
-                f"{self.directory} holds its weights as {found[0]}, in PyTorch's own format, expected {_SINGLE}: load "
+                f"{self.directory} holds its weights as {found[0]}, in PyTorch's own format, expected {SINGLE}: load "
                 "them with transformers' Qwen3VLForConditionalGeneration and save that with its save_pretrained."
             )
 
@@ -310,7 +350,7 @@ class Checkpoint:
             raise UserError(
                 f"rope type {rope_type!r} is not supported: expected one of {', '.join(_STATIC_ROPE_TYPES)}."
             )
-        with self._config_errors():
+        with _config_errors(self.directory / _CONFIG):
             return model_config(self.hf_config)
 
     def digest(self) -> str:
@@ -325,17 +365,6 @@ class Checkpoint:
         self.host_files.write(target)
         (target / _CONFIG).write_text(json.dumps(self._config, indent=2) + "\n", encoding="utf-8")
 
-    @contextlib.contextmanager
-    def _config_errors(self) -> Iterator[None]:
-        """Raise `UserError` about the config for what transformers raises: many kinds, all of them about that file."""
-        try:
-            yield
-        except Exception as error:
-            told = f"{type(error).__name__}: {library_reason(error)}"
-            raise UserError(
-                f"{self.directory / _CONFIG} is not a valid Qwen3-VL config ({told}): download the model again."
-            ) from error
-
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.directory / name
         if not path.exists():
@@ -345,21 +374,14 @@ class Checkpoint:
         return bundle.read_json(path, "download the model again")
 
     def _shard_names(self) -> list[str]:
-        if (self.directory / _SINGLE).is_file():
+        if (self.directory / SINGLE).is_file():
             # Transformers reads the one file where there is one, whatever else there is.
-            if (self.directory / _INDEX).is_file():
-                log.warning("of %s, %s is read, and %s with its files is not", self.directory, _SINGLE, _INDEX)
-            return [_SINGLE]
-        if (self.directory / _INDEX).exists():
-            weight_map = self._read_json(_INDEX).get("weight_map")
-            names = list(weight_map.values()) if isinstance(weight_map, dict) else [{"weight_map": weight_map}]
-            if others := [name for name in names if not isinstance(name, str) or not bundle.is_file_name(name)]:
-                raise UserError(
-                    f"{self.directory / _INDEX} names {shown(others[0])}: expected weight files in the same folder; "
-                    "download the model again."
-                )
-            return sorted(set(names))
-        return [_SINGLE]
+            if (self.directory / INDEX).is_file():
+                log.warning("of %s, %s is read, and %s with its files is not", self.directory, SINGLE, INDEX)
+            return [SINGLE]
+        if (self.directory / INDEX).exists():
+            return names_in_index(self.directory / INDEX)
+        return [SINGLE]
 
     def _open_shard(self, name: str) -> Any:
         path = self.directory / name

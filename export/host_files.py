@@ -25,6 +25,18 @@ log = logging.getLogger(__name__)
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _PROCESSORS = "processor_config.json"
+_TEMPLATE_IN_JSON = "chat_template.json"
+FILES_READ = (
+    bundle.TOKENIZER,
+    _TOKENIZER_CONFIG,
+    bundle.CHAT_TEMPLATE,
+    _TEMPLATE_IN_JSON,
+    bundle.GENERATION_CONFIG,
+    _PROCESSORS,
+    bundle.IMAGE_PROCESSOR,
+    bundle.VIDEO_PROCESSOR,
+)
+"""Those that `HostFiles` looks for beside the config; a checkpoint has most of them."""
 _VIDEO_PROCESSOR_TYPE = "Qwen3VLVideoProcessor"
 _ALL_FRAMES = 1 << 31
 """More frames than a video has."""
@@ -181,7 +193,7 @@ class HostFiles:
                 return path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"{path} cannot be read ({error}): download the model again.") from error
-        for name in ("chat_template.json", _TOKENIZER_CONFIG):
+        for name in (_TEMPLATE_IN_JSON, _TOKENIZER_CONFIG):
             if self._has(name) and isinstance(template := self._read_json(name).get("chat_template"), str):
                 return template
         raise UserError(f"{self._directory} has no chat template: add the model's {bundle.CHAT_TEMPLATE}.")
