@@ -29,7 +29,8 @@ BACKENDS = {
 
 A module has `NAME`, `FILES`, `build` and `open_engine`, and may have `unavailable`, which says why this machine cannot
 run it though it is installed, `BuildOptions`, a further argument of its `build`, and `CHECKED_WHEN_READ`, files whose
-hashes its `open_engine` checks, which then takes ``progress``, too. For `memory` see `device_memory`.
+hashes its `open_engine` checks, which then takes ``progress``, too. For `memory` see `device_memory`, for `depends_on`
+see `target`.
 """
 _FOR_JUDGING = ("torch", "reference")
 """What the others are judged by; `AUTO` never takes them."""
@@ -80,6 +81,15 @@ def build(
         given = () if options is None else (options,)
         description = module.build(model_bundle, directory, manifest, cache, *given)
         return dataclasses.replace(manifest, kind="engine", kv_cache=cache, backend=description).write(directory)
+
+
+def target(backend: str = AUTO, tell: Callable[[str], None] = log.info) -> dict[str, str]:
+    """The backend that is taken here, as ``name``, and what else an engine bundle that is built here depends on.
+
+    Raises `UserError` for an unknown or missing backend.
+    """
+    module = _backend_module(backend, tell)
+    return {"name": module.NAME, **getattr(module, "depends_on", dict)()}
 
 
 def open_engine(

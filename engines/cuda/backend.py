@@ -58,6 +58,11 @@ def unavailable() -> str:
     return ""
 
 
+def depends_on() -> dict[str, str]:
+    """What a bundle's engines are for, besides the model."""
+    return _VERSIONS
+
+
 def build(model_bundle: Path, directory: Path, manifest: Manifest, cache: CacheConfig) -> dict[str, str]:
     """Write the graphs' plans and copy the weights into ``directory``; returns the manifest's description."""
     import onnx

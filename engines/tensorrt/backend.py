@@ -71,6 +71,15 @@ def unavailable() -> str | None:
         return str(error).removesuffix(".")
 
 
+def depends_on() -> dict[str, str]:
+    """What a bundle's engines are for, besides the model; raises `UserError` where there is no card."""
+    return {
+        "version": trt.__version__,
+        "capability": _dotted(find_gpu().capability),
+        "contract": plugin_build.contract(),
+    }
+
+
 def build(
     model_bundle: Path,
     directory: Path,
@@ -103,11 +112,9 @@ def build(
         _write_plan(model_bundle, directory, graph, manifest, cache, ranges, settings, timing_cache)
     return {
         "name": NAME,
-        "version": trt.__version__,
+        **depends_on(),
         "cuda": _dotted(_cuda_version() or gpu.driver_cuda),
-        "capability": _dotted(gpu.capability),
         "gpu": gpu.name,
-        "contract": plugin_build.contract(),
         "plugin": plugin_build.source_hash(plugin),
         **{name: str(limit) for name, limit in dataclasses.asdict(limits).items()},
     }
