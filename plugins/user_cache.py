@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pascalvl.plugins.errors import UserError
@@ -61,14 +61,17 @@ def require_private(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file, which is made where it is missing and stays. A process that ends, however, lets go."""
+def locked(path: Path, tell: Callable[[str], None] = log.info) -> Iterator[None]:
+    """Hold the lock of a file, which is made where it is missing and stays. A process that ends, however, lets go.
+
+    ``tell`` is called where another process has it, before this one waits.
+    """
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)  # children do not inherit it
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("Waiting for another process, which holds %s.", path)
+            tell(f"waiting for another process, which holds {path}")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
