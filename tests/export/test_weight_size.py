@@ -8,7 +8,7 @@ import pytest
 from pascalvl.engines.device import gpu
 from pascalvl.engines.device.memory import available_target
 from pascalvl.export.checkpoint import Checkpoint
-from pascalvl.export.weight_size import fitting_weights, weight_bytes
+from pascalvl.export.weight_size import fitting_weights, room_of_card, weight_bytes
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.build import Target
@@ -39,16 +39,16 @@ def test_the_most_exact_format_that_fits(nano_checkpoint):
         sizes = {name: weight_bytes(checkpoint, WeightConfig.parse(name)) for name in ("f32", "f16", "w8", "w4")}
     assert sorted(sizes.values(), reverse=True) == list(sizes.values())
     for name, size in sizes.items():
-        found = fitting_weights(nano_checkpoint, "Tesla P4", besides + size, CACHE, CONTEXT)
+        found = fitting_weights(nano_checkpoint, room_of_card("Tesla P4", besides + size), CACHE, CONTEXT)
         assert found.weights == WeightConfig.parse(name)
         assert re.match(rf"{name}, the most exact format for Tesla P4 \(0.\d GB\): 0.0 GB of weights", found.reason)
     with pytest.raises(UserError, match=r"Tesla P4 has 0.8 GB of memory, and even in 4 bits this model takes 0.0 GB"):
-        fitting_weights(nano_checkpoint, "Tesla P4", besides + sizes["w4"] - 1, CACHE, CONTEXT)
+        fitting_weights(nano_checkpoint, room_of_card("Tesla P4", besides + sizes["w4"] - 1), CACHE, CONTEXT)
 
 
 def test_codes_of_a_checkpoint_stay(nano_checkpoint, tmp_path):
     coded_checkpoint.write(nano_checkpoint, tmp_path / "coded", "awq")
-    found = fitting_weights(tmp_path / "coded", "Tesla P4", 8_000_000_000, CACHE, CONTEXT)
+    found = fitting_weights(tmp_path / "coded", room_of_card("Tesla P4", 8_000_000_000), CACHE, CONTEXT)
     assert found.weights is None
     assert found.reason == "the checkpoint's own codes of 4 bits"
 
