@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pascalvl.export.exporter import export_checkpoint
 
 __all__ = ["export_checkpoint"]
+
+# huggingface_hub tells how it is used in the headers of its requests, and fetches a list for that, unless this is set
+# before its first import. Whatever imports it here is a module below this package, or transformers, which these import.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def __getattr__(name: str) -> Any:

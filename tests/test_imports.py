@@ -24,6 +24,7 @@ OTHERS = {
     "plugins/packaging": {"setuptools"},
     "export": {"matplotlib", "numpy", "onnx", "onnx_ir", "onnxscript", "rich", "safetensors", "tokenizers", "torch"}
     | {"transformers"},
+    "export/hub": {"httpx2", "huggingface_hub"},
     "engines": {"google", "numpy", "onnx"},
     "engines/cuda": {"numpy", "onnx"},
     "engines/device": {"numpy"},

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pascalvl.plugins.errors import UserError
 from pascalvl.runtime.cli.argument_types import AUTO
 from pascalvl.runtime.cli.common import report_bundle
+from pascalvl.runtime.cli.sources import HubName, checkpoint_folder
 from pascalvl.runtime.cli.talk import user_message
 
 if TYPE_CHECKING:
@@ -21,40 +22,45 @@ CALIBRATION_PIXELS = 1 << 20
 
 def export(args: argparse.Namespace) -> int:
     """Run `pascalvl export`; returns the exit code."""
-    from pascalvl.export import export_checkpoint
-
     if args.random is not None:
         return _export_random(args)
     if args.layers is not None:
         raise UserError("--layers is for random weights: leave it out, or give --random.")
-    weights = _fitting_weights(args) if args.weights == AUTO else args.weights
-    options = {name: value for name, value in (("cache", args.kv), ("weights", weights)) if value}
+    options: dict[str, Any] = {}
     if args.calibrate:
         from pascalvl.runtime.prompt_folder import read_prompts
 
         cases = read_prompts(args.calibrate)
         options["calibration"] = lambda directory, config: calibration_prompts(cases, directory, config)
-    report_bundle(args.output, export_checkpoint(args.checkpoint, args.output, _check_host_files, **options))
+    checkpoint, name = checkpoint_folder(args.checkpoint, args.output)
+
+    from pascalvl.export import export_checkpoint
+
+    weights = _fitting_weights(args, checkpoint) if args.weights == AUTO else args.weights
+    options |= {key: value for key, value in (("cache", args.kv), ("weights", weights), ("name", name)) if value}
+    report_bundle(args.output, export_checkpoint(checkpoint, args.output, check_host_files, **options))
     return 0
 
 
 def _export_random(args: argparse.Namespace) -> int:
     from pascalvl.export.random_export import export_random
 
+    if isinstance(args.checkpoint, HubName):
+        raise UserError("--random takes the tokenizer alone of a checkpoint: give one that is in a folder.")
     if args.calibrate:
         raise UserError("random weights are fitted to no prompts: leave out --calibrate or --random.")
     if args.weights == AUTO:
         raise UserError("random weights are of one format: give --weights w4, w8, f16 or f32.")
     options = {name: value for name, value in (("cache", args.kv), ("weights", args.weights)) if value}
-    files = args.checkpoint, args.output, _check_host_files
+    files = args.checkpoint, args.output, check_host_files
     report_bundle(args.output, export_random(args.random, *files, **options, layers=args.layers))
     return 0
 
 
-def _fitting_weights(args: argparse.Namespace) -> Any:
+def _fitting_weights(args: argparse.Namespace, checkpoint: Path) -> Any:
     """The weights that the card here has room for; says which and why."""
     from pascalvl.engines.device.gpu import find_gpu
-    from pascalvl.export.weight_size import fitting_weights
+    from pascalvl.export.weight_size import fitting_weights, room_of_card
     from pascalvl.plugins.kv_format import CacheConfig
     from pascalvl.runtime.model import DEFAULT_CONTEXT_LENGTH
 
@@ -65,9 +71,8 @@ def _fitting_weights(args: argparse.Namespace) -> Any:
             f"--weights auto asks the card how much room it has, and {str(error).rstrip('.')}; or give a format, for "
             "example --weights w4 (make: W=w4)."
         ) from error
-    fitting = fitting_weights(
-        args.checkpoint, gpu.name, gpu.total_memory, args.kv or CacheConfig(), DEFAULT_CONTEXT_LENGTH
-    )
+    room = room_of_card(gpu.name, gpu.total_memory)
+    fitting = fitting_weights(checkpoint, room, args.kv or CacheConfig(), DEFAULT_CONTEXT_LENGTH)
     print(f"weights: {fitting.reason}")
     return fitting.weights
 
@@ -87,7 +92,7 @@ def calibration_prompts(cases: Sequence[PromptCase], directory: Path, config: An
     ]
 
 
-def _check_host_files(directory: Path, config: Any) -> None:
+def check_host_files(directory: Path, config: Any) -> None:
     """Raise `UserError` unless the runtime can make a prompt of every kind with a bundle's files."""
     from PIL import Image
 

@@ -21,8 +21,12 @@ from pascalvl.runtime.cli.argument_types import (
 from pascalvl.runtime.cli.convert import build, export
 from pascalvl.runtime.cli.judge import evaluate, validate
 from pascalvl.runtime.cli.look import doctor, inspect
+from pascalvl.runtime.cli.sources import path_or_name
 from pascalvl.runtime.cli.talk import CHAT_COMMANDS, chat, run
 from pascalvl.runtime.cli.timing import bench_kernels, bench_model
+
+_WEIGHTS = "w4, w8, f16 or f32[,group=INPUTS][,lm_head=FORMAT][,vision=FORMAT][,layer.FIRST-LAST=FORMAT]"
+_OF_THE_HUB = "ORG/NAME[@REVISION] of the Hugging Face hub"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,16 +65,20 @@ def command_parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("export", export, "export,runtime", "checkpoint to model bundle")
-    sub.add_argument("checkpoint", type=own_path, metavar="CHECKPOINT", help="folder of a Hugging Face Qwen3-VL model")
+    sub.add_argument(
+        "checkpoint",
+        type=path_or_name,
+        metavar="CHECKPOINT",
+        help=f"folder of a Hugging Face Qwen3-VL model, or {_OF_THE_HUB}, which is downloaded if what is here is older",
+    )
     _add_output(sub)
     meaning = "for timings: random weights in the shape of Qwen3-VL-SIZE (2B, 4B, 8B, 32B); CHECKPOINT, of any size, "
     sub.add_argument("--random", metavar="SIZE", help=f"{meaning}gives the tokenizer and the processors")
     sub.add_argument("--layers", type=int, metavar="N", help="with --random: decoder layers (as published)")
     _add_kv(sub, "the KV cache it is for, of which the rank (rv) is made now, and the rest by 'build'")
-    forms = "w4, w8, f16 or f32[,group=INPUTS][,lm_head=FORMAT][,vision=FORMAT][,layer.FIRST-LAST=FORMAT]"
     meaning = "how weights are stored (f32, or as the checkpoint has them in codes of 4 bits)"
-    forms += f"; {AUTO}: the most exact of w4, w8, f16 and f32 for which the card here has room"
-    sub.add_argument("--weights", type=weights_or_auto, metavar="CONFIG", help=f"{meaning}: {forms}")
+    of_auto = f"{AUTO}: the most exact of w4, w8, f16 and f32 for which the card here has room"
+    sub.add_argument("--weights", type=weights_or_auto, metavar="CONFIG", help=f"{meaning}: {_WEIGHTS}; {of_auto}")
     sub.add_argument(
         "--calibrate",
         type=own_path,
@@ -86,7 +94,7 @@ def command_parser() -> argparse.ArgumentParser:
     _add_tensorrt(sub)
 
     sub = command("run", run, "runtime", "answer one prompt")
-    _add_engine(sub)
+    _add_model(sub)
     sub.add_argument("-p", "--prompt", type=unicode_text, required=True, metavar="TEXT", help="what to ask")
     _add_visuals(sub)
     _add_generation(sub)
@@ -98,7 +106,7 @@ def command_parser() -> argparse.ArgumentParser:
     )
 
     sub = command("chat", chat, "runtime", f"talk to the model: lines of text, or {CHAT_COMMANDS}")
-    _add_engine(sub)
+    _add_model(sub)
     _add_fps(sub)
     _add_generation(sub)
     sub.add_argument(
@@ -190,11 +198,37 @@ def _add_tensorrt(parser: _Parser) -> None:
         group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, metavar=form, help=meaning)
 
 
+def _add_model(parser: _Parser) -> None:
+    parser.add_argument(
+        "bundle",
+        type=path_or_name,
+        metavar="MODEL",
+        help=f"folder written by 'pascalvl build'; or a model bundle, a checkpoint or {_OF_THE_HUB}, of which an "
+        "engine bundle is made on first use, in the cache folder, and taken from there later, without a network",
+    )
+    _add_backend(
+        parser, "backend the bundle must be for, or is made for; auto: any, or the fastest that can be used here"
+    )
+    _add_run(parser, "as the engines were built, with another window; or what they are made for (k8v8)")
+    meaning = "how weights are stored in a bundle that is made"
+    of_auto = f"{AUTO} (the default): the most exact for which the card, or without one this machine, has room"
+    parser.add_argument("--weights", type=weights_or_auto, metavar="CONFIG", help=f"{meaning}: {_WEIGHTS}; {of_auto}")
+    parser.add_argument(
+        "--refresh",
+        action="store_true",
+        help=f"of {_OF_THE_HUB}: ask the hub for a newer commit than the one that was taken first",
+    )
+
+
 def _add_engine(parser: _Parser) -> None:
     parser.add_argument("bundle", type=own_path, metavar="ENGINE_BUNDLE", help="folder written by 'pascalvl build'")
     _add_backend(parser, "backend the bundle must be for; auto: any")
+    _add_run(parser, "as the engines were built, with another window")
+
+
+def _add_run(parser: _Parser, meaning_of_kv: str) -> None:
     parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer together, at most")
-    _add_kv(parser, "as the engines were built, with another window")
+    _add_kv(parser, meaning_of_kv)
     parser.add_argument("--max-pixels", type=int, metavar="N", help="resize larger pictures to this area")
     parser.add_argument(
         "--control-tokens-in-text",

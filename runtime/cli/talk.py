@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pascalvl.plugins.errors import UserError
 from pascalvl.runtime.cli.common import fail, open_model
+from pascalvl.runtime.cli.sources import engine_bundle
 
 if TYPE_CHECKING:
     from pascalvl.runtime.generation import Generation
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     messages = [*system_messages(args), user_message(load_visuals(args), args.prompt)]
     if args.cache:
         check_writable(args.cache)
+    args.bundle = engine_bundle(args)
     model = open_model(args)
     sampling = _sampling(model, given)
     if args.cache and args.cache.exists():
@@ -71,6 +73,7 @@ def chat(args: argparse.Namespace) -> int:
     from pascalvl.runtime.idle import Idle
 
     given = _given_sampling(args)
+    args.bundle = engine_bundle(args)
     model = open_model(args)
     sampling = _sampling(model, given)
     with Idle(model, args.unload_after) as idle:
