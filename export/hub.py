@@ -196,7 +196,8 @@ def find_checkpoint(repo: str, revision: str | None = None, tell: Callable[[str]
         )
     except (errors.HFValidationError, *_NETWORK_ERRORS) as error:
         why, remedy = _refusal(error, repo, revision)
-        if isinstance(error, errors.RevisionNotFoundError) or not (here := _here(repo, revision)):
+        is_wrong = isinstance(error, errors.RevisionNotFoundError | errors.HFValidationError)
+        if is_wrong or not (here := _here(repo, revision)):
             raise UserError(f"{why}: {remedy}.") from error
         check_model_type(bundle.read_json(here.folder / _CONFIG, "download the model again"), repo)
         tell(f"{repo} is taken as it was downloaded before, commit {here.commit[:12]}: {why}")
@@ -289,8 +290,9 @@ def _refusal(error: Exception, repo: str, revision: str | None) -> tuple[str, st
         return why, f"accept them at {hub}/{repo}, and give a token of that account ({_LOG_IN})"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo} on {hub} has no revision {shown(revision)}", "give a branch, a tag or a commit of it"
-    if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
-        token = f"a token that may read it ({_LOG_IN})" if get_token() is None else "another token (HF_TOKEN)"
+    has_token = get_token() is not None
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 404 or (status == 401 and not has_token):
+        token = "another token (HF_TOKEN)" if has_token else f"a token that may read it ({_LOG_IN})"
         return f"there is no model {repo} on {hub}, or it is private", f"check the name, or give {token}"
     if status == 401:
         return f"{hub} does not know the token that was sent", f"{_LOG_IN}, to one that is valid"

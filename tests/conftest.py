@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
@@ -110,6 +111,15 @@ def cuda_anywhere():
         if available_target() is Target.EMULATOR:
             patch.setattr(backend, "open_device", lambda: EmulatedDevice(cached(Target.EMULATOR)))
         yield
+
+
+@pytest.fixture(scope="session")
+def network_watch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that refuses and tells what a command asks of the network."""
+    library = tmp_path_factory.mktemp("watch") / "network_watch.so"
+    source = Path(__file__).with_name("network_watch.cpp")
+    subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return library
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A server that speaks the part of the Hugging Face hub's protocol that downloads of a model need, for one model."""
+"""A server of this machine that speaks what downloads need of the Hugging Face hub's protocol, for one model."""
 
 from __future__ import annotations
 
@@ -16,6 +16,16 @@ from urllib.parse import unquote, urlsplit
 REPO = "maker/Nano-VL"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _LFS = (".safetensors", ".bin", ".gguf")
+_OTHER_FILES = ("README.md", "original/consolidated.bin", "model.gguf", "vocab.json", "onnx/model.onnx")
+
+
+@dataclasses.dataclass
+class Request:
+    """What was asked for; headers by their names in lower case."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
 
 
 @dataclasses.dataclass
@@ -24,36 +34,48 @@ class Hub:
 
     Attributes:
         files: of the model, by name.
+        url: where it is.
         commit: that branch ``main`` is at.
-        requests: what was asked for: method, path, and range if there was one.
-        refuse: status, headers and body that answer everything.
-        cut_at: bytes after which a connection is cut that sends a weight file, once for each of them.
-        token: that is asked for, of everything.
+        token: without which nothing is told.
+        refusal: status and headers that answer everything.
+        cut_at: of each file that breaks off once: bytes that are sent before.
+        is_refused_then: whether everything is refused after that.
+        stalled: of a file that breaks off: what is waited for before.
+        is_damaged: whether the last byte of large files is another.
+        requests: all that came.
     """
 
     files: dict[str, bytes]
     url: str = ""
     commit: str = COMMIT
-    requests: list[tuple[str, str, str | None]] = dataclasses.field(default_factory=list)
-    headers: list[dict[str, str]] = dataclasses.field(default_factory=list)
-    refuse: tuple[int, dict[str, str]] | None = None
-    cut_at: list[int] = dataclasses.field(default_factory=list)
-    damaged: bool = False
     token: str | None = None
+    refusal: tuple[int, dict[str, str]] | None = None
+    cut_at: dict[str, int] = dataclasses.field(default_factory=dict)
+    is_refused_then: bool = False
+    stalled: threading.Event | None = None
+    is_damaged: bool = False
+    requests: list[Request] = dataclasses.field(default_factory=list)
+
+    @property
+    def sent(self) -> set[str]:
+        """Names of files that were sent."""
+        found = (
+            re.search("(?:/resolve/[^/]+|/cdn)/(.+)", asked.path) for asked in self.requests if asked.method == "GET"
+        )
+        return {match[1] for match in found if match}
 
     def ranges(self, name: str) -> list[str | None]:
-        """Of what was sent of a file."""
-        return [asked for method, path, asked in self.requests if method == "GET" and path.endswith(f"/cdn/{name}")]
+        """What was asked for of a large file, each time."""
+        return [asked.headers.get("range") for asked in self.requests if asked.path == f"/cdn/{name}"]
 
-
-def listing(hub: Hub) -> dict[str, object]:
-    siblings: list[dict[str, object]] = []
-    for name, content in hub.files.items():
-        digest = hashlib.sha256(content).hexdigest()
-        entry = {"rfilename": name, "size": len(content), "blobId": hashlib.sha1(content).hexdigest()}
-        lfs = {"lfs": {"sha256": digest, "size": len(content), "pointerSize": 134}} if name.endswith(_LFS) else {}
-        siblings.append({**entry, **lfs})
-    return {"id": REPO, "modelId": REPO, "sha": hub.commit, "siblings": siblings, "tags": [], "downloads": 0}
+    def listing(self) -> dict[str, object]:
+        siblings = []
+        for name, content in self.files.items():
+            size, digest = len(content), hashlib.sha256(content).hexdigest()
+            file = {"rfilename": name, "size": size, "blobId": hashlib.sha1(content).hexdigest()}
+            lfs = {"lfs": {"sha256": digest, "size": size, "pointerSize": 134}} if name.endswith(_LFS) else {}
+            siblings.append(file | lfs)
+        return {"id": REPO, "sha": self.commit, "siblings": siblings, "tags": [], "downloads": 0}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -61,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     def log_message(self, *_: object) -> None:
-        pass
+        """Not on stderr."""
 
     def do_HEAD(self) -> None:
         self._answer()
@@ -71,74 +93,69 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         hub, path = self.hub, unquote(urlsplit(self.path).path)
-        hub.requests.append((self.command, path, self.headers.get("Range")))
-        hub.headers.append({name.lower(): value for name, value in self.headers.items()})
-        if hub.refuse is not None:
-            return self._send(hub.refuse[0], hub.refuse[1], b"{}")
-        if cdn := re.fullmatch("/cdn/(.+)", path):
-            return self._send_file(cdn[1])
-        if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
-            return self._send(401, {"X-Error-Message": "Invalid credentials in Authorization header"}, b"{}")
-        if found := re.fullmatch("/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
-            if found[1] != REPO:
-                return self._send(404, {"X-Error-Code": "RepoNotFound"}, b"{}")
-            if found[2] not in (None, "main", hub.commit):
-                return self._send(404, {"X-Error-Code": "RevisionNotFound"}, b"{}")
-            return self._send(200, {"Content-Type": "application/json"}, json.dumps(listing(hub)).encode())
-        if found := re.fullmatch(f"/{REPO}/resolve/([^/]+)/(.+)", path):
-            return self._resolve(found[2])
-        return self._send(404, {"X-Error-Code": "RepoNotFound"}, b"{}")
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        hub.requests.append(Request(self.command, path, headers))
+        if hub.refusal:
+            self._send(*hub.refusal)
+        elif found := re.fullmatch("/cdn/(.+)", path):
+            self._send_large(found[1], headers)
+        elif hub.token and headers.get("authorization") != f"Bearer {hub.token}":
+            self._send(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
+        elif not re.search(f"/{REPO}(/|$)", path):
+            self._send(404, {"X-Error-Code": "RepoNotFound"})
+        elif not (found := re.fullmatch(rf"/(?:api/models/)?{REPO}(?:/(?:revision|resolve)/(\w+))?(?:/(.+))?", path)):
+            self._send(404, {"X-Error-Code": "EntryNotFound"})
+        elif found[1] not in (None, "main", hub.commit):
+            self._send(404, {"X-Error-Code": "RevisionNotFound"})
+        elif found[2] is None:
+            self._send(200, {"Content-Type": "application/json"}, json.dumps(hub.listing()).encode())
+        else:
+            self._resolve(found[2])
 
     def _resolve(self, name: str) -> None:
-        """Small files are answered, and those of LFS are elsewhere."""
-        if name not in self.hub.files:
-            return self._send(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.hub.commit}, b"")
-        content, headers = self.hub.files[name], {"X-Repo-Commit": self.hub.commit, "Accept-Ranges": "bytes"}
+        """Send a small file; the large ones are elsewhere."""
+        content = self.hub.files[name]
+        headers = {"X-Repo-Commit": self.hub.commit, "Accept-Ranges": "bytes"}
         if not name.endswith(_LFS):
-            return self._send(200, {**headers, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}, content)
+            self._send(200, {**headers, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}, content)
+            return
         linked = {"X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Linked-Size": str(len(content))}
-        elsewhere = f"http://localhost:{urlsplit(self.hub.url).port}/cdn/{name}"  # the hub's own is 127.0.0.1
-        return self._send(302, {**headers, **linked, "Location": elsewhere}, b"")
+        elsewhere = f"http://localhost:{urlsplit(self.hub.url).port}/cdn/{name}"  # another host than 127.0.0.1
+        self._send(302, {**headers, **linked, "Location": elsewhere})
 
-    def _send_file(self, name: str) -> None:
-        content, status, headers = self.hub.files[name], 200, {"Accept-Ranges": "bytes"}
-        if self.hub.damaged:
+    def _send_large(self, name: str, headers: dict[str, str]) -> None:
+        content, status, more = self.hub.files[name], 200, {"Accept-Ranges": "bytes"}
+        if self.hub.is_damaged:
             content = content[:-1] + bytes([content[-1] ^ 1])
-        size = len(content)
-        if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            start = int(asked[1])
-            content, status = content[start:], 206
-            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
-        cut = self.hub.cut_at.pop(0) if self.hub.cut_at and self.command == "GET" else None
-        self._send(status, headers, content, cut)
+        if asked := re.fullmatch(r"bytes=(\d+)-", headers.get("range", "")):
+            start, size = int(asked[1]), len(content)
+            content, status, more["Content-Range"] = content[start:], 206, f"bytes {start}-{size - 1}/{size}"
+        self._send(status, more, content, self.hub.cut_at.pop(name, None))
 
-    def _send(self, status: int, headers: dict[str, str], content: bytes, cut: int | None = None) -> None:
+    def _send(self, status: int, headers: dict[str, str], content: bytes = b"", cut: int | None = None) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            with contextlib.suppress(OSError):  # who asked has gone
+            with contextlib.suppress(OSError):  # who asked is gone
                 self.wfile.write(content[:cut])
-        self.close_connection = self.close_connection or cut is not None
+        if cut is not None:
+            if self.hub.is_refused_then:
+                self.hub.refusal = 503, {}
+            if self.hub.stalled:
+                self.hub.stalled.wait(60)
+            self.close_connection = True
 
 
 @contextlib.contextmanager
 def serving(checkpoint: Path) -> Iterator[Hub]:
-    """Serve a checkpoint's files, and some that nobody wants, on this machine alone."""
+    """Serve a checkpoint's files, and some that nobody wants."""
     files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
-    others = {
-        "README.md": b"Nano.",
-        "original/consolidated.bin": b"x" * 99,
-        "model.gguf": b"x" * 99,
-        "vocab.json": b"{}",
-    }
-    hub = Hub({**files, **others})
-    handler = type("Handler", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    hub = Hub({**files, **dict.fromkeys(_OTHER_FILES, b"Nobody wants this.")})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
         yield hub

@@ -17,24 +17,20 @@ LINGER = "import atexit, time; atexit.register(time.sleep, 1); "
 """Time in which a library's own threads come to what they wait with."""
 
 
-@pytest.fixture(scope="module")
-def watch(tmp_path_factory) -> Path:
-    """The library that refuses and tells what a command asks of the network."""
-    library = tmp_path_factory.mktemp("watch") / "network_watch.so"
-    source = Path(__file__).with_name("network_watch.cpp")
-    subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
-    return library
-
-
 @pytest.fixture
-def watched(watch, tmp_path):
+def watched(network_watch, tmp_path):
     """Run a script of Python as a new user would; returns what it asked of the network, and the files it left."""
     home, temporary, log = tmp_path / "home", tmp_path / "tmp", tmp_path / "network"
     home.mkdir()
     temporary.mkdir()
     unset = "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "HF_HOME", "ORT_DISABLE_TELEMETRY"
     environment = {name: value for name, value in os.environ.items() if name not in unset}
-    environment |= {"HOME": str(home), "TMPDIR": str(temporary), "LD_PRELOAD": str(watch), "NETWORK_WATCH": str(log)}
+    environment |= {
+        "HOME": str(home),
+        "TMPDIR": str(temporary),
+        "LD_PRELOAD": str(network_watch),
+        "NETWORK_WATCH": str(log),
+    }
 
     def left() -> set[str]:
         return {str(path) for folder in (home, temporary) for path in folder.rglob("*") if not path.is_dir()}
