@@ -61,7 +61,7 @@ def export_checkpoint(
     cache: CacheConfig = _CACHE,
     calibration: Callable[[Path, ModelConfig], Sequence[CalibrationPrompt]] | None = None,
     weights: WeightConfig | None = None,
-    name: str | None = None,
+    source_name: str | None = None,
 ) -> Manifest:
     """Export a Qwen3-VL checkpoint to the model bundle ``output``; returns its manifest.
 
@@ -79,7 +79,7 @@ def export_checkpoint(
             weights' own.
         weights: formats of linear layers' weights; None: as the checkpoint has them in codes, else float32. Codes of
             the checkpoint are kept wherever their format is asked for.
-        name: what the manifest calls the checkpoint; None: as its folder is called.
+        source_name: what the manifest calls the checkpoint; None: as its folder is called.
 
     Raises:
         UserError: a checkpoint that cannot be used, a rank that it cannot have, prompts that are too few for a
@@ -124,7 +124,7 @@ def export_checkpoint(
             progress.add_task("hashing", total=None)
             manifest = Manifest(
                 kind="model",
-                source={"name": name or checkpoint_directory.resolve().name, "sha256": checkpoint.digest()},
+                source={"name": source_name or checkpoint_directory.resolve().name, "sha256": checkpoint.digest()},
                 model=config,
                 embeddings=embeddings,
                 position_embeddings=positions,

@@ -37,7 +37,7 @@ def export(args: argparse.Namespace) -> int:
     from pascalvl.export import export_checkpoint
 
     weights = _fitting_weights(args, checkpoint) if args.weights == AUTO else args.weights
-    options |= {key: value for key, value in (("cache", args.kv), ("weights", weights), ("name", name)) if value}
+    options |= {key: value for key, value in (("cache", args.kv), ("weights", weights), ("source_name", name)) if value}
     report_bundle(args.output, export_checkpoint(checkpoint, args.output, check_host_files, **options))
     return 0
 

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from pascalvl.export.weight_size import Room
     from pascalvl.plugins.kv_format import CacheConfig
     from pascalvl.plugins.weight_format import WeightConfig
+
+log = logging.getLogger(__name__)
 
 _PART = r"\w(?:[\w.-]{0,94}\w)?"
 _NAME = re.compile(
@@ -240,8 +243,8 @@ def _whole(bundle: Path) -> Path | None:
     try:
         manifest = Manifest.read(bundle, "engine")
         manifest.verify(bundle, only_sizes=manifest.files)
-    except UserError as error:
-        _tell(f"made again, because {str(error).split(': ')[0]}")
+    except UserError:
+        log.info("made again", exc_info=True)
         return None
     return bundle
 
@@ -277,15 +280,15 @@ def _export_and_build(checkpoint: Path, name: str | None, bundle: Path, wanted: 
         weights = fitting.weights
         _tell(f"weights: {fitting.reason}")
     model = bundle.with_name(f"{_MODEL}{bundle.name}")
-    for other in bundle.parent.glob(f"{_MODEL}*"):
-        if other != model:
-            shutil.rmtree(other)  # of a start that was interrupted between export and build, with other options
+    for other in bundle.parent.iterdir():
+        if other.name.startswith((f".{_MODEL}", _MODEL)) and model.name not in other.name:
+            _remove(other)  # of a start with other options that was interrupted
     try:
         Manifest.read(model, "model").verify(model)
     except UserError:
         _tell(f"exporting {name or checkpoint}")
         shutil.rmtree(model, ignore_errors=True)
-        export_checkpoint(checkpoint, model, check_host_files, cache=wanted.cache, weights=weights, name=name)
+        export_checkpoint(checkpoint, model, check_host_files, cache=wanted.cache, weights=weights, source_name=name)
     _build(model, name or str(checkpoint), bundle, wanted)
     shutil.rmtree(model)
 
@@ -295,6 +298,7 @@ def _build(model: Path, source: str, bundle: Path, wanted: _Wanted) -> None:
 
     for told in (*wanted.reasons, f"building {source} for backend {wanted.target['name']}"):
         _tell(told)
+    _remove(bundle)  # what is there cannot be used
     manifest = build(model, bundle, wanted.target["name"], wanted.cache)
     nbytes = sum(file["bytes"] for file in manifest.files.values())
     _tell(f"{bundle} ({_gigabytes(nbytes)}) is kept, and taken from now on; it may be removed at any time")
@@ -305,7 +309,14 @@ def _remove_others(folder: Path, identities: list[str]) -> None:
     kept = {_digest(identity) for identity in identities}
     for path in folder.glob("*-*-*"):
         if path.is_dir() and not path.name.startswith((".", _MODEL)) and path.name.rsplit("-", 2)[1] not in kept:
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _require_packages(what: str, packages: tuple[str, ...]) -> None:
