@@ -32,7 +32,7 @@ def export(args: argparse.Namespace) -> int:
 
         cases = read_prompts(args.calibrate)
         options["calibration"] = lambda directory, config: calibration_prompts(cases, directory, config)
-    checkpoint, name = checkpoint_folder(args.checkpoint, args.output)
+    checkpoint, name = checkpoint_folder(args.checkpoint, args.output, args.weights if args.weights != AUTO else None)
 
     from pascalvl.export import export_checkpoint
 

@@ -108,6 +108,10 @@ class _Wanted:
         name, nbytes = self.card
         return room_of_card(name, nbytes) if name else room_of_machine(nbytes)
 
+    def bytes_of_bundles(self, checkpoint: Path) -> int:
+        """Of the model bundle and the engine bundle together, about; raises what `_bundle_bytes` does."""
+        return 2 * _bundle_bytes(checkpoint, self.weights, self.room(), self.cache)
+
 
 def _wanted(args: argparse.Namespace, has_weights: bool) -> _Wanted:
     """What the options ask for, of a source that may have its weights in their format already."""
@@ -193,7 +197,7 @@ def _bundle_of_name(name: HubName, wanted: _Wanted, refresh: bool) -> Path:
         if _whole(bundle):
             _tell(f"{name} is the commit {checkpoint.commit[:12]} still, of which {bundle} was made")
         else:
-            _fetch(checkpoint, wanted, folder)
+            _fetch(checkpoint, folder, wanted.bytes_of_bundles(checkpoint.folder))
             _export_and_build(checkpoint.folder, name.repo, bundle, wanted)
         write_whole(record, lambda path: path.write_text(checkpoint.commit, encoding="utf-8"))
         commits = [path.read_text(encoding="utf-8") for path in folder.glob(f"{_RECORD}*")]
@@ -211,7 +215,7 @@ def _bundle_of_folder(checkpoint: Path, wanted: _Wanted) -> Path:
     _require_packages(str(checkpoint), _EXPORT_PACKAGES)
     with locked(folder / _LOCK, _tell):
         if not _whole(bundle):
-            _check_disks(_bundle_bytes(checkpoint, None, wanted, folder))
+            _check_disks({folder: wanted.bytes_of_bundles(checkpoint)})
             _export_and_build(checkpoint, None, bundle, wanted)
             _remove_others(folder, [identity])
     return bundle
@@ -331,7 +335,7 @@ def _require_packages(what: str, packages: tuple[str, ...]) -> None:
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 
 
-def checkpoint_folder(source: Path | HubName, output: Path) -> tuple[Path, str | None]:
+def checkpoint_folder(source: Path | HubName, output: Path, weights: WeightConfig | None) -> tuple[Path, str | None]:
     """The checkpoint that an export to ``output`` reads, the newest commit if it is a name, and its name if that says
     more than the folder's."""
     if isinstance(source, HubName):
@@ -339,7 +343,7 @@ def checkpoint_folder(source: Path | HubName, output: Path) -> tuple[Path, str |
         from pascalvl.export.hub import find_checkpoint
 
         checkpoint = find_checkpoint(source.repo, source.revision, _tell)
-        _fetch(checkpoint, None, output)
+        _fetch(checkpoint, output, _bundle_bytes(checkpoint.folder, weights))
         return checkpoint.folder, source.repo
     if not source.is_dir():
         raise UserError(
@@ -349,16 +353,13 @@ def checkpoint_folder(source: Path | HubName, output: Path) -> tuple[Path, str |
     return source, None
 
 
-def _fetch(checkpoint: HubCheckpoint, wanted: _Wanted | None, folder: Path) -> None:
-    """Download what is missing of a checkpoint, if there is room for that and for the bundles in ``folder``."""
+def _fetch(checkpoint: HubCheckpoint, folder: Path, more: int) -> None:
+    """Download what is missing of a checkpoint, if there is room for that, and for ``more`` bytes in ``folder``."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     missing = checkpoint.missing_bytes
-    needed = {checkpoint.folder: missing}
-    if wanted:
-        needed |= _bundle_bytes(checkpoint.folder, checkpoint.nbytes, wanted, folder)
-    _check_disks(needed)
+    _check_disks({checkpoint.folder: missing, folder: more})
     if not missing:
         return
     _tell(f"downloading {checkpoint.repo} ({_gigabytes(missing)}) to {checkpoint.folder}")
@@ -371,27 +372,27 @@ def _fetch(checkpoint: HubCheckpoint, wanted: _Wanted | None, folder: Path) -> N
         checkpoint.download(lambda count: bars.advance(task, count))
 
 
-def _bundle_bytes(checkpoint: Path, nbytes: int | None, wanted: _Wanted, folder: Path) -> dict[Path, int]:
-    """Bytes that the bundles of a checkpoint, of which the config is there, take in ``folder``, about.
+def _bundle_bytes(
+    checkpoint: Path, weights: WeightConfig | None, room: Room | None = None, cache: CacheConfig | None = None
+) -> int:
+    """Bytes of a bundle of a checkpoint, of which the config is here, about: of its tables and its weights, in this
+    format, or the one that there is room for.
 
     Raises `UserError` where there is no room for its weights on the card or in the machine's memory.
     """
     from pascalvl.export.checkpoint import read_config_file
     from pascalvl.export.weight_size import fitting_weights_of_config, weight_bytes_of_config
     from pascalvl.plugins.bundle import CHECKPOINT_CONFIG
-    from pascalvl.plugins.weight_format import FLOAT_WEIGHTS
+    from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig
     from pascalvl.runtime.model import DEFAULT_CONTEXT_LENGTH
 
     config, quantization = read_config_file(checkpoint / CHECKPOINT_CONFIG)
-    if quantization and wanted.weights is None:
-        if nbytes is None:
-            nbytes = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
-        return {folder: 2 * nbytes}  # codes stay, or become floats if they are of 8 bits, as an export finds out
-    weights = wanted.weights or FLOAT_WEIGHTS
-    if room := wanted.room():
-        weights = fitting_weights_of_config(config, room, wanted.cache, DEFAULT_CONTEXT_LENGTH).weights or weights
+    if quantization and weights is None:
+        weights = WeightConfig.parse("w4")  # at least: codes of 4 bits stay, and those of 8 become floats
+    elif room and cache:
+        weights = fitting_weights_of_config(config, room, cache, DEFAULT_CONTEXT_LENGTH).weights
     text = config.text_config
-    return {folder: 2 * (weight_bytes_of_config(config, weights) + 2 * text.vocab_size * text.hidden_size)}
+    return weight_bytes_of_config(config, weights or FLOAT_WEIGHTS) + 2 * text.vocab_size * text.hidden_size
 
 
 def _check_disks(needed: Mapping[Path, int]) -> None:
