@@ -279,7 +279,6 @@ def test_what_is_no_engine_bundle(refused, nano_model_bundle, tmp_path):
     refused("no directory .* engine bundle", "run", tmp_path / "absent", "--prompt", "Hello!")
     refused("has no manifest.json", "chat", tmp_path)
     refused("has no manifest.json", "inspect", tmp_path)
-    refused("is a bundle of kind 'model': expected the engine", "run", nano_model_bundle, "--prompt", "Hello!")
     refused("is a bundle of kind 'model': expected the engine", "bench", "model", nano_model_bundle)
 
 
