@@ -96,6 +96,9 @@ def first(hub: Hub, user: User) -> str:
     assert user.bundles() == []
     out, err = user.run("run", REPO, *QUESTION)
     assert hub.ranges(LARGE) == [None, f"bytes={10 << 20}-"]
+    for asked in hub.requests:  # nothing but the model is asked for, and nothing told of what is installed
+        assert REPO in asked.path or asked.path.startswith("/cdn/"), asked
+        assert "torch" not in asked.headers["user-agent"]
     (user.cache / "answer").write_text(out)
     return err
 
