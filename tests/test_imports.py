@@ -48,8 +48,15 @@ FIRST = {
     "runtime/cli": {"runtime", "export", "engines", "plugins"},
 }
 """The project's own folders, likewise; the command line has commands for all of them."""
-BESIDE = {"reference": {"tensorrt"}, "onnxruntime": set(), "tensorrt": set(), "torch": set(), "cuda": set()}
-"""Other backends that a backend may use: the reference runs in TensorRT's runtime."""
+BESIDE = {
+    "cuda": set(),
+    "doctor": {"tensorrt"},
+    "onnxruntime": set(),
+    "reference": {"tensorrt"},
+    "tensorrt": set(),
+    "torch": set(),
+}
+"""Other backends that a backend may use: the reference runs in TensorRT's runtime, and the doctor looks at TensorRT."""
 
 
 def imported(path: str, everywhere: bool = True) -> set[str]:

@@ -15,7 +15,9 @@ import pytest
 
 from pascalvl.engines import doctor
 from pascalvl.engines.device.gpu import INSTALL_TENSORRT_8, Gpu
-from pascalvl.engines.doctor import Driver, Plugin, Row, State, TensorRT
+from pascalvl.engines.doctor import Row, State, facts, machine
+from pascalvl.engines.doctor import tensorrt as trt
+from pascalvl.engines.doctor.facts import Driver, Plugin, TensorRT
 from pascalvl.engines.tensorrt import cuda_libraries
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
@@ -31,7 +33,7 @@ NONE, TRT8, TRT10 = TensorRT(), TensorRT("8.6.1"), TensorRT("10.16.1.11")
 PLUGIN = Plugin(Path("cache/kernels-0123456789abcdef/libpascalvl_plugin8.so"))
 BUNDLE = {"name": "tensorrt", "version": "8.6.1", "cuda": "12.9", "capability": "6.1"}
 BUNDLE |= {"contract": plugin_build.contract(), "plugin": "0123456789abcdef"}
-without_driver = pytest.mark.skipif(doctor.find_driver() is not None, reason="there is an NVIDIA driver")
+without_driver = pytest.mark.skipif(facts.find_driver() is not None, reason="there is an NVIDIA driver")
 without_tensorrt = pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
 
 
@@ -51,92 +53,92 @@ def check(row: Row, state: State, found: str, remedy: str = "") -> None:
 
 
 def test_python():
-    check(doctor.check_python((3, 11, 9), NONE), State.OK, "3.11.9")
-    check(doctor.check_python((3, 12, 0), TRT10), State.OK, "3.12.0")
-    check(doctor.check_python((3, 12, 0), NONE), State.WARNING, "3.12.0", "with Python 3.10 or 3.11")
+    check(trt.check_python((3, 11, 9), NONE), State.OK, "3.11.9")
+    check(trt.check_python((3, 12, 0), TRT10), State.OK, "3.12.0")
+    check(trt.check_python((3, 12, 0), NONE), State.WARNING, "3.12.0", "with Python 3.10 or 3.11")
 
 
 def test_driver():
-    check(doctor.check_driver(DRIVER, GTX1080), State.OK, "580.95.05, runs CUDA 13.0")
-    check(doctor.check_driver(Driver("525.60.13", (12, 0)), None), State.OK, "525.60.13, runs CUDA 12.0")
-    check(doctor.check_driver(Driver("580.95.05", None), None), State.OK, "580.95.05")
-    check(doctor.check_driver(Driver("595.10", (13, 2)), RTX3090), State.OK, "595.10, runs CUDA 13.2")
-    check(doctor.check_driver(None, GTX1080), State.OK, "of unknown version, runs CUDA 13.0")
-    check(doctor.check_driver(None, None), State.MISSING, "none", "Install branch 580")
-    old = doctor.check_driver(Driver("470.82", (11, 4)), GTX1080)
+    check(machine.check_driver(DRIVER, GTX1080), State.OK, "580.95.05, runs CUDA 13.0")
+    check(machine.check_driver(Driver("525.60.13", (12, 0)), None), State.OK, "525.60.13, runs CUDA 12.0")
+    check(machine.check_driver(Driver("580.95.05", None), None), State.OK, "580.95.05")
+    check(machine.check_driver(Driver("595.10", (13, 2)), RTX3090), State.OK, "595.10, runs CUDA 13.2")
+    check(machine.check_driver(None, GTX1080), State.OK, "of unknown version, runs CUDA 13.0")
+    check(machine.check_driver(None, None), State.MISSING, "none", "Install branch 580")
+    old = machine.check_driver(Driver("470.82", (11, 4)), GTX1080)
     check(old, State.MISSING, "470.82, runs CUDA 11.4", "needs branch 525 or newer: install branch 580")
-    new = doctor.check_driver(Driver("595.10", (13, 2)), None)
+    new = machine.check_driver(Driver("595.10", (13, 2)), None)
     check(new, State.MISSING, "595.10, runs CUDA 13.2", "branch 580 is the last that serves Pascal cards: install that")
     modules = dataclasses.replace(DRIVER, open_modules=True)
-    check(doctor.check_driver(modules, RTX3090), State.OK, "580.95.05, runs CUDA 13.0")
-    unseen = doctor.check_driver(modules, None)
+    check(machine.check_driver(modules, RTX3090), State.OK, "580.95.05, runs CUDA 13.0")
+    unseen = machine.check_driver(modules, None)
     found = "580.95.05, runs CUDA 13.0, open kernel modules"
     check(unseen, State.MISSING, found, "begin with Turing: install branch 580")
 
 
 def test_gpu():
     name = "NVIDIA GeForce GTX 1080, compute capability"
-    check(doctor.check_gpu(GTX1080, ""), State.OK, f"{name} 6.1")
+    check(machine.check_gpu(GTX1080, ""), State.OK, f"{name} 6.1")
     # The cubin for SM61 needs no compiler in the driver.
-    check(doctor.check_gpu(gpu((6, 1), (12, 0)), ""), State.OK, f"{name} 6.1")
+    check(machine.check_gpu(gpu((6, 1), (12, 0)), ""), State.OK, f"{name} 6.1")
     newer = f"{name} 8.6 (kernels through PTX for 6.1)"
-    check(doctor.check_gpu(gpu((8, 6), (12, 9)), ""), State.OK, newer)
-    check(doctor.check_gpu(gpu((8, 6), (12, 8)), ""), State.MISSING, newer, "install branch 575 or newer")
+    check(machine.check_gpu(gpu((8, 6), (12, 9)), ""), State.OK, newer)
+    check(machine.check_gpu(gpu((8, 6), (12, 8)), ""), State.MISSING, newer, "install branch 575 or newer")
     for capability in ((6, 0), (5, 2)):
         found = "{} {}.{}".format(name, *capability)
-        check(doctor.check_gpu(gpu(capability), ""), State.MISSING, found, "6.1 or higher: use another card")
-    none = doctor.check_gpu(None, "no NVIDIA GPU can be used (it sees none): check nvidia-smi.")
+        check(machine.check_gpu(gpu(capability), ""), State.MISSING, found, "6.1 or higher: use another card")
+    none = machine.check_gpu(None, "no NVIDIA GPU can be used (it sees none): check nvidia-smi.")
     check(none, State.MISSING, "none that CUDA can use", "No NVIDIA GPU can be used (it sees none)")
 
 
 def test_memory():
-    check(doctor.check_memory(GTX1080), State.OK, "8.6 GB, 7.5 GB free")
+    check(machine.check_memory(GTX1080), State.OK, "8.6 GB, 7.5 GB free")
     full = dataclasses.replace(GTX1080, free_memory=3 << 30)
-    check(doctor.check_memory(full), State.WARNING, "8.6 GB, 3.2 GB free", "Other programs hold more than half")
+    check(machine.check_memory(full), State.WARNING, "8.6 GB, 3.2 GB free", "Other programs hold more than half")
 
 
 def test_cuda_bindings():
     pin = "pip install 'cuda-bindings>=12.6,<13'"
-    check(doctor.check_cuda_bindings("12.9.4", DRIVER, GTX1080), State.OK, "12.9.4")
-    check(doctor.check_cuda_bindings("13.5.0", DRIVER, RTX3090), State.OK, "13.5.0")
-    check(doctor.check_cuda_bindings("", DRIVER, GTX1080), State.MISSING, "not installed", pin)
-    check(doctor.check_cuda_bindings("13.5.0", DRIVER, GTX1080), State.WARNING, "13.5.0", f"dropped this card: {pin}")
+    check(machine.check_cuda_bindings("12.9.4", DRIVER, GTX1080), State.OK, "12.9.4")
+    check(machine.check_cuda_bindings("13.5.0", DRIVER, RTX3090), State.OK, "13.5.0")
+    check(machine.check_cuda_bindings("", DRIVER, GTX1080), State.MISSING, "not installed", pin)
+    check(machine.check_cuda_bindings("13.5.0", DRIVER, GTX1080), State.WARNING, "13.5.0", f"dropped this card: {pin}")
     # No GPU is seen then, for these are too new for the driver.
-    old = doctor.check_cuda_bindings("13.5.0", Driver("535.1", (12, 2)), None)
+    old = machine.check_cuda_bindings("13.5.0", Driver("535.1", (12, 2)), None)
     check(old, State.MISSING, "13.5.0", f"The driver runs CUDA 12.2, these are for CUDA 13: {pin}")
 
 
 def test_tensorrt():
     install_8 = "pip install --extra-index-url https://pypi.nvidia.com tensorrt==8.6.1.post1 tensorrt_bindings==8.6.1 "
     install_10 = "pip install 'tensorrt-cu12>=10,<11'"
-    check(doctor.check_tensorrt(TRT8, GTX1080), State.OK, "8.6.1")
-    check(doctor.check_tensorrt(TensorRT("9.3.0.post12.dev1"), GTX1080), State.OK, "9.3.0.post12.dev1")
-    check(doctor.check_tensorrt(TRT10, RTX3090), State.OK, "10.16.1.11")
-    check(doctor.check_tensorrt(TRT8, RTX3090), State.OK, "8.6.1")
-    refused = doctor.check_tensorrt(TRT10, GTX1080)
+    check(trt.check_tensorrt(TRT8, GTX1080), State.OK, "8.6.1")
+    check(trt.check_tensorrt(TensorRT("9.3.0.post12.dev1"), GTX1080), State.OK, "9.3.0.post12.dev1")
+    check(trt.check_tensorrt(TRT10, RTX3090), State.OK, "10.16.1.11")
+    check(trt.check_tensorrt(TRT8, RTX3090), State.OK, "8.6.1")
+    refused = trt.check_tensorrt(TRT10, GTX1080)
     check(refused, State.MISSING, "10.16.1.11", f"refuses compute capability 6.1, 8.6.1 does not: {install_8}")
-    check(doctor.check_tensorrt(TRT10, gpu((7, 0))), State.MISSING, "10.16.1.11", "refuses compute capability 7.0")
-    check(doctor.check_tensorrt(TRT10, gpu((7, 5))), State.OK, "10.16.1.11")
-    check(doctor.check_tensorrt(NONE, GTX1080), State.MISSING, "not installed", install_8)
-    check(doctor.check_tensorrt(NONE, None), State.MISSING, "not installed", install_8)
-    check(doctor.check_tensorrt(NONE, RTX3090), State.MISSING, "not installed", install_10)
-    check(doctor.check_tensorrt(TRT8, gpu((9, 0))), State.OK, "8.6.1")
-    check(doctor.check_tensorrt(TRT8, gpu((12, 0))), State.MISSING, "8.6.1", f"12.0, TensorRT 10 does: {install_10}")
+    check(trt.check_tensorrt(TRT10, gpu((7, 0))), State.MISSING, "10.16.1.11", "refuses compute capability 7.0")
+    check(trt.check_tensorrt(TRT10, gpu((7, 5))), State.OK, "10.16.1.11")
+    check(trt.check_tensorrt(NONE, GTX1080), State.MISSING, "not installed", install_8)
+    check(trt.check_tensorrt(NONE, None), State.MISSING, "not installed", install_8)
+    check(trt.check_tensorrt(NONE, RTX3090), State.MISSING, "not installed", install_10)
+    check(trt.check_tensorrt(TRT8, gpu((9, 0))), State.OK, "8.6.1")
+    check(trt.check_tensorrt(TRT8, gpu((12, 0))), State.MISSING, "8.6.1", f"12.0, TensorRT 10 does: {install_10}")
     for version in ("8.5.3.1", "11.4.0.106"):
-        row = doctor.check_tensorrt(TensorRT(version), RTX3090)
+        row = trt.check_tensorrt(TensorRT(version), RTX3090)
         check(row, State.MISSING, version, f"for TensorRT 8.6, 9.x and 10.x: {install_10}")
     cudnn = TensorRT("8.6.1.post1", "it cannot be imported (libcudnn.so.8: cannot open shared object file)")
-    row = doctor.check_tensorrt(cudnn, GTX1080)
+    row = trt.check_tensorrt(cudnn, GTX1080)
     check(row, State.MISSING, "8.6.1.post1, unusable", "shared object file): pip install 'nvidia-cudnn-cu12==8.9.*'.")
     broken = TensorRT("8.6.1.post1", "it cannot be imported (No module named 'tensorrt_bindings')")
-    check(doctor.check_tensorrt(broken, GTX1080), State.MISSING, "8.6.1.post1, unusable", f"bindings'): {install_8}")
+    check(trt.check_tensorrt(broken, GTX1080), State.MISSING, "8.6.1.post1, unusable", f"bindings'): {install_8}")
 
 
 def test_numpy():
-    check(doctor.check_numpy("1.26.4", TRT8, GTX1080), State.OK, "1.26.4")
-    check(doctor.check_numpy("2.4.6", TRT10, RTX3090), State.OK, "2.4.6")
+    check(trt.check_numpy("1.26.4", TRT8, GTX1080), State.OK, "1.26.4")
+    check(trt.check_numpy("2.4.6", TRT10, RTX3090), State.OK, "2.4.6")
     for tensorrt, card in ((TRT8, GTX1080), (TRT8, RTX3090), (TRT10, GTX1080), (NONE, None)):
-        check(doctor.check_numpy("2.4.6", tensorrt, card), State.WARNING, "2.4.6", "pip install 'numpy<2'")
+        check(trt.check_numpy("2.4.6", tensorrt, card), State.WARNING, "2.4.6", "pip install 'numpy<2'")
 
 
 CUDA_LIBRARIES = {
@@ -156,8 +158,8 @@ def test_libraries_are_judged_by_whether_they_load(monkeypatch, name):
     remedy = f"TensorRT 8.6 needs it (libx.so: cannot open shared object file): pip install {pin}."
 
     def row(problems, tensorrt, card, version=""):
-        monkeypatch.setattr(doctor, "installed", lambda asked: version if asked == package else "")
-        return next(row for row in doctor.check_libraries(problems, tensorrt, card) if row.name == name)
+        monkeypatch.setattr(trt, "installed", lambda asked: version if asked == package else "")
+        return next(row for row in trt.check_libraries(problems, tensorrt, card) if row.name == name)
 
     check(row(loading, TRT8, GTX1080), State.OK, libraries)
     check(row(loading, TRT8, GTX1080, "12.9.1"), State.OK, f"{libraries} ({package} 12.9.1)")
@@ -181,7 +183,7 @@ def test_libraries_of_packages_are_loaded_by_their_paths(tmp_path, monkeypatch):
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: nvidia-cublas-cu12\nVersion: 12.9.1\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    found = doctor.find_libraries()
+    found = facts.find_libraries()
     assert list(found) == list(cuda_libraries.PACKAGES)
     assert found["libcublasLt.so.12"] == ""
     assert "libcublas.so.12: " in found["libcublas.so.12"]
@@ -198,36 +200,36 @@ def test_the_readme_installs_what_the_doctor_says():
 
 def test_plugin():
     found = f"libpascalvl_plugin8.so; TensorRT finds {OP_NAME} {OP_VERSION} in it"
-    check(doctor.check_plugin(PLUGIN, TRT8), State.OK, found)
+    check(trt.check_plugin(PLUGIN, TRT8), State.OK, found)
     for tensorrt in (NONE, TensorRT("8.6.1", "it cannot be imported")):
-        untried = doctor.check_plugin(PLUGIN, tensorrt)
+        untried = trt.check_plugin(PLUGIN, tensorrt)
         check(untried, State.WARNING, "libpascalvl_plugin8.so", "there is no TensorRT to try it in")
-    unseen = doctor.check_plugin(dataclasses.replace(PLUGIN, problem="TensorRT does not find it"), TRT8)
+    unseen = trt.check_plugin(dataclasses.replace(PLUGIN, problem="TensorRT does not find it"), TRT8)
     check(unseen, State.MISSING, "libpascalvl_plugin8.so, unusable", "TensorRT does not find it: remove cache/kernels-")
-    unbuilt = doctor.check_plugin(Plugin(None, "the C++ compiler 'g++' was not found: install g++ or set CXX."), TRT8)
+    unbuilt = trt.check_plugin(Plugin(None, "the C++ compiler 'g++' was not found: install g++ or set CXX."), TRT8)
     check(unbuilt, State.MISSING, "cannot be compiled", "The C++ compiler 'g++' was not found: install g++")
 
 
 def test_what_compiles_the_plugin_is_needed_only_until_it_is_compiled():
     unbuilt, compiled = Plugin(), "none; the plugin is compiled already"
-    check(doctor.check_compiler("bin/g++", unbuilt), State.OK, "bin/g++")
-    check(doctor.check_compiler(None, PLUGIN), State.OK, compiled)
-    check(doctor.check_compiler(None, unbuilt), State.WARNING, "none", "install g++, or set CXX")
-    check(doctor.check_nvrtc("12.9.86", unbuilt), State.OK, "12.9.86")
-    check(doctor.check_nvrtc("", PLUGIN), State.OK, compiled)
-    check(doctor.check_nvrtc("", unbuilt), State.WARNING, "none", "pip install 'nvidia-cuda-nvrtc-cu12")
+    check(machine.check_compiler("bin/g++", unbuilt), State.OK, "bin/g++")
+    check(machine.check_compiler(None, PLUGIN), State.OK, compiled)
+    check(machine.check_compiler(None, unbuilt), State.WARNING, "none", "install g++, or set CXX")
+    check(machine.check_nvrtc("12.9.86", unbuilt), State.OK, "12.9.86")
+    check(machine.check_nvrtc("", PLUGIN), State.OK, compiled)
+    check(machine.check_nvrtc("", unbuilt), State.WARNING, "none", "pip install 'nvidia-cuda-nvrtc-cu12")
 
 
 def test_onnxruntime():
-    check(doctor.check_onnxruntime("1.32.0"), State.OK, "1.32.0, the backend on the CPU")
-    check(doctor.check_onnxruntime(""), State.WARNING, "not installed", "pip install 'pascalvl[runtime]'")
+    check(machine.check_onnxruntime("1.32.0"), State.OK, "1.32.0, the backend on the CPU")
+    check(machine.check_onnxruntime(""), State.WARNING, "not installed", "pip install 'pascalvl[runtime]'")
 
 
 # Engine bundles -------------------------------------------------------------------------------------------------------
 
 
 def engine(backend, tensorrt=TRT8, card=GTX1080, driver=DRIVER, plugin=PLUGIN, onnxruntime="1.32.0"):
-    return {row.name: row for row in doctor.check_engine(backend, tensorrt, card, driver, plugin, onnxruntime)}
+    return {row.name: row for row in trt.check_engine(backend, tensorrt, card, driver, plugin, onnxruntime)}
 
 
 def test_engine_that_runs_here():
@@ -294,12 +296,12 @@ def test_driver_by_the_kernel_modules_file(tmp_path, monkeypatch, line, open_mod
     def absent(_):
         raise OSError
 
-    monkeypatch.setattr(doctor.ctypes, "CDLL", absent)
+    monkeypatch.setattr(facts.ctypes, "CDLL", absent)
     (tmp_path / "version").write_text(f"{line}\nGCC version:  gcc version 12.3.0\n")
-    assert doctor.find_driver(tmp_path / "version") == Driver("535.183.01", None, open_modules)
+    assert facts.find_driver(tmp_path / "version") == Driver("535.183.01", None, open_modules)
     (tmp_path / "version").write_text("Something else.")
-    assert doctor.find_driver(tmp_path / "version") is None
-    assert doctor.find_driver(tmp_path / "absent") is None
+    assert facts.find_driver(tmp_path / "version") is None
+    assert facts.find_driver(tmp_path / "absent") is None
 
 
 def test_driver_by_its_library(tmp_path, monkeypatch):
@@ -315,8 +317,8 @@ def test_driver_by_its_library(tmp_path, monkeypatch):
     library = tmp_path / "libnvml.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
     load = ctypes.CDLL
-    monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: load(library if name == "libnvidia-ml.so.1" else name))
-    assert doctor.find_driver(tmp_path / "absent") == Driver("580.159.04", (13, 0))
+    monkeypatch.setattr(facts.ctypes, "CDLL", lambda name: load(library if name == "libnvidia-ml.so.1" else name))
+    assert facts.find_driver(tmp_path / "absent") == Driver("580.159.04", (13, 0))
 
 
 @pytest.fixture
@@ -341,17 +343,17 @@ def lean(stand_in, tmp_path, monkeypatch):
 
 
 def test_the_plugin_is_tried_in_tensorrts_registry(lean, tmp_path):
-    tensorrt = doctor.find_tensorrt()
+    tensorrt = facts.find_tensorrt()
     assert tensorrt == TRT10
-    plugin = doctor.find_plugin(tensorrt)
+    plugin = facts.find_plugin(tensorrt)
     assert (plugin.library.name, plugin.problem) == ("libpascalvl_plugin10.so", "")
 
     source = tmp_path / "empty.c"
     source.write_text("int nothing;")
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "empty.so", source], check=True)
-    assert doctor.probe(tmp_path / "empty.so")["problem"] == f"TensorRT does not find {OP_NAME} {OP_VERSION} in it"
+    assert facts.probe(tmp_path / "empty.so")["problem"] == f"TensorRT does not find {OP_NAME} {OP_VERSION} in it"
     (tmp_path / "text.so").write_text("This is no library.")
-    assert re.match(r"it cannot be loaded \(.*text\.so", doctor.probe(tmp_path / "text.so")["problem"])
+    assert re.match(r"it cannot be loaded \(.*text\.so", facts.probe(tmp_path / "text.so")["problem"])
 
 
 @pytest.mark.parametrize(
@@ -368,8 +370,8 @@ def test_the_plugin_is_tried_in_tensorrts_registry(lean, tmp_path):
 )
 def test_tensorrt_that_cannot_be_imported(stand_in, monkeypatch, source, problem):
     stand_in(source)
-    monkeypatch.setattr(doctor, "installed", lambda *_: "8.6.1.post1")
-    tensorrt = doctor.find_tensorrt()
+    monkeypatch.setattr(facts, "installed", lambda *_: "8.6.1.post1")
+    tensorrt = facts.find_tensorrt()
     assert tensorrt.version == "8.6.1.post1"
     assert re.match(problem, tensorrt.problem)
     assert not tensorrt.usable
@@ -382,7 +384,7 @@ def test_plugin_that_cannot_be_compiled(monkeypatch):
             raise error
 
         monkeypatch.setattr(plugin_build, "cached", cached)
-        return doctor.find_plugin(NONE)
+        return facts.find_plugin(NONE)
 
     assert fail(UserError("g++ failed:\n  line 1")) == Plugin(None, "g++ failed: line 1")
     assert fail(PermissionError(13, "Permission denied", "plugin.cpp")) == Plugin(
@@ -392,14 +394,14 @@ def test_plugin_that_cannot_be_compiled(monkeypatch):
 
 def test_gpu_without_cuda_bindings(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    found, problem = doctor._find_gpu()
+    found, problem = facts.find_usable_gpu()
     assert found is None
-    assert doctor.check_gpu(found, problem).remedy == "cuda-bindings, which would tell, is not there: install it."
+    assert machine.check_gpu(found, problem).remedy == "cuda-bindings, which would tell, is not there: install it."
 
 
 def test_versions_of_packages():
-    assert doctor.installed("no-such-package") == ""
-    assert doctor.installed("no-such-package", "pytest") == pytest.__version__
+    assert facts.installed("no-such-package") == ""
+    assert facts.installed("no-such-package", "pytest") == pytest.__version__
 
 
 @without_driver

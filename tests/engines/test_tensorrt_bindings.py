@@ -83,11 +83,11 @@ def bindings(tmp_path_factory) -> dict:
 def used() -> set[tuple[str, str]]:
     """Class (or module) and member of what `engines` uses of TensorRT."""
     found = set()
-    for name in ("tensorrt/backend", "tensorrt/engine", "doctor"):
+    for name in ("tensorrt/backend", "tensorrt/engine", "doctor/probe"):
         for node in ast.walk(ast.parse((ENGINES / f"{name}.py").read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute):
                 value = ast.unparse(node.value)
-                if value in ("trt", "tensorrt") and not (name == "doctor" and value == "trt"):
+                if value in ("trt", "tensorrt") and not (name == "doctor/probe" and value == "trt"):
                     found.add(("module", node.attr))
                 elif value in OBJECTS:
                     found.add((OBJECTS[value], node.attr))
