@@ -1,4 +1,4 @@
-"""What is there: `inspect` and `doctor`."""
+"""What is there: `inspect`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pascalvl.plugins.errors import UserError
-from pascalvl.runtime.cli.common import FINDING, TABLE_WIDTH, new_console
+from pascalvl.runtime.cli.common import TABLE_WIDTH, new_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -119,31 +119,3 @@ def _longest_context(cache: Any, text: Any, pinned: int, room: int) -> str:
 def _context_lengths(longest: int) -> list[int]:
     """1024, doubled as often as fits, and the longest."""
     return [*(1 << bits for bits in range(10, longest.bit_length()) if 1 << bits < longest), longest]
-
-
-def doctor(args: argparse.Namespace) -> int:
-    """Run `pascalvl doctor`; returns the exit code."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from pascalvl.engines import doctor
-    from pascalvl.plugins.bundle import Manifest
-
-    manifest = Manifest.read(args.engine, "engine") if args.engine else None
-    waiting = Console(stderr=True)
-    waiting.quiet = not waiting.is_terminal
-    with waiting.status("looking; the plugin is compiled once, which takes a minute"):
-        rows = doctor.diagnose(manifest)
-    table = Table()
-    for heading in ("what", "found", "state"):
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(row.name, row.found, row.state.value)
-    console = new_console()
-    console.print(table)
-    for row in rows:
-        if row.remedy:
-            console.print(f"{row.state.value}: {row.name}: {row.remedy}", soft_wrap=True)
-    missing = any(row.state is doctor.State.MISSING for row in rows)
-    console.print(f"the tensorrt backend {'cannot' if missing else 'can'} run here")
-    return FINDING if missing else 0

@@ -19,8 +19,9 @@ from pascalvl.runtime.cli.argument_types import (
     weights_or_auto,
 )
 from pascalvl.runtime.cli.convert import build, export
+from pascalvl.runtime.cli.doctor import doctor
 from pascalvl.runtime.cli.judge import evaluate, validate
-from pascalvl.runtime.cli.look import doctor, inspect
+from pascalvl.runtime.cli.look import inspect
 from pascalvl.runtime.cli.sources import path_or_name
 from pascalvl.runtime.cli.talk import CHAT_COMMANDS, chat, run
 from pascalvl.runtime.cli.timing import bench_kernels, bench_model
