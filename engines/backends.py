@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from pascalvl.engines.engine import DeviceMemory, Engine
 from pascalvl.engines.tensorrt.options import BuildOptions
@@ -34,6 +35,7 @@ see `target`.
 """
 _FOR_JUDGING = ("torch", "reference")
 """What the others are judged by; `AUTO` never takes them."""
+_AUTOMATIC = tuple(name for name in BACKENDS if name not in _FOR_JUDGING)
 
 
 def build(
@@ -141,33 +143,53 @@ def device_memory(directory: Path, manifest: Manifest, capacities: Sequence[int]
     return tell(directory, manifest, capacities) if tell else []
 
 
+def unavailable(name: str) -> str:
+    """Why one of `BACKENDS` cannot be used here; empty: it is installed and finds what it needs."""
+    module, reason = _imported(name)
+    return reason or getattr(module, "unavailable", lambda: None)() or ""
+
+
+def automatic(why_not: Callable[[str], str] = unavailable) -> tuple[str | None, dict[str, str]]:
+    """What `AUTO` takes, None if no backend can be used; and by name why faster ones are skipped.
+
+    Args:
+        why_not: tells of a backend what `unavailable` does.
+    """
+    skipped = {}
+    for name in _AUTOMATIC:
+        if not (reason := why_not(name)):
+            return name, skipped
+        skipped[name] = reason
+    return None, skipped
+
+
 def _backend_module(name: str, tell: Callable[[str], None] = log.info):
     """Import a backend's module; `AUTO` is the first that is installed and finds what it needs."""
     if name not in (AUTO, *BACKENDS):
         raise UserError(f"unknown backend {name!r}: expected one of {', '.join((AUTO, *BACKENDS))}.")
-    candidates = [known for known in BACKENDS if known not in _FOR_JUDGING] if name == AUTO else [name]
-    skipped = {}
-    for candidate in candidates:
-        try:
-            module = importlib.import_module(BACKENDS[candidate])
-        except ModuleNotFoundError as error:
-            skipped[candidate] = f"needs the package {error.name}"
-            continue
-        except ImportError as error:  # a library that the package loads
-            skipped[candidate] = str(error)
-            continue
-        if name == AUTO:
-            if reason := getattr(module, "unavailable", lambda: None)():
-                skipped[candidate] = reason
-                continue
-            others = candidates[candidates.index(candidate) + 1 :]
-            other = f"; --backend {others[0]} would be the next" if others else ""
-            tell(f"backend {candidate}: the fastest that can be used here{_told(skipped)}{other}")
-        return module
-    reasons = ", ".join(f"{candidate} ({reason})" for candidate, reason in skipped.items())
     if name == AUTO:
-        raise UserError(f"no backend can be used: {reasons}; install one with pip.")
-    raise UserError(f"backend not installed: {reasons}; install it with pip, or choose another --backend.")
+        taken, skipped = automatic()
+        if taken is None:
+            reasons = ", ".join(f"{backend} ({reason})" for backend, reason in skipped.items())
+            raise UserError(f"no backend can be used: {reasons}; install one with pip.")
+        others = _AUTOMATIC[_AUTOMATIC.index(taken) + 1 :]
+        other = f"; --backend {others[0]} would be the next" if others else ""
+        tell(f"backend {taken}: the fastest that can be used here{_told(skipped)}{other}")
+        name = taken
+    module, reason = _imported(name)
+    if reason:
+        raise UserError(f"backend not installed: {name} ({reason}); install it with pip, or choose another --backend.")
+    return module
+
+
+def _imported(name: str) -> tuple[ModuleType | None, str]:
+    """A backend's module, or why it cannot be imported."""
+    try:
+        return importlib.import_module(BACKENDS[name]), ""
+    except ModuleNotFoundError as error:
+        return None, f"needs the package {error.name}"
+    except ImportError as error:  # a library that the package loads
+        return None, str(error)
 
 
 def _told(skipped: Mapping[str, str]) -> str:
