@@ -35,7 +35,8 @@ see `target`.
 """
 _FOR_JUDGING = ("torch", "reference")
 """What the others are judged by; `AUTO` never takes them."""
-_AUTOMATIC = tuple(name for name in BACKENDS if name not in _FOR_JUDGING)
+AUTOMATIC = tuple(name for name in BACKENDS if name not in _FOR_JUDGING)
+"""What `AUTO` takes one of, the fastest first."""
 
 
 def build(
@@ -156,7 +157,7 @@ def automatic(why_not: Callable[[str], str] = unavailable) -> tuple[str | None, 
         why_not: tells of a backend what `unavailable` does.
     """
     skipped = {}
-    for name in _AUTOMATIC:
+    for name in AUTOMATIC:
         if not (reason := why_not(name)):
             return name, skipped
         skipped[name] = reason
@@ -172,7 +173,7 @@ def _backend_module(name: str, tell: Callable[[str], None] = log.info):
         if taken is None:
             reasons = ", ".join(f"{backend} ({reason})" for backend, reason in skipped.items())
             raise UserError(f"no backend can be used: {reasons}; install one with pip.")
-        others = _AUTOMATIC[_AUTOMATIC.index(taken) + 1 :]
+        others = AUTOMATIC[AUTOMATIC.index(taken) + 1 :]
         other = f"; --backend {others[0]} would be the next" if others else ""
         tell(f"backend {taken}: the fastest that can be used here{_told(skipped)}{other}")
         name = taken

@@ -484,11 +484,17 @@ def _chosen_at_run_time(cache: CacheConfig, manifest: Manifest) -> CacheConfig:
     return chosen
 
 
+def default_context_length(text: TextConfig, cache: CacheConfig) -> int:
+    """Tokens of prompt and answer together, where nobody says how many."""
+    longest = text.max_position_embeddings
+    return longest if cache.window else min(DEFAULT_CONTEXT_LENGTH, longest)
+
+
 def _context_length(given: int | None, text: TextConfig, cache: CacheConfig) -> int:
     """Tokens of prompt and answer together; raises `UserError` for a number out of range."""
     longest = text.max_position_embeddings
     if given is None:
-        return longest if cache.window else min(DEFAULT_CONTEXT_LENGTH, longest)
+        return default_context_length(text, cache)
     if cache.window and given > longest:
         log.warning("positions beyond %d, which the model was made for, may make its answers worse", longest)
     elif not 2 <= given <= longest:

@@ -1,13 +1,14 @@
-"""Checks of what GPU backends have in common: driver, card, cuda-bindings, what compiles; and of what needs no GPU."""
+"""Checks of what GPU backends have in common: driver, card, the kernels and what compiles them."""
 
 from __future__ import annotations
 
-from pascalvl.engines.device.gpu import PASCAL, TENSORRT_10_CAPABILITY, Gpu, install
-from pascalvl.engines.doctor.facts import Driver, Plugin
-from pascalvl.engines.doctor.rows import Row, State, dotted, numbers, sentence
+from pascalvl.engines.device.gpu import PASCAL, Gpu, install
+from pascalvl.engines.doctor.facts import Compiled, Driver
+from pascalvl.engines.doctor.rows import Row, State, dotted, sentence
 from pascalvl.plugins.kernels.build import NVRTC_PACKAGE
 
 LAST_PASCAL_BRANCH = 580
+"""The last branch of the driver that serves Pascal."""
 FIRST_CUDA12_BRANCH = 525
 PTX_CUDA, PTX_BRANCH = (12, 9), 575
 """The first driver that compiles the PTX of NVRTC 12.9, which GPUs other than SM61 run."""
@@ -62,40 +63,26 @@ def check_memory(gpu: Gpu) -> Row:
     return Row("GPU memory", found)
 
 
-def check_cuda_bindings(version: str, driver: Driver | None, gpu: Gpu | None) -> Row:
-    name, command = "cuda-bindings", install("cuda-bindings>=12.6,<13")
-    if not version:
-        return Row(name, "not installed", State.MISSING, f"Install it: {command}.")
-    runs = (gpu and gpu.driver_cuda) or (driver and driver.cuda)
-    major = numbers(version)[0]
-    if runs and major > runs[0]:
-        remedy = f"The driver runs CUDA {dotted(runs)}, these are for CUDA {major}: {command}."
-        return Row(name, version, State.MISSING, remedy)
-    if major > 12 and gpu and gpu.capability < TENSORRT_10_CAPABILITY:
-        return Row(name, version, State.WARNING, f"CUDA {major} has dropped this card: {command}.")
-    return Row(name, version)
+def check_kernels(kernels: Compiled) -> Row:
+    """The library that backends ``cuda`` and ``torch`` run on a GPU."""
+    if kernels.problem:
+        return Row("kernels", "unusable", State.MISSING, f"What is there cannot be used: {kernels.problem}")
+    return Row("kernels", kernels.library.name if kernels.library else "compiled on first use, which takes two minutes")
 
 
-def check_compiler(path: str | None, plugin: Plugin) -> Row:
+def check_compiler(path: str | None, kernels: Compiled) -> Row:
+    name = "C++ compiler"
     if path:
-        return Row("C++ compiler", path)
-    if plugin.library:
-        return Row("C++ compiler", "none; the plugin is compiled already")
-    remedy = "The plugin is compiled with it, once: install g++, or set CXX."
-    return Row("C++ compiler", "none", State.WARNING, remedy)
+        return Row(name, path)
+    if kernels.library:
+        return Row(name, "none; the kernels are compiled already")
+    return Row(name, "none", State.MISSING, "The kernels are compiled with it, once: install g++, or set CXX.")
 
 
-def check_nvrtc(version: str, plugin: Plugin) -> Row:
+def check_nvrtc(version: str, kernels: Compiled) -> Row:
     if version:
         return Row("NVRTC", version)
-    if plugin.library:
-        return Row("NVRTC", "none; the plugin is compiled already")
-    remedy = f"The plugin's kernels are compiled with it, once: pip install '{NVRTC_PACKAGE}'."
-    return Row("NVRTC", "none", State.WARNING, remedy)
-
-
-def check_onnxruntime(version: str) -> Row:
-    if version:
-        return Row("onnxruntime", f"{version}, the backend on the CPU")
-    remedy = "It is what runs without TensorRT: pip install 'pascalvl[runtime]'."
-    return Row("onnxruntime", "not installed", State.WARNING, remedy)
+    if kernels.library:
+        return Row("NVRTC", "none; the kernels are compiled already")
+    remedy = f"The kernels are compiled with it, once: {install(NVRTC_PACKAGE)}."
+    return Row("NVRTC", "none", State.MISSING, remedy)

@@ -13,7 +13,7 @@ class State(enum.Enum):
     OK = "ok"
     WARNING = "warning"
     MISSING = "missing"
-    """The tensorrt backend cannot run."""
+    """What the row's section is about, such as a backend, cannot run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,20 @@ class Row:
     found: str
     state: State = State.OK
     remedy: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Checks of what belongs together: the machine, a backend, a bundle."""
+
+    name: str
+    rows: tuple[Row, ...]
+    about: str = ""
+    """What holds for all of them."""
+
+    @property
+    def missing(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.state is State.MISSING)
 
 
 def numbers(version: str) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from pascalvl.engines.device.gpu import (
     CUBLAS,
@@ -13,7 +13,7 @@ from pascalvl.engines.device.gpu import (
     Gpu,
     install,
 )
-from pascalvl.engines.doctor.facts import Driver, Plugin, TensorRT, installed
+from pascalvl.engines.doctor.facts import Driver, Plugin, TensorRT
 from pascalvl.engines.doctor.rows import Row, State, dotted, numbers, sentence
 from pascalvl.engines.tensorrt import cuda_libraries
 from pascalvl.plugins.ops.flash_attention.op import OP_NAME, OP_VERSION
@@ -27,9 +27,16 @@ CUDA_PACKAGES = {"CUDA runtime": CUDA_RUNTIME, "cuBLAS": CUBLAS, "cuDNN": CUDNN}
 """By row: the packages that have what TensorRT 8.6 needs of CUDA."""
 
 
-def check_python(version: Sequence[int], tensorrt: TensorRT) -> Row:
-    found = ".".join(map(str, version))
-    if tuple(version[:2]) > (3, 11) and not tensorrt.version:
+def environment(tensorrt: TensorRT, gpu: Gpu | None) -> str:
+    """What the environment must be like; empty: as for the other backends."""
+    if _major(tensorrt, gpu) >= 10:
+        return ""
+    return "TensorRT 8.6 wants an environment of its own: Python 3.10 or 3.11, NumPy 1, cuDNN 8.9"
+
+
+def check_python(version: tuple[int, ...], tensorrt: TensorRT, gpu: Gpu | None) -> Row:
+    found = dotted(version)
+    if version[:2] > (3, 11) and not tensorrt.version and _major(tensorrt, gpu) < 10:
         remedy = "TensorRT 8.6 has packages for Python 3.8 to 3.11: make the environment with Python 3.10 or 3.11."
         return Row("Python", found, State.WARNING, remedy)
     return Row("Python", found)
@@ -64,12 +71,14 @@ def check_numpy(version: str, tensorrt: TensorRT, gpu: Gpu | None) -> Row:
     return Row("NumPy", version or "not found by pip")
 
 
-def check_libraries(problems: Mapping[str, str], tensorrt: TensorRT, gpu: Gpu | None) -> Iterator[Row]:
+def check_libraries(
+    problems: Mapping[str, str], packages: Mapping[str, str], tensorrt: TensorRT, gpu: Gpu | None
+) -> Iterator[Row]:
     """What TensorRT 8.6 needs of CUDA, by what `find_libraries` found when it loaded that."""
     for name, package in CUDA_PACKAGES.items():
         libraries = sorted(library for library, (owner, _) in cuda_libraries.PACKAGES.items() if owner == package)
         distribution = cuda_libraries.name(package)
-        version = installed(distribution)
+        version = packages.get(distribution, "")
         failed = [problem for library in libraries if (problem := problems[library])]
         if not failed:
             yield Row(name, ", ".join(libraries) + (f" ({distribution} {version})" if version else ""))
@@ -93,20 +102,9 @@ def check_plugin(plugin: Plugin, tensorrt: TensorRT) -> Row:
 
 
 def check_engine(
-    backend: Mapping[str, object],
-    tensorrt: TensorRT,
-    gpu: Gpu | None,
-    driver: Driver | None,
-    plugin: Plugin,
-    onnxruntime: str,
+    backend: Mapping[str, object], tensorrt: TensorRT, gpu: Gpu | None, driver: Driver | None, plugin: Plugin
 ) -> list[Row]:
     """What an engine bundle was built for, ``backend`` of its manifest, beside what is here."""
-    name = str(backend.get("name"))
-    if name != BACKEND:
-        if name == "onnxruntime" and not onnxruntime:
-            remedy = "Its backend is not installed: pip install 'pascalvl[runtime]'."
-            return [Row("engine", f"for {name}", State.MISSING, remedy)]
-        return [Row("engine", f"for {name}, which needs none of TensorRT and its plugin")]
     again = f"build it again here with --backend {BACKEND}"
 
     def compare(what: str, wanted: object, here: str, fits: bool) -> Row:

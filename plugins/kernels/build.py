@@ -52,6 +52,9 @@ class Target(enum.Enum):
     EMULATOR = "emulator"
 
 
+_LIBRARIES = {Target.CUDA: "libpascalvl.so", Target.EMULATOR: "libpascalvl_emulated.so"}
+
+
 def build(output: Path, target: Target, flags: Sequence[str] = (), more: Sequence[Path] = ()) -> None:
     """Write the shared library ``output``: the kernels, compiled once for all libraries, and what comes to them.
 
@@ -85,7 +88,7 @@ def kernel_images() -> Path:
 
 
 def _build_images(output: Path) -> None:
-    _compiler()  # told before the minute that NVRTC takes
+    compiler_command()  # told before the minute that NVRTC takes
     with tempfile.TemporaryDirectory() as work:
         images = _images(Path(work))
         taken = {kernel: dataclasses.asdict(resources) for kernel, resources in _resources().items()}
@@ -96,7 +99,7 @@ def _build_images(output: Path) -> None:
 def compile_library(output: Path, sources: Sequence[Path], flags: Sequence[str] = (), kind: str = "-shared") -> None:
     """Compile C++ files and link objects to a shared library, or with ``kind`` -r to one object, which appears at
     ``output`` complete; for errors see `build`."""
-    compiler = _compiler()
+    compiler = compiler_command()
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=_partial_prefix(output.name), dir=output.parent) as work:
         made = Path(work) / output.name
@@ -121,8 +124,8 @@ def first_error(report: str) -> str:
     return next((line for line in lines if "error" in line), lines[0] if lines else "it does not say why").strip()
 
 
-def _compiler() -> list[str]:
-    """The C++ compiler's command, of one or more words."""
+def compiler_command() -> list[str]:
+    """The C++ compiler's command, of one or more words; raises `UserError` where it is not there."""
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     if not shutil.which(compiler[0]):
         raise UserError(f"the C++ compiler {compiler[0]!r} was not found: install g++ or set CXX.")
@@ -131,8 +134,19 @@ def _compiler() -> list[str]:
 
 def cached(target: Target) -> Path:
     """The library that the wheel has, or else in the user's cache folder, built on first use; see `cached_file`."""
-    name = "libpascalvl.so" if target is Target.CUDA else "libpascalvl_emulated.so"
-    return cached_file(name, source_files(), lambda library: build(library, target))
+    return cached_file(_LIBRARIES[target], source_files(), lambda library: build(library, target))
+
+
+def find_cached(target: Target) -> Path | None:
+    """The library that `cached` gives, if it is there already; raises `UserError` where others can write it."""
+    if (packaged := PACKAGED / _LIBRARIES[target]).exists():
+        return packaged
+    library = cache_folder() / f"kernels-{source_hash(source_files())}" / _LIBRARIES[target]
+    if not library.exists():
+        return None
+    for path in (cache_folder(), library.parent, library):
+        require_private(path)
+    return library
 
 
 def source_files() -> list[Path]:

@@ -76,8 +76,8 @@ def _open_closed_streams() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
-    0: done; 1: `validate` found a deviation, or `doctor` what keeps the tensorrt backend from running; 2: something the
-    user can put right, told in one sentence on stderr.
+    0: done; 1: `validate` found a deviation, or `doctor` that a bundle, or without one any backend on a GPU, does not
+    run; 2: something the user can put right, told in one sentence on stderr.
     """
     _open_closed_streams()
     try:

@@ -161,10 +161,9 @@ def command_parser() -> argparse.ArgumentParser:
         "--memory", type=float, action="append", metavar="GB", help="tell the longest context that fits in so much"
     )
 
-    sub = command("doctor", doctor, "runtime", "what the tensorrt backend needs, and what this machine has of it")
-    sub.add_argument(
-        "--engine", type=own_path, metavar="ENGINE_BUNDLE", help="check whether this bundle runs here, too"
-    )
+    sub = command("doctor", doctor, "runtime", "which backends run on this machine, and what the others lack")
+    sub.add_argument("--engine", type=own_path, metavar="ENGINE_BUNDLE", help="tell whether this bundle runs here")
+    sub.add_argument("--json", type=own_path, metavar="FILE", help="write what was found there; -: to standard output")
     return parser
 
 
