@@ -90,6 +90,11 @@ class BenchOptions:
         return min(needed, model.text.max_position_embeddings)
 
 
+SHORT = BenchOptions(depths=(0, 4096), repeats=3)
+SHORT_ON_CPU = BenchOptions(depths=(0,), prefill=128, decode=16, follow_ups=(8,), picture=512, repeats=2)
+"""What a report measures."""
+
+
 @dataclasses.dataclass(frozen=True)
 class DepthFigures:
     """What was measured behind so many tokens."""

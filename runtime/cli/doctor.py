@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
-from pascalvl.runtime.cli.common import FINDING, new_console, write_whole
+from pascalvl.plugins.errors import UserError
+from pascalvl.runtime.cli.common import FINDING, new_console, open_model, write_whole
+from pascalvl.runtime.cli.timing import measure
 
 if TYPE_CHECKING:
     from pascalvl.engines.doctor import Bundle, Diagnosis
@@ -32,6 +35,8 @@ def doctor(args: argparse.Namespace) -> int:
         _show(diagnosis)
         if args.json:
             write_whole(args.json, lambda path: path.write_text(figures + "\n", encoding="utf-8"))
+    if args.report:
+        _write_report(args, diagnosis, bundle)
     return 0 if diagnosis.runs else FINDING
 
 
@@ -69,3 +74,51 @@ def _show(diagnosis: Diagnosis) -> None:
         for row in section.rows:
             if row.remedy and row.remedy not in diagnosis.steps:
                 console.print(f"{row.state.value}: {section.name}: {row.name}: {row.remedy}", soft_wrap=True)
+
+
+def _write_report(args: argparse.Namespace, diagnosis: Diagnosis, bundle: Bundle | None) -> None:
+    """Write the report, first without figures: so it is there whatever becomes of measuring them."""
+    from pascalvl.engines.doctor.report import report
+
+    def write(figures: str) -> None:
+        text = report(diagnosis, bundle and bundle.manifest, figures)
+        write_whole(args.report, lambda path: path.write_text(text, encoding="utf-8"))
+
+    write("Not measured: that did not come to its end.")
+    if bundle:
+        write(_figures(bundle, diagnosis))
+    told = sys.stderr if str(args.json) == _STANDARD_OUTPUT else sys.stdout
+    print(
+        f"{args.report}: a report of this machine, without names, paths and serial numbers; read it, then open an "
+        "issue with it: README.md says where, under 'Measurements on your card'",
+        file=told,
+    )
+
+
+def _figures(bundle: Bundle, diagnosis: Diagnosis) -> str:
+    """What `bench model` measures of a bundle, in short; or a sentence on why there is nothing."""
+    import io
+
+    from rich.console import Console
+
+    from pascalvl.runtime import bench
+
+    if not diagnosis.runs:
+        return "Not measured: the bundle does not run here."
+    if not diagnosis.on_gpu and bundle.backend != "onnxruntime":
+        return f"Not measured: on the CPU an emulator runs the kernels of backend {bundle.backend}."
+    options = bench.SHORT if diagnosis.on_gpu else bench.SHORT_ON_CPU
+    given: dict[str, Any] = {
+        "bundle": bundle.directory,
+        "backend": bundle.backend,
+        "context": options.context(bundle.manifest.model),
+        **dict.fromkeys(("max_pixels", "kv"), None),
+        "control_tokens_in_text": False,
+    }
+    try:
+        result = measure(open_model(argparse.Namespace(**given)), options)
+    except (UserError, MemoryError) as error:
+        return f"Not measured: {error or 'there is not enough memory.'}"
+    text = io.StringIO()
+    Console(file=text, width=160, highlight=False, markup=False, emoji=False).print(*bench.tables(result), sep="\n")
+    return text.getvalue()

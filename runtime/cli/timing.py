@@ -10,7 +10,8 @@ from pascalvl.plugins.errors import UserError
 from pascalvl.runtime.cli.common import TABLE_WIDTH, new_console, open_model, write_whole
 
 if TYPE_CHECKING:
-    pass
+    from pascalvl.runtime.bench import BenchOptions, BenchResult
+    from pascalvl.runtime.model import VisionLanguageModel
 
 
 def figures_table(title: str, headings: Sequence[str]) -> Any:
@@ -28,9 +29,6 @@ def bench_model(args: argparse.Namespace) -> int:
     import dataclasses
     import json
 
-    from rich.console import Console
-    from rich.progress import Progress
-
     from pascalvl.plugins.bundle import Manifest
     from pascalvl.runtime import bench
 
@@ -38,11 +36,7 @@ def bench_model(args: argparse.Namespace) -> int:
     options = bench.BenchOptions(**given)
     if args.context is None:
         args.context = options.context(Manifest.read(args.bundle, "engine").model)
-    model = open_model(args)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("measuring", total=bench.count_runs(options, model))
-        result = bench.measure(model, options, lambda what: progress.update(task, advance=1, description=what))
+    result = measure(open_model(args), options)
     console = new_console()
     console.width = max(console.width, TABLE_WIDTH)
     console.print(*bench.tables(result), sep="\n")
@@ -50,6 +44,19 @@ def bench_model(args: argparse.Namespace) -> int:
         figures = json.dumps(dataclasses.asdict(result), indent=1)
         write_whole(args.json, lambda path: path.write_text(figures + "\n", encoding="utf-8"))
     return 0
+
+
+def measure(model: VisionLanguageModel, options: BenchOptions) -> BenchResult:
+    """Time a model, showing how far that is; for errors see `pascalvl.runtime.bench.measure`."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from pascalvl.runtime import bench
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("measuring", total=bench.count_runs(options, model))
+        return bench.measure(model, options, lambda what: progress.update(task, advance=1, description=what))
 
 
 def bench_kernels(args: argparse.Namespace) -> int:
