@@ -39,7 +39,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError, reason, shown
@@ -246,9 +246,10 @@ class Manifest:
         pieces = [(path, number) for path, size in sizes.items() for number in range(_count_pieces(size))]
         with concurrent.futures.ThreadPoolExecutor() as pool:
             digests = list(pool.map(lambda place: hashlib.sha256(_read_piece(*place)).hexdigest(), pieces))
-        files = {path.name: {"bytes": size, "sha256": []} for path, size in sizes.items()}
+        found: dict[Path, list[str]] = {path: [] for path in paths}
         for (path, _), digest in zip(pieces, digests, strict=True):
-            files[path.name]["sha256"].append(digest)
+            found[path].append(digest)
+        files = {path.name: {"bytes": size, "sha256": found[path]} for path, size in sizes.items()}
         manifest = dataclasses.replace(self, files=files)
         (directory / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1) + "\n", encoding="utf-8")
         return manifest
@@ -279,7 +280,7 @@ def _is_short(value: object) -> bool:
     return isinstance(value, str) and len(value) <= _LONGEST_NAME
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < 1 << 63
 
 

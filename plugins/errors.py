@@ -36,9 +36,12 @@ def reading(path: Path, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
 
     Raises `UserError`, which ends with what to do, for Python's errors and for ``kinds``, those of libraries.
     """
+    anticipated: tuple[type[Exception], ...] = (
+        ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StopIteration, *kinds
+    )  # fmt: skip
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StopIteration, *kinds) as error:
+    except anticipated as error:
         raise UserError(
             f"{path} cannot be used ({type(error).__name__}: {library_reason(error)}): {remedy}."
         ) from error

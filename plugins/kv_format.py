@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
+from typing import Any
 
 import numpy as np
 
@@ -190,7 +191,7 @@ class CacheConfig:
         if len(text) > LONGEST_GRAMMAR:
             raise UserError(f"the KV cache {shown(text)} is too long: expected {LONGEST_GRAMMAR} characters at most.")
         first, *options = (part.strip() for part in text.split(","))
-        found: dict[str, object] = {"kv_format": KVFormat.parse(first)}
+        found: dict[str, Any] = {"kv_format": KVFormat.parse(first)}
         overrides = []
         for option in options:
             name, _, value = option.partition("=")

@@ -75,6 +75,8 @@ def expand(rows: np.ndarray, scale: np.ndarray | None, row_format: RowFormat, di
         return rows
     if row_format is RowFormat.FLOAT16:
         return rows.view(np.float16).astype(np.float32)
+    if scale is None:
+        raise ValueError(f"rows in {row_format} need their scales")
     if row_format is RowFormat.INT8:
         codes = rows.view(np.int8)[..., :dim]
     else:

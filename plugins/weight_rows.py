@@ -34,9 +34,8 @@ class QuantisedWeight:
 
     def dense(self, dtype: type = np.float32) -> np.ndarray:
         """What it stands for, ``[out_features, in_features]``."""
-        scale, zero = (
-            0 if x is None else np.repeat(x.astype(dtype), self.form.group, 1) for x in (self.scale, self.zero)
-        )
+        scale: np.ndarray = np.repeat(self.scale.astype(dtype), self.form.group, 1)
+        zero: np.ndarray | int = 0 if self.zero is None else np.repeat(self.zero.astype(dtype), self.form.group, 1)
         return ((self.codes - zero) * scale)[:, : self.in_features]
 
     def packed(self) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -161,7 +162,7 @@ class Bench:
         finally:
             self.library = kept
 
-    def rates(self, multiply_adds: float, us: float, in_codes: float = 0) -> dict[str, float]:
+    def rates(self, multiply_adds: float, us: float, in_codes: float = 0) -> dict[str, Any]:
         """Fields of a row that is bound by arithmetic; of the multiply-adds, ``in_codes`` are done by DP4A."""
         if self.quick:
             return {}
@@ -199,7 +200,7 @@ class Rows:
     def view(self) -> LibraryRows:
         return LibraryRows(key=self.rows[0].data_ptr(), value=self.rows[1].data_ptr(), scale=self.scales.data_ptr())
 
-    def contents(self, which: int, *place: object) -> torch.Tensor:
+    def contents(self, which: int, *place: slice | torch.Tensor) -> torch.Tensor:
         """Keys (0) or values (1) as the kernels understand them, float64 ``[..., DIM]``, of an index of the lead."""
         rows, form = self.rows[which][place], self.formats[which]
         if form is F32:
@@ -279,7 +280,7 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     return x * torch.tensor(DIM**-0.5, dtype=x.dtype)
 
 
-def reference(q, k, v, first_position: int | None) -> torch.Tensor:
+def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_position: int | None) -> torch.Tensor:
     """Float64 attention of q, k, v ``[heads, n, dim]``: ``[seq, heads, dim]``; causal given a first position."""
     group = q.shape[0] // k.shape[0]
     outs = []
@@ -327,9 +328,10 @@ def decode(bench: Bench) -> Iterator[Row]:
         f16_us = None
         for name in FORMATS:
             call, error = past_and_new(bench, name, 1, totals)
-            size = call.pool.bytes_read
+            first = cast(Pool, call.pool)
+            size = first.bytes_read
             more = 0 if bench.quick else min(63, COLD_BYTES // size)
-            pools = [call.pool, *(Pool(bench.library, name, call.pool.pasts) for _ in range(more))]
+            pools = [first, *(Pool(bench.library, name, first.pasts) for _ in range(more))]
             us, times = bench.time([partial(bench.attend, dataclasses.replace(call, pool=pool)) for pool in pools])
             several = {"batch": len(totals), "all_kv": sum(totals)} if len(totals) > 1 else {}
             row = Row(f"decode {name}", 1, max(totals), error, us, **several, times_baseline=times)
@@ -346,7 +348,8 @@ def prefill(bench: Bench) -> Iterator[Row]:
             call, error = past_and_new(bench, name, queries, [total])
             us, times = bench.time([partial(bench.attend, call)] * 3)
             pairs = queries * (queries + 1) / 2 + queries * (total - queries)
-            rates = bench.rates(HEADS * DIM * 2 * pairs, us, HEADS * DIM * pairs if call.new.rotated else 0)
+            in_codes = HEADS * DIM * pairs if FORMATS[name][0].is_quantised else 0
+            rates = bench.rates(HEADS * DIM * 2 * pairs, us, in_codes)
             yield Row(f"prefill {name}", queries, total, error, us, **rates, times_baseline=times)
 
 
@@ -362,15 +365,15 @@ def vision(bench: Bench) -> Iterator[Row]:
         yield Row(kernel, seq, seq, error, us, **rates, times_baseline=times)
 
 
-def curve(bench: Bench) -> Iterator[dict]:
+def curve(bench: Bench) -> Iterator[dict[str, Any]]:
     """Time and peak memory of causal attention of a whole prompt, in FP32, ours and PyTorch's, by length."""
 
-    def ours(q, k, v):
+    def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         new = Rows(bench.library, "f32", KV_HEADS, q.shape[1])
         return bench.attend(Call(packed(q, k, v), bounds(q.shape[1]), HEADS, KV_HEADS, DIM, new))
 
-    def torch_with(backend):
-        def attend(q, k, v):
+    def torch_with(backend: SDPBackend) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             with sdpa_kernel(backend):
                 k, v = (x.repeat_interleave(HEADS // KV_HEADS, 0) for x in (k, v))
                 return scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)
@@ -405,14 +408,14 @@ def curve(bench: Bench) -> Iterator[dict]:
             yield {"kind": kind, "length": length, "us": 1e3 * start.elapsed_time(end), "peak_bytes": peak}
 
 
-def slope(points: list[dict], kind: str) -> float:
+def slope(points: list[dict[str, Any]], kind: str) -> float:
     """Of peak memory over length on log-log, between the first length from 4,096 on and the last."""
     line = [p for p in points if p["kind"] == kind and p["length"] >= 4096 and p["peak_bytes"]]
     first, last = line[0], line[-1]
     return math.log(last["peak_bytes"] / first["peak_bytes"]) / math.log(last["length"] / first["length"])
 
 
-def plot(points: list[dict], path: Path) -> None:
+def plot(points: list[dict[str, Any]], path: Path) -> None:
     """Draw what `curve` measured."""
     from matplotlib.figure import Figure
 
@@ -435,7 +438,7 @@ def plot(points: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def markdown(rows: list[dict]) -> str:
+def markdown(rows: list[dict[str, Any]]) -> str:
     """Rows of the same keys as a Markdown table; columns that are empty everywhere are left out."""
 
     def cell(value: object) -> str:
@@ -454,7 +457,7 @@ def run(options: argparse.Namespace) -> None:
         import matplotlib  # noqa: F401  (missing: say so before the work)
     torch.manual_seed(0)
     bench = Bench(options.quick, options.baseline)
-    results: dict[str, list[dict]] = {}
+    results: dict[str, list[dict[str, Any]]] = {}
     for part in options.parts:
         if part == "curve":
             results[part] = points = [] if options.quick else list(curve(bench))

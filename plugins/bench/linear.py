@@ -14,6 +14,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,7 +84,7 @@ class Layer:
     ) -> None:
         self.norm_weight = 0.5 + torch.rand(in_features, device="cuda") if norm is Norm.RMS else None
         self.bits, self.in_features, self.out_features, self.activation = bits, in_features, out_features, activation
-        self.scale = None
+        self.scale: torch.Tensor | None = None
         if bits >= 16:
             self.weight = torch.randn(out_features, in_features, device="cuda", dtype=_FLOATS[bits])
             return
@@ -98,7 +99,7 @@ class Layer:
 
     def dense(self) -> torch.Tensor:
         """Float64 ``[out_features, in_features]``."""
-        if self.bits >= 16:
+        if self.scale is None:
             return self.weight.double()
         if self.bits == 8:
             codes = self.weight.view(torch.int8).double()
@@ -191,9 +192,9 @@ def measure(rows_at_once: tuple[int, ...], quick: bool, baseline: Path | None) -
                 continue
             del expected
             timed = layers if rows < 64 else layers[:3]
-            variants = [[lambda y=y, x=x, z=z: y(z, x) for y in timed] for z in libraries]
+            variants = [[partial(layer, z, x) for layer in timed] for z in libraries]
             if norm is Norm.RMS:
-                variants.append([lambda y=y, x=x: y(library, x, has_norm=False) for y in timed])
+                variants.append([partial(layer, library, x, has_norm=False) for layer in timed])
             times = [1e6 * time for time in seconds_in_turn(variants, FEW_CALLS if rows < 64 else 1)]
             without = times.pop() if norm is Norm.RMS else None
             us, *others = times

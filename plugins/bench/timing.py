@@ -54,7 +54,7 @@ def seconds_in_turn(variants: Sequence[Calls], least: int = 1, replays: int = 7)
         with torch.cuda.graph(graph):
             kept.append([call() for call in calls])
         graphs.append(graph)
-    times = [[] for _ in graphs]
+    times: list[list[float]] = [[] for _ in graphs]
     for _ in range(replays):
         for graph, results, own in zip(graphs, kept, times, strict=True):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -211,7 +211,7 @@ def _images(directory: Path) -> Path:
 
 def _nvrtc() -> ctypes.CDLL:
     spec = importlib.util.find_spec("nvidia.cuda_nvrtc") if importlib.util.find_spec("nvidia") else None
-    folders = [Path(folder) / "lib" for folder in spec.submodule_search_locations] if spec else []
+    folders = [Path(folder) / "lib" for folder in (spec and spec.submodule_search_locations) or ()]
     found = [library for folder in folders for library in folder.glob("libnvrtc.so.12")]
     if not found:
         raise UserError(f"NVRTC 12, which compiles for SM61, was not found: pip install '{NVRTC_PACKAGE}'.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,14 +14,15 @@ from pascalvl.plugins.kv_format import RowFormat
 
 
 class _Struct(ctypes.Structure):
-    def __init__(self, **fields: object) -> None:
-        unknown = fields.keys() - {name for name, _ in self._fields_}
+    def __init__(self, **fields: Any) -> None:
+        kinds = {name: kind for name, kind, *_ in self._fields_}
+        unknown = fields.keys() - kinds
         if unknown:
             raise TypeError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}")
         super().__init__(**fields)
-        for name, kind in self._fields_:
-            if kind in (ctypes.c_int32, ctypes.c_int64) and name in fields:
-                _check_fits(name, fields[name], kind)
+        for name, value in fields.items():
+            if kinds[name] in (ctypes.c_int32, ctypes.c_int64):
+                _check_fits(name, value, kinds[name])
 
 
 def _check_fits(name: str, value: int, kind: type = ctypes.c_int32) -> None:

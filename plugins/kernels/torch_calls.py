@@ -220,7 +220,7 @@ def linear(
     norm_size = 0
     if norm != Norm.NONE:
         tensors["norm_weight"] = _checked("the norm's weight", norm_weight, [torch.float32], (None,), device)
-        norm_size = len(norm_weight)
+        norm_size = len(tensors["norm_weight"])
     if norm == Norm.LAYER:
         tensors["norm_bias"] = _checked("the norm's bias", norm_bias, [torch.float32], (norm_size,), device)
     args = LinearArgs(
@@ -301,9 +301,9 @@ def _check_rows(
         _check(f"{whose} {name}", tensor, [getattr(torch, row.dtype.name)], (*lead, elements), key.device)
     if layout.kv_format.is_quantised:
         _check(f"{whose} scales", scale, [torch.int32], lead, key.device)
-    for tensor in (key, value, scale):
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{whose} rows must be contiguous; found strides {tensor.stride()}")
+    for part in (key, value, scale):
+        if part is not None and not part.is_contiguous():
+            raise ValueError(f"{whose} rows must be contiguous; found strides {part.stride()}")
 
 
 def rows_view(key: torch.Tensor, value: torch.Tensor, scale: torch.Tensor | None) -> Rows:
@@ -332,8 +332,8 @@ def choose(
     _check("tokens", token, [torch.int32], (rows,), device)
     _check("highest logits", logit, [torch.float32], (rows,), device)
     with _current(device) as stream:
-        pointers = (tensor.data_ptr() for tensor in (choices, token, logit))
-        kernels.choose(logits.data_ptr(), *logits.shape, *pointers, stream)
+        results = choices.data_ptr(), token.data_ptr(), logit.data_ptr()
+        kernels.choose(logits.data_ptr(), rows, logits.shape[1], *results, stream)
 
 
 @contextlib.contextmanager
@@ -354,8 +354,7 @@ def _checked(
     device: torch.device,
 ) -> torch.Tensor:
     """The tensor, contiguous."""
-    _check(name, tensor, dtypes, shape, device)
-    return tensor.contiguous()
+    return _check(name, tensor, dtypes, shape, device).contiguous()
 
 
 def _check(
@@ -364,8 +363,8 @@ def _check(
     dtypes: Collection[torch.dtype],
     shape: Sequence[int | None],
     device: torch.device,
-) -> None:
-    """Raise a ValueError where a tensor is not of one of the types, of the shape (None: any size) and on the device."""
+) -> torch.Tensor:
+    """The tensor; a ValueError where it is not of one of the types, of the shape (None: any size) and on the device."""
     dims = f"[{', '.join('any' if size is None else str(size) for size in shape)}]"
     expected = f"the kernels take {name} as {' or '.join(map(str, dtypes))} {dims} on {device}"
     if tensor is None:
@@ -375,3 +374,4 @@ def _check(
     )
     if not fits or tensor.dtype not in dtypes or tensor.device != device:
         raise ValueError(f"{expected}; found {tensor.dtype} {list(tensor.shape)} on {tensor.device}")
+    return tensor

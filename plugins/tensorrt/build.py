@@ -8,6 +8,7 @@ inside. Without TensorRT's headers the project's own declarations serve (interfa
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 import subprocess
@@ -27,7 +28,7 @@ from pascalvl.plugins.ops.quant_linear import op as quant_linear
 FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / f"{name}.cpp" for name in ("flash_attention", "quant_linear"))
 MAJORS = (8, 10)
-_FACTS = [Path(module.__file__) for module in (flash_attention, kv_format, quant_linear)]
+_FACTS = [Path(inspect.getfile(module)) for module in (flash_attention, kv_format, quant_linear)]
 _OPS = "FlashAttention2", "QuantLinear"
 _SPACE = "pascalvl::{anonymous}::"
 _CLASSES = {op: f"{_SPACE}{op}" for op in _OPS} | {f"Creator<{op}>": f"{_SPACE}Creator<{_SPACE}{op}>" for op in _OPS}
@@ -123,7 +124,7 @@ def layout(major: int, headers: Sequence[Path] = ()) -> dict[str, list[str]]:
             text += dump.read_text(encoding="utf-8")
     found = {}
     for name, full in _CLASSES.items():
-        table = re.search(rf"Vtable for {re.escape(full)}\n.*?\n\n", text, re.DOTALL)[0]
+        table = next(re.finditer(rf"Vtable for {re.escape(full)}\n.*?\n\n", text, re.DOTALL))[0]
         found[name] = re.findall(r"(~?\w+)$", table.split("\n", 4)[4], re.MULTILINE)
     for name in _STRUCTS:
         found[name] = sorted(set(re.findall(rf"^Class nvinfer1::{name}\n   size=(\d+)", text, re.MULTILINE)))

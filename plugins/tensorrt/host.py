@@ -6,6 +6,7 @@ import ctypes
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,12 +15,17 @@ from pascalvl.plugins.kernels.build import Target, cached_file, compile_library
 from pascalvl.plugins.ops.flash_attention.op import OP_NAME, OP_VERSION
 from pascalvl.plugins.tensorrt.build import FOLDER, cached
 
-_TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(np.int8): 2, np.dtype(np.int32): 3}
+_TYPES: dict[np.dtype[Any], int] = {
+    np.dtype(np.float32): 0,
+    np.dtype(np.float16): 1,
+    np.dtype(np.int8): 2,
+    np.dtype(np.int32): 3,
+}
 """TensorRT's numbers of types, as in `interface.h`; so are those of the fields below."""
 _FIELD_TYPES = {float: (1, np.float32), int: (5, np.int32)}
 _CHARACTERS = 6
 
-Shaped = tuple[np.dtype, Sequence[int]]
+Shaped = tuple[np.dtype[Any], Sequence[int]]
 """Type and shape of a tensor."""
 
 
@@ -27,7 +33,7 @@ class _Tensor(ctypes.Structure):
     _fields_ = (("type", ctypes.c_int32), ("num_dims", ctypes.c_int32), ("dims", ctypes.c_int64 * 8))
 
 
-def _tensors(tensors: Sequence[Shaped]) -> ctypes.Array:
+def _tensors(tensors: Sequence[Shaped]) -> ctypes.Array[_Tensor]:
     return (_Tensor * len(tensors))(
         *(_Tensor(_TYPES[np.dtype(dtype)], len(shape), (ctypes.c_int64 * 8)(*shape)) for dtype, shape in tensors)
     )

@@ -6,6 +6,8 @@ Importing this module makes ``attn_implementation="pascalvl"`` known to transfor
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 from transformers import AttentionInterface
@@ -56,15 +58,17 @@ def attention(
         ValueError: the kernels do not support the arguments, for example the head size; says which they do.
     """
     if not torch_calls.serves(q.device):
-        past = past_key, past_value, past_length, past_visible
-        return TiledAttention(q, k, v, cu_seqlens, *past, causal, softmax_scale).forward()
+        operands = past_key, past_value, past_length, past_visible
+        return TiledAttention(q, k, v, cu_seqlens, *operands, causal, softmax_scale).forward()
     batch, num_heads, seq, head_dim = q.shape
     for name, x in (("k", k), ("v", v)):
         if x.shape[0] != batch or x.shape[2] != seq or x.shape[1] != k.shape[1]:
             raise ValueError(f"k and v have q's tokens; found q {list(q.shape)}, {name} {list(x.shape)}")
-    for name, x in (("past_key", past_key), ("past_value", past_value)):
-        if x is not None and x.shape[:2] != k.shape[:2]:
-            raise ValueError(f"the past has k's sequences and heads; found k {list(k.shape)}, {name} {list(x.shape)}")
+    for name, past_rows in (("past_key", past_key), ("past_value", past_value)):
+        if past_rows is not None and past_rows.shape[:2] != k.shape[:2]:
+            raise ValueError(
+                f"the past has k's sequences and heads; found k {list(k.shape)}, {name} {list(past_rows.shape)}"
+            )
     if not causal and batch != 1:
         raise ValueError(f"packed sequences have batch 1; found {batch}")
     qkv = torch.cat([x.transpose(1, 2).flatten(0, 1).flatten(1) for x in (q, k, v)], -1)
@@ -73,10 +77,10 @@ def attention(
         cu_seqlens = seq * torch.arange(batch + 1, dtype=torch.int32, device=q.device)
     past = None
     if past_key is not None and past_key.shape[2]:
-        past = _paged(past_key, past_value, past_length, past_visible)
+        past = _paged(past_key, cast(torch.Tensor, past_value), cast(torch.Tensor, past_length), past_visible)
     try:
         kernels = torch_calls.library(q.device)
-        out, *_ = torch_calls.attention(kernels, options, qkv, cu_seqlens, past=past)
+        out, *_ = torch_calls.attention(kernels, options, qkv, cast(torch.Tensor, cu_seqlens), past=past)
     except UserError as error:
         raise ValueError(str(error)) from None
     return out.view(batch, seq, num_heads, v.shape[3])
@@ -89,19 +93,19 @@ def _paged(
     batch, capacity = key.shape[0], key.shape[2]
     pages = pages_of(capacity)
     missing = pages * PAGE_SLOTS - capacity
-    pools = (
+    keys, values = (
         nn.functional.pad(rows, (0, 0, 0, missing)).unflatten(2, (pages, -1)).transpose(1, 2).flatten(0, 1).contiguous()
         for rows in (key, value)
     )
     table = torch.arange(batch * pages, dtype=torch.int32, device=key.device).view(batch, pages)
     if visible is not None and visible.shape[1] != 1:
         visible = nn.functional.pad(visible, (0, missing))
-    return torch_calls.Past(*pools, None, table, length, visible)
+    return torch_calls.Past(keys, values, None, table, length, visible)
 
 
 @attention.register_fake
-def _(q, k, v, *_):
-    batch, num_heads, seq, _ = q.shape
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object) -> torch.Tensor:
+    batch, num_heads, seq = q.shape[:3]
     return q.new_empty(batch, seq, num_heads, v.shape[3])
 
 
@@ -128,16 +132,25 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(grad, q, k, v, cu_seqlens, past_key, past_value, *_):
+def _(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    past_key: torch.Tensor | None,
+    past_value: torch.Tensor | None,
+    *_: object,
+) -> list[torch.Tensor]:
     return [torch.empty_like(x) for x in (q, k, v, past_key, past_value) if x is not None]
 
 
-def _save_inputs(ctx, inputs: tuple, output: torch.Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     *tensors, ctx.causal, ctx.softmax_scale = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _gradients(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     dq, dk, dv, *of_past = _attention_backward(grad, *ctx.saved_tensors, ctx.causal, ctx.softmax_scale)
     return dq, dk, dv, None, *(of_past or (None, None)), *[None] * 4
 

@@ -39,6 +39,7 @@ cu_seqlens[b + 1]`` (int32 ``[batch + 1]``). Two modes:
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from pascalvl.plugins.kv_format import KVFormat, LayerLayout
 
@@ -81,9 +82,10 @@ class AttentionOptions:
         return (*dataclasses.astuple(self)[:-1], self.kv_format.value)
 
     @classmethod
-    def of(cls, *flat: bool | float | str) -> AttentionOptions:
+    def of(cls, *flat: Any) -> AttentionOptions:
         """From what the torch op takes."""
-        return cls(*flat[:-1], KVFormat(flat[-1]))
+        fields = [*flat[:-1], KVFormat(flat[-1])]
+        return cls(*fields)
 
     @property
     def layout(self) -> LayerLayout:

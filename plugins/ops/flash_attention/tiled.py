@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -87,7 +87,7 @@ class TiledAttention:
         """For each tile of queries: which of the batch it is in, its rows, and the keys it sees."""
         batch, _, seq, _ = self.q.shape
         if not self.causal:
-            bounds = self.cu_seqlens.tolist()
+            bounds = cast(torch.Tensor, self.cu_seqlens).tolist()
             if batch != 1 or bounds != sorted(bounds) or (bounds[0], bounds[-1]) != (0, seq):
                 raise ValueError(f"packed attention: batch 1, cu_seqlens from 0 to {seq}; found {batch}, {bounds}")
             spans = [(0, start, stop, 0) for start, stop in itertools.pairwise(bounds)]
@@ -123,7 +123,8 @@ class TiledAttention:
         hidden = None
         if tile.in_past and self.past_visible is not None:
             numbers = torch.arange(rows.start, rows.stop, device=scores.device)
-            hidden = self.past_visible[b].expand(self.past_key.shape[2])[tile.slots] <= numbers[:, None]
+            capacity = cast(torch.Tensor, self.past_key).shape[2]
+            hidden = self.past_visible[b].expand(capacity)[tile.slots] <= numbers[:, None]
         elif tile.diagonal is not None and tile.diagonal < keys.shape[1] - 1:
             shape = rows.stop - rows.start, keys.shape[1]
             hidden = torch.ones(shape, dtype=torch.bool, device=scores.device).triu(tile.diagonal + 1)
@@ -135,7 +136,9 @@ class TiledAttention:
         return self._folded(self.q[b, :, rows]) * self.softmax_scale
 
     def _keys(self, b: int, tile: _KeyTile) -> tuple[torch.Tensor, torch.Tensor]:
-        k, v = (self.past_key, self.past_value) if tile.in_past else (self.k, self.v)
+        k, v = self.k, self.v
+        if tile.in_past:
+            k, v = cast(torch.Tensor, self.past_key), cast(torch.Tensor, self.past_value)
         return k[b, :, tile.slots].to(self._dtype), v[b, :, tile.slots].to(self._dtype)
 
     def _folded(self, heads: torch.Tensor) -> torch.Tensor:

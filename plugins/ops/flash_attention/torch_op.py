@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from typing import Any, cast
 
 import torch
 
@@ -53,14 +55,20 @@ def flash_attention_2(
     """
     sizes = num_heads, num_kv_heads, head_dim, value_dim
     options = AttentionOptions.of(causal, softmax_scale, *sizes, epsilon, kv_format)
+    past = None
+    if past_key is not None:
+        past = torch_calls.Past(
+            past_key,
+            cast(torch.Tensor, past_value),
+            past_scale,
+            cast(torch.Tensor, page_table),
+            cast(torch.Tensor, past_length),
+            past_visible,
+        )
     if not torch_calls.serves(qkv.device):
         if options.kv_format is not KVFormat.F32:
             raise ValueError(f"a cache in {kv_format} is for the kernels, on CUDA; found tensors on {qkv.device}")
-        past = past_length, page_table, past_visible, past_key, past_value
-        return _computed(options, qkv, q_norm, k_norm, rope_cos, rope_sin, cu_seqlens, *past)
-    past = None
-    if past_key is not None:
-        past = torch_calls.Past(past_key, past_value, past_scale, page_table, past_length, past_visible)
+        return _computed(options, qkv, q_norm, k_norm, rope_cos, rope_sin, cu_seqlens, past)
     try:
         kernels = torch_calls.library(qkv.device)
         return torch_calls.attention(kernels, options, qkv, cu_seqlens, q_norm, k_norm, rope_cos, rope_sin, past)
@@ -69,17 +77,12 @@ def flash_attention_2(
 
 
 @flash_attention_2.register_fake
-def _(
-    qkv, q_norm, k_norm, rope_cos, rope_sin,
-    cu_seqlens, past_length, page_table, past_visible, past_key, past_value, past_scale,
-    causal, softmax_scale, num_heads, num_kv_heads, head_dim, value_dim, epsilon, kv_format,
-):  # fmt: skip
+def _(qkv: torch.Tensor, *others: Any) -> list[torch.Tensor]:
+    options = AttentionOptions.of(*others[-len(dataclasses.fields(AttentionOptions)) :])
     tokens = qkv.shape[0]  # len() would be a number of this call, not one that varies
-    outputs = [qkv.new_empty(tokens, num_heads * value_dim)]
-    if causal:
-        sizes = num_heads, num_kv_heads, head_dim, value_dim
-        layout = AttentionOptions.of(causal, softmax_scale, *sizes, epsilon, kv_format).layout
-        outputs += [rows for rows in torch_calls.new_rows(layout, tokens, qkv.device) if rows is not None]
+    outputs = [qkv.new_empty(tokens, options.num_heads * options.value_dim)]
+    if options.causal:
+        outputs += [rows for rows in torch_calls.new_rows(options.layout, tokens, qkv.device) if rows is not None]
     return outputs
 
 
@@ -91,9 +94,9 @@ def _computed(
     rope_cos: torch.Tensor,
     rope_sin: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    *past: torch.Tensor | None,
+    past: torch_calls.Past | None,
 ) -> list[torch.Tensor]:
-    """The op by PyTorch; ``past`` as `_attended` has it."""
+    """The op by PyTorch."""
     query, key, value = (
         part.unflatten(-1, (-1, dim)).transpose(0, 1)
         for part, dim in zip(
@@ -105,11 +108,10 @@ def _computed(
         for x, norm in ((query, q_norm), (key, k_norm))
     )
     if not options.causal:
-        tiled = TiledAttention(
-            query[None], key[None], value[None], cu_seqlens, *[None] * 4, False, options.softmax_scale
-        )
+        own = query[None], key[None], value[None]
+        tiled = TiledAttention(*own, cu_seqlens, None, None, None, None, False, options.softmax_scale)
         return [tiled.forward().reshape(len(qkv), -1)]
-    out = _attended(options, query, key, value, cu_seqlens, *past)
+    out = _attended(options, query, key, value, cu_seqlens, past)
     return [out.flatten(1), key.contiguous(), value.contiguous()]
 
 
@@ -119,27 +121,25 @@ def _attended(
     key: torch.Tensor,
     value: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    past_length: torch.Tensor | None,
-    page_table: torch.Tensor | None,
-    past_visible: torch.Tensor | None,
-    past_key: torch.Tensor | None,
-    past_value: torch.Tensor | None,
+    past: torch_calls.Past | None,
 ) -> torch.Tensor:
     """Causal attention ``[tokens, num_heads, value_dim]`` of ``[heads, tokens, dim]``, sequence by sequence."""
     out = query.new_zeros(query.shape[1], len(query), options.value_dim)
     for number, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
         if begin == end:
             continue
-        past = [None] * 4
-        if past_key is not None:
-            count = pages_of(int(past_length[number]))
-            pages = page_table[number, :count].long()
+        past_key = past_value = past_length = past_visible = None
+        if past is not None:
+            past_length = past.length[number : number + 1]
+            count = pages_of(int(past_length))
+            pages = past.page_table[number, :count].long()
             # [pages, heads, slots, dim] of the sequence to [1, heads, slots, dim]
-            rows = (pool[pages].transpose(0, 1).flatten(1, 2)[None] for pool in (past_key, past_value))
-            visible = past_visible[number : number + 1, : count * PAGE_SLOTS]
-            past = [*rows, past_length[number : number + 1], visible]
-        own = (x[None, :, begin:end] for x in (query, key, value))
-        out[begin:end] = TiledAttention(*own, None, *past, True, options.softmax_scale).forward()[0]
+            past_key, past_value = (pool[pages].transpose(0, 1).flatten(1, 2)[None] for pool in (past.key, past.value))
+            if past.visible is not None:
+                past_visible = past.visible[number : number + 1, : count * PAGE_SLOTS]
+        own = query[None, :, begin:end], key[None, :, begin:end], value[None, :, begin:end]
+        operands = past_key, past_value, past_length, past_visible
+        out[begin:end] = TiledAttention(*own, None, *operands, True, options.softmax_scale).forward()[0]
     return out
 
 

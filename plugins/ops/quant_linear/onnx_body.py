@@ -44,8 +44,14 @@ class LinearBody:
     @classmethod
     def of(cls, attributes: Mapping[str, int]) -> LinearBody:
         """That of a node with these attributes."""
-        flags = (bool(attributes[name]) for name in (ATTR_HAS_ZERO, ATTR_HAS_BIAS, ATTR_HAS_RESIDUAL))
-        return cls(attributes[ATTR_BITS], *flags, Activation(attributes[ATTR_ACTIVATION]), Norm(attributes[ATTR_NORM]))
+        return cls(
+            attributes[ATTR_BITS],
+            bool(attributes[ATTR_HAS_ZERO]),
+            bool(attributes[ATTR_HAS_BIAS]),
+            bool(attributes[ATTR_HAS_RESIDUAL]),
+            Activation(attributes[ATTR_ACTIVATION]),
+            Norm(attributes[ATTR_NORM]),
+        )
 
     @property
     def domain(self) -> str:

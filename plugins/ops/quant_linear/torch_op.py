@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -64,7 +64,20 @@ def quant_linear(
 
 
 @quant_linear.register_fake
-def _(x, weight, scale, zero, bias, residual, norm_weight, norm_bias, bits, group, activation, norm, epsilon):
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    bits: int,
+    group: int,
+    activation: int,
+    *_: float,
+) -> torch.Tensor:
     outputs = weight.shape[0] // (2 if activation == Activation.SILU_GATED else 1)
     return x.new_empty(*x.shape[:-1], outputs)
 
@@ -108,10 +121,11 @@ def normed(x: torch.Tensor, norm: NormOperands) -> torch.Tensor:
     """Inputs ``[..., in_features]`` as the weight meets them: each segment of the norm's size by itself."""
     if norm.kind is Norm.NONE:
         return x
-    segments = x.unflatten(-1, (-1, len(norm.weight)))
+    weight = cast(torch.Tensor, norm.weight)
+    segments = x.unflatten(-1, (-1, len(weight)))
     if norm.kind is Norm.LAYER:
         segments = segments - segments.mean(-1, keepdim=True)
-    segments = segments * torch.rsqrt(segments.square().mean(-1, keepdim=True) + norm.epsilon) * norm.weight
+    segments = segments * torch.rsqrt(segments.square().mean(-1, keepdim=True) + norm.epsilon) * weight
     return (segments if norm.bias is None else segments + norm.bias).flatten(-2)
 
 
@@ -148,14 +162,15 @@ class QuantLinear(nn.Module):
         self.in_features, self.out_features, self.form, self.activation = in_features, out_features, form, activation
         self._device = torch.device(device)
         self.weight = self._parameter(form.weight_shape(out_features, in_features), getattr(torch, form.dtype.name))
-        self.scale = self.zero = None
+        self.scale: nn.Parameter | None = None
+        self.zero: nn.Parameter | None = None
         if form.is_quantised:
             self.scale = self._parameter(form.scale_shape(out_features, in_features), torch.int32)
         self.bias = self._parameter((out_features,), torch.float32) if has_bias else None
 
     def add_zero(self) -> None:
         """Give the codes zeros of their own."""
-        self.zero = self._parameter(self.scale.shape, torch.int32)
+        self.zero = self._parameter(self.form.scale_shape(self.out_features, self.in_features), torch.int32)
 
     def _parameter(self, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, dtype=dtype, device=self._device), requires_grad=False)
@@ -189,4 +204,4 @@ def norm_operands(norm: nn.Module | None) -> NormOperands:
         return NormOperands()
     if isinstance(norm, nn.LayerNorm):
         return NormOperands(Norm.LAYER, norm.weight, norm.bias, norm.eps)
-    return NormOperands(Norm.RMS, norm.weight, None, norm.variance_epsilon)
+    return NormOperands(Norm.RMS, cast(torch.Tensor, norm.weight), None, cast(float, norm.variance_epsilon))
