@@ -156,7 +156,7 @@ def automatic(why_not: Callable[[str], str] = unavailable) -> tuple[str | None, 
     Args:
         why_not: tells of a backend what `unavailable` does.
     """
-    skipped = {}
+    skipped: dict[str, str] = {}
     for name in AUTOMATIC:
         if not (reason := why_not(name)):
             return name, skipped
@@ -164,7 +164,7 @@ def automatic(why_not: Callable[[str], str] = unavailable) -> tuple[str | None, 
     return None, skipped
 
 
-def _backend_module(name: str, tell: Callable[[str], None] = log.info):
+def _backend_module(name: str, tell: Callable[[str], None] = log.info) -> ModuleType:
     """Import a backend's module; `AUTO` is the first that is installed and finds what it needs."""
     if name not in (AUTO, *BACKENDS):
         raise UserError(f"unknown backend {name!r}: expected one of {', '.join((AUTO, *BACKENDS))}.")
@@ -178,7 +178,7 @@ def _backend_module(name: str, tell: Callable[[str], None] = log.info):
         tell(f"backend {taken}: the fastest that can be used here{_told(skipped)}{other}")
         name = taken
     module, reason = _imported(name)
-    if reason:
+    if module is None:
         raise UserError(f"backend not installed: {name} ({reason}); install it with pip, or choose another --backend.")
     return module
 

@@ -12,8 +12,9 @@ import re
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from polygraphy.backend.base import BaseRunner
@@ -24,6 +25,9 @@ from polygraphy.logger import G_LOGGER
 from pascalvl.engines.tolerance import TOLERANCE
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import KVFormat
+
+if TYPE_CHECKING:
+    import torch
 
 VISION_EMBEDS = "vision.embeds"
 PREFILL_LOGITS = "prefill.logits"
@@ -139,7 +143,7 @@ class ReferenceRunner(BaseRunner):
             *((vision_deepstack(i), torch.cat(level).numpy()) for i, level in enumerate(levels)),
         ]
 
-    def _inputs(self, prompt: ValidationPrompt) -> dict:
+    def _inputs(self, prompt: ValidationPrompt) -> dict[str, Any]:
         import torch
 
         config = self._model.config
@@ -257,13 +261,13 @@ def _stage(output: str) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _hidden_states(model):
+def _hidden_states(model: Any) -> Iterator[dict[int, torch.Tensor]]:
     """Collect, during a forward pass of several tokens, what each decoder layer hands to the next (DeepStack added)."""
-    collected = {}
+    collected: dict[int, torch.Tensor] = {}
     language_model = model.model.language_model
 
-    def note(layer: int):
-        def hook(_module, args, kwargs):
+    def note(layer: int) -> Callable[..., None]:
+        def hook(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
             collected.setdefault(layer, hidden)
 

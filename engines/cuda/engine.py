@@ -115,7 +115,7 @@ def upload_files(
     sizes = {name: path.stat().st_size for name, path in paths.items()}
     buffers = {name: device.allocate(size) for name, size in sizes.items()}
     readers = min(_MOST_READERS, len(os.sched_getaffinity(0)))
-    free = queue.SimpleQueue()
+    free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
     for _ in range(readers):
         free.put(device.host_array(min(PIECE_BYTES, max(sizes.values()))))
 
@@ -125,7 +125,7 @@ def upload_files(
         try:
             piece = memory[: min(PIECE_BYTES, sizes[name] - start)]
             _read_into(files[name].fileno(), piece, start, paths[name])
-            check(paths[name], number, memoryview(piece))
+            check(paths[name], number, piece.data)
             device.upload(buffers[name].pointer + start, piece)
             device.synchronize()
         finally:
@@ -141,7 +141,7 @@ def upload_files(
 
 
 def _read_into(descriptor: int, piece: np.ndarray, start: int, path: Path) -> None:
-    view = memoryview(piece)
+    view = piece.data
     while view:
         count = os.preadv(descriptor, [view], start)
         if not count:

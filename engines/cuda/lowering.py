@@ -40,7 +40,7 @@ def lower(graph: onnx.ModelProto, inputs: list[Binding], outputs: list[Binding])
 class _Lowering:
     def __init__(self, graph: onnx.ModelProto, inputs: list[Binding], outputs: list[Binding]) -> None:
         self._graph = graph.graph
-        self._dimension = inputs[0].shape[0]
+        self._dimension = str(inputs[0].shape[0])
         self._given = {binding.name for binding in (*inputs, *outputs)}
         self._weights, self._constants = {}, {}
         for tensor in self._graph.initializer:
@@ -52,8 +52,8 @@ class _Lowering:
         self._matrices: dict[str, Matrix] = {}
         for binding in inputs:
             if binding.dtype == np.float32 and len(binding.shape) == 2:
-                self._matrices[binding.name] = Matrix(binding.shape[0], 1, binding.shape[1])
-        self._stacks = {b.name: Matrix(b.shape[1], 1, b.shape[2]) for b in inputs if len(b.shape) == 3}
+                self._matrices[binding.name] = Matrix(str(binding.shape[0]), 1, int(binding.shape[1]))
+        self._stacks = {b.name: Matrix(str(b.shape[1]), 1, int(b.shape[2])) for b in inputs if len(b.shape) == 3}
         """Tensors ``[n, rows, width]``, of which parts are read."""
         self._same: dict[str, str] = {}
         """By the name of a view: the tensor that lies there."""

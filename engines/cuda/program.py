@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 from pascalvl.engines.cuda.plan import ALIGNMENT, Node, Plan
 from pascalvl.engines.device.memory import Device
@@ -46,7 +47,7 @@ class BoundPlan:
 
     def _unlike(self) -> list[Node]:
         """Nodes that need other amounts of workspace: layers of a model are alike."""
-        seen = {}
+        seen: dict[tuple[object, ...], Node] = {}
         for node in self._nodes:
             rows = self._rows(node.tensors["x"]) if node.call == "linear" else 0
             seen.setdefault((node.call, rows, *node.attributes.items()), node)
@@ -68,7 +69,7 @@ class BoundPlan:
         if matrix.part_of:
             whole, number = matrix.part_of
             return self._pointers[whole] + number * matrix.nbytes(self._sizes)
-        return memory + matrix.offset * self._units
+        return memory + cast(int, matrix.offset) * self._units
 
     def _rows(self, name: str) -> int:
         return self._plan.matrices[name].rows(self._sizes)
@@ -81,7 +82,8 @@ class BoundPlan:
 
     def _attention(self, node: Node, pointers: dict[str, int]) -> AttentionArgs:
         kv_format = KVFormat(node.attributes[ATTR_KV_FORMAT] or KVFormat.F32)
-        options = AttentionOptions(**{**node.attributes, ATTR_KV_FORMAT: kv_format})
+        attributes: dict[str, Any] = {**node.attributes, ATTR_KV_FORMAT: kv_format}
+        options = AttentionOptions(**attributes)
         sizes, more = self._sizes, {}
         if options.causal:
             new, pool = (
@@ -111,8 +113,9 @@ class BoundPlan:
         kernels, stream = self._device.kernels, self._device.stream
         if args := self._args(node, memory):
             workspace = memory + self._intermediate, self.nbytes - self._intermediate
-            start = kernels.linear if node.call == "linear" else kernels.attention
-            return functools.partial(start, args, *workspace, stream)
+            if isinstance(args, LinearArgs):
+                return functools.partial(kernels.linear, args, *workspace, stream)
+            return functools.partial(kernels.attention, args, *workspace, stream)
         at = {argument: self._at(name, memory) for argument, name in node.tensors.items()}
         if node.call == "gather_rows":
             matrix = self._plan.matrices[node.tensors["matrix"]]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -18,7 +19,7 @@ CHOICES = Binding("choices", CHOICE, ("batch",))
 
 
 _GREEDY = np.zeros((), CHOICE)
-_GIVEN = operator.attrgetter(*CHOICE.names[: CHOICE.names.index("unused")])
+_GIVEN = operator.attrgetter(*itertools.takewhile(lambda name: name != "unused", CHOICE.names or ()))
 """A choice's fields that a record begins with."""
 
 
@@ -28,7 +29,10 @@ class Copy(Protocol):
     pointer: int
 
 
-class ChoiceRecords:
+_Copy = TypeVar("_Copy", bound=Copy)
+
+
+class ChoiceRecords(Generic[_Copy]):
     """Fills in records, and keeps copies on the device of what they point to.
 
     Args:
@@ -36,10 +40,10 @@ class ChoiceRecords:
         put: writes an array into a copy, from a byte on.
     """
 
-    def __init__(self, copy: Callable[[np.ndarray], Copy], put: Callable[[Copy, int, np.ndarray], None]) -> None:
+    def __init__(self, copy: Callable[[np.ndarray], _Copy], put: Callable[[_Copy, int, np.ndarray], None]) -> None:
         self._copy, self._put = copy, put
-        self._states: weakref.WeakKeyDictionary[LogitState, dict[str, Copy]] = weakref.WeakKeyDictionary()
-        self._masks: dict[int, Copy] = {}
+        self._states: weakref.WeakKeyDictionary[LogitState, dict[str, _Copy]] = weakref.WeakKeyDictionary()
+        self._masks: dict[int, _Copy] = {}
         self._on_the_way: list[np.ndarray] = []
         """What the device may still be reading."""
 
@@ -60,7 +64,7 @@ class ChoiceRecords:
             mask = 0 if choice.mask is None else self._mask(number, choice.mask)
             records[number] = (*_GIVEN(choice), 0, choice.random, counts, bias, mask)
 
-    def _state(self, state: LogitState | None) -> dict[str, Copy]:
+    def _state(self, state: LogitState | None) -> dict[str, _Copy]:
         """Copies of a sequence's counts and bias."""
         if state is None:
             return {}
@@ -68,8 +72,9 @@ class ChoiceRecords:
             arrays = {"counts": state.counts, "bias": state.bias}
             self._states[state] = {name: self._copy(array) for name, array in arrays.items() if array is not None}
         else:
+            counts = cast(np.ndarray, state.counts)  # where there are none, none changes
             for token in state.changed:
-                self._write(self._states[state]["counts"], 4 * token, state.counts[token : token + 1].copy())
+                self._write(self._states[state]["counts"], 4 * token, counts[token : token + 1].copy())
         state.changed.clear()
         return self._states[state]
 
@@ -81,6 +86,6 @@ class ChoiceRecords:
             self._masks[number] = self._copy(mask)
         return self._masks[number].pointer
 
-    def _write(self, copy: Copy, start: int, array: np.ndarray) -> None:
+    def _write(self, copy: _Copy, start: int, array: np.ndarray) -> None:
         self._on_the_way.append(array)
         self._put(copy, start, array)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 
 from pascalvl.engines.device.memory import ALIGNMENT, Buffer, Device, Graph, SynchronousDevice
+from pascalvl.plugins.kernels.library import KernelLibrary
 
 
 class DryRun(SynchronousDevice):
@@ -22,7 +24,7 @@ class DryRun(SynchronousDevice):
 
     def __init__(self, device: Device) -> None:
         self.gpu = device.gpu
-        self.kernels = _WithoutLaunches(device)
+        self.kernels = cast(KernelLibrary, _WithoutLaunches(device))
         self.nbytes = self.peak = 0
 
     def allocate(self, nbytes: int) -> Buffer:

@@ -24,6 +24,7 @@ class DeviceEngine(Engine):
         marked_layers: whether the decoder returns `bindings.hidden_states` of every layer as well.
     """
 
+    max_prefill: int
     lengths: Sequence[int] = ()
     """Tokens to which steps are padded, and recorded, that have more of them than sequences."""
 

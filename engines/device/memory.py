@@ -137,7 +137,7 @@ class CudaDevice(Device):
         pointer = self._context.get("cuMemHostAlloc", ctypes.c_void_p, max(nbytes, 1), 0)
         block = (ctypes.c_uint8 * nbytes).from_address(pointer)
         weakref.finalize(block, self._context.release, "cuMemFreeHost", pointer)  # arrays hold on to it
-        array = np.frombuffer(block, np.uint8)
+        array = np.frombuffer(memoryview(block), np.uint8)
         array[:] = 0
         return array
 

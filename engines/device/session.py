@@ -10,7 +10,7 @@ import numpy as np
 from pascalvl.engines.choice import Choice
 from pascalvl.engines.device.choices import CHOICES, ChoiceRecords
 from pascalvl.engines.device.engine import DeviceEngine
-from pascalvl.engines.device.memory import Buffer
+from pascalvl.engines.device.memory import Buffer, Graph
 from pascalvl.engines.device.padding import BATCHES, StepShape
 from pascalvl.engines.device.tensors import StagedTensors, Tensors, shape_of
 from pascalvl.engines.engine import ALWAYS_VISIBLE, SLOTS, NewTokens, Session, VisualRows
@@ -240,7 +240,7 @@ class Step:
         pointers = {**self._pointers, **session.pool.pointers, **session.outputs.pointers}
         del pointers[SLOTS.name], pointers[CHOICES.name]
         self._decode = session.engine.program(bindings.DECODER, sizes, pointers, kept=True)
-        self._graph = None
+        self._graph: Graph | None = None
         self._is_tried = False
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 
@@ -78,7 +79,7 @@ class Tensors:
         self.shapes = {tensor.name: shape_of(tensor, sizes) for tensor in tensors}
         self._starts, self.nbytes = _laid_out(tensors, sizes)
         self._buffer = device.allocate(self.nbytes) if memory is None else None
-        self._memory = self._buffer.pointer if memory is None else memory
+        self._memory = cast(int, memory) if self._buffer is None else self._buffer.pointer
         self.pointers = {name: self._memory + start for name, start in self._starts.items()}
 
     @staticmethod

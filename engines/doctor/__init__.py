@@ -59,7 +59,7 @@ class Diagnosis:
 
 def diagnose(bundle: Bundle | None = None) -> Diagnosis:
     """Check this machine, and whether it runs an engine bundle if that is given."""
-    found = find_machine(bundle and bundle.backend)
+    found = find_machine(bundle.backend if bundle else None)
     needs, problem = None, ""
     if bundle and bundle.backend == "cuda" and not found.unavailable["cuda"]:
         needs, problem = find_memory(bundle)

@@ -25,8 +25,8 @@ def check_memory_for(bundle: Bundle, needs: DeviceMemory | None, gpu: Gpu | None
     """
     manifest = bundle.manifest
     if needs is None:
-        cache = manifest.kv_cache.nbytes(manifest.model.text, bundle.context, bundle.pinned)
-        needs, least = DeviceMemory(manifest.weight_bytes(*manifest.graphs), cache, 0, 0), "at least "
+        nbytes = manifest.kv_cache.nbytes(manifest.model.text, bundle.context, bundle.pinned)
+        needs, least = DeviceMemory(manifest.weight_bytes(*manifest.graphs), nbytes, 0, 0), "at least "
     else:
         least = ""
     name = "memory it needs"

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pascalvl.engines.backends import AUTOMATIC, BACKENDS
 from pascalvl.engines.device.gpu import Gpu, find_gpu
@@ -249,7 +250,7 @@ def find_torch() -> Torch:
     except importlib.metadata.PackageNotFoundError:
         return Torch()
     try:
-        text = Path(package.locate_file("torch/version.py")).read_text(encoding="utf-8")
+        text = Path(str(package.locate_file("torch/version.py"))).read_text(encoding="utf-8")
     except OSError as error:
         return Torch(package.version, problem=f"its version.py cannot be read ({error.strerror})")
     match, wanted = _TORCH_CUDA.search(text), _WANTED_CUDNN.search("\n".join(package.requires or ()))
@@ -315,7 +316,7 @@ def _unavailable(backend: str) -> str:
     return one_line(report.get("problem", ""))
 
 
-def _ask(module: str, *arguments: str, seconds: int = PROBE_SECONDS) -> dict:
+def _ask(module: str, *arguments: str, seconds: int = PROBE_SECONDS) -> dict[str, Any]:
     """What a module prints as JSON in a process of its own, or why it does not, as ``problem``."""
     command = [sys.executable, "-m", module, *arguments]
     try:

@@ -48,7 +48,7 @@ def check_torch(torch: Torch, gpu: Gpu | None) -> Row:
                 f"of PyTorch's cu126 index: {take}."
             )
         else:
-            remedy = f"It has no code for compute capability {dotted(card)}: {take}."
+            remedy = f"It has no code for compute capability {dotted(card or PASCAL)}: {take}."
         return Row(name, found, here, remedy)
     if card and not torch.gpu:
         return Row(name, found, State.MISSING, f"It sees no GPU, and CUDA does: {take}.")
@@ -76,7 +76,7 @@ def check_onnxruntime_gpu(version: str, python: tuple[int, ...], gpu: Gpu | None
     """``version``: of onnxruntime-gpu, which is installed."""
     here = State.MISSING if gpu else State.WARNING
     last = LAST_ONNXRUNTIME_OF_PYTHON_310 if python[:2] <= (3, 10) else LAST_ONNXRUNTIME
-    if _for_pascal(gpu and gpu.capability) and numbers(version) > numbers(last):
+    if _for_pascal(gpu.capability if gpu else None) and numbers(version) > numbers(last):
         remedy = (
             f"The last with code for Pascal are {LAST_ONNXRUNTIME_OF_PYTHON_310} (Python 3.10) and {LAST_ONNXRUNTIME}: "
             f"{install(f'onnxruntime-gpu=={last}')}, or use backend cuda, which needs none."
@@ -88,7 +88,7 @@ def check_onnxruntime_gpu(version: str, python: tuple[int, ...], gpu: Gpu | None
 def check_cudnn(version: str, onnxruntime_gpu: str, gpu: Gpu | None) -> Row:
     """cuDNN 9, of which onnxruntime-gpu, which is installed, loads what it finds; ``version`` is empty if there is
     none."""
-    name, for_pascal = "cuDNN 9", _for_pascal(gpu and gpu.capability)
+    name, for_pascal = "cuDNN 9", _for_pascal(gpu.capability if gpu else None)
     pin = f"nvidia-cudnn-cu12>=9,<{dotted(FIRST_CUDNN_WITHOUT_PASCAL) if for_pascal else 10}"
     if numbers(onnxruntime_gpu) < CUDNN_9_ONNXRUNTIME:
         first = dotted(CUDNN_9_ONNXRUNTIME)

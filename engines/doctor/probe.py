@@ -57,7 +57,8 @@ def torch() -> dict[str, str]:
 def cudnn() -> dict[str, str]:
     """The version of the cuDNN 9 that a package has, or else the system's loader finds."""
     try:
-        path = Path(importlib.metadata.distribution("nvidia-cudnn-cu12").locate_file(f"nvidia/cudnn/lib/{_CUDNN}"))
+        package = importlib.metadata.distribution("nvidia-cudnn-cu12")
+        path = Path(str(package.locate_file(f"nvidia/cudnn/lib/{_CUDNN}")))
     except importlib.metadata.PackageNotFoundError:
         path = Path(_CUDNN)
     try:

@@ -121,8 +121,8 @@ def check_engine(
     version, cuda, capability = (backend.get(key) for key in ("version", "cuda", "capability"))
     here = tensorrt.version
     rows = [compare("TensorRT", version, here, numbers(str(version))[:3] == numbers(here)[:3])]
-    runs = (gpu and gpu.driver_cuda) or (driver and driver.cuda)
-    rows.append(compare("CUDA", cuda, dotted(runs) if runs else "", bool(runs) and numbers(str(cuda))[:1] <= runs))
+    runs = (gpu.driver_cuda if gpu else None) or (driver.cuda if driver else None) or ()
+    rows.append(compare("CUDA", cuda, dotted(runs), bool(runs) and numbers(str(cuda))[:1] <= runs))
     here = dotted(gpu.capability) if gpu else ""
     rows.append(compare("compute capability", capability, here, str(capability) == here))
     here = plugin_build.contract()

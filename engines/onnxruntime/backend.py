@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
@@ -25,6 +26,9 @@ from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.ops.flash_attention.onnx_body import PACKED_ATTRIBUTES, PACKED_INPUTS, PACKED_PROLOGUE
 from pascalvl.plugins.ops.flash_attention.op import ATTR_NUM_HEADS, ATTR_SOFTMAX_SCALE, OP_DOMAIN, OP_NAME
 from pascalvl.plugins.ops.onnx_text import INT64, OPSET
+
+if TYPE_CHECKING:
+    import onnx
 
 NAME = "onnxruntime"
 FILES = ONNX_FILES
@@ -177,7 +181,7 @@ def _session(directory: Path, model: Path | bytes, what: str, remedy: str) -> or
         ) from error
 
 
-def _use_blocked_attention(proto) -> None:
+def _use_blocked_attention(proto: onnx.ModelProto) -> None:
     """Give a vision graph's attention a body whose memory grows with the patches and not with their square."""
     from onnx import helper, parser
 

@@ -122,7 +122,7 @@ def _write(proto: onnx.ModelProto, layers: list[_Layer], data: Path, to: Path) -
             for of, array in arrays.items():
                 file.write(bytes(-file.tell() % _ALIGNMENT))
                 place = {"location": to.name, "offset": file.tell(), "length": array.nbytes}
-                file.write(np.ascontiguousarray(array))
+                file.write(np.ascontiguousarray(array).data)
                 tensor = tensors[of]
                 del tensor.external_data[:]
                 for key, value in place.items():

@@ -97,7 +97,7 @@ class _Plugins:
     def _run(self, key: int, node: onnx.NodeProto, inputs: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
         if key not in self._plugins:
             attributes = _attributes(node)
-            version = attributes.pop(graphs.PLUGIN_VERSION)
+            version = str(attributes.pop(graphs.PLUGIN_VERSION))
             self._plugins[key] = self._host.create(attributes, node.op_type, version)
         shapes = [(array.dtype, array.shape) for array in inputs]
         results, workspace = self._plugins[key].prepare(shapes)
@@ -180,7 +180,7 @@ class ReferenceContext:
         if self._shapes.keys() != plan.inputs.keys() or not bound or not has_memory:
             return False
         device.upload(self.device_memory, np.full(plan.device_memory_size, 0xFF, np.uint8))
-        feeds = {}
+        feeds: dict[str, np.ndarray] = {}
         for name, dtype in plan.inputs.items():
             shape, pointer = self._shapes[name], self._addresses[name]
             if name.startswith(_CACHES):

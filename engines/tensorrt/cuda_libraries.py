@@ -44,7 +44,7 @@ def name(package: str) -> str:
 def _path(library: str) -> Path | None:
     package, folder = PACKAGES[library]
     try:
-        path = Path(importlib.metadata.distribution(name(package)).locate_file(f"nvidia/{folder}/lib/{library}"))
+        path = Path(str(importlib.metadata.distribution(name(package)).locate_file(f"nvidia/{folder}/lib/{library}")))
     except importlib.metadata.PackageNotFoundError:
         return None
     return path if path.is_file() else None

@@ -14,6 +14,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from pascalvl.plugins.errors import UserError, reading
 from pascalvl.plugins.kernels import torch_calls
 from pascalvl.plugins.kernels.library import CHOICE
 from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.ops.quant_linear.torch_op import QuantLinear
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class TorchEngine(Engine):
                 f"the weights of {directory} take {size / 1e9:.1f} GB, more than is free on {self.device}: free some, "
                 "or choose another --backend."
             ) from error
-        self._positions: tuple[np.ndarray | None, torch.Tensor | None] = None, None
+        self._positions: tuple[np.ndarray, torch.Tensor] | None = None
         """The last call's `bindings.POSITION_EMBEDS`, on the host and on the device."""
         layers = range(manifest.model.text.num_hidden_layers)
         self._layouts = manifest.kv_cache.layers(manifest.model.text)
@@ -85,13 +87,13 @@ class TorchEngine(Engine):
 
     def forward(self, graph: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`run` on tensors, where they are."""
-        inputs = dict(inputs)
+        given: dict[str, Any] = dict(inputs)
         if graph == bindings.DECODER:
-            inputs["caches"] = [
-                {"kv_format": layout.kv_format.value, **{name.rpartition(".")[0]: inputs.pop(name) for name in names}}
+            given["caches"] = [
+                {"kv_format": layout.kv_format.value, **{name.rpartition(".")[0]: given.pop(name) for name in names}}
                 for layout, names in zip(self._layouts, self._cache_names, strict=True)
             ]
-        outputs = self._modules[graph](**inputs)
+        outputs = self._modules[graph](**given)
         return dict(zip(self._output_names[graph], outputs, strict=False))  # the last, if any, are not asked for
 
     def tensors(self, feeds: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
@@ -118,7 +120,7 @@ class TorchEngine(Engine):
         video's patches in time are."""
         rest = dict(feeds)
         positions = rest.pop(bindings.POSITION_EMBEDS)
-        if positions is not self._positions[0]:
+        if self._positions is None or positions is not self._positions[0]:
             self._positions = positions, torch.from_numpy(positions).to(self.device)
         return {**self.tensors(rest), bindings.POSITION_EMBEDS: self._positions[1]}
 
@@ -221,7 +223,7 @@ class TorchSession(Session):
         )
         return step
 
-    def _graph_memory(self) -> object | None:
+    def _graph_memory(self) -> Any:
         """Memory in which all steps' graphs are made, once there is one."""
         graphs = (step.graph for step in self._steps.values())
         return next((graph.pool() for graph in graphs if graph), None)
@@ -260,8 +262,10 @@ class TorchSession(Session):
         for layer, inputs_of_layer in enumerate(self.layer_inputs):
             rows = bindings.new_rows(self.model, self.cache, layer)
             # Of floats, there are no scales.
-            new.append((*(outputs.pop(binding.name) for binding in rows), None)[:3])
-            pools.append((*(self._pool[binding.name] for binding in inputs_of_layer), None)[:3])
+            key, value, *scale = (outputs.pop(binding.name) for binding in rows)
+            new.append((key, value, scale[0] if scale else None))
+            key, value, *scale = (self._pool[binding.name] for binding in inputs_of_layer)
+            pools.append((key, value, scale[0] if scale else None))
         torch_calls.kv_append(self._engine.kernels, self.layouts, new, pools, slots)
         return outputs
 
@@ -364,7 +368,7 @@ def _load(directory: Path, manifest: Manifest, device: torch.device) -> dict[str
                 # Copy on write: PyTorch knows no tensors that cannot be written. None is.
                 array = np.memmap(directory / _DATA[graph], place["dtype"], "c", place["offset"], tuple(place["shape"]))
                 if (layer := name.removesuffix(".zero")) != name:
-                    model.get_submodule(layer).add_zero()
+                    cast(QuantLinear, model.get_submodule(layer)).add_zero()
                 weights[name] = torch.from_numpy(array.reshape(model.get_parameter(name).shape)).to(device)
     model.load_state_dict(weights, strict=False, assign=True)
     if missing := [n for n, p in model.named_parameters() if p.is_meta and n not in HOST_TABLES]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,11 +77,13 @@ class CapturedStep:
         device: torch.device,
         shape: StepShape,
         sequence_pages: int,
-        memory: Callable[[], object | None],
+        memory: Callable[[], Any],
     ) -> None:
         self._what, self._decode, self._device, self._memory = what, run, device, memory
         self._kernels = kernels
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.outputs: Mapping[str, torch.Tensor] = {}
+        self._graph_outputs: Mapping[str, torch.Tensor] = {}
         self._is_tried = device.type != "cuda"
         tokens, batch = shape.tokens, shape.batch
         floats = {
