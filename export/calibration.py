@@ -6,13 +6,18 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AttentionInterface, Qwen3VLForConditionalGeneration
+from transformers import AttentionInterface, Qwen3VLForConditionalGeneration, Qwen3VLTextConfig
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding, Qwen3VLVisionRotaryEmbedding
+from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+    Qwen3VLTextDecoderLayer,
+    Qwen3VLTextRotaryEmbedding,
+    Qwen3VLVisionRotaryEmbedding,
+)
 from transformers.utils import logging
 
 from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint
@@ -70,7 +75,7 @@ def calibrate(
     statistics = []
     with Checkpoint(checkpoint) as opened:
         hidden = HiddenStates(opened, prompts)
-        for _ in range(opened.hf_config.text_config.num_hidden_layers):
+        for _ in range(cast(Qwen3VLTextConfig, opened.hf_config.text_config).num_hidden_layers):
             statistics.append(hidden.statistics(opened, keep=True))
             progress()
     return statistics
@@ -116,8 +121,10 @@ class HiddenStates:
         if position_ids is None:  # of text alone
             position_ids = torch.arange(inputs_embeds.shape[1]).expand(3, 1, -1)
         self._positions.append(self._model.model.language_model.rotary_emb(inputs_embeds, position_ids[-3:]))
-        has_visual = deepstack_visual_embeds is not None
-        self._visual.append((visual_pos_masks, list(deepstack_visual_embeds)) if has_visual else None)
+        if visual_pos_masks is None or deepstack_visual_embeds is None:
+            self._visual.append(None)
+        else:
+            self._visual.append((visual_pos_masks, list(deepstack_visual_embeds)))
         raise _RecordedError
 
     def run(self, layer: nn.Module, keep: bool) -> None:
@@ -144,9 +151,9 @@ class HiddenStates:
         layer.to("meta")
         return layer.self_attn.moments.statistics(index)
 
-    def layer_module(self) -> nn.Module:
+    def layer_module(self) -> Qwen3VLTextDecoderLayer:
         """The next layer, without weights."""
-        return self._model.model.language_model.layers[self.layer]
+        return cast(Qwen3VLTextDecoderLayer, self._model.model.language_model.layers[self.layer])
 
 
 def make_runnable(model: Qwen3VLForConditionalGeneration, checkpoint: Checkpoint) -> None:
@@ -197,7 +204,7 @@ class _Moments:
 
     def __init__(self) -> None:
         self._tokens = 0
-        self._sums = 0
+        self._sums: torch.Tensor | int = 0
 
     def add(self, *states: torch.Tensor) -> None:
         """Count a prompt's query, key and value, ``[1, heads, seq, head_dim]``."""
@@ -209,7 +216,7 @@ class _Moments:
         self._tokens += seq
 
     def statistics(self, layer: int) -> LayerStatistics:
-        means = self._sums / self._tokens
+        means = torch.as_tensor(self._sums / self._tokens)
         if not means.isfinite().all():
             raise UserError(
                 f"layer {layer} of the model computes values that are not finite on the prompts to calibrate with: "
@@ -219,7 +226,7 @@ class _Moments:
 
 
 def _attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: object, **options: object
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any
 ) -> tuple[torch.Tensor, None]:
     """`attention_forward`, after counting what it is given."""
     module.moments.add(query, key, value)

@@ -10,11 +10,17 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import FineGrainedFP8Config, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    FineGrainedFP8Config,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLTextConfig,
+    Qwen3VLVisionConfig,
+)
 
 from pascalvl.export.host_files import FILES_READ, HostFiles
 from pascalvl.export.modules import ACTIVATIONS, activation
@@ -80,13 +86,13 @@ def read_config_file(path: Path) -> tuple[Qwen3VLConfig, dict[str, Any] | None]:
 
 def names_in_index(path: Path) -> list[str]:
     """The weight files that an index names; raises `UserError` for an index that cannot be used."""
-    weight_map = bundle.read_json(path, "download the model again").get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else [{"weight_map": weight_map}]
+    weight_map: Any = bundle.read_json(path, "download the model again").get("weight_map")
+    names = [*weight_map.values()] if isinstance(weight_map, dict) else [{"weight_map": weight_map}]
     if others := [name for name in names if not isinstance(name, str) or not bundle.is_file_name(name)]:
         raise UserError(
             f"{path} names {shown(others[0])}: expected weight files in the same folder; download the model again."
         )
-    return sorted(set(names))
+    return sorted({str(name) for name in names})
 
 
 @contextlib.contextmanager
@@ -112,13 +118,13 @@ def model_config(config: Qwen3VLConfig) -> ModelConfig:
     """What engines and runtime need to know of a config."""
     from transformers.models.qwen3_vl import modeling_qwen3_vl as hf
 
-    text, vision = config.text_config, config.vision_config
+    text, vision = cast(Qwen3VLTextConfig, config.text_config), cast(Qwen3VLVisionConfig, config.vision_config)
     text_rope, vision_rope = hf.Qwen3VLTextRotaryEmbedding(text), hf.Qwen3VLVisionRotaryEmbedding(vision)
     return ModelConfig(
         text=_take(
             TextConfig,
             text,
-            mrope_section=tuple(text_rope.mrope_section),
+            mrope_section=tuple(cast(Any, text_rope.mrope_section)),
             rope_inv_freq=tuple(text_rope.inv_freq.tolist()),
             rope_attention_scaling=float(text_rope.attention_scaling),
             value_dims=(text.head_dim,) * text.num_hidden_layers,
@@ -135,7 +141,7 @@ def load_model(directory: Path) -> Qwen3VLForConditionalGeneration:
     """
     with Checkpoint(directory) as checkpoint:
         if checkpoint.is_read_by_transformers:
-            options = {}
+            options: dict[str, Any] = {}
             if checkpoint.quantization is not None:
                 left_out = checkpoint.quantization.get("modules_to_not_convert")
                 fp8 = FineGrainedFP8Config(dequantize=True, modules_to_not_convert=left_out)
@@ -221,7 +227,9 @@ class Checkpoint:
         if self._scaled is None:
             return True
         in_codes = [self.shape(name) for name in self._stored if self._scaled.has(name)]
-        return self.quantization["quant_method"] == "fp8" and all(map(self._scaled.has_whole_blocks, in_codes))
+        return cast(dict[str, Any], self.quantization)["quant_method"] == "fp8" and all(
+            map(self._scaled.has_whole_blocks, in_codes)
+        )
 
     def meta_model(self) -> Qwen3VLForConditionalGeneration:
         """The model that `meta_model` makes of the config; each of its tensors is on disk, and no others are.
@@ -248,7 +256,7 @@ class Checkpoint:
                     f"tensor {name} of {self.directory} has shape {found}, the config says {list(parameter.shape)}: "
                     "the files belong to different models."
                 )
-            if layer := self._layer_in_codes(name):
+            if self.codes and (layer := self._layer_in_codes(name)):
                 self.codes.check(layer)
                 used.update(self.codes.names(layer))
             elif self._scaled and self._scaled.has(name):
@@ -311,7 +319,7 @@ class Checkpoint:
         log.info("the stored lm_head is not the embeddings: it is not tied to them")
         for config, data in (
             (self.hf_config, self._config),
-            (self.hf_config.text_config, self._config.get("text_config", {})),
+            (cast(Qwen3VLTextConfig, self.hf_config.text_config), self._config.get("text_config", {})),
         ):
             config.tie_word_embeddings = data["tie_word_embeddings"] = False
 
@@ -320,7 +328,7 @@ class Checkpoint:
 
     def shape(self, name: str) -> list[int]:
         """Of one tensor."""
-        if layer := self._layer_in_codes(name):
+        if self.codes and (layer := self._layer_in_codes(name)):
             return self.codes.shape(layer)
         return self._stored[name].slice.get_shape()
 
@@ -330,7 +338,7 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor, in the type it has on disk; a weight that is there in codes in float32."""
-        if layer := self._layer_in_codes(name):
+        if self.codes and (layer := self._layer_in_codes(name)):
             return torch.from_numpy(self.codes.read(layer).dense())
         if self._scaled and self._scaled.has(name):
             return self._scaled.read(name, self._stored[name].tensor())
@@ -345,7 +353,7 @@ class Checkpoint:
         """What engines and runtime need to know of the config; raises `UserError` for one that no model has."""
         for part in ACTIVATIONS:
             activation(part, getattr(self.hf_config, part).hidden_act)
-        rope_type = self.hf_config.text_config.rope_parameters["rope_type"]
+        rope_type = cast(Any, self.hf_config.text_config).rope_parameters["rope_type"]
         if rope_type not in _STATIC_ROPE_TYPES:
             raise UserError(
                 f"rope type {rope_type!r} is not supported: expected one of {', '.join(_STATIC_ROPE_TYPES)}."

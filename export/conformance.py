@@ -12,7 +12,8 @@ constants that tell axes, indices and shapes: 8.6 reads it as int32, and 9.x doe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -54,7 +55,7 @@ class _Node:
     def attributes(self) -> dict[str, AttributeProto]:
         return {attribute.name: attribute for attribute in self.proto.attribute}
 
-    def get(self, name: str, default: object = None) -> object:
+    def get(self, name: str, default: object = None) -> Any:
         """An attribute's value."""
         found = self.attributes.get(name)
         return default if found is None else helper.get_attribute_value(found)
@@ -160,7 +161,7 @@ def _axes_are_a_constant(node: _Node) -> Iterator[str]:
             yield f"it squeezes axes of sizes {sizes}"
 
 
-def _are_axes(axes: object, rank: int) -> Iterator[str]:
+def _are_axes(axes: Sequence[int], rank: int) -> Iterator[str]:
     wrong = [axis for axis in axes if not -rank <= axis < rank]
     if wrong or len({axis % rank for axis in axes}) < len(axes):
         yield f"axes {list(axes)} are not those of a tensor of {rank} dimensions"
@@ -182,8 +183,9 @@ def _slices_are_constant(node: _Node) -> Iterator[str]:
     if len(node.proto.input) < 4:
         yield "expected starts, ends and axes"
         return
-    operands = [node.constant(index) for index in range(1, len(node.proto.input))]
-    if any(operand is None or operand.ndim != 1 for operand in operands):
+    constants = [node.constant(index) for index in range(1, len(node.proto.input))]
+    operands = [constant for constant in constants if constant is not None and constant.ndim == 1]
+    if len(operands) < len(constants):
         yield "starts, ends, axes and steps must be initializers of 1 dimension"
         return
     if len({len(operand) for operand in operands}) > 1:

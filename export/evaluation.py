@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,9 +105,7 @@ class Summary:
     """Names of the prompts whose answers do not come out."""
 
 
-def summary(
-    prompts: Sequence[EvaluationPrompt], figures: Sequence[Figures], config: Qwen3VLConfig
-) -> dict[str, object]:
+def summary(prompts: Sequence[EvaluationPrompt], figures: Sequence[Figures], config: Qwen3VLConfig) -> dict[str, Any]:
     """The fields of a `Summary`, of each prompt's figures at its `EvaluationPrompt.positions`."""
     answers = [prompt.positions(config) >= prompt.first_answer for prompt in prompts]
     kl, same, loss = (np.concatenate([getattr(f, field) for f in figures]) for field in ("kl", "same", "loss"))

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -202,7 +203,7 @@ def trace_decoder(
     dims = {name: torch.export.Dim(name) for name in sizes}
     cache_start = len(inputs) - 2 * config.text.num_hidden_layers
 
-    def arguments(values: list) -> dict:
+    def arguments(values: Sequence[Any]) -> dict[str, Any]:
         pairs = zip(values[cache_start::2], values[cache_start + 1 :: 2], strict=True)
         caches = [{"past_key": key, "past_value": value} for key, value in pairs]
         return {**dict(zip(_names(inputs[:cache_start]), values, strict=False)), "caches": caches}
@@ -224,7 +225,7 @@ def _names(inputs: list[bindings.Binding]) -> list[str]:
     return [binding.name for binding in inputs]
 
 
-def _dynamic_shapes(inputs: list[bindings.Binding], dims: dict[str, object]) -> list[dict[int, object]]:
+def _dynamic_shapes(inputs: list[bindings.Binding], dims: Mapping[str, object]) -> list[dict[int, object]]:
     return [{axis: dims[d] for axis, d in enumerate(b.shape) if isinstance(d, str)} for b in inputs]
 
 
@@ -244,7 +245,7 @@ def write_graph(graph: TracedGraph, weights: WeightSource, path: Path) -> Iterat
     with _data_path(path).open("wb") as data:
         for (name, weight), offset in zip(graph.weights.items(), places, strict=True):
             data.write(bytes(offset - data.tell()))
-            data.write(_weight_array(weights, weight))  # tofile would hide a full disk
+            data.write(_weight_array(weights, weight).data)  # tofile would hide a full disk
             yield name
     onnx.checker.check_model(str(path))
 
@@ -289,7 +290,7 @@ def _weight_array(weights: WeightSource, weight: Weight) -> np.ndarray:
 def _write_table(checkpoint: Checkpoint, name: str, path: Path) -> dict[str, object]:
     """Write a tensor as it is in the checkpoint, rows on end; returns its type and shape."""
     table = checkpoint.tensor(name).contiguous()
-    path.write_bytes(table.view(torch.uint8).numpy())
+    path.write_bytes(table.view(torch.uint8).numpy().data)
     return {"dtype": str(table.dtype).removeprefix("torch."), "shape": list(table.shape)}
 
 

@@ -277,7 +277,7 @@ def _save(
 def _load(folder: Path, layer: int) -> tuple[LayerTransform, dict[str, torch.Tensor]]:
     with safe_open(_file(folder, layer), framework="pt") as file:
         named = {key: file.get_tensor(key) for key in file.keys() if key.startswith(("transform.", "scale."))}  # noqa: SIM118
-    parts = {kind: {} for kind in ("transform", "scale")}
+    parts: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in ("transform", "scale")}
     for name, tensor in named.items():
         kind, _, field = name.partition(".")
         parts[kind][field] = tensor

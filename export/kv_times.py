@@ -59,8 +59,12 @@ def _pool(layout: LayerLayout, pages: int) -> torch_calls.Cached:
     """A layer's pool."""
     rows = torch_calls.new_rows(layout, pages * PAGE_SLOTS, torch.device("cuda"))
     lead = pages, layout.num_kv_heads, PAGE_SLOTS
-    key, value, scale = (None if array is None else array.view(*lead, *array.shape[2:]) for array in _filled(rows))
-    return key, value, scale
+    key, value, scale = _filled(rows)
+    return (
+        key.view(*lead, *key.shape[2:]),
+        value.view(*lead, *value.shape[2:]),
+        None if scale is None else scale.view(lead),
+    )
 
 
 def _filled(rows: torch_calls.Cached) -> torch_calls.Cached:

@@ -116,7 +116,8 @@ for _schema in (_SCHEMA, _LINEAR_SCHEMA):
         onnx.defs.register_schema(_schema)
 
 
-def translate(
+# The exporter reads these functions' annotations: what has one is an attribute.
+def translate(  # type: ignore[no-untyped-def]
     qkv,
     q_norm,
     k_norm,
@@ -153,7 +154,7 @@ def translate(
     return node(*tokens, *past, **attributes, **{ATTR_KV_FORMAT: KVFormat.F32.value})
 
 
-def translate_linear(
+def translate_linear(  # type: ignore[no-untyped-def]
     x,
     weight,
     scale,
@@ -171,7 +172,7 @@ def translate_linear(
     """Write a node for torch's `pascalvl::quant_linear`; an entry of the exporter's translation table."""
     optional = scale, zero, bias, residual, norm_weight, norm_bias
     given = [operand for operand in optional if operand is not None]
-    attributes = {ATTR_IN_FEATURES: int(x.shape[-1]), ATTR_OUT_FEATURES: int(weight.shape[0])}
+    attributes: dict[str, int | float] = {ATTR_IN_FEATURES: int(x.shape[-1]), ATTR_OUT_FEATURES: int(weight.shape[0])}
     attributes |= {ATTR_BITS: bits, ATTR_GROUP: group, ATTR_ACTIVATION: activation}
     for name, operand in ((ATTR_HAS_ZERO, zero), (ATTR_HAS_BIAS, bias), (ATTR_HAS_RESIDUAL, residual)):
         attributes[name] = int(operand is not None)

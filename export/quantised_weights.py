@@ -12,6 +12,7 @@ from torch import nn
 from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint
 from pascalvl.export.modules import GATE_UP, MERGED, Decoder, VisionEncoder
 from pascalvl.export.quantiser import round_to_nearest
+from pascalvl.export.stored_codes import StoredCodes
 from pascalvl.export.transforms import DECODER_LAYERS, WeightSource
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.model_config import TextConfig
@@ -104,7 +105,8 @@ def _whole(layer: str, module: QuantLinear, tensors: list[torch.Tensor], columns
     if columns is not None and columns != tensors[0].shape[1]:
         tensors = [nn.functional.pad(tensor, (0, columns - tensor.shape[1])) for tensor in tensors]
     if layer.endswith(f".{GATE_UP}"):
-        return gated(*tensors, module.out_features // 2)
+        gate, value = tensors
+        return gated(gate, value, module.out_features // 2)
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)  # an lm_head is too large for copies
 
 
@@ -129,7 +131,8 @@ def stored_config(checkpoint: Checkpoint, text: TextConfig) -> WeightConfig:
     """
     if checkpoint.codes is None:
         return FLOAT_WEIGHTS
-    form = checkpoint.codes.form
+    codes = checkpoint.codes
+    form = codes.form
     model = checkpoint.meta_model()
     VisionEncoder(model, form)
     Decoder(model, text, WeightConfig(form, lm_head=form))
@@ -139,20 +142,20 @@ def stored_config(checkpoint: Checkpoint, text: TextConfig) -> WeightConfig:
 
     def is_stored(place: str) -> bool:
         of_place = [name for name in names if f"{name}.".startswith(f"{place}.")]
-        in_codes = [name for name in of_place if name in checkpoint.codes]
+        in_codes = [name for name in of_place if name in codes]
         if in_codes and len(in_codes) < len(of_place):
-            other = next(name for name in of_place if name not in checkpoint.codes)
+            other = next(name for name in of_place if name not in codes)
             raise UserError(
                 f"of {place}, {in_codes[0]} is in codes of 4 bits and {other} is not: expected all or none; give "
                 "--weights w8, f16 or f32 to have them all in that."
             )
         return bool(in_codes)
 
-    lm_head, vision, *layers = map(is_stored, places)
+    lm_head, vision, *decoder_layers = map(is_stored, places)
     return dataclasses.replace(
         WeightConfig.parse(f"{form.name},group={form.group}"),
         **{name: form for name, there in (("lm_head", lm_head), ("vision", vision)) if there},
-        overrides=tuple((i, i, WeightFormat(16, form.group)) for i, there in enumerate(layers) if not there),
+        overrides=tuple((i, i, WeightFormat(16, form.group)) for i, there in enumerate(decoder_layers) if not there),
     )
 
 
@@ -185,9 +188,9 @@ def stored_codes(
     """What `QuantisedWeights` takes as ``codes``: those of layers that the checkpoint has in their format."""
 
     def codes(name: str) -> Mapping[str, torch.Tensor] | None:
-        if not _is_stored(checkpoint, name, layers[name]):
+        if (stored := _stored(checkpoint, name, layers[name])) is None:
             return None
-        return packed(_merged(name, layers[name], [checkpoint.codes.read(part) for part in parts(name)]))
+        return packed(_merged(name, layers[name], [stored.read(part) for part in parts(name)]))
 
     return codes
 
@@ -195,13 +198,16 @@ def stored_codes(
 def add_stored_zeros(checkpoint: Checkpoint, layers: Mapping[str, QuantLinear]) -> None:
     """Give layers zeros where `stored_codes` has some."""
     for name, module in layers.items():
-        if _is_stored(checkpoint, name, module) and any(map(checkpoint.codes.has_zero, parts(name))):
+        if (stored := _stored(checkpoint, name, module)) and any(map(stored.has_zero, parts(name))):
             module.add_zero()
 
 
-def _is_stored(checkpoint: Checkpoint, name: str, module: QuantLinear) -> bool:
+def _stored(checkpoint: Checkpoint, name: str, module: QuantLinear) -> StoredCodes | None:
+    """The checkpoint's codes, if they have all of a layer in its format."""
     stored = checkpoint.codes
-    return stored is not None and module.form == stored.form and all(part in stored for part in parts(name))
+    if stored is None or module.form != stored.form or not all(part in stored for part in parts(name)):
+        return None
+    return stored
 
 
 def _merged(name: str, module: QuantLinear, weights: Sequence[QuantisedWeight]) -> QuantisedWeight:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from pascalvl.export.scaled_weights import FLOAT8, INT8, Block, ScaledWeights, TypedSource
 from pascalvl.export.stored_codes import AWQ, BITS, GPTQ, GPTQ_V2, PACKED, REMEDY, Layout, StoredCodes
@@ -88,7 +88,7 @@ def read_quantization(quantization: Any, where: object, source: TypedSource) -> 
     elif variant in _SCALED_FORMATS:
         scaled = _compressed_scaled(data, variant, checks, source)
     else:
-        return _codes(data, variants[variant], checks, source)
+        return _codes(data, cast(Layout, variants[variant]), checks, source)
     log.info("%s holds weights in 8 bits: they are read as floats, and their inputs are not rounded to 8 bits", where)
     return scaled
 
@@ -134,7 +134,7 @@ def _codes(data: Mapping[str, Any], layout: Layout, checks: _Checks, source: Typ
         groups = _groups(data, checks)
         for group in groups:
             checks.one_of("input_activations", group.get("input_activations"), (None,))
-        schemes, bits = _objects(group.get("weights") for group in groups), "num_bits"
+        schemes, bits = [*_objects(group.get("weights") for group in groups)], "num_bits"
         for scheme in schemes:
             checks.known(scheme, _SCHEME)
             checks.one_of("type", scheme.get("type", "int"), ("int",))

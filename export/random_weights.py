@@ -18,6 +18,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx
@@ -58,7 +59,7 @@ def _write_missing(path: Path, blocks: Iterator[tuple[int, np.ndarray]]) -> None
         with partial.open("wb") as file:
             for offset, block in blocks:
                 file.write(bytes(max(0, offset - file.tell())))
-                file.write(block)
+                file.write(block.data)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -73,7 +74,7 @@ def _graph_weights(path: Path) -> Iterator[tuple[int, np.ndarray]]:
             name, itemsize = tensor.doc_string, onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
             draw = in_nodes.get(tensor.name) or _of_name(name, len(tensor.dims))
             for block in _drawn(name, tensor.dims, itemsize, draw):
-                yield ExternalDataInfo(tensor).offset, block
+                yield cast(int, ExternalDataInfo(tensor).offset), block
 
 
 def _quantised(proto: onnx.ModelProto) -> dict[str, _Draw]:

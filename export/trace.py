@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Mapping
+from typing import cast
 
 import numpy as np
 import onnx
@@ -49,7 +50,10 @@ class TracedGraph:
 def example_inputs(bindings: list[Binding], sizes: Mapping[str, int]) -> list[torch.Tensor]:
     """Meta tensors for tracing, one a binding, with the varying dimensions set to ``sizes``."""
     types = {"float32": torch.float32, "int32": torch.int32}
-    return [torch.empty([sizes.get(d, d) for d in b.shape], dtype=types[b.dtype.name], device="meta") for b in bindings]
+    return [
+        torch.empty([d if isinstance(d, int) else sizes[d] for d in b.shape], dtype=types[b.dtype.name], device="meta")
+        for b in bindings
+    ]
 
 
 def trace(
@@ -73,10 +77,11 @@ def trace(
     model = _trace(module, arguments, dynamic_shapes)
     graph = model.graph
     weights = {}
-    for value in list(graph.initializers.values()):
-        if value.name in sources:
-            weights[value.name] = Weight(sources[value.name], tuple(value.shape.numpy()), value.dtype.numpy())
-            del graph.initializers[value.name]
+    for name, value in list(graph.initializers.items()):
+        if name in sources:
+            shape, dtype = cast(ir.Shape, value.shape).numpy(), cast(ir.DataType, value.dtype).numpy()
+            weights[name] = Weight(sources[name], tuple(shape), dtype)
+            del graph.initializers[name]
             value.const_value = None
             graph.inputs.append(value)
     optimizer.optimize(model)
@@ -91,7 +96,7 @@ def trace(
     marked_shapes = {}
     for value, mark in zip(graph.outputs[len(outputs) :], marks, strict=True):
         value.name = mark
-        marked_shapes[mark] = [size if isinstance(size, int) else size.value for size in value.shape]
+        marked_shapes[mark] = [size if isinstance(size, int) else size.value for size in cast(ir.Shape, value.shape)]
     del graph.outputs[len(outputs) :]
 
     proto = onnx.version_converter.convert_version(ir.to_proto(model), OPSET)
@@ -116,7 +121,7 @@ def _trace(module: nn.Module, arguments: Mapping[str, object], dynamic_shapes: M
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.onnx.export(
+            program = torch.onnx.export(
                 module.eval(),
                 (),
                 kwargs=dict(arguments),
@@ -131,7 +136,8 @@ def _trace(module: nn.Module, arguments: Mapping[str, object], dynamic_shapes: M
                 optimize=False,
                 verify=False,
                 verbose=False,
-            ).model
+            )
+            return cast(torch.onnx.ONNXProgram, program).model
     finally:
         exporter_log.setLevel(level)
 
@@ -145,7 +151,7 @@ def _make_reshape_targets_constant(graph: ir.Graph) -> None:
     for node in graph:
         if node.op_type != "Reshape":
             continue
-        before, after = node.inputs[0].shape, node.outputs[0].shape
+        before, after = (cast(ir.Shape, cast(ir.Value, value).shape) for value in (node.inputs[0], node.outputs[0]))
         target = [
             size if isinstance(size, int) else 0 if axis < len(before) and size == before[axis] else -1
             for axis, size in enumerate(after)
@@ -164,7 +170,7 @@ def _clip_to_int32(graph: ir.Graph) -> None:
     """Bring constants into the range of int32, as which TensorRT reads int64; ends of slices exceed it."""
     for value in list(graph.initializers.values()):
         if value.dtype == ir.DataType.INT64:
-            clipped = np.clip(value.const_value.numpy(), _INT32.min, _INT32.max)
+            clipped = np.clip(cast(ir.TensorProtocol, value.const_value).numpy(), _INT32.min, _INT32.max)
             value.const_value = ir.tensor(clipped, name=value.name)
 
 

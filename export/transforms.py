@@ -169,8 +169,8 @@ def output_moment(weights: WeightSource, text: TextConfig, layer: int) -> np.nda
     """How o_proj weighs a kv head's values: the sum of W^T W over its query heads ``[num_kv_heads, dim, dim]``."""
     projected = _float64(weights, layer, "self_attn.o_proj.weight")
     heads, dim = text.num_key_value_heads, text.head_dim
-    columns = projected.reshape(-1, heads, text.num_attention_heads // heads, dim)
-    columns = np.moveaxis(columns, 1, 0).reshape(heads, -1, dim)
+    by_head = projected.reshape(-1, heads, text.num_attention_heads // heads, dim)
+    columns = np.moveaxis(by_head, 1, 0).reshape(heads, -1, dim)
     return _t(columns) @ columns
 
 
@@ -289,7 +289,13 @@ class TransformedWeights:
 
 def _changes(transform: LayerTransform) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """By the name of an attention module's weight: what becomes of it."""
+    of_keys = {
+        "q_norm.weight": lambda weight: weight * transform.balance,
+        "k_norm.weight": lambda weight: weight / transform.balance,
+    }
     down, up = transform.value_down, transform.value_up
+    if down is None or up is None:
+        return of_keys
 
     def rows(weight: np.ndarray) -> np.ndarray:
         heads, _, dim = down.shape
@@ -301,12 +307,7 @@ def _changes(transform: LayerTransform) -> dict[str, Callable[[np.ndarray], np.n
         projected = weight.reshape(len(weight), heads, -1, dim) @ up
         return projected.reshape(len(weight), -1)
 
-    of_values = {"v_proj.weight": rows, "v_proj.bias": rows, "o_proj.weight": columns}
-    return {
-        "q_norm.weight": lambda weight: weight * transform.balance,
-        "k_norm.weight": lambda weight: weight / transform.balance,
-        **(of_values if down is not None else {}),
-    }
+    return {**of_keys, "v_proj.weight": rows, "v_proj.bias": rows, "o_proj.weight": columns}
 
 
 def _name(layer: int, name: str) -> str:

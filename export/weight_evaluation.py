@@ -9,6 +9,7 @@ answer. Token and position embeddings are as in the checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -95,8 +96,8 @@ def evaluate(
                     compare(
                         prompt,
                         prompt.positions(model.config),
-                        lambda at, hidden=hidden: exact_model.lm_head(hidden[at]),
-                        lambda at, states=states: model.lm_head(states[at]),
+                        functools.partial(_logits, exact_model, hidden),
+                        functools.partial(_logits, model, states),
                     )
                 )
                 progress()
@@ -148,7 +149,7 @@ def quantised_model(
     model.load_state_dict(tensors, assign=True)
     found.discard()
     for layer in layers.values():
-        layer.forward = _unpacked(layer)
+        layer.forward = _unpacked(layer)  # type: ignore[method-assign]
     return model, sum(tensor.nbytes for name, tensor in tensors.items() if name not in HOST_TABLES)
 
 
@@ -166,6 +167,10 @@ def _run(model: Qwen3VLForConditionalGeneration, prompt: EvaluationPrompt) -> to
     """The last hidden states of a conversation, ``[n, hidden_size]``."""
     with torch.no_grad():
         return model.model(**model_inputs(model, prompt.whole), use_cache=False).last_hidden_state[0]
+
+
+def _logits(model: Qwen3VLForConditionalGeneration, states: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    return model.lm_head(states[at])
 
 
 def _result(
