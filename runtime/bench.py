@@ -16,6 +16,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 from PIL import Image
@@ -226,7 +227,7 @@ def measure(
         cache_bytes_per_token=cache_bytes,
         read_bytes_per_second=read_rate,
         launches_per_token=launches,
-        sampling=sampling and _described(sampling),
+        sampling=None if sampling is None else _described(sampling),
         depths=tuple(figures),
         picture=picture,
         left_out=tuple(left_out),
@@ -289,7 +290,7 @@ def _at_depth(runs: _Runs, options: BenchOptions, sampling: SamplingParams | Non
     prefill, steps = options.prefill, options.decode
 
     def decoded(what: str, params: SamplingParams) -> float:
-        return runs.median(what, 1, 1 + steps, params, lambda generation, _: generation.tokens_per_second)
+        return runs.median(what, 1, 1 + steps, params, lambda generation, _: cast(float, generation.tokens_per_second))
 
     return DepthFigures(
         depth=runs.depth,
@@ -298,7 +299,7 @@ def _at_depth(runs: _Runs, options: BenchOptions, sampling: SamplingParams | Non
         ),
         decode_tokens_per_second=decoded(f"decode of {steps}", _GREEDY),
         of_floor=None,
-        sampled_tokens_per_second=sampling and decoded(f"sampling of {steps}", sampling),
+        sampled_tokens_per_second=None if sampling is None else decoded(f"sampling of {steps}", sampling),
         follow_up_ms={
             count: runs.median(f"follow-up of {count}", count, 1, _GREEDY, lambda _, seconds: 1e3 * seconds)
             for count in options.follow_ups
@@ -336,8 +337,8 @@ def _together(
 
     rates = []
     for cache in caches:
-        for start in range(0, runs.depth, model.prefill_chunk):
-            run(cache, runs.tokens[start : start + model.prefill_chunk])
+        for first in range(0, runs.depth, model.prefill_chunk):
+            run(cache, runs.tokens[first : first + model.prefill_chunk])
     for _ in range(1 + options.repeats):
         progress(f"decode of {count} sequences behind {runs.depth:,} tokens")
         for cache in caches:

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from pascalvl.plugins.bundle import open_regular
 from pascalvl.plugins.errors import UserError, reason, shown
@@ -102,15 +102,16 @@ class _Worker:
             if self._process is None or self._process.poll() is not None:
                 self.end()
                 self._process = self._start()
+            stdin, stdout = cast(BinaryIO, self._process.stdin), cast(BinaryIO, self._process.stdout)
             watch = threading.Timer(_MOST_WAIT_SECONDS, self._process.kill)
             watch.start()
             try:
                 with contextlib.suppress(BrokenPipeError):
-                    self._process.stdin.write(request)
-                    self._process.stdin.flush()
-                line = self._process.stdout.readline(_MOST_ANSWER_BYTES)
+                    stdin.write(request)
+                    stdin.flush()
+                line = stdout.readline(_MOST_ANSWER_BYTES)
                 if not line.endswith(b"\n"):
-                    raise ValueError(self._end_reason())
+                    raise ValueError(self._end_reason(self._process.wait()))
             except BaseException:  # an interrupt, too: the next answer would be that to this request
                 self.end()
                 raise
@@ -127,8 +128,8 @@ class _Worker:
             self._process.kill()
             self._process.wait()
             with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-            self._process.stdout.close()
+                cast(BinaryIO, self._process.stdin).close()
+            cast(BinaryIO, self._process.stdout).close()
             self._process = None
 
     @staticmethod
@@ -142,8 +143,8 @@ class _Worker:
             start_new_session=True,  # Ctrl-C is for this process alone
         )
 
-    def _end_reason(self) -> str:
-        code = self._process.wait()
+    @staticmethod
+    def _end_reason(code: int) -> str:
         if code in (-signal.SIGXCPU, -signal.SIGKILL):
             return f"it takes more than {MOST_SECONDS} seconds"
         return f"the process that renders it ended with code {code}"

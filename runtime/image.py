@@ -102,15 +102,16 @@ def load_image(source: ImageSource) -> Image.Image:
 
 def _opened(source: Path | str | bytes) -> Image.Image:
     """A picture from a file, ``data:`` URL or bytes, which is not decoded yet, and not too large for that."""
+    file: Path | io.BytesIO
     if isinstance(source, Path):
         open_regular(source).close()
-        size = source.stat().st_size
+        size, file = source.stat().st_size, source
     else:
         data = source if isinstance(source, bytes) else _decoded(source)
-        size, source = len(data), io.BytesIO(data)
+        size, file = len(data), io.BytesIO(data)
     if size > _MAX_BYTES:
         raise Image.DecompressionBombError(f"{size} bytes, more than {_MAX_BYTES}")
-    image = Image.open(source)
+    image = Image.open(file)
     if image.width * image.height > _MAX_PIXELS:
         raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels, more than {_MAX_PIXELS}")
     return image
@@ -181,7 +182,7 @@ class Patches:
     def digest(self) -> bytes:
         """Identity of the content: equal digests mean equal features."""
         digest = hashlib.sha256(repr(self.grid).encode())
-        digest.update(self.pixel_values)
+        digest.update(self.pixel_values.data)
         return digest.digest()
 
 
@@ -220,21 +221,23 @@ class PatchParameters:
                     raise UserError(f"{path} sets {name} to {found!r}: only {expected!r} is supported.")
             smallest = int(settings.get("min_pixels") or settings["size"]["shortest_edge"])
             largest = int(settings.get("max_pixels") or settings["size"]["longest_edge"])
-            sizes = [int(settings[name]) for name in ("patch_size", "temporal_patch_size", "merge_size")]
+            patch, temporal, merge = (
+                int(settings[name]) for name in ("patch_size", "temporal_patch_size", "merge_size")
+            )
             mean, std = (tuple(map(float, settings[name])) for name in ("image_mean", "image_std"))
-            if min(*sizes, smallest, largest) < 1 or not len(mean) == len(std) == 3 or 0 in std:
+            if min(patch, temporal, merge, smallest, largest) < 1 or not len(mean) == len(std) == 3 or 0 in std:
                 raise ValueError("sizes below 1, or colours that are not three")
             if not 0 < (rescale_factor := float(data.get("rescale_factor", 1 / 255))) <= 1:
                 raise ValueError("a rescale_factor that is not above 0 and at most 1")
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             raise UserError(f"{path} cannot be read ({error!r}): download the model again and export it.") from error
         if max_pixels is not None:
-            if max_pixels < (token := (sizes[0] * sizes[2]) ** 2):
+            if max_pixels < (token := (patch * merge) ** 2):
                 raise UserError(
                     f"a limit of {max_pixels} pixels is out of range: expected at least {token}, one token."
                 )
             largest = min(largest, max_pixels)
-        return cls(*sizes, min(smallest, largest), largest, mean, std, rescale_factor), settings
+        return cls(patch, temporal, merge, min(smallest, largest), largest, mean, std, rescale_factor), settings
 
     @property
     def factor(self) -> int:

@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from pascalvl.engines import Session
 from pascalvl.engines.engine import ALWAYS_VISIBLE, Placement
 from pascalvl.plugins.bundle import open_regular
 from pascalvl.plugins.errors import UserError, reason
-from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
+from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, Window, pages_of
 
 _EMPTY = -1
 _IDENTITIES = "identities"
@@ -118,7 +118,7 @@ def _header(engine: str, tokens: int, layout: _Layout) -> bytes:
 
 def _layout(session: Session, tokens: int) -> _Layout:
     """Of a prefix of so many tokens, as `Session.read` gives its rows."""
-    layout = {_IDENTITIES: (np.dtype(np.int64), (tokens,))}
+    layout: _Layout = {_IDENTITIES: (np.dtype(np.int64), (tokens,))}
     for binding in session.stored:
         layout[binding.name] = binding.dtype, (pages_of(tokens), *session.shape_of(binding)[1:])
     return layout
@@ -247,7 +247,7 @@ class KVCache:
         self, tokens: np.ndarray, pinned: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
         """As `Placement` has them, slots of new tokens and who sees those there are; and which tokens stay."""
-        window, first = self._config.window, int(tokens[0])
+        window, first = cast(Window, self._config.window), int(tokens[0])
         stays, seen_later = self._kept(tokens, pinned)
         stored = np.flatnonzero(stays | seen_later)
         used, in_window = self._token[: self._used], ~self._stays[: self._used]
@@ -274,7 +274,7 @@ class KVCache:
 
     def _oldest_seen_after(self, tokens: np.ndarray) -> int:
         """The first token of the window of the one after these."""
-        return int(tokens[-1]) + 2 - self._config.window.length
+        return int(tokens[-1]) + 2 - cast(Window, self._config.window).length
 
     def truncate(self, length: int) -> int:
         """Forget all tokens after the first ``length``; returns how many are left.

@@ -80,7 +80,7 @@ class VisionLanguageModel:
         self.gpu = engine.gpu
         """Name of the GPU that computes; None: the CPU does."""
         self._prefixes: list[Prefix] = []
-        self._answering: Generator[str, None, None] = (piece for piece in ())
+        self._answering: Generator[str, None, None] = (piece for piece in "")
         self._reopen = reopen
         self._unloaded: tuple[Prefix | None, np.ndarray] | None = None
         """Of a model that is unloaded: what its cache held, and which tokens of that are pinned."""
@@ -116,7 +116,7 @@ class VisionLanguageModel:
         Raises:
             UserError: as `open`; the model stays unloaded.
         """
-        if self._unloaded is None:
+        if self._unloaded is None or self._reopen is None:
             return 0.0
         start = time.perf_counter()
         self._use(self._reopen())
@@ -293,9 +293,10 @@ class VisionLanguageModel:
         most = len(identities) - 1  # the last token is run in any case: its logits are needed
         own = min(self._cache.common_prefix(identities), most)
         best = max(self._prefixes, key=lambda prefix: prefix.common(identities), default=None)
-        common = 0 if best is None else min(best.common(identities), most)
-        if common > own and self._cache.restore(best, common, pinned[:common]):
-            return common
+        if best is not None:
+            common = min(best.common(identities), most)
+            if common > own and self._cache.restore(best, common, pinned[:common]):
+                return common
         return self._cache.truncate(own)
 
     def trace(self, messages: Sequence[Message], forced_tokens: Sequence[int]) -> dict[str, np.ndarray]:
@@ -433,8 +434,8 @@ class VisionLanguageModel:
             for visual, features in seen:
                 first, last = np.searchsorted(visual.token_indices, (start, chunk.stop))
                 if first < last:
-                    tokens = visual.token_indices[first:last] - start
-                    visuals.append(VisualRows(features, slice(first, last), tokens))
+                    places = visual.token_indices[first:last] - start
+                    visuals.append(VisualRows(features, slice(first, last), places))
             with self._cache.appending(identities[chunk], pinned[chunk]) as placement:
                 tokens = self.new_tokens(prompt.token_ids[chunk], prompt.position_ids[:, chunk], placement, visuals)
                 outputs = run([tokens], chunk.stop == len(identities))

@@ -136,7 +136,8 @@ class PromptBuilder:
     def _place(self, token_ids: np.ndarray, visuals: list[Patches]) -> Prompt:
         of_visual = np.isin(token_ids, (self._config.image_token_id, self._config.video_token_id))
         indices = np.flatnonzero(of_visual)
-        placed, spans = [], []
+        placed: list[Visual] = []
+        spans: list[int | tuple[int, int, int]] = []
         used = end = 0
         for patches in visuals:
             t, h, w = patches.grid

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Iterator, Mapping
+from typing import cast
 
 import numpy as np
 
@@ -22,7 +23,7 @@ _RANDOM_NUMBERS = 64
 
 
 def _is_within(value: object, smallest: float, largest: float) -> bool:
-    return isinstance(value, numbers.Real) and bool(smallest <= value <= largest)
+    return isinstance(value, numbers.Real) and bool(smallest <= cast(float, value) <= largest)
 
 
 def _is_factor(value: object) -> bool:

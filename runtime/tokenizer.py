@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import tokenizers
@@ -67,7 +68,8 @@ class Tokenizer:
             UserError: as `encode` does.
         """
         found = _encoded(self._only_added, text)
-        ids = (self._tokenizer.token_to_id(self._only_added.id_to_token(number)) for number in found.ids)
+        tokens = (cast(str, self._only_added.id_to_token(number)) for number in found.ids)
+        ids = (cast(int, self._tokenizer.token_to_id(token)) for token in tokens)
         return [(*span, token_id) for span, token_id in zip(found.offsets, ids, strict=True)]
 
     def starts_of_added(self, text: str) -> set[int]:

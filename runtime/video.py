@@ -180,7 +180,7 @@ class _FileFrames(Sequence[Image.Image]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> Image.Image:
+    def __getitem__(self, index: int) -> Image.Image:  # type: ignore[override]
         if not 0 <= index < self._count:
             raise IndexError(index)
         if index < self._next:
@@ -195,9 +195,10 @@ class _FileFrames(Sequence[Image.Image]):
 
     def _times(self, pts: list[int | None]) -> tuple[float, ...] | None:
         """Seconds from the first frame on; None: at a constant rate, as far as the file's clock can tell."""
-        if len(pts) < 2 or None in pts or not self._time_base:
+        known = [tick for tick in pts if tick is not None]
+        if len(known) < 2 or len(known) < len(pts) or not self._time_base:
             return None
-        ticks = np.array([tick - pts[0] for tick in pts], np.float64)
+        ticks = np.array([tick - known[0] for tick in known], np.float64)
         interval = 1 / (self.fps * self._time_base)
         if np.abs(ticks - np.arange(len(ticks)) * interval).max() <= min(1, interval / 4):
             return None
@@ -306,8 +307,9 @@ class VideoProcessor:
             raise UserError(
                 f"{path} has a frame rate or a limit that is not positive: download the model again and export it."
             )
-        *limits, frame_tokens = counts
-        return cls(parameters, fps, *limits, frame_tokens if settings["cap_pixels_per_frame"] else None)
+        min_frames, max_frames, frame_tokens = counts
+        most = frame_tokens if settings["cap_pixels_per_frame"] else None
+        return cls(parameters, fps, min_frames, max_frames, most)
 
     def __call__(self, video: Video) -> Patches:
         """Raises `UserError` for frames of different sizes, or fewer than a temporal patch takes."""

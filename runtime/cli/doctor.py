@@ -81,7 +81,7 @@ def _write_report(args: argparse.Namespace, diagnosis: Diagnosis, bundle: Bundle
     from pascalvl.engines.doctor.report import report
 
     def write(figures: str) -> None:
-        text = report(diagnosis, bundle and bundle.manifest, figures)
+        text = report(diagnosis, bundle.manifest if bundle else None, figures)
         write_whole(args.report, lambda path: path.write_text(text, encoding="utf-8"))
 
     write("Not measured: that did not come to its end.")

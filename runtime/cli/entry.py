@@ -32,7 +32,7 @@ def _interruptible() -> Iterator[None]:
     folder it would leave the rest. It is then tried again a moment later. Native code that it came up in may have
     turned it into another error, which then is not told.
     """
-    latest = signal.SIGINT
+    latest: int = signal.SIGINT
     came_up = False
 
     def interruption() -> type[BaseException]:
@@ -43,7 +43,7 @@ def _interruptible() -> Iterator[None]:
         latest = latest if number == signal.SIGALRM else number
         while frame is not None:
             code, frame = frame.f_code, frame.f_back
-            if code.co_filename.startswith("<frozen importlib") or code is shutil.rmtree.__code__:
+            if code.co_filename.startswith("<frozen importlib") or code is shutil.rmtree.__code__:  # type: ignore[attr-defined]
                 signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
                 return
         came_up = True

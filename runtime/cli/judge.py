@@ -59,8 +59,8 @@ def validate(args: argparse.Namespace) -> int:
     )
     table = Table("output", "prompt", "largest error", "tolerance", "", title="worst of each output")
     for row in validation.summarise(rows):
-        error, tolerance = f"{row.max_error:.2e}", f"{row.tolerance:.2e}"
-        table.add_row(row.output, row.prompt, error, tolerance, "ok" if row.passed else "DEVIATES")
+        error, allowed = f"{row.max_error:.2e}", f"{row.tolerance:.2e}"
+        table.add_row(row.output, row.prompt, error, allowed, "ok" if row.passed else "DEVIATES")
     failed = sum(not row.passed for row in rows)
     console = new_console()
     console.print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -239,12 +240,16 @@ def _add_run(parser: _Parser, meaning_of_kv: str) -> None:
     )
 
 
+def _visual(kind: str, path: str) -> tuple[str, str]:
+    return kind, path
+
+
 def _add_visuals(parser: _Parser) -> None:
     for kind, meaning in (("image", "picture file"), ("video", "video file or folder of pictures")):
         parser.add_argument(
             *(["-i"] if kind == "image" else []),
             f"--{kind}",
-            type=lambda path, kind=kind: (kind, path),
+            type=functools.partial(_visual, kind),
             action="append",
             dest="visuals",
             default=[],

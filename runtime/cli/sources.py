@@ -20,7 +20,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from pascalvl.plugins.errors import UserError
@@ -391,7 +391,7 @@ def _bundle_bytes(
         weights = WeightConfig.parse("w4")  # at least: codes of 4 bits stay, and those of 8 become floats
     elif room and cache:
         weights = fitting_weights_of_config(config, room, cache, DEFAULT_CONTEXT_LENGTH).weights
-    text = config.text_config
+    text: Any = config.text_config
     return weight_bytes_of_config(config, weights or FLOAT_WEIGHTS) + 2 * text.vocab_size * text.hidden_size
 
 

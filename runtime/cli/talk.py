@@ -88,7 +88,8 @@ def _talk(args: argparse.Namespace, sampling: SamplingParams, model: VisionLangu
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - input() then edits lines
         print(f"Write a line, or {CHAT_COMMANDS}.", file=sys.stderr)
-    messages, visuals = system_messages(args), []
+    messages = system_messages(args)
+    visuals: list[tuple[str, Any]] = []
     while (line := _read_line("> " if interactive else "")) is not None:
         word, _, rest = line.strip().partition(" ")
         try:
@@ -167,7 +168,8 @@ def _summary(generation: Generation) -> str:
     speed = "" if rate is None else f" ({rate:.1f} tokens/s)"
     reused = f" ({generation.reused_tokens} of them cached)" if generation.reused_tokens else ""
     seconds = generation.vision_seconds + generation.prefill_seconds
+    reason = generation.finish_reason.value if generation.finish_reason else "nothing"
     return (
         f"{generation.prompt_tokens} prompt tokens{reused} in {seconds:.2f} s, "
-        f"{count} new in {generation.decode_seconds:.2f} s{speed}; ended by {generation.finish_reason.value}"
+        f"{count} new in {generation.decode_seconds:.2f} s{speed}; ended by {reason}"
     )
