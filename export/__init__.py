@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from pascalvl.export.exporter import export_checkpoint
-
 __all__ = ["export_checkpoint"]
 
 # huggingface_hub tells how it is used in the headers of its requests, and fetches a list for that, unless this is set
@@ -15,10 +12,14 @@ __all__ = ["export_checkpoint"]
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
-def __getattr__(name: str) -> Any:
-    # Not before it is used: the op and the modules need less than an export.
-    if name != "export_checkpoint":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if TYPE_CHECKING:
     from pascalvl.export.exporter import export_checkpoint
+else:
 
-    return export_checkpoint
+    def __getattr__(name: str) -> Any:
+        # Not before it is used: the op and the modules need less than an export.
+        if name != "export_checkpoint":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from pascalvl.export.exporter import export_checkpoint
+
+        return export_checkpoint

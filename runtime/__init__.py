@@ -5,11 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from pascalvl.runtime.generation import FinishReason, Generation
-    from pascalvl.runtime.model import VisionLanguageModel
-    from pascalvl.runtime.sampling import SamplingParams
-
 __all__ = ["FinishReason", "Generation", "SamplingParams", "VisionLanguageModel"]
 
 _MODULES = {
@@ -20,8 +15,14 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    # Not before it is used: the command line starts at once, and commands other than run need less.
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+if TYPE_CHECKING:
+    from pascalvl.runtime.generation import FinishReason, Generation
+    from pascalvl.runtime.model import VisionLanguageModel
+    from pascalvl.runtime.sampling import SamplingParams
+else:
+
+    def __getattr__(name: str) -> Any:
+        # Not before it is used: the command line starts at once, and commands other than run need less.
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

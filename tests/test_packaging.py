@@ -22,12 +22,23 @@ TOP = (
     *("README.md", "pyproject.toml"),
 )
 SUFFIXES = (".py", ".cu", ".cuh", ".cpp", ".h")
+TYPED = "py.typed"
 PACKAGING = "plugins/packaging/"
 LIBRARIES = {f"pascalvl/plugins/native/libpascalvl{name}.so" for name in ("", "_plugin8", "_plugin10")}
 GLIBC = (2, 28)
 BUILD = "import backend; backend.build_sdist('dist'); backend.build_wheel('dist')"
 MOST_MB = 215
 """Of an environment with the wheel: NumPy and ONNX Runtime take 150 of it."""
+USE = """
+from pascalvl.engines import build
+from pascalvl.export import export_checkpoint
+from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.runtime import Model, VisionLanguageModel
+
+model = VisionLanguageModel.open("bundle", cache=CacheConfig.parse("k8v8"))
+for piece in model.generate("What is it?"):
+    print(piece)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +72,7 @@ def wheel(built) -> Path:
 @pytest.fixture(scope="module")
 def sources() -> set[str]:
     files = (file for folder in FOLDERS for file in (ROOT / folder).rglob("*"))
-    return {file.relative_to(ROOT).as_posix() for file in files if file.suffix in SUFFIXES}
+    return {file.relative_to(ROOT).as_posix() for file in files if file.suffix in SUFFIXES or file.name == TYPED}
 
 
 def test_a_wheel_holds_the_sources_and_the_libraries(wheel, sources):
@@ -152,3 +163,12 @@ def test_the_environment_is_small(installed):
     packages = [file for file in files if file.relative_to(site).parts[0].split("-")[0] not in ("pip", "setuptools")]
     assert sum(file.stat().st_size for file in packages) < MOST_MB * 1e6
     assert not (site / "cuda").exists()
+
+
+def test_a_type_checker_knows_what_a_wheel_holds(installed, tmp_path):
+    """In an environment with that alone: it reads the types, and so finds what is wrong."""
+    (tmp_path / "use.py").write_text(USE)
+    command = [sys.executable, "-m", "mypy", "--python-executable", installed / "python", "use.py"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    errors = re.findall(r"^use\.py:(\d+): error: .* \[(.*)\]$", found.stdout, re.MULTILINE)
+    assert errors == [("5", "attr-defined"), ("8", "arg-type")], found.stdout + found.stderr
