@@ -101,19 +101,22 @@ plugin: setup ## the TensorRT plugin's library, build/native/libpascalvl_plugin.
 wheel: setup ## a wheel with the kernels and the plugin in it, in build/dist
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir build/dist .
 
-lint: $(VENV)/tests ## ruff and clang-format
+lint: $(VENV)/tests ## ruff, mypy and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(wildcard plugins/*/*.c* plugins/*/*.h tests/*.cpp tests/plugins/*/*.cu)
 
 clean: ## remove what was built, and the environment
 	rm -rf build $(VENV)
 
-# What is done on the way to something else is told on stderr: make run > answer.txt holds the answer alone.
+# What is done on the way to something else is told on stderr: make run > answer.txt holds the answer alone. The link is
+# for type checkers and editors (see pyproject.toml): they do not run what finds an editable install's packages.
 $(VENV)/installed: pyproject.toml
 	@set -x && $(PYTHON) -m venv $(VENV) >&2
 	@set -x && $(PIP) install $(PIP_ARGS) torch==$(TORCH) >&2
 	@set -x && $(PIP) install $(PIP_ARGS) -e '.[engines,export,video]' >&2
+	@mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/pascalvl
 	@touch $@
 
 $(VENV)/tests: $(VENV)/installed
