@@ -19,7 +19,7 @@ from transformers.vision_utils import (
 from pascalvl.engines import build, open_engine
 from pascalvl.export import conformance, export_checkpoint, exporter, published_sizes
 from pascalvl.export.calibration import CalibrationPrompt
-from pascalvl.export.checkpoint import Checkpoint, meta_model
+from pascalvl.export.checkpoint import Checkpoint, meta_model, model_config
 from pascalvl.export.modules import Decoder, VisionEncoder
 from pascalvl.export.transforms import plan_transforms
 from pascalvl.plugins import bindings
@@ -47,9 +47,8 @@ patches' weight that were in the former), and a card's memory."""
 def test_what_4_bits_take_of_a_card(size):
     """As much as was measured, to the pages on which weights start; and a context of 16k fits beside it."""
     *measured, card = WEIGHT_BYTES[size]
-    checkpoint = Checkpoint.__new__(Checkpoint)
-    checkpoint.hf_config = published_sizes.config(size)
-    text, model, weights = checkpoint.model_config().text, meta_model(checkpoint.hf_config), WeightConfig.parse("w4")
+    config, weights = published_sizes.config(size), WeightConfig.parse("w4")
+    text, model = model_config(config).text, meta_model(config)
     for module, found in zip(
         (VisionEncoder(model, weights.vision), Decoder(model, text, weights)), measured, strict=True
     ):
@@ -70,12 +69,10 @@ def two_layers(size):
     DeepStack level, at full width."""
     config = published_sizes.config(size, {"num_hidden_layers": 2}, {"depth": 2, "deepstack_visual_indexes": [0, 1]})
     config._attn_implementation = ATTN_IMPLEMENTATION
-    checkpoint = Checkpoint.__new__(Checkpoint)
-    checkpoint.hf_config = config
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(config)
     model.tie_weights()
-    return model, checkpoint.model_config()
+    return model, model_config(config)
 
 
 def operators(proto):
