@@ -23,12 +23,12 @@ TABLE_WIDTH = 110
 """Of figures that are of no use where they are cut off."""
 
 
-def fail(sentence: str) -> int:
+def fail(sentence: str, code: int = _USER_ERROR) -> int:
     """Tell on stderr, in one line, what went wrong; returns the exit code."""
     log.debug("the error comes from here", exc_info=True)
     with contextlib.suppress(OSError):  # nobody can be told
         print(f"pascalvl: {' '.join(sentence.split())}", file=sys.stderr)
-    return _USER_ERROR
+    return code
 
 
 def report_bundle(output: Path, manifest: Any) -> None:

@@ -18,10 +18,12 @@ from pascalvl.runtime.cli.common import fail
 from pascalvl.runtime.cli.parser import command_parser
 
 _RETRY_SECONDS = 0.05
+_SIGNALLED = 128
+"""What is added to a signal's number to make an exit code, as shells do."""
 
 
 class _Terminated(BaseException):
-    """SIGTERM or SIGHUP came."""
+    """SIGTERM or SIGHUP came, whose number it has."""
 
 
 @contextlib.contextmanager
@@ -35,8 +37,8 @@ def _interruptible() -> Iterator[None]:
     latest: int = signal.SIGINT
     came_up = False
 
-    def interruption() -> type[BaseException]:
-        return KeyboardInterrupt if latest == signal.SIGINT else _Terminated
+    def interruption() -> BaseException:
+        return KeyboardInterrupt() if latest == signal.SIGINT else _Terminated(latest)
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal latest, came_up
@@ -77,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
     0: done; 1: `validate` found a deviation, or `doctor` that a bundle, or without one any backend on a GPU, does not
-    run; 2: something the user can put right, told in one sentence on stderr.
+    run; 2: something the user can put right, told in one sentence on stderr; 128 and a signal's number: SIGHUP, SIGINT
+    or SIGTERM ended it.
     """
     _open_closed_streams()
     try:
@@ -101,9 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return fail(f"error: {error}")
     except KeyboardInterrupt:
-        return fail("interrupted; nothing was left half-written")
-    except _Terminated:
-        return fail("terminated; nothing was left half-written")
+        return fail("interrupted; nothing was left half-written", _SIGNALLED + signal.SIGINT)
+    except _Terminated as termination:
+        return fail("terminated; nothing was left half-written", _SIGNALLED + termination.args[0])
     except BrokenPipeError:
         # The reader has what it wants. Python flushes stdout at exit: let that not fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
