@@ -21,6 +21,7 @@ import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from pascalvl.engines import build
+from pascalvl.plugins.bundle import GENERATION_CONFIG, Manifest
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.weight_format import WeightConfig
 from tests.real_sizes import HOST_FILES
@@ -98,6 +99,16 @@ def nano_engine(nano_model_bundle: Path, tmp_path_factory: pytest.TempPathFactor
         return bundle
 
     return built
+
+
+@pytest.fixture(scope="session")
+def endless_bundle(nano_engine_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine bundle whose answers only the context ends."""
+    bundle = tmp_path_factory.mktemp("nano") / "endless"
+    shutil.copytree(nano_engine_bundle, bundle)
+    (bundle / GENERATION_CONFIG).write_text('{"eos_token_id": []}')
+    Manifest.read(bundle, "engine").write(bundle)
+    return bundle
 
 
 @pytest.fixture(scope="module")

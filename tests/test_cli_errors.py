@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pascalvl.plugins.bundle import EMBEDDINGS, GENERATION_CONFIG, MANIFEST, POSITIONS, Manifest
+from pascalvl.plugins.bundle import EMBEDDINGS, MANIFEST, POSITIONS
 from pascalvl.runtime.cli import entry, main
 from tests.manifests import edit_manifest
 
@@ -366,16 +366,6 @@ def test_validation_against_another_checkpoint(refused, nano_engine_bundle, nano
 
 
 # Ctrl-C, full disks, closed pipes -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def endless_bundle(nano_engine_bundle, tmp_path):
-    """An engine bundle whose answers only the context ends."""
-    bundle = tmp_path / "engine"
-    shutil.copytree(nano_engine_bundle, bundle)
-    (bundle / GENERATION_CONFIG).write_text('{"eos_token_id": []}')
-    Manifest.read(bundle, "engine").write(bundle)
-    return bundle
 
 
 def _start(*argv, **options):
