@@ -21,6 +21,7 @@ from pascalvl.plugins.bundle import EMBEDDINGS, MANIFEST, POSITIONS
 from pascalvl.runtime.cli import entry, main
 from tests.manifests import edit_manifest
 
+PICTURE = Path(__file__).parent / "nano" / "pictures" / "sample.png"
 COMMAND = [sys.executable, "-c", "import sys; from pascalvl.runtime.cli import main; sys.exit(main())"]
 
 
@@ -191,7 +192,7 @@ def test_home_directory_in_chat(broken, nano_engine_bundle, monkeypatch, capsys)
     Image.new("RGB", (64, 64)).save(broken / "fine.png")
     monkeypatch.setattr(sys, "stdin", io.StringIO("/image ~/fine.png\n"))
     assert main(["chat", str(nano_engine_bundle)]) == 0
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == f"['{broken}/fine.png': 64x64 pixels, 4 tokens]\n"
 
 
 @pytest.mark.filterwarnings("default")
@@ -518,11 +519,60 @@ def test_the_command_alone(capsys):
     assert err == ""
 
 
+def test_pictures_in_chat(refused, nano_engine_bundle, tmp_path, monkeypatch, capsys):
+    """Paths as people and terminals write them, told of as they are read; what is dropped is not asked about."""
+    for name in ("my picture.png", "it's.png"):
+        shutil.copyfile(PICTURE, tmp_path / name)
+    (tmp_path / "video").mkdir()
+    for i in range(4):
+        Image.new("RGB", (64, 64)).save(tmp_path / "video" / f"{i}.png")
+    Image.new("RGB", (4000, 4)).save(tmp_path / "thin.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lines = [
+        f"/image {tmp_path}/my picture.png",
+        f'/image  "{tmp_path}/my picture.png"',
+        f"/image '{tmp_path}/my picture.png' ",
+        rf"/image {tmp_path}/my\ picture.png",
+        "/image ~/it's.png",
+        f"/video '{tmp_path}/video'",
+        *["/drop"] * 5,
+        "Describe the picture.",
+        "/drop",
+        "/help",
+    ]
+    options = ["--temperature", "0"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    assert main(["chat", str(nano_engine_bundle), *options]) == 0
+    out, err = capsys.readouterr()
+    told = err.splitlines()
+    for line in told[:5]:
+        assert re.fullmatch(r"\[['\"]/.*/(my picture|it's)\.png['\"]: 384x256 pixels, 54 tokens\]", line), line
+    assert re.fullmatch(r"\['/.*/video': 4 frames, 8 tokens\]", told[5]), told[5]
+    dropped = [
+        f"[the {kind} is dropped; {5 - i} for the next question]" for i, kind in enumerate(["video", *["image"] * 4])
+    ]
+    assert told[6:11] == dropped
+    assert told[11] == "[there is none to drop; 0 for the next question]"
+    assert [line.split()[0] for line in told[12:] if line[0] != " "] == [
+        "/image",
+        "/video",
+        "/drop",
+        "/reset",
+        "/help",
+        "/exit",
+    ]
+    assert main(["run", str(nano_engine_bundle), "-i", str(PICTURE), "-p", "Describe the picture.", *options]) == 0
+    assert capsys.readouterr().out == out != "\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {tmp_path}/thin.png\n"))
+    refused("4000x4 pixels is too thin", "chat", nano_engine_bundle)  # at once, not with the next question
+
+
 def test_short_options(nano_engine_bundle, capsys):
     options = ["--max-new-tokens", "2", "--context", "200", "--temperature", "0"]
-    picture = str(Path(__file__).parent / "nano" / "pictures" / "sample.png")
     answers = []
     for image, prompt in (("-i", "-p"), ("--image", "--prompt")):
-        assert main(["run", str(nano_engine_bundle), image, picture, prompt, "Describe the picture.", *options]) == 0
+        assert (
+            main(["run", str(nano_engine_bundle), image, str(PICTURE), prompt, "Describe the picture.", *options]) == 0
+        )
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] != "\n"

@@ -31,6 +31,11 @@ def fail(sentence: str, code: int = _USER_ERROR) -> int:
     return code
 
 
+def notice(line: str) -> None:
+    """Tell on stderr what nobody has to act on."""
+    print(line, file=sys.stderr)
+
+
 def report_bundle(output: Path, manifest: Any) -> None:
     """Tell which bundle was written."""
     megabytes = sum(file["bytes"] for file in manifest.files.values()) / 1e6

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pascalvl.plugins.errors import UserError
-from pascalvl.runtime.cli.common import fail, open_model
+from pascalvl.plugins.errors import UserError, shown
+from pascalvl.runtime.cli.common import fail, notice, open_model
 from pascalvl.runtime.cli.sources import engine_bundle
 
 if TYPE_CHECKING:
@@ -19,7 +22,15 @@ if TYPE_CHECKING:
     from pascalvl.runtime.model import VisionLanguageModel
     from pascalvl.runtime.sampling import SamplingParams
 
-CHAT_COMMANDS = "/image PATH, /video PATH, /reset, /exit"
+_COMMANDS = {
+    "/image PATH": "ask the next question about a picture, too",
+    "/video PATH": "ask it about a video or a folder of pictures, too",
+    "/drop": "leave out the picture or video that was given last",
+    "/reset": "begin a new conversation",
+    "/help": "tell what there is to write",
+    "/exit": "leave, as Ctrl-D does; Ctrl-C stops an answer, and drops a line that was begun",
+}
+CHAT_COMMANDS = ", ".join(_COMMANDS)
 
 
 def _given_sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -62,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     for piece in generation:
         print(piece, end="", flush=True)
     print()
-    print(_summary(generation), file=sys.stderr)
+    notice(_summary(generation))
     if args.cache:
         model.save_cache(args.cache)
     return 0
@@ -87,7 +98,7 @@ def _talk(args: argparse.Namespace, sampling: SamplingParams, model: VisionLangu
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - input() then edits lines
-        print(f"Write a line, or {CHAT_COMMANDS}.", file=sys.stderr)
+        notice(f"Write a line, or {CHAT_COMMANDS}.")
     messages = system_messages(args)
     visuals: list[tuple[str, Any]] = []
     while (line := _read_line("> " if interactive else "")) is not None:
@@ -95,10 +106,15 @@ def _talk(args: argparse.Namespace, sampling: SamplingParams, model: VisionLangu
         try:
             if word == "/exit":
                 break
+            elif word == "/help":
+                print(_help(), file=sys.stderr)
             elif word == "/reset":
                 messages, visuals = system_messages(args), []
             elif word in ("/image", "/video"):
-                visuals.append(load_visual(word[1:], os.path.expanduser(rest.strip()), args.fps))
+                visuals.append(_shown(word[1:], _typed_path(rest), args.fps, model))
+            elif word == "/drop":
+                dropped = f"the {visuals.pop()[0]} is dropped" if visuals else "there is none to drop"
+                notice(f"[{dropped}; {len(visuals)} for the next question]")
             elif word.startswith("/"):
                 raise UserError(f"unknown command {word}: expected {CHAT_COMMANDS}.")
             elif word:
@@ -111,6 +127,20 @@ def _talk(args: argparse.Namespace, sampling: SamplingParams, model: VisionLangu
             if not interactive:
                 raise
             fail(f"error: {error}")
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print()
+
+
+def _help() -> str:
+    """What can be written, in lines that fit the terminal."""
+    indent = " " * (max(map(len, _COMMANDS)) + 2)
+    width = shutil.get_terminal_size().columns - 1
+    return "\n".join(
+        textwrap.fill(meaning, width, initial_indent=command.ljust(len(indent)), subsequent_indent=indent)
+        for command, meaning in _COMMANDS.items()
+    )
 
 
 def _answer(model: VisionLanguageModel, *request: Any) -> str:
@@ -119,7 +149,7 @@ def _answer(model: VisionLanguageModel, *request: Any) -> str:
     try:
         generation = model.generate(*request)
         if generation.load_seconds:
-            print(f"[the model was loaded again, in {generation.load_seconds:.1f} s]", file=sys.stderr)
+            notice(f"[the model was loaded again, in {generation.load_seconds:.1f} s]")
         for piece in generation:
             text += piece
             print(piece, end="", flush=True)
@@ -130,10 +160,37 @@ def _answer(model: VisionLanguageModel, *request: Any) -> str:
 
 
 def _read_line(prompt: str) -> str | None:
-    try:
-        return input(prompt)
-    except EOFError:
-        return None
+    """A line of the standard input, or None at its end; Ctrl-C at a prompt drops the line that was begun."""
+    while True:
+        try:
+            return input(prompt)
+        except EOFError:
+            if prompt:
+                print()
+            return None
+        except KeyboardInterrupt:
+            if not prompt:
+                raise
+            print()
+
+
+def _typed_path(text: str) -> str:
+    """A path as people type it, spaces and all, or as a shell or a terminal that it is dropped on quotes it."""
+    text = text.strip()
+    if not os.path.exists(os.path.expanduser(text)):
+        with contextlib.suppress(ValueError):  # a quotation mark that nothing closes is part of the name
+            words = shlex.split(text)
+            text = words[0] if len(words) == 1 else text
+    return os.path.expanduser(text)
+
+
+def _shown(kind: str, path: str, fps: float | None, model: VisionLanguageModel) -> tuple[str, Any]:
+    """Read a picture or video and tell what it is; raises `UserError` if nothing can be asked about it."""
+    _, visual = loaded = load_visual(kind, path, fps)
+    tokens = len(model.prompt([user_message([loaded], "")]).visuals[0].token_indices)
+    size = f"{visual.width}x{visual.height} pixels" if kind == "image" else f"{len(visual.frames)} frames"
+    notice(f"[{shown(path)}: {size}, {tokens} tokens]")
+    return loaded
 
 
 def system_messages(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -1,0 +1,204 @@
+"""The command line on a terminal: widths, what knows no escape codes, Ctrl-C and Ctrl-D wherever one may press them."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+
+from pascalvl.plugins.bundle import PIECE_BYTES, Manifest
+from tests.manifests import edit_manifest
+
+SCRIPT = """import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # keys then send signals
+from pascalvl.runtime.cli import main
+sys.exit(main())"""
+LONGEST_WAIT = 60
+"""Seconds, of a machine that does much else."""
+CTRL_C, CTRL_D = b"\x03", b"\x04"
+ESCAPE = re.compile(r"\x1b(\[[0-9;?]*([A-Za-z]|$)|[=>]|$)")
+INTERRUPTED = "pascalvl: interrupted; nothing was left half-written\n"
+
+
+class Terminal:
+    """A command on a terminal of its own."""
+
+    def __init__(self, *argv: object, width: int = 80, **environment: str) -> None:
+        self._screen, keyboard = pty.openpty()
+        fcntl.ioctl(keyboard, termios.TIOCSWINSZ, struct.pack("4H", 24, width, 0, 0))
+        unset = "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "INPUTRC"
+        given = {name: value for name, value in os.environ.items() if name not in unset}
+        given |= {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **environment}
+        command = [sys.executable, "-c", SCRIPT, *map(str, argv)]
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), keyboard)
+        self.process = subprocess.Popen(command, start_new_session=True, env=given, **streams)
+        os.close(keyboard)
+        self.output = ""
+        """All that has come."""
+        self._seen = 0
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.hang_up()
+
+    def _read(self, seconds: float) -> bool:
+        """Take what comes in so long; whether there was anything, or ever will be."""
+        if not select.select([self._screen], [], [], seconds)[0]:
+            return True
+        data = b""
+        with contextlib.suppress(OSError):  # EIO: nobody writes there any more
+            data = os.read(self._screen, 1 << 16)
+        self.output += data.decode(errors="replace")
+        return bool(data)
+
+    def expect(self, pattern: str, seconds: float = LONGEST_WAIT) -> bool:
+        """Wait for text that matches, behind what was waited for before."""
+        end = time.monotonic() + seconds
+        alive = True
+        while not (found := re.compile(pattern).search(self.text, self._seen)):
+            if not alive or time.monotonic() > end:
+                return False
+            alive = self._read(0.1)
+        self._seen = found.end()
+        return True
+
+    def press(self, keys: bytes) -> None:
+        os.write(self._screen, keys)
+
+    def interrupt_prompt(self) -> None:
+        """Press Ctrl-C until a new prompt is there: Python tells of one that comes before it waits with the next."""
+        for _ in range(LONGEST_WAIT // 5):
+            self.press(CTRL_C)
+            if self.expect("\n> ", 5):
+                return
+        raise AssertionError(self.output)
+
+    def hang_up(self) -> None:
+        """Close the window."""
+        if self._screen >= 0:
+            os.close(self._screen)
+            self._screen = -1
+
+    def finish(self) -> tuple[int, str]:
+        """Exit code, and all that came as plain text."""
+        end = time.monotonic() + LONGEST_WAIT
+        while self._read(0.1) and time.monotonic() < end:
+            pass
+        return self.process.wait(LONGEST_WAIT), self.text
+
+    @property
+    def text(self) -> str:
+        """What came, without escape codes."""
+        return ESCAPE.sub("", self.output).replace("\r", "")
+
+
+# Ctrl-C and Ctrl-D ----------------------------------------------------------------------------------------------------
+
+
+def test_keys_in_chat(endless_bundle):
+    with Terminal("chat", endless_bundle, "--context", 8192) as terminal:
+        assert terminal.expect("\n> "), terminal.output
+        terminal.interrupt_prompt()
+        terminal.press(b"Which shapes")
+        assert terminal.expect("Which shapes")
+        terminal.interrupt_prompt()
+        terminal.press(b"/help\r")
+        assert terminal.expect("/drop +leave out"), terminal.output  # nothing of the line that was begun
+        assert terminal.expect("\n> ")
+        for _ in range(2):
+            terminal.press(b"Hello!\r")
+            assert terminal.expect(r"Hello!\n.*\w"), terminal.output
+            terminal.press(CTRL_D)  # is for the next prompt, unless Ctrl-C comes first
+            terminal.press(CTRL_C)
+            assert terminal.expect(r"\[stopped\]\n> "), terminal.output
+        terminal.press(b"/hel")
+        assert terminal.expect("/hel")
+        terminal.press(CTRL_D + b"p\r")  # readline deletes what is behind the cursor, which is nothing
+        assert terminal.expect("/drop +leave out"), terminal.output
+        assert terminal.expect("\n> ")
+        terminal.press(CTRL_D)
+        code, text = terminal.finish()
+    assert code == 0
+    assert text.endswith("\n> \n")
+    assert "unknown command" not in text
+
+
+def test_ends_of_the_terminal_in_chat(nano_engine_bundle):
+    for end, code in (
+        (lambda terminal: terminal.process.send_signal(signal.SIGTERM), 143),
+        (Terminal.hang_up, 129),
+    ):
+        with Terminal("chat", nano_engine_bundle) as terminal:
+            assert terminal.expect("\n> ")
+            end(terminal)
+            assert terminal.process.wait(LONGEST_WAIT) == code
+
+
+def test_ctrl_c_during_an_answer_of_run(endless_bundle):
+    with Terminal("run", endless_bundle, "-p", "Hello!", "--context", 8192) as terminal:
+        assert terminal.expect(r"^\w"), terminal.output
+        terminal.press(CTRL_C)
+        code, text = terminal.finish()
+    assert code == 130
+    assert text.endswith(INTERRUPTED)
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_ctrl_c_during_loading(nano_engine_bundle, tmp_path, command):
+    """Of a bundle that takes minutes to check: its file is as large, and nothing on disk."""
+    bundle, pieces = tmp_path / "engine", 10_000
+    shutil.copytree(nano_engine_bundle, bundle)
+    for size in (0, pieces * PIECE_BYTES):
+        os.truncate(bundle / "vision.onnx.data", size)
+    file = {"bytes": pieces * PIECE_BYTES, "sha256": [hashlib.sha256(bytes(PIECE_BYTES)).hexdigest()] * pieces}
+    edit_manifest(bundle, lambda manifest: manifest["files"].update({"vision.onnx.data": file}))
+    with Terminal(command, bundle, *["-p", "Hello!"] * (command == "run")) as terminal:
+        assert terminal.expect("checking the bundle"), terminal.output
+        terminal.press(CTRL_C)
+        code, text = terminal.finish()
+    assert code == 130
+    assert text.endswith(INTERRUPTED)
+    assert terminal.output.rindex("\x1b[?25h") > terminal.output.rindex("\x1b[?25l")  # the cursor is there again
+
+
+def test_ctrl_c_during_an_export(nano_checkpoint, tmp_path):
+    target = tmp_path / "out" / "model"
+    with Terminal("export", nano_checkpoint, "--output", target) as terminal:
+        assert terminal.expect("tracing decoder"), terminal.output
+        terminal.press(CTRL_C)
+        code, text = terminal.finish()
+    assert code == 130
+    assert text.endswith(INTERRUPTED)
+    assert not list(target.parent.iterdir())
+
+
+def test_ctrl_c_during_a_build(nano_model_bundle, tmp_path):
+    """Which may just have come to its end."""
+    target = tmp_path / "out" / "engine"
+    with Terminal("build", nano_model_bundle, "--output", target, "--backend", "onnxruntime") as terminal:
+        while not list(target.parent.glob(".engine.*")):
+            assert terminal.process.poll() is None, terminal.finish()
+            time.sleep(0.01)
+        terminal.press(CTRL_C)
+        code, text = terminal.finish()
+    left = [path.name for path in target.parent.iterdir()]
+    if code:
+        assert (code, text, left) == (130, f"^C{INTERRUPTED}", [])
+    else:
+        assert left == ["engine"]
+        Manifest.read(target, "engine").verify(target)
