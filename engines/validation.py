@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from polygraphy.logger import G_LOGGER
 from pascalvl.engines.tolerance import TOLERANCE
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.terminal import shows_progress
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +76,8 @@ class Row:
     output: str
     max_error: float
     tolerance: float
+    scale: float
+    """Largest absolute value that the reference has there."""
 
     @property
     def passed(self) -> bool:
@@ -97,7 +99,7 @@ class ReferenceRunner(BaseRunner):
 
         from pascalvl.export.checkpoint import load_model
 
-        if not sys.stderr.isatty():
+        if not shows_progress():
             logging.disable_progress_bar()
         self._model = load_model(self._checkpoint)
 
@@ -229,7 +231,10 @@ def _compare(prompt: str, expected: Outputs, found: Outputs, allowed: float, all
     allowed_of = {n: (allowed_of_vision if n.startswith("vision") else allowed) * _rms(expected[n]) for n in names}
     compare = SimpleCompareFunc(atol=allowed_of, rtol={name: 0.0 for name in names}, check_error_stat="max")
     results = compare(*(IterationResult({name: outputs[name] for name in names}) for outputs in (expected, found)))
-    return [Row(prompt, name, float(results[name].max_absdiff), allowed_of[name]) for name in names]
+    return [
+        Row(prompt, name, float(results[name].max_absdiff), allowed_of[name], float(np.abs(expected[name]).max()))
+        for name in names
+    ]
 
 
 def _rms(values: np.ndarray) -> float:

@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from transformers import Qwen3VLForConditionalGeneration
 
 from pascalvl.export import conformance
@@ -43,6 +41,7 @@ from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.ops.flash_attention.op import OP_NAME, OP_VERSION
 from pascalvl.plugins.ops.onnx_text import OPSET
 from pascalvl.plugins.ops.quant_linear.torch_op import QuantLinear
+from pascalvl.plugins.terminal import progress_bars
 from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig
 
 log = logging.getLogger(__name__)
@@ -86,9 +85,7 @@ def export_checkpoint(
         UserError: a checkpoint that cannot be used, a rank that it cannot have, prompts that are too few for a
             calibration, a graph that TensorRT 8.6 could not parse, or a full disk.
     """
-    console = Console(stderr=True)
-    bars = Progress(console=console, transient=True, disable=not console.is_terminal)
-    with Checkpoint(checkpoint_directory) as checkpoint, bars as progress:
+    with Checkpoint(checkpoint_directory) as checkpoint, progress_bars() as progress:
         config = checkpoint.model_config()
         weights = weights or stored_config(checkpoint, config.text)
         check_stored(checkpoint, weights, config.text)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,12 +32,16 @@ from pascalvl.plugins.kv_format import CacheConfig, KVFormat, LayerLayout, RowFo
 from pascalvl.plugins.kv_rows import compress, expand, hadamard
 from pascalvl.plugins.model_config import TextConfig
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 _ATTN_IMPLEMENTATION = "pascalvl_kv_evaluation"
 _QUERY_TILE = 512
 _BLOCK = 32
 """Elements that share a scale in llama.cpp's formats."""
-_NAME_BYTES, _NAME_HEIGHT = 100, 1.7
-"""What a name takes of the plot: bytes a token, and a factor of KL divergence."""
+_MARKERS = {"llama.cpp": ("s", "llama.cpp"), "int": ("x", "parts of PascalVL"), "": ("o", "PascalVL")}
+"""Of a plot's points, and what the legend says of them, by what a name begins with."""
 DEFAULT_FORMATS = ("f16", "k8v8", "k8v4", "k4v4", "k4v4,rv=96")
 
 
@@ -89,8 +93,8 @@ def evaluate(
     statistics: Sequence[LayerStatistics] | None = None,
     baselines: bool = True,
     progress: Callable[[], None] = lambda: None,
-) -> list[Result]:
-    """Measure cache formats on conversations; returns float32's figures first.
+) -> Iterator[Result]:
+    """Measure cache formats on conversations, one after the other, float32 first.
 
     Args:
         checkpoint: folder of the Hugging Face model; it is run in float32 on the CPU.
@@ -98,7 +102,10 @@ def evaluate(
         formats: what to measure, without ``window``.
         statistics: of a calibration, for the formats' transforms; None: what the weights tell.
         baselines: measure llama.cpp's formats too, and ours without balance or rotation.
-        progress: called after each pass, of which there are `passes` for each conversation.
+        progress: called after each pass, of which each format has one for each conversation.
+
+    Yields:
+        Each format's figures.
 
     Raises:
         UserError: no conversations, or formats that the model cannot have.
@@ -121,37 +128,31 @@ def evaluate(
         if baselines:
             plain = plan_transforms(opened, text, CacheConfig(), statistics)
             schemes += _baselines(text, plain)
-    times = [
-        kv_times.measure(scheme.layouts, text.num_attention_heads)
-        if scheme.layouts and torch.cuda.is_available()
-        else (None, None)
-        for scheme in schemes
-    ]
     model = load(checkpoint)
-    found: list[list[Figures]] = [[] for _ in schemes]
-    for prompt in prompts:
-        positions, exact = prompt.positions(model.config), _run(model, prompt, None)
-        for scheme, figures in zip(schemes, found, strict=True):
-            hidden = _run(model, prompt, scheme.compression) if scheme.compression else exact
-            logits = (lambda at, of=of: model.lm_head(of[at]) for of in (exact, hidden))
-            figures.append(compare(prompt, positions, *logits))
-            progress()
+    exact = [_run(model, prompt, None) for prompt in prompts]
     heads = text.num_hidden_layers * text.num_key_value_heads
-    return [
-        Result(
+    for scheme in schemes:
+        append_us = decode_us = None
+        if scheme.layouts and torch.cuda.is_available():
+            append_us, decode_us = kv_times.measure(scheme.layouts, text.num_attention_heads)
+        found: list[Figures] = []
+        for prompt, states in zip(prompts, exact, strict=True):
+            hidden = _run(model, prompt, scheme.compression) if scheme.compression else states
+            logits = (lambda at, of=of: model.lm_head(of[at]) for of in (states, hidden))
+            found.append(compare(prompt, prompt.positions(model.config), *logits))
+            progress()
+        yield Result(
             name=scheme.name,
             bytes_per_token=scheme.row_bytes,
             model_bytes_per_token=scheme.row_bytes * heads,
             append_us=append_us,
             decode_us=decode_us,
-            **summary(prompts, figures, model.config),
+            **summary(prompts, found, model.config),
         )
-        for scheme, figures, (append_us, decode_us) in zip(schemes, found, times, strict=True)
-    ]
 
 
-def passes(formats: Sequence[CacheConfig], baselines: bool) -> int:
-    """Passes for each conversation."""
+def count_schemes(formats: Sequence[CacheConfig], baselines: bool) -> int:
+    """How many `evaluate` measures, in a pass for each conversation."""
     return 1 + len(set(formats)) + (len(_ABLATION) + len(_LLAMA_CPP) if baselines else 0)
 
 
@@ -182,26 +183,61 @@ def greedy_answer(
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Draw mean KL divergence against bytes a token, ``path`` a PNG."""
-    import matplotlib
+    """Draw mean KL divergence against bytes a token, ``path`` a PNG; formats without divergence have no place there."""
+    drawing(results).savefig(path, format="png", bbox_inches="tight")
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 6))
-    kinds = {"llama.cpp": "s", "int": "x", "PascalVL": "o"}
-    points = [(next((kind for kind in kinds if r.name.startswith(kind)), "PascalVL"), r) for r in results[1:]]
-    for kind, marker in kinds.items():
-        of_kind = [r for k, r in points if k == kind]
-        axes.plot([r.bytes_per_token for r in of_kind], [r.kl for r in of_kind], marker, label=kind)
-    lowest: dict[float, float] = {}  # by neighbours in bytes: where a name is clear of the one below
-    for _, r in sorted(points, key=lambda point: point[1].kl):
-        near = r.bytes_per_token // _NAME_BYTES
-        height = lowest[near] = max(r.kl, _NAME_HEIGHT * lowest.get(near, 0))
-        axes.annotate(f"  {r.name}", (r.bytes_per_token, height), va="center")
+def drawing(results: Sequence[Result]) -> Figure:
+    """What `plot` draws; names cover neither points nor each other."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), dpi=120)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    points = [r for r in results if r.kl > 0]
+    kinds = [next(kind for kind in _MARKERS if r.name.startswith(kind)) for r in points]
+    for kind, (marker, label) in _MARKERS.items():
+        if of_kind := [r for r, found in zip(points, kinds, strict=True) if found == kind]:
+            axes.plot([r.bytes_per_token for r in of_kind], [r.kl for r in of_kind], marker, label=label)
+    axes.set_title(f"KV caches: divergence by size, over {results[0].positions:,} positions of text")
     axes.set(xlabel="bytes a token and KV head", ylabel="mean KL divergence from float32, nats", yscale="log")
-    axes.legend()
-    figure.savefig(path, dpi=120, format="png")
+    axes.grid(which="both", alpha=0.3)
+    axes.margins(0.12)
+    if points:
+        axes.legend(loc="upper right")
+        figure.draw_without_rendering()
+        _write_names(axes, points)
+    return figure
+
+
+def _write_names(axes: Axes, points: Sequence[Result]) -> None:
+    """Write each name as near to its point as it covers nothing."""
+    from matplotlib.transforms import Bbox
+
+    scale = axes.figure.dpi / 72  # pixels of a typographic point
+    centres = [axes.transData.transform((r.bytes_per_token, r.kl)) for r in points]
+    taken = [Bbox([centre - 5 * scale, centre + 5 * scale]) for centre in centres]
+    taken.append(axes.get_legend().get_window_extent())
+    for centre, r in zip(centres, points, strict=True):
+        measured = axes.text(0, 0, r.name, fontsize=9)
+        size = np.array(measured.get_window_extent().size)
+        measured.remove()
+        # The name's side, or corner, is so far from the point.
+        corners = (
+            np.array(direction) * distance * scale + (np.array(direction) - 1) / 2 * size
+            for distance in range(7, 300, 4)
+            for direction in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+        )
+        for corner in corners:
+            box = Bbox([centre + corner, centre + corner + size])
+            is_inside = (box.min >= axes.bbox.min).all() and (box.max <= axes.bbox.max).all()
+            if is_inside and not box.count_overlaps(taken):
+                break
+        taken.append(box)
+        line = {"arrowstyle": "-", "linewidth": 0.5, "alpha": 0.5, "shrinkA": 0, "shrinkB": 3}
+        place = {"xytext": corner / scale, "textcoords": "offset points", "arrowprops": line}
+        axes.annotate(r.name, (r.bytes_per_token, r.kl), fontsize=9, **place)
 
 
 # Passes ---------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import onnx
-from rich.console import Console
-from rich.progress import Progress
 from transformers import Qwen3VLConfig
 
 from pascalvl.export import conformance, published_sizes, random_weights
@@ -32,6 +30,7 @@ from pascalvl.plugins.bundle import (
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat
 from pascalvl.plugins.model_config import ModelConfig
+from pascalvl.plugins.terminal import progress_bars
 from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig
 
 _CACHE = CacheConfig(KVFormat.F32)
@@ -64,11 +63,7 @@ def export_random(
             that cannot be used, or a full disk.
     """
     hf_config = _hf_config(size, layers)
-    bars = Console(stderr=True)
-    with (
-        Checkpoint(host_files) as checkpoint,
-        Progress(console=bars, transient=True, disable=not bars.is_terminal) as progress,
-    ):
+    with Checkpoint(host_files) as checkpoint, progress_bars() as progress:
         for name in TOKEN_IDS:
             setattr(hf_config, name, getattr(checkpoint.hf_config, name))
         config = _with_rank(model_config(hf_config), cache)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLForConditionalGeneration
 
 from pascalvl.export.calibration import CalibrationPrompt, make_runnable, model_inputs
 from pascalvl.export.checkpoint import HOST_TABLES, Checkpoint
@@ -59,8 +59,8 @@ def evaluate(
     calibration: Sequence[CalibrationPrompt] | None = None,
     baselines: bool = True,
     progress: Callable[[], None] = lambda: None,
-) -> list[Result]:
-    """Measure formats on conversations; returns float32's figures first.
+) -> Iterator[Result]:
+    """Measure formats on conversations, one after the other, float32 first.
 
     Args:
         checkpoint: folder of the Hugging Face model; it is run in float32 on the CPU.
@@ -68,7 +68,10 @@ def evaluate(
         formats: what to measure.
         calibration: prompts to fit 4-bit weights by; None: they are rounded to nearest, with searched scales.
         baselines: measure llama.cpp's formats too, and 4 bits without parts of the quantiser.
-        progress: called after each pass, of which there are `passes` for each conversation.
+        progress: called after each pass, of which each format has one for each conversation.
+
+    Yields:
+        Each format's figures.
 
     Raises:
         UserError: no conversations, formats that the model cannot have, or a checkpoint without its original weights.
@@ -86,9 +89,8 @@ def evaluate(
             weights.layers(config.text.num_hidden_layers)
         exact_model = load(checkpoint)
         exact = [_run(exact_model, prompt) for prompt in prompts]
-        results = []
 
-        def measure(name: str, model: Qwen3VLForConditionalGeneration, nbytes: int) -> None:
+        def measured(name: str, model: Qwen3VLForConditionalGeneration, nbytes: int) -> Result:
             found: list[Figures] = []
             for prompt, hidden in zip(prompts, exact, strict=True):
                 states = hidden if model is exact_model else _run(model, prompt)
@@ -101,22 +103,20 @@ def evaluate(
                     )
                 )
                 progress()
-            results.append(_result(name, nbytes, prompts, found, model.config))
+            return Result(name=name, nbytes=nbytes, **summary(prompts, found, model.config))
 
         floats = sum(4 * p.numel() for n, p in exact_model.named_parameters() if n not in HOST_TABLES)
         if exact_model.config.tie_word_embeddings:
             floats += 4 * config.text.vocab_size * config.text.hidden_size
-        measure("float32", exact_model, floats)
+        yield measured("float32", exact_model, floats)
         for name, weights, method in _schemes(formats, calibration is not None and baselines):
-            model, nbytes = quantised_model(opened, config, weights, calibration, method)
-            measure(name, model, nbytes)
+            yield measured(name, *quantised_model(opened, config, weights, calibration, method))
         for bits in (8, 4) if baselines else ():
-            measure(f"llama.cpp q{bits}_0", *_llama_cpp(checkpoint, bits))
-    return results
+            yield measured(f"llama.cpp q{bits}_0", *_llama_cpp(checkpoint, bits))
 
 
-def passes(formats: Sequence[WeightConfig], calibrated: bool, baselines: bool) -> int:
-    """Passes for each conversation."""
+def count_schemes(formats: Sequence[WeightConfig], calibrated: bool, baselines: bool) -> int:
+    """How many `evaluate` measures, in a pass for each conversation."""
     return 1 + len(_schemes(formats, calibrated and baselines)) + 2 * baselines
 
 
@@ -171,12 +171,6 @@ def _run(model: Qwen3VLForConditionalGeneration, prompt: EvaluationPrompt) -> to
 
 def _logits(model: Qwen3VLForConditionalGeneration, states: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     return model.lm_head(states[at])
-
-
-def _result(
-    name: str, nbytes: int, prompts: Sequence[EvaluationPrompt], found: Sequence[Figures], config: Qwen3VLConfig
-) -> Result:
-    return Result(name=name, nbytes=nbytes, **summary(prompts, found, config))
 
 
 def _llama_cpp(checkpoint: Path, bits: int) -> tuple[Qwen3VLForConditionalGeneration, int]:

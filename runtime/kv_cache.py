@@ -87,9 +87,9 @@ class Prefix:
         return cls(arrays.pop(_IDENTITIES), arrays)
 
 
-def check_writable(path: Path) -> None:
-    """Raise `UserError` unless `Prefix.save` can write to ``path``; leaves nothing there."""
-    with _saving(path):
+def check_writable(path: Path, what: str = "the KV cache") -> None:
+    """Raise `UserError` unless a file, such as that of `Prefix.save`, can be put at ``path``; leaves nothing there."""
+    with _saving(path, what):
         if path.exists() and not path.is_file():
             raise OSError("it is no regular file")
         if path.exists() and not os.access(path, os.W_OK):  # the folder alone would let it be replaced
@@ -99,11 +99,11 @@ def check_writable(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _saving(path: Path) -> Iterator[None]:
+def _saving(path: Path, what: str = "the KV cache") -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        raise UserError(f"the KV cache cannot be saved to {path} ({reason(error)}): choose another file.") from error
+        raise UserError(f"{what} cannot be saved to {path} ({reason(error)}): choose another file.") from error
 
 
 _Layout = dict[str, tuple[np.dtype, tuple[int, ...]]]

@@ -22,6 +22,7 @@ OTHERS = {
     "plugins/ops/flash_attention/drop_in": {"torch", "transformers"},
     "plugins/kernels/torch_calls": {"torch"},
     "plugins/packaging": {"setuptools"},
+    "plugins/terminal": {"rich"},
     "export": {"matplotlib", "numpy", "onnx", "onnx_ir", "onnxscript", "rich", "safetensors", "tokenizers", "torch"}
     | {"transformers"},
     "export/hub": {"httpx2", "huggingface_hub"},

@@ -40,6 +40,7 @@ from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.ops.flash_attention import op as flash_attention
 from pascalvl.plugins.ops.quant_linear import op as quant_linear
 from pascalvl.plugins.tensorrt import build as plugin_build
+from pascalvl.plugins.terminal import progress_bars
 from pascalvl.plugins.user_cache import cache_folder, open_cache_folder
 
 if TYPE_CHECKING:
@@ -469,12 +470,10 @@ def _parse(path: Path, logger: _Logger) -> tuple[Any, Any, Any]:
 @contextlib.contextmanager
 def _progress(title: str, logger: _Logger) -> Iterator[Any]:
     """Show on a terminal how far a build is; yields TensorRT's progress monitor, None where it has none (8.6)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with progress_bars(*columns) as bars:
         bars.add_task(title, total=None)
         yield _monitor(bars, logger) if hasattr(trt, "IProgressMonitor") else None
 

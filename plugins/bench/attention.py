@@ -28,6 +28,7 @@ from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.library import AttentionArgs, KernelLibrary
 from pascalvl.plugins.kernels.library import Rows as LibraryRows
 from pascalvl.plugins.kv_format import PAGE_SLOTS, RowFormat, pages_of
+from pascalvl.plugins.terminal import shows_notices
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 F32, F16, I8, I4 = RowFormat
@@ -428,7 +429,8 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
         strict=True,
     ):
         for kind in dict.fromkeys(p["kind"] for p in points):
-            line = [p for p in points if p["kind"] == kind and p[key]]
+            if not (line := [p for p in points if p["kind"] == kind and p[key]]):
+                continue
             axes.plot([p["length"] for p in line], [p[key] * scale for p in line], marker="o", label=kind)
         axes.set(xscale="log", yscale="log", xlabel="tokens", title=title)
         axes.set_xticks(CURVE, [f"{length:,}" for length in CURVE], rotation=45)
@@ -469,7 +471,8 @@ def run(options: argparse.Namespace) -> None:
         results[part] = []
         for row in {"decode": decode, "prefill": prefill, "vision": vision}[part](bench):
             results[part].append(dataclasses.asdict(row) | {"llama_cpp_us": row.llama_cpp_us})
-            print(f"{row.kernel} {row.queries}@{row.kv}: error {row.error:.1e}, {row.us:.1f} us", file=sys.stderr)
+            if shows_notices():
+                print(f"{row.kernel} {row.queries}@{row.kv}: error {row.error:.1e}, {row.us:.1f} us", file=sys.stderr)
         print(markdown(results[part]), "\n", flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -24,6 +24,7 @@ from pascalvl.plugins.bench.timing import COLD_BYTES, FEW_CALLS, Yardstick, open
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kernels.library import KernelLibrary, LinearArgs
 from pascalvl.plugins.ops.quant_linear.op import GATED_BLOCK, Activation, Norm
+from pascalvl.plugins.terminal import shows_notices
 from pascalvl.plugins.weight_format import WeightFormat
 
 GROUP = 128
@@ -218,7 +219,8 @@ def measure(rows_at_once: tuple[int, ...], quick: bool, baseline: Path | None) -
                 others[0] / us if others else None,
                 without,
             )
-            print(f"{name}: error {error:.1e}, {us:.1f} us", file=sys.stderr)
+            if shows_notices():
+                print(f"{name}: error {error:.1e}, {us:.1f} us", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from pascalvl.plugins.errors import UserError, shown
 
 AUTO = "auto"
+STANDARD_OUTPUT = "-"
 
 
 def unicode_text(argument: str) -> str:
@@ -25,6 +26,11 @@ def own_path(argument: str) -> Path:
     """A folder of ours: its path, unlike a picture's, goes through libraries that take UTF-8 alone."""
     unicode_text(os.path.abspath(argument))
     return Path(argument)
+
+
+def json_file(argument: str) -> Path | str:
+    """A path to write JSON to, or `STANDARD_OUTPUT`."""
+    return argument if argument == STANDARD_OUTPUT else own_path(argument)
 
 
 def names(argument: str) -> tuple[str, ...]:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from pascalvl.plugins.terminal import progress_bars, shows_notices
+from pascalvl.runtime.cli.argument_types import STANDARD_OUTPUT
 
+if TYPE_CHECKING:
     from pascalvl.runtime.model import VisionLanguageModel
 
 log = logging.getLogger(__name__)
 
 FINDING = 1
 _USER_ERROR = 2
-TABLE_WIDTH = 110
-"""Of figures that are of no use where they are cut off."""
 
 
 def fail(sentence: str, code: int = _USER_ERROR) -> int:
@@ -32,14 +33,16 @@ def fail(sentence: str, code: int = _USER_ERROR) -> int:
 
 
 def notice(line: str) -> None:
-    """Tell on stderr what nobody has to act on."""
-    print(line, file=sys.stderr)
+    """Tell on stderr what nobody has to act on, unless that is not wanted."""
+    if shows_notices():
+        print(line, file=sys.stderr, flush=True)
 
 
-def report_bundle(output: Path, manifest: Any) -> None:
-    """Tell which bundle was written."""
+def report_bundle(output: Path, manifest: Any, *more: str) -> None:
+    """Tell which bundle was written, and lines on how, unless that is not wanted."""
     megabytes = sum(file["bytes"] for file in manifest.files.values()) / 1e6
-    print(f"{output}: {manifest.kind} bundle of {manifest.source['name']}, {megabytes:.0f} MB")
+    if shows_notices():
+        print(f"{output}: {manifest.kind} bundle of {manifest.source['name']}, {megabytes:.0f} MB", *more, sep="\n")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -52,28 +55,39 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def new_console() -> Console:
-    """Standard output for tables; a reader that goes away is left to `main`, where rich would exit with code 1."""
-    from rich.console import Console
+def check_json(file: Path | str | None) -> None:
+    """Raise `UserError`, before any work, if `write_json` could not write there."""
+    from pascalvl.runtime.kv_cache import check_writable
 
-    class Output(Console):
-        def on_broken_pipe(self) -> None:
-            raise
+    if file is not None and file != STANDARD_OUTPUT:
+        check_writable(Path(file), "JSON")
 
-    return Output(highlight=False, markup=False, emoji=False)
+
+def write_json(file: Path | str, figures: object) -> None:
+    """Write figures whole to a file or `STANDARD_OUTPUT`; numbers that JSON does not have are null there."""
+    text = json.dumps(_finite(figures), indent=1, allow_nan=False) + "\n"
+    if file == STANDARD_OUTPUT:
+        print(text, end="")
+    else:
+        write_whole(Path(file), lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _finite(value: Any) -> Any:
+    """The same, with None for NaN and infinities."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_model(args: argparse.Namespace, marked_layers: bool = False) -> VisionLanguageModel:
     """Open the engine bundle, showing how far the check of its files is."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from pascalvl.plugins.bundle import Manifest
     from pascalvl.runtime.model import VisionLanguageModel
 
     total = sum(file["bytes"] for file in Manifest.read(args.bundle, "engine").files.values())
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with progress_bars() as progress:
         task = progress.add_task("checking the bundle", total=total)
         return VisionLanguageModel.open(
             args.bundle,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.terminal import shows_notices
 from pascalvl.runtime.cli.argument_types import AUTO
 from pascalvl.runtime.cli.common import report_bundle
 from pascalvl.runtime.cli.sources import HubName, checkpoint_folder
@@ -73,7 +74,8 @@ def _fitting_weights(args: argparse.Namespace, checkpoint: Path) -> Any:
         ) from error
     room = room_of_card(gpu.name, gpu.total_memory)
     fitting = fitting_weights(checkpoint, room, args.kv or CacheConfig(), DEFAULT_CONTEXT_LENGTH)
-    print(f"weights: {fitting.reason}")
+    if shows_notices():
+        print(f"weights: {fitting.reason}")
     return fitting.weights
 
 
@@ -115,6 +117,6 @@ def build(args: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(args).items() if name in BuildOptions.__dataclass_fields__}
     options = BuildOptions(**given) if given else None
     told: list[str] = []
-    report_bundle(args.output, build(args.bundle, args.output, args.backend, args.kv, options, told.append))
-    print(*told, sep="\n", end="\n" if told else "")
+    manifest = build(args.bundle, args.output, args.backend, args.kv, options, told.append)
+    report_bundle(args.output, manifest, *told)
     return 0

@@ -8,7 +8,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from pascalvl.plugins.errors import UserError
-from pascalvl.runtime.cli.common import FINDING, new_console, open_model, write_whole
+from pascalvl.runtime.cli.common import FINDING, open_model, write_whole
+from pascalvl.runtime.cli.tables import new_console
 from pascalvl.runtime.cli.timing import measure
 
 if TYPE_CHECKING:

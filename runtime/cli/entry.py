@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     or SIGTERM ended it.
     """
     _open_closed_streams()
+    root = logging.getLogger()
+    level = root.level
     try:
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
@@ -92,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         args = parser.parse_args(given)
-        logging.basicConfig(level=logging.DEBUG if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
+        logging.basicConfig(format="%(name)s: %(message)s")
+        root.setLevel(logging.DEBUG if args.verbose else logging.ERROR if args.quiet else logging.WARNING)
         if not args.verbose:
             # What other libraries warn of is nothing that the user can put right.
             warnings.simplefilter("ignore")
@@ -120,3 +123,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(f"error: the package {error.name} is not installed: pip install 'pascalvl[{args.needs}]'.")
     except OSError as error:
         return fail(f"error: {error.filename or 'a file'} cannot be read or written: {error.strerror or error}.")
+    finally:
+        root.setLevel(level)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pascalvl.plugins.errors import UserError
-from pascalvl.runtime.cli.common import FINDING, TABLE_WIDTH, new_console, open_model, write_whole
+from pascalvl.plugins.terminal import progress_bars, shows_progress
+from pascalvl.runtime.cli.argument_types import STANDARD_OUTPUT
+from pascalvl.runtime.cli.common import FINDING, check_json, notice, open_model, write_json, write_whole
 from pascalvl.runtime.cli.convert import CALIBRATION_PIXELS, calibration_prompts
+from pascalvl.runtime.cli.tables import figures_table, print_tables
 from pascalvl.runtime.cli.talk import load_visuals, user_message
-from pascalvl.runtime.cli.timing import figures_table
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from pascalvl.runtime.prompt_folder import PromptCase
 
 _OWN_ANSWER_TOKENS = 64
@@ -27,12 +31,13 @@ _REFERENCE_WEIGHTS = {
 
 def validate(args: argparse.Namespace) -> int:
     """Run `pascalvl validate`; returns the exit code."""
-    from rich.table import Table
+    import dataclasses
 
     from pascalvl.engines import validation
     from pascalvl.engines.tolerance import tolerance, vision_tolerance
     from pascalvl.export.checkpoint import Checkpoint
 
+    check_json(args.json)
     requests = _validation_requests(args)
     with Checkpoint(args.reference) as checkpoint:
         digest, is_read_by_transformers = checkpoint.digest(), checkpoint.is_read_by_transformers
@@ -57,17 +62,23 @@ def validate(args: argparse.Namespace) -> int:
         allowed_of_vision=vision_tolerance(model.manifest.weights),
         name=model.manifest.backend["name"],
     )
-    table = Table("output", "prompt", "largest error", "tolerance", "", title="worst of each output")
-    for row in validation.summarise(rows):
-        error, allowed = f"{row.max_error:.2e}", f"{row.tolerance:.2e}"
-        table.add_row(row.output, row.prompt, error, allowed, "ok" if row.passed else "DEVIATES")
     failed = sum(not row.passed for row in rows)
-    console = new_console()
-    console.print(table)
-    console.print(f"{len(rows)} outputs compared, {failed} out of tolerance")
-    console.print(f"reference: Hugging Face's model in float32, {_REFERENCE_WEIGHTS[is_read_by_transformers]}")
-    if args.bisect and (first := validation.first_deviation(rows)):
-        console.print(f"the first to deviate is {first.output}, of prompt {first.prompt!r}")
+    reference = f"Hugging Face's model in float32, {_REFERENCE_WEIGHTS[is_read_by_transformers]}"
+    first = validation.first_deviation(rows)
+    if args.json:
+        outputs = [{**dataclasses.asdict(row), "passed": row.passed} for row in rows]
+        deviation = first and {"prompt": first.prompt, "output": first.output}
+        found = {"passed": not failed, "reference": reference, "first_deviation": deviation, "outputs": outputs}
+        write_json(args.json, found)
+    if args.json != STANDARD_OUTPUT:
+        headings = ("output", "prompt", "largest error", "tolerance", "scale", "")
+        table = figures_table("worst of each output; scale: largest value of the reference", headings)
+        for row in validation.summarise(rows):
+            figures = [f"{figure:.2e}" for figure in (row.max_error, row.tolerance, row.scale)]
+            table.add_row(row.output, row.prompt, *figures, "ok" if row.passed else "DEVIATES")
+        print_tables(table, f"{len(rows)} outputs compared, {failed} out of tolerance", f"reference: {reference}")
+        if args.bisect and first:
+            print_tables(f"the first to deviate is {first.output}, of prompt {first.prompt!r}")
     return FINDING if failed else 0
 
 
@@ -100,15 +111,12 @@ def _validation_requests(args: argparse.Namespace) -> dict[str, list[dict[str, A
 def evaluate(args: argparse.Namespace) -> int:
     """Run `pascalvl eval`; returns the exit code."""
     import dataclasses
-    import json
     import tempfile
-
-    from rich.console import Console
-    from rich.progress import Progress
 
     from pascalvl.export.checkpoint import Checkpoint
     from pascalvl.runtime.prompt_folder import read_prompts
 
+    check_json(args.json)
     if args.plot:
         import matplotlib  # noqa: F401 - missing: said before the work
     for other in {"kv", "weights"} - {args.what}:
@@ -117,87 +125,102 @@ def evaluate(args: argparse.Namespace) -> int:
             raise UserError(f"{option} is not for 'eval {args.what}': leave it out, or give 'eval {other}'.")
     cases = read_prompts(args.data)
     learned = read_prompts(args.calibrate) if args.calibrate else []
-    console = Console(stderr=True)
-    with (
-        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
-        tempfile.TemporaryDirectory() as folder,
-    ):
-        with Checkpoint(args.checkpoint) as checkpoint:
-            checkpoint.copy_host_files(Path(folder))
-            config = checkpoint.model_config()
-        calibration = calibration_prompts(learned, Path(folder), config) if learned else None
-        prompts = _evaluation_prompts(args.checkpoint, cases, Path(folder), config, progress)
-        run = _evaluate_cache if args.what == "kv" else _evaluate_weights
-        results, tables = run(args, config, prompts, calibration, progress)
-    console = new_console()
-    console.width = max(console.width, TABLE_WIDTH)
-    console.print(*tables)
-    if args.json:
-        figures = json.dumps([dataclasses.asdict(row) for row in results], indent=1)
-        write_whole(args.json, lambda path: path.write_text(figures + "\n", encoding="utf-8"))
-    if args.plot:
-        from pascalvl.export import kv_evaluation
+    results: list[Any] = []
+    count = 0
+    try:
+        with progress_bars() as progress, tempfile.TemporaryDirectory() as folder:
+            with Checkpoint(args.checkpoint) as checkpoint:
+                checkpoint.copy_host_files(Path(folder))
+                config = checkpoint.model_config()
+            calibration = calibration_prompts(learned, Path(folder), config) if learned else None
+            prompts = _evaluation_prompts(args.checkpoint, cases, Path(folder), config, progress)
+            measure = _measure_caches if args.what == "kv" else _measure_weights
+            count, measured = measure(args, config, prompts, calibration, progress)
+            for result in measured:
+                results.append(result)
+                if not shows_progress():
+                    notice(f"{len(results)} of {count}: {result.name}, KL {result.kl:.2e}")
+    finally:
+        if results:  # of an interrupted evaluation, too
+            is_complete = len(results) == count
+            if args.json:
+                rows = [dataclasses.asdict(row) for row in results]
+                write_json(args.json, {"complete": is_complete, "results": rows})
+            if args.json != STANDARD_OUTPUT:
+                table = _table_of_caches if args.what == "kv" else _table_of_weights
+                incomplete = "" if is_complete else f"INCOMPLETE, {len(results)} of {count} formats: "
+                positions = (
+                    f"{results[0].positions} positions of text, {results[0].answer_positions} of them of answers"
+                )
+                print_tables(table(incomplete + positions, results))
+            if args.plot:
+                from pascalvl.export import kv_evaluation
 
-        write_whole(args.plot, lambda path: kv_evaluation.plot(results, path))
+                write_whole(args.plot, lambda path: kv_evaluation.plot(results, path))
     return 0
 
 
-def _evaluate_cache(
+def _begin(progress: Any, what: str, steps: int) -> Callable[[], None]:
+    """Show that something is begun; returns what tells of each of its steps."""
+    if not shows_progress():
+        notice(what)
+    task = progress.add_task(what, total=steps)
+    return lambda: progress.advance(task)
+
+
+def _measure_caches(
     args: argparse.Namespace, config: Any, prompts: list[Any], calibration: list[Any] | None, progress: Any
-) -> tuple[list[Any], list[Any]]:
-    """Results of formats of the KV cache, and tables of them."""
+) -> tuple[int, Iterator[Any]]:
+    """How many formats of the KV cache there are, and their results as they come."""
     from pascalvl.export import kv_evaluation
     from pascalvl.export.calibration import calibrate
-    from pascalvl.export.kv_times import LENGTH
     from pascalvl.plugins.kv_format import CacheConfig
 
     formats = args.kv or [CacheConfig.parse(text) for text in kv_evaluation.DEFAULT_FORMATS]
     statistics = None
     if calibration:
-        task = progress.add_task("calibrating", total=config.text.num_hidden_layers)
-        statistics = calibrate(args.checkpoint, calibration, lambda: progress.advance(task))
+        step = _begin(progress, "calibrating", config.text.num_hidden_layers)
+        statistics = calibrate(args.checkpoint, calibration, step)
     baselines = not args.no_baselines
-    task = progress.add_task("evaluating", total=len(prompts) * kv_evaluation.passes(formats, baselines))
-    results = kv_evaluation.evaluate(
-        args.checkpoint, prompts, formats, statistics, baselines, lambda: progress.advance(task)
-    )
-    first, timed = results[0], results[0].decode_us is not None
+    count = kv_evaluation.count_schemes(formats, baselines)
+    step = _begin(progress, "evaluating", len(prompts) * count)
+    return count, kv_evaluation.evaluate(args.checkpoint, prompts, formats, statistics, baselines, step)
+
+
+def _table_of_caches(title: str, results: Sequence[Any]) -> Table:
+    from pascalvl.export.kv_times import LENGTH
+
+    timed = any(row.decode_us is not None for row in results)
     times = ["append us", f"decode {LENGTH:,} us"] if timed else []
-    table = figures_table(
-        f"{first.positions} positions of text, {first.answer_positions} of them of answers",
-        ("KV cache", "bytes", *_SUMMARY, *times),
-    )
+    table = figures_table(title, ("KV cache", "bytes", *_SUMMARY, *times))
     for row in results:
         times = ["" if us is None else f"{us:.1f}" for us in (row.append_us, row.decode_us)] if timed else []
         table.add_row(row.name, f"{row.bytes_per_token:g}", *_summary_cells(row), *times)
-    return results, [table]
+    return table
 
 
-def _evaluate_weights(
+def _measure_weights(
     args: argparse.Namespace, config: Any, prompts: list[Any], calibration: list[Any] | None, progress: Any
-) -> tuple[list[Any], list[Any]]:
-    """Results of formats of the weights, and a table of them."""
+) -> tuple[int, Iterator[Any]]:
+    """How many formats of the weights there are, and their results as they come."""
     from pascalvl.export import weight_evaluation
     from pascalvl.plugins.weight_format import WeightConfig
 
     formats = args.weights or [WeightConfig.parse(text) for text in weight_evaluation.DEFAULT_FORMATS]
     baselines = not args.no_baselines
-    passes = weight_evaluation.passes(formats, calibration is not None, baselines)
-    task = progress.add_task("evaluating", total=len(prompts) * passes)
-    results = weight_evaluation.evaluate(
-        args.checkpoint, prompts, formats, calibration, baselines, lambda: progress.advance(task)
-    )
-    first = results[0]
-    table = figures_table(
-        f"{first.positions} positions of text, {first.answer_positions} of them of answers",
-        ("weights", "MB", *_SUMMARY),
-    )
+    count = weight_evaluation.count_schemes(formats, calibration is not None, baselines)
+    step = _begin(progress, "evaluating", len(prompts) * count)
+    return count, weight_evaluation.evaluate(args.checkpoint, prompts, formats, calibration, baselines, step)
+
+
+def _table_of_weights(title: str, results: Sequence[Any]) -> Table:
+    table = figures_table(title, ("weights", "MB", *_SUMMARY))
     for row in results:
         table.add_row(row.name, f"{row.nbytes / 1e6:.1f}", *_summary_cells(row))
-    return results, [table]
+    return table
 
 
-_SUMMARY = "KL", "KL 99.9%", "top-1", "perplexity", "answers: KL", "top-1", "right"
+_SUMMARY = "KL", "KL 99.9%", "top-1", "perplexity", "answers: KL", "answers: top-1", "answers: right"
 
 
 def _summary_cells(row: Any) -> list[str]:
@@ -221,7 +244,7 @@ def _evaluation_prompts(
     builder = PromptBuilder(directory, config, CALIBRATION_PIXELS)
     eos = GenerationConfig.from_file(directory / GENERATION_CONFIG).eos_token_ids
     model, prompts = None, []
-    task = progress.add_task("reading prompts", total=len(cases))
+    step = _begin(progress, "reading prompts", len(cases))
     for case, prompt in zip(cases, calibration_prompts(cases, directory, config), strict=True):
         if case.answer is None:
             model = model or kv_evaluation.load(checkpoint)
@@ -234,5 +257,5 @@ def _evaluation_prompts(
                 raise UserError(f"the chat template has no place for the answer to {case.name}: leave the answer out.")
             answer = rest[: ends[0] + 1]
         prompts.append(kv_evaluation.EvaluationPrompt(prompt, answer, case.answer is not None, case.name))
-        progress.advance(task)
+        step()
     return prompts

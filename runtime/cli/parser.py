@@ -10,9 +10,11 @@ from typing import Any, NoReturn
 from pascalvl.plugins.errors import UserError
 from pascalvl.runtime.cli.argument_types import (
     AUTO,
+    STANDARD_OUTPUT,
     cache_config,
     counts,
     duration,
+    json_file,
     names,
     own_path,
     unicode_text,
@@ -63,7 +65,9 @@ def command_parser() -> argparse.ArgumentParser:
     ) -> _Parser:
         sub = among.add_parser(name, help=description, description=f"{description[0].upper()}{description[1:]}.")
         sub.set_defaults(command=run, needs=needs)
-        sub.add_argument("--verbose", action="store_true", help="log what is done, and where errors come from")
+        loudness = sub.add_mutually_exclusive_group()
+        loudness.add_argument("--verbose", action="store_true", help="log what is done, and where errors come from")
+        loudness.add_argument("--quiet", action="store_true", help="tell nothing but results and errors")
         return sub
 
     sub = command("export", export, "export,runtime", "checkpoint to model bundle")
@@ -106,6 +110,7 @@ def command_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="keep the KV cache there: what a later prompt shares with this one, as a picture, is not computed again",
     )
+    _add_json(sub, "the answer and its figures")
 
     sub = command("chat", chat, "runtime", f"talk to the model: lines of text, or {CHAT_COMMANDS}")
     _add_model(sub)
@@ -128,6 +133,7 @@ def command_parser() -> argparse.ArgumentParser:
     )
     _add_visuals(sub)
     sub.add_argument("--bisect", action="store_true", help="compare every layer, and name the first that deviates")
+    _add_json(sub, "what was compared")
 
     sub = command("eval", evaluate, "export,runtime,dev", "what compressed caches or weights do to a model's answers")
     sub.add_argument("what", choices=["kv", "weights"], help="formats of the KV cache, or of the weights")
@@ -161,6 +167,7 @@ def command_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--memory", type=float, action="append", metavar="GB", help="tell the longest context that fits in so much"
     )
+    _add_json(sub, "all of it")
 
     sub = command("doctor", doctor, "runtime", "which backends run on this machine, and what the others lack")
     sub.add_argument("--engine", type=own_path, metavar="ENGINE_BUNDLE", help="tell whether this bundle runs here")
@@ -278,8 +285,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=own_path, metavar="FILE", help="write the figures there")
+def _add_json(parser: argparse.ArgumentParser, what: str = "the figures") -> None:
+    meaning = f"write {what} there as JSON; {STANDARD_OUTPUT}: to standard output, and nothing else"
+    parser.add_argument("--json", type=json_file, metavar="FILE", help=meaning)
 
 
 def _add_generation(parser: _Parser) -> None:

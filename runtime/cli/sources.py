@@ -17,15 +17,15 @@ import logging
 import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.terminal import progress_bars
 from pascalvl.runtime.cli.argument_types import AUTO, own_path
-from pascalvl.runtime.cli.common import write_whole
+from pascalvl.runtime.cli.common import notice, write_whole
 
 if TYPE_CHECKING:
     from pascalvl.export.hub import HubCheckpoint
@@ -355,19 +355,15 @@ def checkpoint_folder(source: Path | HubName, output: Path, weights: WeightConfi
 
 def _fetch(checkpoint: HubCheckpoint, folder: Path, more: int) -> None:
     """Download what is missing of a checkpoint, if there is room for that, and for ``more`` bytes in ``folder``."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     missing = checkpoint.missing_bytes
     _check_disks({checkpoint.folder: missing, folder: more})
     if not missing:
         return
     _tell(f"downloading {checkpoint.repo} ({_gigabytes(missing)}) to {checkpoint.folder}")
-    console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
-    ) as bars:
+    with progress_bars(*columns, TimeRemainingColumn()) as bars:
         task = bars.add_task("downloading", total=missing)
         checkpoint.download(lambda count: bars.advance(task, count))
 
@@ -417,4 +413,4 @@ def _gigabytes(nbytes: int) -> str:
 
 def _tell(sentence: str) -> None:
     """Tell on stderr what takes time, and where it is kept."""
-    print(f"pascalvl: {sentence}", file=sys.stderr, flush=True)
+    notice(f"pascalvl: {sentence}")

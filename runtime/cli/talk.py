@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pascalvl.plugins.errors import UserError, shown
-from pascalvl.runtime.cli.common import fail, notice, open_model
+from pascalvl.runtime.cli.argument_types import STANDARD_OUTPUT
+from pascalvl.runtime.cli.common import check_json, fail, notice, open_model, write_json
 from pascalvl.runtime.cli.sources import engine_bundle
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     """Run `pascalvl run`; returns the exit code."""
     from pascalvl.runtime.kv_cache import check_writable
 
+    check_json(args.json)
     given = _given_sampling(args)
     messages = [*system_messages(args), user_message(load_visuals(args), args.prompt)]
     if args.cache:
@@ -71,9 +73,13 @@ def run(args: argparse.Namespace) -> int:
         model.load_cache(args.cache)
     generation = model.generate(messages, sampling, args.max_new_tokens, args.stop)
     for piece in generation:
-        print(piece, end="", flush=True)
-    print()
+        if args.json != STANDARD_OUTPUT:
+            print(piece, end="", flush=True)
+    if args.json != STANDARD_OUTPUT:
+        print()
     notice(_summary(generation))
+    if args.json:
+        write_json(args.json, _answered(generation, model))
     if args.cache:
         model.save_cache(args.cache)
     return 0
@@ -230,3 +236,24 @@ def _summary(generation: Generation) -> str:
         f"{generation.prompt_tokens} prompt tokens{reused} in {seconds:.2f} s, "
         f"{count} new in {generation.decode_seconds:.2f} s{speed}; ended by {reason}"
     )
+
+
+def _answered(generation: Generation, model: VisionLanguageModel) -> dict[str, Any]:
+    """An answer and its figures, for JSON."""
+    return {
+        "answer": generation.text,
+        "finish_reason": generation.finish_reason.value,
+        "usage": {
+            "prompt_tokens": generation.prompt_tokens,
+            "cached_tokens": generation.reused_tokens,
+            "new_tokens": len(generation.token_ids),
+        },
+        "seconds": {
+            "vision": generation.vision_seconds,
+            "prefill": generation.prefill_seconds,
+            "decode": generation.decode_seconds,
+        },
+        "tokens_per_second": generation.tokens_per_second,
+        "backend": model.manifest.backend["name"],
+        "model": model.manifest.source["name"],
+    }

@@ -3,70 +3,68 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pascalvl.plugins.errors import UserError
-from pascalvl.runtime.cli.common import TABLE_WIDTH, new_console, open_model, write_whole
+from pascalvl.plugins.terminal import progress_bars
+from pascalvl.runtime.cli.argument_types import STANDARD_OUTPUT
+from pascalvl.runtime.cli.common import check_json, open_model, write_json
+from pascalvl.runtime.cli.tables import print_tables
 
 if TYPE_CHECKING:
     from pascalvl.runtime.bench import BenchOptions, BenchResult
     from pascalvl.runtime.model import VisionLanguageModel
 
 
-def figures_table(title: str, headings: Sequence[str]) -> Any:
-    """A table whose first column is names."""
-    from rich.table import Table
-
-    table = Table(title=title)
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
-    return table
-
-
 def bench_model(args: argparse.Namespace) -> int:
     """Run `pascalvl bench model`; returns the exit code."""
     import dataclasses
-    import json
 
     from pascalvl.plugins.bundle import Manifest
     from pascalvl.runtime import bench
 
+    check_json(args.json)
     given = {name: value for name, value in vars(args).items() if name in bench.BenchOptions.__dataclass_fields__}
     options = bench.BenchOptions(**given)
     if args.context is None:
         args.context = options.context(Manifest.read(args.bundle, "engine").model)
     result = measure(open_model(args), options)
-    console = new_console()
-    console.width = max(console.width, TABLE_WIDTH)
-    console.print(*bench.tables(result), sep="\n")
     if args.json:
-        figures = json.dumps(dataclasses.asdict(result), indent=1)
-        write_whole(args.json, lambda path: path.write_text(figures + "\n", encoding="utf-8"))
+        write_json(args.json, dataclasses.asdict(result))
+    if args.json != STANDARD_OUTPUT:
+        print_tables(*bench.tables(result))
     return 0
 
 
 def measure(model: VisionLanguageModel, options: BenchOptions) -> BenchResult:
     """Time a model, showing how far that is; for errors see `pascalvl.runtime.bench.measure`."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from pascalvl.runtime import bench
 
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with progress_bars() as progress:
         task = progress.add_task("measuring", total=bench.count_runs(options, model))
         return bench.measure(model, options, lambda what: progress.update(task, advance=1, description=what))
 
 
 def bench_kernels(args: argparse.Namespace) -> int:
     """Run `pascalvl bench attention` or `linear`; returns the exit code."""
+    import contextlib
     import importlib
+    import json
+    import tempfile
 
     import torch
 
+    check_json(args.json)
     if not torch.cuda.is_available():
         raise UserError("the kernels are timed on a GPU, and PyTorch finds none here that it can use.")
     module = importlib.import_module(f"pascalvl.plugins.bench.{args.what}")
-    options = ["--quick"] * args.quick + (["--json", str(args.json)] if args.json else [])
-    return module.main(options)
+    elsewhere = contextlib.redirect_stdout(sys.stderr) if args.json == STANDARD_OUTPUT else contextlib.nullcontext()
+    with tempfile.TemporaryDirectory() as folder:
+        figures = Path(folder) / "figures.json"
+        with elsewhere:
+            code = module.main(["--quick"] * args.quick + ["--json", str(figures)])
+        if args.json and code == 0:
+            write_json(args.json, json.loads(figures.read_text(encoding="utf-8")))
+    return code

@@ -2,10 +2,15 @@
 
 import dataclasses
 import json
+import re
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
 from pascalvl.export import kv_evaluation
 from pascalvl.export.calibration import CalibrationPrompt
@@ -153,12 +158,12 @@ def test_right_and_wrong_answers(nano_checkpoint, nano_reference):
 def test_a_window_is_not_simulated(nano_checkpoint):
     cache = CacheConfig.parse("k8v4,window=64+512")
     with pytest.raises(UserError, match="cannot be evaluated"):
-        kv_evaluation.evaluate(nano_checkpoint, [PROMPT], [cache])
+        next(kv_evaluation.evaluate(nano_checkpoint, [PROMPT], [cache]))
 
 
 def test_nothing_to_evaluate(nano_checkpoint):
     with pytest.raises(UserError, match="nothing to evaluate"):
-        kv_evaluation.evaluate(nano_checkpoint, [], [])
+        next(kv_evaluation.evaluate(nano_checkpoint, [], []))
 
 
 def test_command_line(nano_checkpoint, tmp_path, capsys):
@@ -169,12 +174,74 @@ def test_command_line(nano_checkpoint, tmp_path, capsys):
     figures = tmp_path / "figures.json"
     command = ["eval", "kv", str(nano_checkpoint), "--data", str(data), "--kv", "k8v4", "--no-baselines"]
     assert main([*command, "--json", str(figures)]) == 0
-    assert "k8v4" in capsys.readouterr().out
-    exact, k8v4 = json.loads(figures.read_text())
+    out, err = capsys.readouterr()
+    assert "k8v4" in out
+    assert re.fullmatch(r"reading prompts\nevaluating\n1 of 2: exact, KL 0.*\n2 of 2: k8v4, KL .*\n", err), err
+    found = json.loads(figures.read_text())
+    exact, k8v4 = found["results"]
+    assert found["complete"]
     assert (exact["name"], k8v4["name"]) == ("exact", "k8v4")
     assert exact["right"] == 1
     assert 0 < k8v4["kl"] < 0.1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "figures.json"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_measured_before_an_interrupt_is_written(nano_checkpoint, tmp_path, number):
+    data = tmp_path / "data"
+    questions.write(data, calibration=True, share=0.05)
+    figures, drawing = tmp_path / "figures.json", tmp_path / "figures.png"
+    command = ["eval", "kv", nano_checkpoint, "--data", data, "--json", figures, "--plot", drawing]
+    script = [sys.executable, "-c", "import sys; from pascalvl.runtime.cli import main; sys.exit(main())"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([*script, *map(str, command)], text=True, **pipes)
+    while not (line := process.stderr.readline()).startswith("2 of 18"):
+        assert line, process.communicate()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert err.endswith("nothing was left half-written\n")
+    found = json.loads(figures.read_text())
+    names = [row["name"] for row in found["results"]]
+    assert not found["complete"]
+    assert names[:2] == ["exact", "f16"]
+    assert f"INCOMPLETE, {len(names)} of 18 formats: " in out
+    assert all(f"│ {name} " in out for name in names)
+    assert drawing.read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "figures.json", "figures.png"]
+
+
+def test_a_drawing_can_be_read():
+    """Every format has its name, none of which covers another, a point or the legend, and is cut off."""
+    names = [
+        f"int{bits} {means}" for bits in (8, 4) for means in ("plain", "Hadamard", "balance", "balance + Hadamard")
+    ]
+    names += ["llama.cpp q8_0", "llama.cpp q4_0", "k8v8", "k8v8,rv=112", "k4v4", "k4v4,rv=96"]
+    rng = np.random.default_rng(0)
+    nothing = {field.name: 0 for field in dataclasses.fields(kv_evaluation.Result)}
+    exact = kv_evaluation.Result(**{**nothing, "name": "exact", "bytes_per_token": 1024, "positions": 12345})
+    rows = [
+        dataclasses.replace(exact, name=name, bytes_per_token=130 + 130 * ("8" in name) + i % 3, kl=kl)
+        for i, (name, kl) in enumerate(zip(names, rng.uniform(1e-3, 2e-3, len(names)).tolist(), strict=True))
+    ]
+    figure = kv_evaluation.drawing([exact, *rows])
+    (axes,) = figure.axes
+    assert axes.get_title() == "KV caches: divergence by size, over 12,345 positions of text"
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {"llama.cpp", "parts of PascalVL", "PascalVL"}
+    assert any(line.get_visible() for line in axes.get_ygridlines())
+    figure.draw_without_rendering()
+    texts = {text.get_text(): Text.get_window_extent(text) for text in axes.texts}
+    assert texts.keys() == set(names)
+    points = [axes.transData.transform((row.bytes_per_token, row.kl)) for row in rows]
+    for name, box in texts.items():
+        others = [other for found, other in texts.items() if found != name]
+        assert not box.count_overlaps([*others, axes.get_legend().get_window_extent()]), name
+        assert not any(box.contains(*point) for point in points), name
+        assert (box.min >= axes.bbox.min).all(), name
+        assert (box.max <= axes.bbox.max).all(), name
+    (only,) = kv_evaluation.drawing([exact, rows[-1]]).axes
+    assert [text.get_text() for text in only.get_legend().get_texts()] == ["PascalVL"]
+    assert kv_evaluation.drawing([exact]).axes[0].get_legend() is None
 
 
 def test_command_line_errors(nano_checkpoint, tmp_path, capsys):

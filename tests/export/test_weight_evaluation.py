@@ -67,10 +67,11 @@ def test_evaluation(nano_checkpoint):
     prompts = [PROMPT, dataclasses.replace(PROMPT, is_right=False, name="other")]
     formats = [WeightConfig.parse(text) for text in ("w8", "w4")]
     passed = []
-    results = weight_evaluation.evaluate(nano_checkpoint, prompts, formats, None, True, lambda: passed.append(None))
+    evaluation = weight_evaluation.evaluate(nano_checkpoint, prompts, formats, None, True, lambda: passed.append(None))
+    results = list(evaluation)
     names = ["float32", "w8", "w4", "llama.cpp q8_0", "llama.cpp q4_0"]
     assert [result.name for result in results] == names
-    assert len(passed) == len(prompts) * weight_evaluation.passes(formats, False, True)
+    assert len(passed) == len(prompts) * weight_evaluation.count_schemes(formats, False, True)
     float32, w8, w4, q8, q4 = results
     assert (float32.kl, float32.top_1, float32.positions) == (0, 1, 2 * 42)
     assert 0 < w8.kl < 0.1 * w4.kl
@@ -90,7 +91,7 @@ def test_llama_cpps_weights(nano_checkpoint, nano_reference):
 
 def test_nothing_to_evaluate(nano_checkpoint):
     with pytest.raises(UserError, match="nothing to evaluate"):
-        weight_evaluation.evaluate(nano_checkpoint, [], [])
+        next(weight_evaluation.evaluate(nano_checkpoint, [], []))
 
 
 def test_command_line(nano_checkpoint, tmp_path, capsys):
@@ -100,7 +101,7 @@ def test_command_line(nano_checkpoint, tmp_path, capsys):
     arguments = ["eval", "weights", str(nano_checkpoint), "--data", str(data), "--no-baselines"]
     assert main([*arguments, "--weights", "w8", "--json", str(tmp_path / "out.json")]) == 0
     assert "w8" in capsys.readouterr().out
-    rows = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    rows = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["results"]
     assert [row["name"] for row in rows] == ["float32", "w8"]
     assert main([*arguments, "--kv", "k8v4"]) == 2
     assert "--kv is not for 'eval weights': leave it out" in capsys.readouterr().err
