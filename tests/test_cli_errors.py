@@ -1,7 +1,9 @@
 """The command line on bad input: exit code 2, one sentence on stderr, nothing on stdout, nothing half-written."""
 
+import argparse
 import io
 import json
+import logging
 import os
 import re
 import resource
@@ -15,10 +17,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pascalvl.plugins.bundle import EMBEDDINGS, MANIFEST, POSITIONS
+from pascalvl.runtime import VisionLanguageModel
 from pascalvl.runtime.cli import entry, main
+from pascalvl.runtime.cli import parser as parser_module
+from pascalvl.runtime.cli.argument_types import json_file, own_path
+from pascalvl.runtime.cli.common import write_json
+from pascalvl.runtime.cli.parser import command_parser
 from tests.manifests import edit_manifest
 
 PICTURE = Path(__file__).parent / "nano" / "pictures" / "sample.png"
@@ -576,3 +584,155 @@ def test_short_options(nano_engine_bundle, capsys):
         )
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] != "\n"
+
+
+COMPLETE = """
+eval "$1"
+shift
+COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+$(complete -p pascalvl | sed -E 's/.*-F ([^ ]+).*/\\1/')
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+"""Completes the last of some words by a script, as bash does at a tab."""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_completion_in_bash(tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--print-completion", "bash"])
+    assert left.value.code == 0
+    script = capsys.readouterr().out
+    (tmp_path / "photo.png").touch()
+    (tmp_path / "pictures").mkdir()
+    for words, expected in (
+        (["ins"], {"inspect"}),
+        (["bench", "mo"], {"model"}),
+        (["run", "--max-n"], {"--max-new-tokens"}),
+        (["run", "--image", "p"], {"photo.png", "pictures"}),
+        (["inspect", "p"], {"pictures"}),
+        (["--print-completion", "z"], {"zsh"}),
+    ):
+        command = ["bash", "--norc", "-c", COMPLETE, "bash", script, "pascalvl", *words]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert set(result.stdout.split()) == expected, words
+
+
+@pytest.mark.parametrize("shell", ["zsh", "tcsh"])
+def test_completion_in_other_shells(shell, capsys):
+    with pytest.raises(SystemExit):
+        main(["--print-completion", shell])
+    out = capsys.readouterr().out
+    assert "validate" in out
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=out, text=True, check=True)
+
+
+def test_every_path_is_completed_as_one():
+    parsers = [command_parser()]
+    paths = 0
+    for parser in parsers:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+            elif action.type in (own_path, json_file):
+                paths += 1
+                assert action.metavar in (*parser_module._FILES, *parser_module._FOLDERS), action.metavar
+    assert paths > 20
+
+
+# JSON, and --quiet ----------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_as_json(nano_engine_bundle, tmp_path, capsys):
+    asked = ["run", str(nano_engine_bundle), "-p", "Hello!", "--temperature", "0", "--max-new-tokens", "5"]
+    assert main([*asked, "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    seconds, rate = found.pop("seconds"), found.pop("tokens_per_second")
+    assert rate == pytest.approx(4 / seconds["decode"])
+    assert seconds.keys() == {"vision", "prefill", "decode"}
+    answer = found["answer"]
+    assert found == {
+        "answer": answer,
+        "finish_reason": "length",
+        "usage": {"prompt_tokens": 10, "cached_tokens": 0, "new_tokens": 5},
+        "backend": "onnxruntime",
+        "model": "checkpoint",
+    }
+    assert "10 prompt tokens in" in err
+    assert main([*asked, "--json", str(tmp_path / "answer.json"), "--cache", str(tmp_path / "cache")]) == 0
+    assert capsys.readouterr().out == f"{answer}\n"
+    assert json.loads((tmp_path / "answer.json").read_text())["answer"] == answer
+    assert main([*asked, "--json", "-", "--cache", str(tmp_path / "cache")]) == 0
+    assert json.loads(capsys.readouterr().out)["usage"]["cached_tokens"] == 9
+
+
+def test_a_bundle_as_json(nano_model_bundle, capsys):
+    assert main(["inspect", str(nano_model_bundle), "--json", "-", "--memory", "0.08"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["weights"], found["gpu_memory"]) == ("model", "f32", {})
+    assert found["model"]["text"]["num_hidden_layers"] == 6
+    assert [cache["format"] for cache in found["kv_caches"]] == ["f32", "f16", "k8v8", "k8v4", "k4v4"]
+    first = found["kv_caches"][0]
+    assert first["bytes"]["4096"] == 4096 * first["bytes_per_token"] == 4096 * 12288
+    fits = (80_000_000 - found["weight_bytes"]) // (128 * 12288) * 128
+    assert first["longest_context"] == {"0.08": fits}
+
+
+def test_a_validation_as_json_and_its_scales(nano_engine_bundle, nano_checkpoint, nano_reference, capsys):
+    command = ["validate", str(nano_engine_bundle), "--reference", str(nano_checkpoint), "--prompt", "Hello!"]
+    assert main([*command, "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"]
+    assert found["first_deviation"] is None
+    assert "which read the weights itself" in found["reference"]
+    rows = {row["output"]: row for row in found["outputs"]}
+    prompt = VisionLanguageModel.open(nano_engine_bundle).prompt([{"role": "user", "content": "Hello!"}])
+    with torch.no_grad():
+        logits = nano_reference(input_ids=torch.from_numpy(prompt.token_ids)[None]).logits[0, -1]
+    assert rows["prefill.logits"]["scale"] == pytest.approx(float(logits.abs().max()), rel=1e-5)
+    assert 0 < rows["prefill.logits"]["max_error"] < rows["prefill.logits"]["tolerance"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"prefill\.logits .* {rows['prefill.logits']['scale']:.2e} .* ok ", out), out
+
+
+def test_numbers_that_json_does_not_have(tmp_path):
+    write_json(tmp_path / "x.json", {"a": [float("nan"), 1.5], "b": float("inf")})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, 1.5], "b": None}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_json_that_cannot_be_written(refused, nano_engine_bundle, tmp_path):
+    """Known before the work."""
+    for command in (
+        ["run", nano_engine_bundle, "-p", "Hello!"],
+        ["inspect", nano_engine_bundle],
+        ["validate", nano_engine_bundle, "--reference", tmp_path],
+        ["eval", "kv", tmp_path, "--data", tmp_path],
+        ["bench", "model", nano_engine_bundle],
+        ["bench", "linear"],
+    ):
+        refused("JSON cannot be saved to .* [(]No such file", *command, "--json", tmp_path / "no" / "figures.json")
+        refused("JSON cannot be saved to .* [(]it is no regular file[)]", *command, "--json", "/dev/null")
+
+
+def test_quiet(refused, nano_engine_bundle, nano_model_bundle, tmp_path, monkeypatch, capsys):
+    def told(*argv):
+        assert main([*map(str, argv), "--quiet"]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out
+
+    greedy = ["--temperature", 0, "--max-new-tokens", 3]
+    answer = told("run", nano_engine_bundle, "-p", "Hello!", *greedy)
+    assert re.fullmatch(r"\w.*\n", answer)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {PICTURE}\n/drop\nHello!\n/reset\n"))
+    assert told("chat", nano_engine_bundle, *greedy) == answer
+    assert told("build", nano_model_bundle, "--output", tmp_path / "engine", "--backend", "onnxruntime") == ""
+    assert "KV cache in GB" in told("inspect", tmp_path / "engine")
+    figures = told("bench", "model", nano_engine_bundle, "--depths", 0, "--decode", 1, "--picture", 0, "--repeats", 1)
+    assert "prefill of 512" in figures
+    refused("no picture at", "run", nano_engine_bundle, "-p", "x", "-i", tmp_path / "absent.png", "--quiet")
+    refused("--verbose: not allowed with argument --quiet", "inspect", nano_engine_bundle, "--quiet", "--verbose")
+    assert logging.getLogger().level == logging.WARNING

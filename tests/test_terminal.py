@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import io
 import os
 import pty
 import re
@@ -16,12 +17,16 @@ import termios
 import time
 
 import pytest
+from rich.cells import cell_len
 
 from pascalvl.plugins.bundle import PIECE_BYTES, Manifest
+from pascalvl.runtime.cli.tables import figures_table, print_tables
 from tests.manifests import edit_manifest
 
-SCRIPT = """import fcntl, sys, termios
+SCRIPT = """import fcntl, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # keys then send signals
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores in the background
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as nohup does
 from pascalvl.runtime.cli import main
 sys.exit(main())"""
 LONGEST_WAIT = 60
@@ -202,3 +207,89 @@ def test_ctrl_c_during_a_build(nano_model_bundle, tmp_path):
     else:
         assert left == ["engine"]
         Manifest.read(target, "engine").verify(target)
+
+
+# Widths, and what knows no escape codes -------------------------------------------------------------------------------
+
+PLAIN = [{"NO_COLOR": "1"}, {"TERM": "dumb"}]
+
+
+def check_lines(terminal, width):
+    """No line is longer than the terminal is wide, and no table is cut off."""
+    for line in terminal.text.splitlines():
+        assert cell_len(line) <= width, line
+    assert "…" not in terminal.text.replace("…)", "")
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+def test_help(width):
+    for command in ([], ["run"], ["chat"], ["bench", "model"]):
+        with Terminal(*command, "--help", width=width) as terminal:
+            code, text = terminal.finish()
+        assert code == 0
+        assert text.startswith("usage: pascalvl")
+        check_lines(terminal, width)
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+@pytest.mark.parametrize("environment", [{}, *PLAIN])
+def test_inspect(nano_model_bundle, width, environment):
+    with Terminal("inspect", nano_model_bundle, width=width, **environment) as terminal:
+        code, text = terminal.finish()
+    assert code == 0
+    check_lines(terminal, width)
+    assert re.search(r"k4v4[ │]+1584[ │]+0\.002|KV cache: k4v4\n  bytes a token: 1584\n  1024: 0\.002\n", text), text
+    assert ("│" in text) == (width > 40)
+    if environment:
+        assert "\x1b" not in terminal.output
+
+
+@pytest.mark.parametrize(("width", "environment"), [(40, {}), (200, {}), *((80, plain) for plain in PLAIN)])
+def test_run_and_chat(nano_engine_bundle, width, environment):
+    asked = ["--max-new-tokens", 4, "--temperature", 0]
+    with Terminal("run", nano_engine_bundle, "-p", "Hello!", *asked, width=width, **environment) as run:
+        code, text = run.finish()
+    assert code == 0
+    answer = re.search(r"(Hello.*)\n10 prompt tokens in .*ended by length\n$", text)[1]
+    assert ("checking the bundle" in text) == (not environment)
+    with Terminal("chat", nano_engine_bundle, *asked, width=width, **environment) as chat:
+        assert chat.expect("\n> "), chat.output
+        chat.press(b"/help\r")
+        assert chat.expect("/exit"), chat.output
+        assert chat.expect("\n> ")
+        chat.press(b"Hello!\r")
+        assert chat.expect(f"\n{re.escape(answer)}\n> "), chat.output
+        chat.press(CTRL_D)
+        code, text = chat.finish()
+    assert code == 0
+    help_lines = text[text.index("/help\n") : text.index("> Hello")].splitlines()
+    assert all(len(line) <= width for line in help_lines)
+    if environment:
+        assert "\x1b" not in run.output + chat.output
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+def test_tables(width, monkeypatch):
+    """As they are, with headings on several lines, or row by row: no figure is cut off."""
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("NO_COLOR", "1")
+    table = figures_table("medians of 10", ["depth", *(f"some figure that is called {name}" for name in "abcd")])
+    figures = [f"1,234,567.{digit}%" for digit in range(4)]
+    table.add_row("4,096", *figures)
+    print_tables(table, [("a name", "some text " * 20), ("", "12345")], "a sentence " * 20)
+    lines = screen.getvalue().splitlines()
+    assert all(cell_len(line) <= width for line in lines)
+    assert sum(line.count(figure) for line in lines for figure in figures) == 4
+    headings = [line for line in lines if "┃" in line]
+    assert len(headings) == {40: 0, 80: 3, 120: 3, 200: 1}[width]
+
+
+def test_quiet(nano_engine_bundle):
+    with Terminal("run", nano_engine_bundle, "-p", "Hello!", "--max-new-tokens", 4, "--quiet") as terminal:
+        code, text = terminal.finish()
+    assert code == 0
+    assert re.fullmatch(r"Hello.*\n", text), text
+    assert "\x1b" not in terminal.output

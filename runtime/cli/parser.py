@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from pascalvl.plugins.errors import UserError
@@ -39,6 +41,14 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see '{self.prog} --help'.")
 
+    def format_help(self) -> str:
+        """Argparse indents a usage by the command's name, for which a narrow terminal has no room."""
+        width = shutil.get_terminal_size().columns
+        return "".join(
+            line if len(line) <= width + 1 else f"{textwrap.indent(textwrap.fill(line.strip(), width - 2), '  ')}\n"
+            for line in super().format_help().splitlines(keepends=True)
+        )
+
 
 class _Version(argparse.Action):
     """Tells the version that is installed, which is looked up only then."""
@@ -54,10 +64,48 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+class _Completion(argparse.Action):
+    """Prints a shell's script for completion; shtab, which makes it, is loaded only then."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, shell: Any, option_string: Any = None
+    ) -> NoReturn:
+        try:
+            import shtab
+        except ModuleNotFoundError:
+            raise UserError("the package shtab is not installed: pip install 'pascalvl[runtime]'.") from None
+        for action in _all_actions(parser):
+            if action.metavar in _FILES:
+                action.complete = shtab.FILE
+            elif action.metavar in _FOLDERS:
+                action.complete = shtab.DIRECTORY
+        print(shtab.complete(parser, shell))
+        parser.exit()
+
+
+_FILES = "FILE", "PATH"
+_FOLDERS = "DIR", "CHECKPOINT", "MODEL_BUNDLE", "ENGINE_BUNDLE", "BUNDLE"
+"""What arguments that are completed as paths are called."""
+
+
+def _all_actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Arguments of a parser and of its commands."""
+    for action in parser._actions:
+        yield action
+        for command in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
+            yield from _all_actions(command)
+
+
 def command_parser() -> argparse.ArgumentParser:
     """The command's; a parsed command has its function, ``command``, and the extras that it ``needs``."""
     parser = _Parser("pascalvl", description="Qwen3-VL on NVIDIA Pascal, and on machines without a card.")
     parser.add_argument("--version", action=_Version, nargs=0, help="tell the version and exit")
+    parser.add_argument(
+        "--print-completion",
+        action=_Completion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print a script that lets this shell complete commands, options and paths, and exit",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(

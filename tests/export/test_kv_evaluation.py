@@ -186,10 +186,11 @@ def test_command_line(nano_checkpoint, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "figures.json"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_what_was_measured_before_an_interrupt_is_written(nano_checkpoint, tmp_path, number):
+def test_what_was_measured_before_an_interrupt_is_written(nano_checkpoint, tmp_path):
     data = tmp_path / "data"
-    questions.write(data, calibration=True, share=0.05)
+    data.mkdir()
+    lines = [{"prompt": f"{i}: The old farmer watched the lamp. " * 10, "answer": "Which?"} for i in range(5)]
+    (data / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     figures, drawing = tmp_path / "figures.json", tmp_path / "figures.png"
     command = ["eval", "kv", nano_checkpoint, "--data", data, "--json", figures, "--plot", drawing]
     script = [sys.executable, "-c", "import sys; from pascalvl.runtime.cli import main; sys.exit(main())"]
@@ -197,10 +198,10 @@ def test_what_was_measured_before_an_interrupt_is_written(nano_checkpoint, tmp_p
     process = subprocess.Popen([*script, *map(str, command)], text=True, **pipes)
     while not (line := process.stderr.readline()).startswith("2 of 18"):
         assert line, process.communicate()
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert err.endswith("nothing was left half-written\n")
+    assert process.returncode == 130
+    assert err.endswith("pascalvl: interrupted; nothing was left half-written\n")
     found = json.loads(figures.read_text())
     names = [row["name"] for row in found["results"]]
     assert not found["complete"]
