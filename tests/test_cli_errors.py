@@ -27,6 +27,7 @@ from pascalvl.runtime.cli import parser as parser_module
 from pascalvl.runtime.cli.argument_types import json_file, own_path
 from pascalvl.runtime.cli.common import write_json
 from pascalvl.runtime.cli.parser import command_parser
+from pascalvl.runtime.cli.sources import path_or_name
 from tests.manifests import edit_manifest
 
 PICTURE = Path(__file__).parent / "nano" / "pictures" / "sample.png"
@@ -634,7 +635,7 @@ def test_every_path_is_completed_as_one():
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
                 parsers += action.choices.values()
-            elif action.type in (own_path, json_file):
+            elif action.type in (own_path, json_file, path_or_name):
                 paths += 1
                 assert action.metavar in (*parser_module._FILES, *parser_module._FOLDERS), action.metavar
     assert paths > 20

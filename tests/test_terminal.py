@@ -86,12 +86,20 @@ class Terminal:
         os.write(self._screen, keys)
 
     def interrupt_prompt(self) -> None:
-        """Press Ctrl-C until a new prompt is there: Python tells of one that comes before it waits with the next."""
+        """Press Ctrl-C for a new prompt; again, where it came before Python waited for keys, as it then waits on."""
         for _ in range(LONGEST_WAIT // 5):
             self.press(CTRL_C)
             if self.expect("\n> ", 5):
                 return
         raise AssertionError(self.output)
+
+    def terminate_prompt(self) -> None:
+        """Send SIGTERM; again, as Ctrl-C."""
+        for _ in range(LONGEST_WAIT // 5):
+            self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
+                return
 
     def hang_up(self) -> None:
         """Close the window."""
@@ -143,15 +151,12 @@ def test_keys_in_chat(endless_bundle):
     assert "unknown command" not in text
 
 
-def test_ends_of_the_terminal_in_chat(nano_engine_bundle):
-    for end, code in (
-        (lambda terminal: terminal.process.send_signal(signal.SIGTERM), 143),
-        (Terminal.hang_up, 129),
-    ):
-        with Terminal("chat", nano_engine_bundle) as terminal:
-            assert terminal.expect("\n> ")
-            end(terminal)
-            assert terminal.process.wait(LONGEST_WAIT) == code
+@pytest.mark.parametrize(("end", "code"), [(Terminal.terminate_prompt, 143), (Terminal.hang_up, 129)])
+def test_ends_of_the_terminal_in_chat(nano_engine_bundle, end, code):
+    with Terminal("chat", nano_engine_bundle) as terminal:
+        assert terminal.expect("\n> ")
+        end(terminal)
+        assert terminal.process.wait(LONGEST_WAIT) == code
 
 
 def test_ctrl_c_during_an_answer_of_run(endless_bundle):

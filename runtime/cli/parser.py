@@ -73,7 +73,7 @@ class _Completion(argparse.Action):
         try:
             import shtab
         except ModuleNotFoundError:
-            raise UserError("the package shtab is not installed: pip install 'pascalvl[runtime]'.") from None
+            raise UserError("the package shtab is not installed: pip install 'shtab>=1.7,<2'.") from None
         for action in _all_actions(parser):
             if action.metavar in _FILES:
                 action.complete = shtab.FILE
@@ -84,7 +84,7 @@ class _Completion(argparse.Action):
 
 
 _FILES = "FILE", "PATH"
-_FOLDERS = "DIR", "CHECKPOINT", "MODEL_BUNDLE", "ENGINE_BUNDLE", "BUNDLE"
+_FOLDERS = "DIR", "CHECKPOINT", "MODEL", "MODEL_BUNDLE", "ENGINE_BUNDLE", "BUNDLE"
 """What arguments that are completed as paths are called."""
 
 
