@@ -114,11 +114,14 @@ def evaluate(args: argparse.Namespace) -> int:
     import tempfile
 
     from pascalvl.export.checkpoint import Checkpoint
+    from pascalvl.runtime.kv_cache import check_writable
     from pascalvl.runtime.prompt_folder import read_prompts
 
     check_json(args.json)
     if args.plot:
         import matplotlib  # noqa: F401 - missing: said before the work
+
+        check_writable(args.plot, "the plot")
     for other in {"kv", "weights"} - {args.what}:
         if getattr(args, other) or (args.plot and other == "kv"):
             option = f"--{other}" if getattr(args, other) else "--plot"

@@ -248,6 +248,10 @@ def test_a_drawing_can_be_read():
 def test_command_line_errors(nano_checkpoint, tmp_path, capsys):
     assert main(["eval", "kv", str(nano_checkpoint), "--data", str(tmp_path)]) == 2
     assert "holds no prompts" in capsys.readouterr().err
+    assert (
+        main(["eval", "kv", str(nano_checkpoint), "--data", str(tmp_path), "--plot", str(tmp_path / "no/x.png")]) == 2
+    )
+    assert "the plot cannot be saved to" in capsys.readouterr().err
     assert main(["eval", "speed", str(nano_checkpoint), "--data", str(tmp_path)]) == 2
     assert "invalid choice: 'speed'" in capsys.readouterr().err
 
