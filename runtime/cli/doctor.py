@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import TYPE_CHECKING, Any
 
 from pascalvl.plugins.errors import UserError
-from pascalvl.runtime.cli.common import FINDING, open_model, write_whole
+from pascalvl.plugins.terminal import progress_bars, shows_notices
+from pascalvl.runtime.cli.argument_types import STANDARD_OUTPUT
+from pascalvl.runtime.cli.common import FINDING, check_json, open_model, write_json, write_whole
 from pascalvl.runtime.cli.tables import new_console
 from pascalvl.runtime.cli.timing import measure
 
 if TYPE_CHECKING:
     from pascalvl.engines.doctor import Bundle, Diagnosis
 
-_STANDARD_OUTPUT = "-"
-
 
 def doctor(args: argparse.Namespace) -> int:
     """Run `pascalvl doctor`; returns the exit code."""
-    from rich.console import Console
+    from rich.progress import SpinnerColumn, TextColumn
 
     from pascalvl.engines.doctor import diagnose
 
+    check_json(args.json)
     bundle = _bundle(args)
-    waiting = Console(stderr=True)
-    waiting.quiet = not waiting.is_terminal
-    with waiting.status("looking; what is compiled first, which happens once, takes minutes"):
+    with progress_bars(SpinnerColumn(), TextColumn("{task.description}")) as progress:
+        progress.add_task("looking; what is compiled first, which happens once, takes minutes", total=None)
         diagnosis = diagnose(bundle)
-    figures = json.dumps(diagnosis.to_json(), indent=1)
-    if str(args.json) == _STANDARD_OUTPUT:
-        print(figures)
-    else:
+    if args.json:
+        write_json(args.json, diagnosis.to_json())
+    if args.json != STANDARD_OUTPUT:
         _show(diagnosis)
-        if args.json:
-            write_whole(args.json, lambda path: path.write_text(figures + "\n", encoding="utf-8"))
     if args.report:
         _write_report(args, diagnosis, bundle)
     return 0 if diagnosis.runs else FINDING
@@ -88,12 +84,13 @@ def _write_report(args: argparse.Namespace, diagnosis: Diagnosis, bundle: Bundle
     write("Not measured: that did not come to its end.")
     if bundle:
         write(_figures(bundle, diagnosis))
-    told = sys.stderr if str(args.json) == _STANDARD_OUTPUT else sys.stdout
-    print(
-        f"{args.report}: a report of this machine, without names, paths and serial numbers; read it, then open an "
-        "issue with it: README.md says where, under 'Measurements on your card'",
-        file=told,
-    )
+    told = sys.stderr if args.json == STANDARD_OUTPUT else sys.stdout
+    if shows_notices():
+        print(
+            f"{args.report}: a report of this machine, without names, paths and serial numbers; read it, then open an "
+            "issue with it: README.md says where, under 'Measurements on your card'",
+            file=told,
+        )
 
 
 def _figures(bundle: Bundle, diagnosis: Diagnosis) -> str:

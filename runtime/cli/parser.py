@@ -219,7 +219,7 @@ def command_parser() -> argparse.ArgumentParser:
 
     sub = command("doctor", doctor, "runtime", "which backends run on this machine, and what the others lack")
     sub.add_argument("--engine", type=own_path, metavar="ENGINE_BUNDLE", help="tell whether this bundle runs here")
-    sub.add_argument("--json", type=own_path, metavar="FILE", help="write what was found there; -: to standard output")
+    _add_json(sub, "what was found")
     meaning = "write there, in Markdown, what an issue needs: versions, card, what was found; with --engine figures"
     sub.add_argument("--report", type=own_path, metavar="FILE", help=meaning)
     return parser
