@@ -35,6 +35,7 @@ from pascalvl.plugins.model_config import TextConfig
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
 _ATTN_IMPLEMENTATION = "pascalvl_kv_evaluation"
 _QUERY_TILE = 512
@@ -205,20 +206,19 @@ def drawing(results: Sequence[Result]) -> Figure:
     axes.grid(which="both", alpha=0.3)
     axes.margins(0.12)
     if points:
-        axes.legend(loc="upper right")
+        legend = axes.legend(loc="upper right")
         figure.draw_without_rendering()
-        _write_names(axes, points)
+        _write_names(axes, points, legend.get_window_extent())
     return figure
 
 
-def _write_names(axes: Axes, points: Sequence[Result]) -> None:
+def _write_names(axes: Axes, points: Sequence[Result], legend: Bbox) -> None:
     """Write each name as near to its point as it covers nothing."""
     from matplotlib.transforms import Bbox
 
     scale = axes.figure.dpi / 72  # pixels of a typographic point
     centres = [axes.transData.transform((r.bytes_per_token, r.kl)) for r in points]
-    taken = [Bbox([centre - 5 * scale, centre + 5 * scale]) for centre in centres]
-    taken.append(axes.get_legend().get_window_extent())
+    taken = [legend, *(Bbox([centre - 5 * scale, centre + 5 * scale]) for centre in centres)]
     for centre, r in zip(centres, points, strict=True):
         measured = axes.text(0, 0, r.name, fontsize=9)
         size = np.array(measured.get_window_extent().size)
@@ -231,7 +231,7 @@ def _write_names(axes: Axes, points: Sequence[Result]) -> None:
         )
         for corner in corners:
             box = Bbox([centre + corner, centre + corner + size])
-            is_inside = (box.min >= axes.bbox.min).all() and (box.max <= axes.bbox.max).all()
+            is_inside = np.all(box.min >= axes.bbox.min) and np.all(box.max <= axes.bbox.max)
             if is_inside and not box.count_overlaps(taken):
                 break
         taken.append(box)

@@ -37,7 +37,7 @@ def inspect(args: argparse.Namespace) -> int:
     on_gpu, why_unknown = _memory_of_gpu(args.bundle, manifest, caches[0], lengths)
     rest = max((found.steps + found.picture for found in on_gpu), default=0)
     sizes = args.memory or _CARDS
-    sizes_of_caches = [
+    sizes_of_caches: list[dict[str, Any]] = [
         {
             "format": str(cache),
             "bytes_per_token": cache.bytes_per_token(text),

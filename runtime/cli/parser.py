@@ -75,10 +75,8 @@ class _Completion(argparse.Action):
         except ModuleNotFoundError:
             raise UserError("the package shtab is not installed: pip install 'shtab>=1.7,<2'.") from None
         for action in _all_actions(parser):
-            if action.metavar in _FILES:
-                action.complete = shtab.FILE
-            elif action.metavar in _FOLDERS:
-                action.complete = shtab.DIRECTORY
+            if action.metavar in (*_FILES, *_FOLDERS):
+                vars(action)["complete"] = shtab.FILE if action.metavar in _FILES else shtab.DIRECTORY
         print(shtab.complete(parser, shell))
         parser.exit()
 

@@ -31,8 +31,14 @@ def new_console() -> Console:
             raise
 
     width, height = shutil.get_terminal_size() if sys.stdout.isatty() else (_UNLIMITED, 24)
-    colours = None if is_plain() else "auto"
-    return Output(width=width, height=height, color_system=colours, highlight=False, markup=False, emoji=False)
+    return Output(
+        width=width,
+        height=height,
+        color_system=None if is_plain() else "auto",
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
 
 
 def figures_table(title: str, headings: Sequence[str]) -> Table:
@@ -51,11 +57,13 @@ def print_tables(*parts: Table | Facts | str) -> None:
     A table that a terminal has no room for, with its headings on several lines, comes row by row, with a line for each
     figure.
     """
+    from rich.table import Table
+
     console = new_console()
     for part in parts:
         if isinstance(part, str):
             lines = _wrapped(part, console.width)
-        elif isinstance(part, Sequence):
+        elif not isinstance(part, Table):
             lines = "\n".join(_fact_lines(part, console.width))
         elif _fits(part, console):
             console.print(part)

@@ -242,7 +242,7 @@ def _answered(generation: Generation, model: VisionLanguageModel) -> dict[str, A
     """An answer and its figures, for JSON."""
     return {
         "answer": generation.text,
-        "finish_reason": generation.finish_reason.value,
+        "finish_reason": generation.finish_reason and generation.finish_reason.value,
         "usage": {
             "prompt_tokens": generation.prompt_tokens,
             "cached_tokens": generation.reused_tokens,
