@@ -120,7 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("pascalvl"):
             raise
-        return fail(f"error: the package {error.name} is not installed: pip install 'pascalvl[{args.needs}]'.")
+        extras = f"[{args.needs}]" * bool(args.needs)
+        return fail(f"error: the package {error.name} is not installed: pip install 'pascalvl{extras}'.")
     except OSError as error:
         return fail(f"error: {error.filename or 'a file'} cannot be read or written: {error.strerror or error}.")
     finally:

@@ -116,7 +116,7 @@ def command_parser() -> argparse.ArgumentParser:
         loudness.add_argument("--quiet", action="store_true", help="tell nothing but results and errors")
         return sub
 
-    sub = command("export", export, "export,runtime", "checkpoint to model bundle")
+    sub = command("export", export, "export", "checkpoint to model bundle")
     sub.add_argument(
         "checkpoint",
         type=path_or_name,
@@ -145,7 +145,7 @@ def command_parser() -> argparse.ArgumentParser:
     _add_kv(sub, "what the KV cache is like (k8v8)")
     _add_tensorrt(sub)
 
-    sub = command("run", run, "runtime", "answer one prompt")
+    sub = command("run", run, "", "answer one prompt")
     _add_model(sub)
     sub.add_argument("-p", "--prompt", type=unicode_text, required=True, metavar="TEXT", help="what to ask")
     _add_visuals(sub)
@@ -158,7 +158,7 @@ def command_parser() -> argparse.ArgumentParser:
     )
     _add_json(sub, "the answer and its figures")
 
-    sub = command("chat", chat, "runtime", f"talk to the model: lines of text, or {CHAT_COMMANDS}")
+    sub = command("chat", chat, "", f"talk to the model: lines of text, or {CHAT_COMMANDS}")
     _add_model(sub)
     _add_fps(sub)
     _add_generation(sub)
@@ -169,7 +169,7 @@ def command_parser() -> argparse.ArgumentParser:
         help="give the GPU back when nothing was asked for so long, such as 90s, 10m or 2h, until something is",
     )
 
-    sub = command("validate", validate, "engines,export,runtime", "compare the engines with the PyTorch model")
+    sub = command("validate", validate, "engines,export", "compare the engines with the PyTorch model")
     _add_engine(sub)
     sub.add_argument(
         "--reference", type=own_path, required=True, metavar="CHECKPOINT", help="the checkpoint that was exported"
@@ -181,7 +181,7 @@ def command_parser() -> argparse.ArgumentParser:
     sub.add_argument("--bisect", action="store_true", help="compare every layer, and name the first that deviates")
     _add_json(sub, "what was compared")
 
-    sub = command("eval", evaluate, "export,runtime,dev", "what compressed caches or weights do to a model's answers")
+    sub = command("eval", evaluate, "export,dev", "what compressed caches or weights do to a model's answers")
     sub.add_argument("what", choices=["kv", "weights"], help="formats of the KV cache, or of the weights")
     sub.add_argument("checkpoint", type=own_path, metavar="CHECKPOINT", help="folder of a Hugging Face Qwen3-VL model")
     sub.add_argument("--data", type=own_path, required=True, metavar="DIR", help="folder of prompts and pictures")
@@ -198,7 +198,7 @@ def command_parser() -> argparse.ArgumentParser:
     help_of_bench = "how fast a model answers, or its kernels are"
     bench = commands.add_parser("bench", help=help_of_bench, description=f"{help_of_bench.capitalize()}.")
     measured = bench.add_subparsers(required=True, metavar="WHAT")
-    sub = command("model", bench_model, "runtime", "time prompts, answers and a picture", measured)
+    sub = command("model", bench_model, "", "time prompts, answers and a picture", measured)
     _add_engine(sub)
     _add_bench(sub)
     for what in ("attention", "linear"):
@@ -207,7 +207,7 @@ def command_parser() -> argparse.ArgumentParser:
         sub.add_argument("--quick", action="store_true", help="only check small shapes, for compute-sanitizer")
         _add_json(sub)
 
-    sub = command("inspect", inspect, "runtime", "what a bundle is, and the memory it needs")
+    sub = command("inspect", inspect, "", "what a bundle is, and the memory it needs")
     sub.add_argument("bundle", type=own_path, metavar="BUNDLE", help="folder of a model or engine bundle")
     _add_kv(sub, "tell of this KV cache")
     sub.add_argument(
@@ -215,7 +215,7 @@ def command_parser() -> argparse.ArgumentParser:
     )
     _add_json(sub, "all of it")
 
-    sub = command("doctor", doctor, "runtime", "which backends run on this machine, and what the others lack")
+    sub = command("doctor", doctor, "", "which backends run on this machine, and what the others lack")
     sub.add_argument("--engine", type=own_path, metavar="ENGINE_BUNDLE", help="tell whether this bundle runs here")
     _add_json(sub, "what was found")
     meaning = "write there, in Markdown, what an issue needs: versions, card, what was found; with --engine figures"

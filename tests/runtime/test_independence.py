@@ -33,5 +33,5 @@ def test_other_commands_say_what_to_install(nano_checkpoint, tmp_path):
     command = [sys.executable, "-c", SCRIPT, "export", str(nano_checkpoint), "--output", str(tmp_path / "model")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert "is not installed: pip install 'pascalvl[export,runtime]'" in result.stderr
+    assert "is not installed: pip install 'pascalvl[export]'" in result.stderr
     assert "Traceback" not in result.stderr
