@@ -10,7 +10,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -161,13 +161,21 @@ def _grey_levels(image: Image.Image) -> Image.Image:
 class Patches:
     """A picture or video as the vision encoder takes it."""
 
-    pixel_values: np.ndarray
-    """float32 ``[t * h * w, patch_dim]``, merge block by merge block."""
+    make: Callable[[], np.ndarray]
+    """Computes `pixel_values`."""
     grid: Grid
     """Temporal patches, rows and columns."""
     merge_size: int
+    digest: bytes
+    """Identity of the content: equal digests mean equal features."""
     timestamps: tuple[float, ...] = ()
     """Video: the middle of each temporal patch, in seconds; a picture has none."""
+
+    @functools.cached_property
+    def pixel_values(self) -> np.ndarray:
+        """float32 ``[t * h * w, patch_dim]``, merge block by merge block; computed when somebody asks, which nobody
+        does of a picture that was looked at before."""
+        return self.make()
 
     @property
     def is_video(self) -> bool:
@@ -177,13 +185,6 @@ class Patches:
     def tokens_per_frame(self) -> int:
         """Tokens of one temporal patch."""
         return self.grid[1] * self.grid[2] // self.merge_size**2
-
-    @functools.cached_property
-    def digest(self) -> bytes:
-        """Identity of the content: equal digests mean equal features."""
-        digest = hashlib.sha256(repr(self.grid).encode())
-        digest.update(self.pixel_values.data)
-        return digest.digest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,9 +291,14 @@ class ImageProcessor:
         """Raises `UserError` for a picture more than 200 times as long as it is wide."""
         p = self.parameters
         height, width = resized_size(image.height, image.width, p.factor, p.min_pixels, p.max_pixels)
-        frame = image.resize((width, height), Image.Resampling.BICUBIC)
-        pixel_values, grid = p.patches([frame] * p.temporal_patch_size)
-        return Patches(pixel_values, grid, p.merge_size)
+
+        def pixel_values() -> np.ndarray:
+            return p.patches([image.resize((width, height), Image.Resampling.BICUBIC)] * p.temporal_patch_size)[0]
+
+        digest = hashlib.sha256(repr((p, image.mode, image.size)).encode())
+        digest.update(image.tobytes())
+        grid = 1, height // p.patch_size, width // p.patch_size
+        return Patches(pixel_values, grid, p.merge_size, digest.digest())
 
 
 def resized_size(

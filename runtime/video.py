@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import logging
 import math
@@ -333,7 +334,10 @@ class VideoProcessor:
             seconds = [index / video.fps for index in video.frame_indices or taken]
         else:
             seconds = [video.times[index] for index in taken]
-        return Patches(pixel_values, grid, p.merge_size, tuple(self._timestamps(seconds)))
+        digest = hashlib.sha256(repr(grid).encode())
+        digest.update(pixel_values.data)
+        timestamps = tuple(self._timestamps(seconds))
+        return Patches(lambda: pixel_values, grid, p.merge_size, digest.digest(), timestamps)
 
     def _sample(self, video: Video) -> list[int]:
         """Indices of evenly spaced frames, first and last among them.
