@@ -7,7 +7,6 @@ share, are closer than float32 tells apart.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 
 import numpy as np
@@ -76,8 +75,8 @@ class Choice:
 
     def at(self, random: int) -> Choice:
         """The same, with another random number."""
-        other = copy.copy(self)
-        object.__setattr__(other, "random", random)  # dataclasses.replace takes five times as long
+        other = object.__new__(Choice)  # dataclasses.replace takes ten times as long
+        other.__dict__.update(self.__dict__, random=random)
         return other
 
     @property
