@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["FinishReason", "Generation", "SamplingParams", "VisionLanguageModel"]
+__all__ = ["FinishReason", "Generation", "Request", "SamplingParams", "VisionLanguageModel"]
 
 _MODULES = {
     "FinishReason": "generation",
     "Generation": "generation",
+    "Request": "model",
     "SamplingParams": "sampling",
     "VisionLanguageModel": "model",
 }
@@ -17,7 +18,7 @@ _MODULES = {
 
 if TYPE_CHECKING:
     from pascalvl.runtime.generation import FinishReason, Generation
-    from pascalvl.runtime.model import VisionLanguageModel
+    from pascalvl.runtime.model import Request, VisionLanguageModel
     from pascalvl.runtime.sampling import SamplingParams
 else:
 

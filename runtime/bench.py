@@ -327,12 +327,12 @@ def _together(
     def run(cache: KVCache, tokens: np.ndarray) -> None:
         positions = np.broadcast_to(cache.length + np.arange(len(tokens)), (3, len(tokens)))
         with cache.appending(tokens) as placement:
-            session.step([model.new_tokens(tokens, positions, placement)])
+            session.step([model.steps.new_tokens(tokens, positions, placement)])
 
     def step(tokens: Sequence[int]) -> list[int]:
         with contextlib.ExitStack() as stack:
             placements = [stack.enter_context(cache.appending(np.array([0]))) for cache in caches]
-            chosen = session.choose(model.next_tokens(tokens, [cache.length for cache in caches], placements))
+            chosen = session.choose(model.steps.next_tokens(tokens, [cache.length for cache in caches], placements))
         return [token for token, _ in chosen]
 
     rates = []
@@ -366,6 +366,7 @@ def _picture(model: VisionLanguageModel, options: BenchOptions, progress: Callab
         content = [{"type": "image", "image": Image.fromarray(noise)}, {"type": "text", "text": _QUESTION}]
         start = time.perf_counter()
         prompt = model.prompt([{"role": "user", "content": content}])
+        _ = prompt.visuals[0].patches.pixel_values  # else made when the picture is looked at
         prepared = time.perf_counter()
         generation = model.answer(prompt, _GREEDY, 1)
         for _ in generation:

@@ -128,28 +128,37 @@ class TokenLogprobs:
 class Generation:
     """An answer being written: iterate over it for its text, piece by piece; the fields fill while that goes on.
 
-    An answer that is not iterated to its end is left unfinished: the model is ready for its next prompt at any time.
-    Text holds whole characters; one that the last token leaves incomplete is dropped.
+    An answer that is not iterated to its end is left unfinished when it is closed or forgotten; until then it is
+    computed beside others. Text holds whole characters; one that the last token leaves incomplete is dropped.
     """
 
-    def __init__(self, prompt_tokens: int, reused_tokens: int, load_seconds: float = 0.0) -> None:
+    def __init__(self, prompt_tokens: int) -> None:
         self.prompt_tokens = prompt_tokens
-        self.load_seconds = load_seconds
+        self.load_seconds = 0.0
         """That it took to load the model again, which was unloaded."""
-        self.reused_tokens = reused_tokens
-        """Tokens of the prompt whose keys and values were still in the cache."""
+        self.reused_tokens = 0
+        """Tokens of the prompt whose keys and values were still in the cache; known when the first piece comes."""
         self.token_ids: list[int] = []
         """The tokens chosen, with the one that ended the answer."""
         self.logprobs: list[TokenLogprobs] = []
         """Of each of them, where they were asked for."""
         self.finish_reason: FinishReason | None = None
         """None while the answer is not finished."""
+        self.error: Exception | None = None
+        """Why there is no answer, or no more of it, of one among many."""
         self.vision_seconds = 0.0
         self.prefill_seconds = 0.0
         self.decode_seconds = 0.0
         self.pieces: Iterator[str] = iter(())
         """Set by the model: does the work."""
         self._written: list[str] = []
+
+    @classmethod
+    def failed(cls, error: Exception) -> Generation:
+        """One that never began."""
+        generation = cls(0)
+        generation.error = error
+        return generation
 
     def __iter__(self) -> Iterator[str]:
         return self.pieces

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -169,20 +169,32 @@ class KVCache:
     tokens, which stay. Keys carry the positions that their tokens had: nothing is rotated again.
 
     Args:
-        session: where keys and values are.
+        session: where keys and values are; may be set to another one that has them in the same pages.
         config: what is kept.
         longest: tokens of a conversation at most, those that were dropped included.
         pages: int32 ``[n]``, the conversation's; None: the session's first, as many as a sequence may have.
     """
 
     def __init__(self, session: Session, config: CacheConfig, longest: int, pages: np.ndarray | None = None) -> None:
-        self._session = session
+        self.session = session
         self._config = config
         self._pages = np.arange(session.sequence_pages, dtype=np.int32) if pages is None else pages
         self._identities = np.zeros(longest, np.int64)
-        self._token = np.full(self.capacity, _EMPTY, np.int64)  # in each slot
-        self._stays = np.zeros(self.capacity, bool)
+        slots = session.sequence_pages * PAGE_SLOTS
+        self._token = np.full(slots, _EMPTY, np.int64)  # in each slot
+        self._stays = np.zeros(slots, bool)
         self._length = self._used = 0
+        self._placed: tuple[slice | np.ndarray, np.ndarray, np.ndarray | None, int, int]
+        """Of tokens that are run now: their slots, their numbers, which of them stay, and slots and tokens then."""
+
+    @property
+    def pages(self) -> list[int]:
+        """The conversation's."""
+        return self._pages.tolist()
+
+    def grow(self, pages: Sequence[int]) -> None:
+        """Take more pages."""
+        self._pages = np.append(self._pages, np.asarray(pages, np.int32))
 
     @property
     def capacity(self) -> int:
@@ -201,7 +213,13 @@ class KVCache:
 
     @contextlib.contextmanager
     def appending(self, identities: np.ndarray, pinned: np.ndarray | None = None) -> Iterator[Placement]:
-        """Give new tokens their places; inside, run them. What an exception ends, or an interrupt, appends nothing.
+        """`place` new tokens; inside, run them, and `append` them then. What an exception ends, or an interrupt,
+        appends nothing."""
+        yield self.place(identities, pinned)
+        self.append()
+
+    def place(self, identities: np.ndarray, pinned: np.ndarray | None = None) -> Placement:
+        """Give new tokens their places, for them to be run; until `append`, they are not there.
 
         Args:
             identities: int64 ``[seq]``; equal numbers are tokens whose embeddings are equal. With a window, at most as
@@ -217,10 +235,8 @@ class KVCache:
             own, slots = slice(first, last), np.arange(first, last, dtype=np.int32)
             self._identities[own] = identities
             self._token[own] = _EMPTY
-            yield Placement(self._pages, first, slots)
-            self._token[own] = slots
-            self._used = self._length = last
-            return
+            self._placed = own, slots, None, last, last
+            return Placement(self._pages, first, slots)
         tokens = np.arange(first, last)
         slots, visible, stays = self._in_window(tokens, pinned)
         stored = slots >= 0
@@ -230,10 +246,15 @@ class KVCache:
         self._identities[first:last] = identities
         # What is there now may be overwritten before an interrupt.
         self._token[places] = _EMPTY
-        yield Placement(self._pages, self._used, slots, visible)
-        self._token[places] = tokens[stored]
-        self._stays[places] = stays[stored]
-        self._used, self._length = used, last
+        self._placed = places, tokens[stored], stays[stored], used, last
+        return Placement(self._pages, self._used, slots, visible)
+
+    def append(self) -> None:
+        """The tokens that were placed last have been run."""
+        places, tokens, stays, self._used, self._length = self._placed
+        self._token[places] = tokens
+        if stays is not None:
+            self._stays[places] = stays
 
     def _check_room(self, slots: int) -> None:
         """Raise `UserError` unless there are so many."""
@@ -303,7 +324,7 @@ class KVCache:
         """Copies of the first ``length`` tokens' keys and values; None where some of them were dropped."""
         if not self._has_first(length):
             return None
-        rows = self._session.read(self._pages[: pages_of(length)])
+        rows = self.session.read(self._pages[: pages_of(length)])
         if rest := length % PAGE_SLOTS:
             for array in rows.values():
                 array[-1, :, rest:] = 0
@@ -319,12 +340,18 @@ class KVCache:
         if length > self.capacity or not (stays | seen_later).all():
             return False
         self.truncate(0)
-        self._session.write(self._pages[: pages_of(length)], prefix.rows)
-        self._identities[:length] = prefix.identities[:length]
-        self._token[:length] = tokens
-        self._stays[:length] = stays
-        self._length = self._used = length
+        self.session.write(self._pages[: pages_of(length)], prefix.rows)
+        self.begin(prefix.identities[:length], pinned)
         return True
+
+    def begin(self, identities: np.ndarray, pinned: np.ndarray) -> None:
+        """Begin anew with tokens whose keys and values are in the pages already, and which a window keeps all."""
+        length = len(identities)
+        tokens = np.arange(length)
+        self._identities[:length] = identities
+        self._token[:length] = tokens
+        self._stays[:length], _ = self._kept(tokens, pinned) if length else (False, None)
+        self._length = self._used = length
 
 
 def _common(ours: np.ndarray, theirs: np.ndarray) -> int:

@@ -7,31 +7,28 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from pascalvl.engines import Engine, open_engine
-from pascalvl.engines.engine import Features, NewTokens, Placement, VisualRows
 from pascalvl.plugins import bindings
-from pascalvl.plugins.bundle import EMBEDDINGS, GENERATION_CONFIG, POSITIONS, Manifest
+from pascalvl.plugins.bundle import GENERATION_CONFIG, Manifest
 from pascalvl.plugins.errors import UserError, shown
-from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
 from pascalvl.plugins.model_config import TextConfig
-from pascalvl.runtime.embeddings import EmbeddingRows, EmbeddingTable
-from pascalvl.runtime.generation import FinishReason, Generation, GenerationConfig, StopMatcher, TokenLogprobs
-from pascalvl.runtime.image import Patches
-from pascalvl.runtime.kv_cache import KVCache, Prefix
+from pascalvl.runtime.generation import Generation, GenerationConfig, StopMatcher
+from pascalvl.runtime.kv_cache import Prefix
 from pascalvl.runtime.messages import Message
-from pascalvl.runtime.positions import TextRope, VisionPositions, rope_tables, vision_cu_seqlens, vision_rope_tables
-from pascalvl.runtime.prompt import Prompt, PromptBuilder, Visual
+from pascalvl.runtime.prompt import Prompt, PromptBuilder
 from pascalvl.runtime.sampling import Sampler, SamplingParams
+from pascalvl.runtime.scheduler import Limits, Scheduler
+from pascalvl.runtime.sequence import TokenSequence, token_identities
+from pascalvl.runtime.steps import Steps
 
 log = logging.getLogger(__name__)
-
-_Outputs = TypeVar("_Outputs")
 
 DEFAULT_CONTEXT_LENGTH = 4096
 """Room for a few pictures and a conversation; about 1 GB of f16 cache for the largest published model."""
@@ -42,11 +39,24 @@ _MOST_LOGPROBS = 20
 """Of the likeliest tokens, as OpenAI has it."""
 
 
-class VisionLanguageModel:
-    """An engine bundle with a KV cache of one conversation; make one with `open`.
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What `VisionLanguageModel.generate` takes, of one among many."""
 
-    The cache keeps the tokens of the last prompt and answer. What the next prompt begins with and is still there is not
-    computed again, so a conversation is continued by giving all of its messages with every call.
+    messages: Sequence[Message]
+    sampling: SamplingParams | None = None
+    max_new_tokens: int | None = None
+    stop: str | Sequence[str] = ()
+    tools: Sequence[Mapping[str, Any]] | None = None
+    template_variables: Mapping[str, Any] | None = None
+    logprobs: int | None = None
+
+
+class VisionLanguageModel:
+    """An engine bundle with a KV cache that many conversations share; make one with `open`.
+
+    The cache keeps the tokens of prompts and answers as long as there is room. What a prompt begins with and is still
+    there is not computed again, so a conversation is continued by giving all of its messages with every call.
     """
 
     def __init__(
@@ -58,6 +68,7 @@ class VisionLanguageModel:
         cache: CacheConfig | None = None,
         control_tokens_in_text: bool = False,
         reopen: Callable[[], Engine] | None = None,
+        sequences: int = 1,
     ) -> None:
         self.manifest = engine.manifest
         self.config = self.manifest.model
@@ -67,46 +78,47 @@ class VisionLanguageModel:
         """Tokens of prompt and answer together, at most."""
         if prefill_chunk < 1:
             raise UserError(f"a prefill chunk of {prefill_chunk} tokens is out of range: expected at least 1.")
+        if sequences < 1:
+            raise UserError(f"room for {sequences} conversations is out of range: expected at least 1.")
         self.generation_config = GenerationConfig.from_file(engine.directory / GENERATION_CONFIG)
         window = self.cache_config.window
         most = [engine.max_prefill, window.length if window else None]
         self.prefill_chunk = min([prefill_chunk, *(limit for limit in most if limit is not None)])
         max_pixels = engine.max_pixels if max_pixels is None else max_pixels
         self._prompts = PromptBuilder(engine.directory, self.config, max_pixels, control_tokens_in_text)
-        self._embeddings = EmbeddingTable(engine.directory / EMBEDDINGS, **self.manifest.embeddings)
-        self._text_rope = TextRope(self.config.text)
-        positions = EmbeddingTable(engine.directory / POSITIONS, **self.manifest.position_embeddings)
-        self._vision_positions = VisionPositions(positions, self.config.vision)
+        self.steps = Steps(engine)
+        """Makes the engines' feeds."""
         self.gpu = engine.gpu
         """Name of the GPU that computes; None: the CPU does."""
-        self._prefixes: list[Prefix] = []
-        self._answering: Generator[str, None, None] = (piece for piece in "")
+        self._sequences = sequences
+        self._latest: np.ndarray = np.zeros(0, np.int64)
+        """Identities of the conversation that was computed last."""
         self._reopen = reopen
-        self._unloaded: tuple[Prefix | None, np.ndarray] | None = None
-        """Of a model that is unloaded: what its cache held, and which tokens of that are pinned."""
-        self._use(engine)
+        self._unloaded: dict[str, np.ndarray] | None = None
+        """Of a model that is unloaded: what its cache held."""
+        self._open_session(engine)
+        chunks = self.prefill_chunk, min(self.prefill_chunk, Limits.chunk_beside)
+        limits = Limits(chunk=chunks[0], chunk_beside=chunks[1])
+        self.scheduler = Scheduler(engine, self._session, self.cache_config, self.context_length, self.steps, limits)
 
-    def _use(self, engine: Engine) -> None:
-        """Run on an engine, with a cache that is empty."""
+    def _open_session(self, engine: Engine) -> None:
         slots = self.cache_config.slots(self.context_length, pinned_slots(self.cache_config))
-        session = engine.open_session(slots)
+        session = engine.open_session(slots, self._sequences * pages_of(slots))
         self.engine, self._session = engine, session
-        self._cache = KVCache(session, self.cache_config, self.context_length)
-        log.info("KV cache %s: %d slots, %d bytes", self.cache_config, self._cache.capacity, session.nbytes)
+        log.info("KV cache %s: %d pages, %d bytes", self.cache_config, session.pages, session.nbytes)
 
     def unload(self) -> None:
         """Give back what the model takes of its device, a GPU's CUDA context too, until it is asked again.
 
-        Keys and values wait in the host's memory, unless a window has dropped some. All of the process loses what it
-        has on the GPU. Only models from `open` can be unloaded.
+        Keys and values wait in the host's memory. All of the process loses what it has on the GPU. Only models from
+        `open` can be unloaded.
         """
         if self._unloaded is not None:
             return
         if self._reopen is None:
             raise ValueError("the model was not opened from a bundle")
-        self._answering.close()
-        engine, self._unloaded = self.engine, (self._cache.prefix(self._cache.length), self._cache.pinned)
-        del self.engine, self._session, self._cache
+        engine, self._unloaded = self.engine, self.scheduler.let_go()
+        del self.engine, self._session
         engine.close()
         log.info("unloaded")
 
@@ -119,10 +131,10 @@ class VisionLanguageModel:
         if self._unloaded is None or self._reopen is None:
             return 0.0
         start = time.perf_counter()
-        self._use(self._reopen())
-        (prefix, pinned), self._unloaded = self._unloaded, None
-        if prefix is not None:
-            self._cache.restore(prefix, len(prefix.identities), pinned)
+        self._open_session(self._reopen())
+        rows, self._unloaded = self._unloaded, None
+        self._session.write(np.array(self.scheduler.pool.used, np.int32), rows)
+        self.scheduler.use(self.engine, self._session)
         return time.perf_counter() - start
 
     @classmethod
@@ -137,6 +149,7 @@ class VisionLanguageModel:
         progress: Callable[[int], None] = lambda _: None,
         cache: CacheConfig | None = None,
         control_tokens_in_text: bool = False,
+        sequences: int = 1,
     ) -> VisionLanguageModel:
         """Open an engine bundle.
 
@@ -155,6 +168,7 @@ class VisionLanguageModel:
                 all is as it was built.
             control_tokens_in_text: take what reads as a control token in a user's or a tool's message as that token,
                 and not as text; see `pascalvl.runtime.prompt.PromptBuilder`.
+            sequences: conversations of a whole context that there is room for; of shorter ones more run at once.
 
         Raises:
             UserError: a bundle that cannot be used here, a cache that it is not for, or a context out of range.
@@ -163,7 +177,9 @@ class VisionLanguageModel:
         def opened() -> Engine:
             return open_engine(Path(directory), backend, marked_layers, progress)
 
-        return cls(opened(), context_length, prefill_chunk, max_pixels, cache, control_tokens_in_text, opened)
+        return cls(
+            opened(), context_length, prefill_chunk, max_pixels, cache, control_tokens_in_text, opened, sequences
+        )
 
     def prompt(
         self,
@@ -184,7 +200,7 @@ class VisionLanguageModel:
         template_variables: Mapping[str, Any] | None = None,
         logprobs: int | None = None,
     ) -> Generation:
-        """Answer messages; the answer is computed while it is iterated over, and ends one that is still under way.
+        """Answer messages; the answer is computed while it, or another one, is iterated over.
 
         Args:
             messages: the conversation, as `pascalvl.runtime.messages.Message` describes it.
@@ -212,24 +228,100 @@ class VisionLanguageModel:
         logprobs: int | None = None,
     ) -> Generation:
         """`generate`, of what `prompt` made of messages, or of any other tokens."""
+        load_seconds = self.load()
+        sequence = self.sequence_of(prompt, sampling, max_new_tokens, stop, logprobs)
+        sequence.generation.load_seconds = load_seconds
+        sequence.generation.pieces = self._pieces(sequence)
+        return sequence.generation
+
+    def generate_many(self, requests: Iterable[Request]) -> Iterator[tuple[int, Generation]]:
+        """Answer many requests, several at once: their numbers and whole answers, as they end.
+
+        Requests are taken as they are needed; of one that cannot be answered, `Generation.error` says why, and the
+        others go on. What each is answered does not depend on what is beside it.
+        """
+        self.load()
+        at_work: dict[TokenSequence, int] = {}
+        numbered = enumerate(requests)
+        try:
+            while True:
+                while len(at_work) < 2 * Limits.sequences and (one := next(numbered, None)):
+                    number, request = one
+                    try:
+                        sequence = self.sequence(request)
+                    except UserError as error:
+                        yield number, Generation.failed(error)
+                        continue
+                    self.scheduler.submit(sequence)
+                    at_work[sequence] = number
+                if not at_work:
+                    return
+                self.scheduler.step()
+                for sequence in [sequence for sequence in at_work if sequence.is_finished]:
+                    while sequence.pieces:
+                        sequence.generation.add(sequence.pieces.popleft())
+                    sequence.generation.error = sequence.error
+                    yield at_work.pop(sequence), sequence.generation
+        except KeyboardInterrupt:
+            self.scheduler.recover()
+            raise
+        finally:
+            for sequence in at_work:
+                self.scheduler.cancel(sequence)
+
+    def sequence(self, request: Request) -> TokenSequence:
+        """What the scheduler takes of a request; for errors see `generate`."""
+        prompt = self.prompt(request.messages, request.tools, request.template_variables)
+        return self.sequence_of(prompt, request.sampling, request.max_new_tokens, request.stop, request.logprobs)
+
+    def sequence_of(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        max_new_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
+    ) -> TokenSequence:
+        """What the scheduler takes of a prompt; for errors see `generate`."""
         matcher = StopMatcher(stop)
         limit = max_new_tokens if max_new_tokens is not None else self.generation_config.max_new_tokens
         if limit is not None and limit < 1:
             raise UserError(f"max_new_tokens is out of range: expected at least 1, found {limit}.")
         if logprobs is not None and not (type(logprobs) is int and 0 <= logprobs <= _MOST_LOGPROBS):
             raise UserError(f"logprobs is out of range: expected 0 to {_MOST_LOGPROBS}, found {shown(logprobs)}.")
-        self._answering.close()
-        load_seconds = self.load()
         room = self._room(prompt)
-        identities = token_identities(prompt)
-        reused = self._reuse(identities, self._pinned(prompt))
-        sampler = Sampler(sampling or self.generation_config.sampling, prompt.token_ids, self.config.text.vocab_size)
-        generation = Generation(len(prompt.token_ids), reused, load_seconds)
-        limit = room if limit is None else min(limit, room)
-        self._answering = generation.pieces = self._answer(
-            prompt, identities, sampler, matcher, limit, generation, logprobs
+        return TokenSequence(
+            prompt,
+            self._pinned(prompt),
+            Sampler(sampling or self.generation_config.sampling, prompt.token_ids, self.config.text.vocab_size),
+            room if limit is None else min(limit, room),
+            matcher,
+            self.generation_config.eos_token_ids,
+            self._prompts.tokenizer.stream(),
+            Generation(len(prompt.token_ids)),
+            logprobs,
         )
-        return generation
+
+    def _pieces(self, sequence: TokenSequence) -> Generator[str, None, None]:
+        """Run all that is at work until a sequence's text has come."""
+        self.scheduler.submit(sequence)
+        try:
+            while True:
+                while sequence.pieces:
+                    yield sequence.generation.add(sequence.pieces.popleft())
+                if sequence.is_finished:
+                    break
+                self.load()
+                self.scheduler.step()
+        except KeyboardInterrupt:
+            self.scheduler.recover()
+            raise
+        finally:
+            if not sequence.is_finished:
+                self.scheduler.cancel(sequence)
+            self._latest = sequence.identities
+        if sequence.error:
+            raise sequence.error
 
     def keep_prefix(
         self,
@@ -241,22 +333,15 @@ class VisionLanguageModel:
 
         What is kept of, for example, a system message and a picture is not computed again, whatever was asked between.
         """
-        self._answering.close()
-        self.load()
         prompt = self.prompt(messages, tools, template_variables)
-        self._room(prompt)
-        identities = token_identities(prompt)
-        self._reuse(identities, self._pinned(prompt))
-        unseen = [visual for visual in prompt.visuals if visual.token_indices[-1] >= self._cache.length]
-        seen = [(visual, self._encode(visual.patches)) for visual in unseen]
-        for _ in self._prefill(prompt, identities, seen, lambda tokens, _: self._session.choose(tokens)):
+        for _ in self.answer(prompt, SamplingParams(temperature=0), 1):
             pass
-        prefix = self._cache.prefix(len(identities))
+        prefix = self.scheduler.kept(token_identities(prompt))
         if prefix is None:
             raise UserError(
                 "the messages are longer than the KV cache's window: shorten them, or give a longer window."
             )
-        self._prefixes.append(prefix)
+        self.scheduler.prefixes.append(prefix)
 
     def save_cache(self, path: str | Path) -> None:
         """Write the keys and values of the conversation so far to a file, which `load_cache` reads.
@@ -265,7 +350,7 @@ class VisionLanguageModel:
             UserError: the file cannot be written, or a window has dropped some.
         """
         self.load()
-        prefix = self._cache.prefix(self._cache.length)
+        prefix = self.scheduler.kept(self._latest)
         if prefix is None:
             raise UserError(
                 "the KV cache cannot be saved: its window has dropped tokens; give a longer window, or none."
@@ -275,7 +360,7 @@ class VisionLanguageModel:
     def load_cache(self, path: str | Path) -> None:
         """Keep what `save_cache` wrote, as `keep_prefix` does; raises `UserError` for other files."""
         self.load()
-        self._prefixes.append(Prefix.load(Path(path), self._digest, self._session))
+        self.scheduler.prefixes.append(Prefix.load(Path(path), self._digest, self._session))
 
     def decode_launches(self) -> int | None:
         """Kernels that a decode step launches, see `pascalvl.engines.Session.decode_launches`."""
@@ -288,17 +373,6 @@ class VisionLanguageModel:
         files = {name: file["sha256"] for name, file in self.manifest.files.items()}
         return hashlib.sha256(json.dumps([str(self.manifest.kv_cache), files], sort_keys=True).encode()).hexdigest()
 
-    def _reuse(self, identities: np.ndarray, pinned: np.ndarray) -> int:
-        """Bring the cache to as many of a prompt's first tokens as it, or a kept prefix, has; returns their number."""
-        most = len(identities) - 1  # the last token is run in any case: its logits are needed
-        own = min(self._cache.common_prefix(identities), most)
-        best = max(self._prefixes, key=lambda prefix: prefix.common(identities), default=None)
-        if best is not None:
-            common = min(best.common(identities), most)
-            if common > own and self._cache.restore(best, common, pinned[:common]):
-                return common
-        return self._cache.truncate(own)
-
     def trace(self, messages: Sequence[Message], forced_tokens: Sequence[int]) -> dict[str, np.ndarray]:
         """Run messages and then the given tokens, whatever the model would have answered.
 
@@ -308,12 +382,10 @@ class VisionLanguageModel:
         """
         from pascalvl.engines import validation
 
-        self._answering.close()
         self.load()
         prompt = self.prompt(messages)
         self._room(prompt, len(forced_tokens))
-        self._cache.truncate(0)
-        features = [self._encode(visual.patches) for visual in prompt.visuals]
+        features = [self.steps.encode(self.engine, visual.patches) for visual in prompt.visuals]
         traced = {}
         if features:
             on_host = [self.engine.on_host(feature) for feature in features]
@@ -321,17 +393,23 @@ class VisionLanguageModel:
             deepstack = np.concatenate([feature.levels for feature in on_host], axis=1)
             traced.update((validation.vision_deepstack(i), level) for i, level in enumerate(deepstack))
         seen = list(zip(prompt.visuals, features, strict=True))
-        identities = token_identities(prompt)
-        chunks = list(self._prefill(prompt, identities, seen, lambda tokens, _: self._session.step(tokens)))
-        traced[validation.PREFILL_LOGITS] = chunks[-1][bindings.LOGITS]
-        for layer in range(self.config.text.num_hidden_layers):
-            if (name := bindings.hidden_states(layer)) in chunks[0]:
-                hidden = np.concatenate([outputs[name] for outputs in chunks])
-                traced[validation.prefill_hidden_states(layer)] = hidden
-        for step, token in enumerate(forced_tokens):
-            with self._cache.appending(np.array([token])) as placement:
-                tokens = self.next_tokens([token], [prompt.next_position + step], [placement])
-                traced[validation.decode_logits(step)] = self._session.step(tokens)[bindings.LOGITS]
+        pinned = self._pinned(prompt)
+        sequence = self.sequence_of(prompt)
+        chunks, length = [], len(prompt.token_ids)
+        with self.scheduler.borrowed(self.context_length, int(pinned.sum())) as cache:
+            for start in range(0, length, self.prefill_chunk):
+                chunk = slice(start, min(start + self.prefill_chunk, length))
+                with cache.appending(sequence.identities[chunk], pinned[chunk]) as placement:
+                    chunks.append(self._session.step([self.steps.chunk(sequence, chunk, seen, placement)]))
+            traced[validation.PREFILL_LOGITS] = chunks[-1][bindings.LOGITS]
+            for layer in range(self.config.text.num_hidden_layers):
+                if (name := bindings.hidden_states(layer)) in chunks[0]:
+                    hidden = np.concatenate([outputs[name] for outputs in chunks])
+                    traced[validation.prefill_hidden_states(layer)] = hidden
+            for step, token in enumerate(forced_tokens):
+                with cache.appending(np.array([token])) as placement:
+                    tokens = self.steps.next_tokens([token], [prompt.next_position + step], [placement])
+                    traced[validation.decode_logits(step)] = self._session.step(tokens)[bindings.LOGITS]
         return traced
 
     def _room(self, prompt: Prompt, needed: int = 1) -> int:
@@ -344,8 +422,10 @@ class VisionLanguageModel:
                 f"the prompt, limit its pictures' pixels, or set a longer context (up to {longest})."
             )
         pinned = int(self._pinned(prompt).sum())
-        if self.cache_config.slots(self.context_length, pinned) > self._cache.capacity:
-            room = self._cache.capacity - self.cache_config.slots(self.context_length)
+        if self.cache_config.slots(self.context_length, pinned) > (
+            capacity := self._session.sequence_pages * PAGE_SLOTS
+        ):
+            room = capacity - self.cache_config.slots(self.context_length)
             raise UserError(
                 f"the prompt's pictures have {pinned} tokens, more than the KV cache has room for beside its window "
                 f"({room}): limit their pixels, or do not pin them."
@@ -359,114 +439,6 @@ class VisionLanguageModel:
             for visual in prompt.visuals:
                 pinned[visual.token_indices] = True
         return pinned
-
-    def _answer(
-        self,
-        prompt: Prompt,
-        identities: np.ndarray,
-        sampler: Sampler,
-        matcher: StopMatcher,
-        limit: int,
-        generation: Generation,
-        logprobs: int | None,
-    ) -> Generator[str, None, None]:
-        start = time.perf_counter()
-        reused = self._cache.length
-        unseen = [visual for visual in prompt.visuals if visual.token_indices[-1] >= reused]
-        seen = [(visual, self._encode(visual.patches)) for visual in unseen]
-        generation.vision_seconds = time.perf_counter() - start
-
-        def run(tokens: list[NewTokens], is_last: bool) -> list[tuple[int, float]]:
-            return self._session.choose(tokens, [sampler.next()] if is_last else None)
-
-        for chosen in self._prefill(prompt, identities, seen, run):
-            ((first, highest),) = chosen
-        generation.prefill_seconds = time.perf_counter() - start - generation.vision_seconds
-
-        text = self._prompts.tokenizer.stream()
-        reason = FinishReason.LENGTH
-        for step in range(limit):
-            start = time.perf_counter()
-            if step == 0:
-                token = sampler.add(first, highest)
-            else:
-                token = self._next(generation.token_ids[-1], prompt.next_position + step - 1, sampler)
-            generation.token_ids.append(token)
-            if logprobs is not None:
-                generation.logprobs.append(TokenLogprobs.of(self._session.logits()[0], token, logprobs))
-            piece = "" if token in self.generation_config.eos_token_ids else matcher.push(text.push(token))
-            generation.decode_seconds += time.perf_counter() - start
-            if piece:
-                yield generation.add(piece)
-            if matcher.stopped or token in self.generation_config.eos_token_ids:
-                reason = FinishReason.STOP
-                break
-        if piece := matcher.flush():
-            yield generation.add(piece)
-        generation.finish_reason = reason
-
-    def _encode(self, patches: Patches) -> Features:
-        """Run the vision encoder, for a video one temporal patch at a time: they do not see each other."""
-        t, h, w = patches.grid
-        cos, sin = vision_rope_tables((1, h, w), self.config.vision)
-        feeds = {
-            bindings.POSITION_EMBEDS: self._vision_positions((1, h, w)),
-            bindings.ROPE_COS: cos,
-            bindings.ROPE_SIN: sin,
-            bindings.CU_SEQLENS: vision_cu_seqlens((1, h, w)),
-        }
-        pixels = patches.pixel_values.reshape(t, h * w, -1)
-        return self.engine.encode([{**feeds, bindings.PIXEL_VALUES: pixel_values} for pixel_values in pixels])
-
-    def _prefill(
-        self,
-        prompt: Prompt,
-        identities: np.ndarray,
-        seen: Sequence[tuple[Visual, Features]],
-        run: Callable[[list[NewTokens], bool], _Outputs],
-    ) -> Iterator[_Outputs]:
-        """Run the prompt's tokens that are not in the cache, chunk by chunk; yields what ``run`` makes of each, which
-        is also told whether it is the last one."""
-        pinned = self._pinned(prompt)
-        for start in range(self._cache.length, len(identities), self.prefill_chunk):
-            chunk = slice(start, min(start + self.prefill_chunk, len(identities)))
-            visuals = []
-            for visual, features in seen:
-                first, last = np.searchsorted(visual.token_indices, (start, chunk.stop))
-                if first < last:
-                    places = visual.token_indices[first:last] - start
-                    visuals.append(VisualRows(features, slice(first, last), places))
-            with self._cache.appending(identities[chunk], pinned[chunk]) as placement:
-                tokens = self.new_tokens(prompt.token_ids[chunk], prompt.position_ids[:, chunk], placement, visuals)
-                outputs = run([tokens], chunk.stop == len(identities))
-            yield outputs
-
-    def _next(self, token: int, position: int, sampler: Sampler) -> int:
-        """Run one more token; returns the one chosen after it."""
-        with self._cache.appending(np.array([token])) as placement:
-            tokens = self.next_tokens([token], [position], [placement])
-            ((chosen, highest),) = self._session.choose(tokens, [sampler.next()])
-        return sampler.add(chosen, highest)
-
-    def next_tokens(
-        self, token_ids: Sequence[int], positions: Sequence[int], placements: Sequence[Placement]
-    ) -> list[NewTokens]:
-        """One more token of text of each of some sequences."""
-        return [
-            NewTokens(EmbeddingRows(self._embeddings, (token,)), *self._text_rope.at(position), placement)
-            for token, position, placement in zip(token_ids, positions, placements, strict=True)
-        ]
-
-    def new_tokens(
-        self,
-        token_ids: Sequence[int] | np.ndarray,
-        position_ids: np.ndarray,
-        placement: Placement,
-        visuals: Sequence[VisualRows] = (),
-    ) -> NewTokens:
-        """Tokens ``[n]`` of one sequence at positions ``[3, n]``, at most `prefill_chunk`."""
-        cos, sin = rope_tables(position_ids, self.config.text)
-        return NewTokens(EmbeddingRows(self._embeddings, token_ids), cos, sin, placement, visuals)
 
 
 def pinned_slots(cache: CacheConfig) -> int:
@@ -501,13 +473,3 @@ def _context_length(given: int | None, text: TextConfig, cache: CacheConfig) -> 
     elif not 2 <= given <= longest:
         raise UserError(f"a context of {given} tokens is out of range: expected 2 to {longest} for this model.")
     return given
-
-
-def token_identities(prompt: Prompt) -> np.ndarray:
-    """Numbers, int64 ``[n]``, equal for tokens whose embeddings are: ids of text, below 0 for visuals."""
-    identities = prompt.token_ids.copy()
-    for visual in prompt.visuals:
-        # 62 bits of the content's hash; then as many numbers from there on as there are tokens.
-        first = int.from_bytes(visual.patches.digest[:8], "little") >> 2
-        identities[visual.token_indices] = -1 - first - np.arange(len(visual.token_indices))
-    return identities

@@ -32,7 +32,7 @@ from pascalvl.runtime.cli import main
 from pascalvl.runtime.video import Video
 from tests.engines.batches import CAPACITY, POOL, alone, changed, decodes, fresh_pool, places
 from tests.engines.decoder import CACHES, decoder_feeds, random_tokens
-from tests.engines.torch_reference import answer, assistant, reference_answer, scene, user
+from tests.engines.torch_reference import answer, assistant, kept_tokens, reference_answer, scene, user
 
 pytestmark = pytest.mark.usefixtures("cuda_anywhere")
 
@@ -212,7 +212,7 @@ def test_a_conversation_of_recorded_steps(bundle, nano_reference, padding, recor
     """Prompts are padded, pictures among them; the second time all steps are played again."""
     model = fresh(bundle)
     for messages in (PICTURE, CONVERSATIONS["turns"], CONVERSATIONS["text"], PICTURE, CONVERSATIONS["turns"]):
-        model._cache.truncate(0)
+        model.scheduler.tree.clear()
         expected = reference_answer(nano_reference, model.prompt(messages), 3)[0]
         recorded.clear()
         assert answer(model, messages, 3).token_ids == expected
@@ -276,7 +276,7 @@ def test_an_interrupt_leaves_the_cache_as_it_was(bundle, nano_reference, monkeyp
         with pytest.raises(KeyboardInterrupt):
             answer(model, PICTURE, 4)
     prompt_tokens = len(model.prompt(PICTURE).token_ids)
-    assert model._cache.length == [0, 16, prompt_tokens, prompt_tokens + 1][appends]
+    assert kept_tokens(model) == [0, 16, prompt_tokens, prompt_tokens + 1][appends]
     assert answer(model, PICTURE, 4).token_ids == expected
 
 
@@ -339,7 +339,7 @@ def test_memory_is_as_inspect_tells(kv, context, nano_engine, padding, monkeypat
     assert sum(buffer.nbytes for buffer in live) == peak == told.weights + told.cache + told.steps
     answer(model, CONVERSATIONS["text"], 2)
     assert peak == told.weights + told.cache + told.steps
-    model._encode(model.prompt([user(scene(1, 256, 256), "What is it?")]).visuals[0].patches)
+    model.steps.encode(model.engine, model.prompt([user(scene(1, 256, 256), "What is it?")]).visuals[0].patches)
     assert peak == told.total > told.weights + told.cache + told.steps
 
 

@@ -32,7 +32,7 @@ from pascalvl.plugins.tensorrt.host import HostedPlugin
 from pascalvl.runtime import VisionLanguageModel
 from pascalvl.runtime.cli import main
 from tests.engines.decoder import CACHES, Conversation, decoder_feeds, random_pool, random_tokens
-from tests.engines.torch_reference import answer, assistant, reference_answer, scene, user
+from tests.engines.torch_reference import answer, assistant, kept_tokens, reference_answer, scene, user
 from tests.plugins.tensorrt import paged
 
 ON_GPU = available_target() is Target.CUDA
@@ -227,7 +227,7 @@ def test_an_interrupt_leaves_the_cache_as_it_was(limited, nano_reference, monkey
         patch.setattr(KernelLibrary, "kv_append", interrupted)
         with pytest.raises(KeyboardInterrupt):
             answer(model, PICTURE, 3)
-    assert model._cache.length == length
+    assert kept_tokens(model) == length
     assert answer(model, PICTURE, 3).token_ids == expected
 
 

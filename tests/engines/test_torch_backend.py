@@ -23,7 +23,7 @@ from pascalvl.runtime import SamplingParams, VisionLanguageModel
 from pascalvl.runtime.cli import main
 from tests.engines.batches import CAPACITY, POOL, alone, changed, decodes, fresh_pool, places
 from tests.engines.decoder import CACHES, Conversation, decoder_feeds, floats_of, random_tokens
-from tests.engines.torch_reference import answer, assistant, reference_answer, scene, user
+from tests.engines.torch_reference import answer, assistant, kept_tokens, reference_answer, scene, user
 
 PICTURE = [user(scene(1, 64, 64), "Describe the picture.")]
 TURNS = [*PICTURE, assistant("A grid."), user("Which shapes are red?")]
@@ -185,7 +185,7 @@ def test_an_interrupt_leaves_the_cache_as_it_was(bundle, nano_reference, monkeyp
             answer(model, PICTURE, NEW_TOKENS)
     prompt_tokens = len(model.prompt(PICTURE).token_ids)
     assert 16 < prompt_tokens <= 32
-    assert model._cache.length == [0, 16, prompt_tokens, prompt_tokens + 1][appends]
+    assert kept_tokens(model) == [0, 16, prompt_tokens, prompt_tokens + 1][appends]
     assert answer(model, PICTURE, NEW_TOKENS).token_ids == expected
 
 

@@ -25,7 +25,7 @@ from pascalvl.runtime.prompt import Prompt
 from pascalvl.runtime.video import Video
 from tests.engines.batches import CAPACITY, POOL, alone, changed, decodes, fresh_pool, places
 from tests.engines.decoder import CACHES, Conversation, random_tokens
-from tests.engines.torch_reference import answer, assistant, reference_answer, scene, user
+from tests.engines.torch_reference import answer, assistant, kept_tokens, reference_answer, scene, user
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -127,7 +127,7 @@ def test_repetition_penalty(model, reference):
 
 def rows_of(model):
     """The keys and values of a conversation, without what is in its last page behind them."""
-    prefix = model._cache.prefix(model._cache.length)
+    prefix = model.scheduler.kept(model._latest)
     assert prefix is not None
     return prefix.rows
 
@@ -178,8 +178,8 @@ def test_graph_and_plain_steps_agree(bundle, endless):
     for messages in CONVERSATIONS.values():
         generation = answer(endless, messages, 40)
         assert answer(plain, messages, 40).token_ids == generation.token_ids
-        length = endless._cache.length
-        assert plain._cache.length == length == generation.prompt_tokens + 39
+        length = kept_tokens(endless)
+        assert kept_tokens(plain) == length == generation.prompt_tokens + 39
         found, expected = (rows_of(model) for model in (endless, plain))
         for name, rows in expected.items():
             np.testing.assert_allclose(found[name], rows, rtol=0, atol=1e-4 * np.abs(rows).max(), err_msg=name)
@@ -279,7 +279,7 @@ def test_an_interrupted_step_appends_nothing(bundle, model):
     fresh._session.decode_step.graph = Interrupted()
     with pytest.raises(KeyboardInterrupt):
         answer(fresh, FIRST, 12)
-    assert fresh._cache.length == len(fresh.prompt(FIRST).token_ids) + 2
+    assert kept_tokens(fresh) == len(fresh.prompt(FIRST).token_ids) + 2
     fresh._session.decode_step.graph = graph
     assert answer(fresh, FIRST, 12).token_ids == expected
 

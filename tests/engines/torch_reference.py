@@ -33,6 +33,11 @@ def assistant(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 
+def kept_tokens(model) -> int:
+    """Tokens of the conversation that was computed last whose keys and values are kept."""
+    return len(model.scheduler.kept(model._latest).identities)
+
+
 def answer(
     model: VisionLanguageModel, messages: list[dict], new_tokens: int, sampling: SamplingParams = GREEDY
 ) -> Generation:

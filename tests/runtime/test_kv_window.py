@@ -122,7 +122,7 @@ def test_conversations_in_one_session_answer_as_alone(kv, nano_engine_bundle):
         logits = []
         for chunk in chunks:
             with cache.appending(tokens[chunk], pinned[chunk]) as placement:
-                step = session.step([model.new_tokens(tokens[chunk], positions[:, chunk], placement)])
+                step = session.step([model.steps.new_tokens(tokens[chunk], positions[:, chunk], placement)])
             logits.append(step[bindings.LOGITS])
         return logits
 

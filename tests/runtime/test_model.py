@@ -427,10 +427,26 @@ def test_an_unfinished_answer_leaves_nothing_behind(nano_engine_bundle, expected
     abandoned = model.generate(CONVERSATIONS["video"], GREEDY)
     next(iter(abandoned))
     never_started = model.generate(CONVERSATIONS["text"], GREEDY)
-    assert list(abandoned) == []
+    abandoned.pieces.close()
+    never_started.pieces.close()
+    assert list(abandoned) == list(never_started) == []
     assert answer(model, CONVERSATIONS["picture"]).token_ids == expected["picture"].token_ids
-    assert list(never_started) == []
     assert abandoned.finish_reason is never_started.finish_reason is None
+
+
+def test_answers_in_turn(nano_engine_bundle, expected):
+    """Whichever is asked for its next piece, all go on; what is asked between them too."""
+    model = fresh(nano_engine_bundle)
+    names = "video", "text", "pictures"
+    generations = {name: model.generate(CONVERSATIONS[name], GREEDY, 12) for name in names}
+    for _ in range(3):
+        for generation in generations.values():
+            next(generation.pieces, None)
+    assert answer(model, CONVERSATIONS["mixed turns"]).token_ids == expected["mixed turns"].token_ids
+    for name, generation in generations.items():
+        for _ in generation:
+            pass
+        assert generation.token_ids == expected[name].token_ids
 
 
 @pytest.mark.parametrize("runs", [0, 1, 3, 4, 5, 6, 7, 14])
@@ -515,7 +531,7 @@ def test_frames_of_a_video_are_encoded_alone(nano_engine_bundle):
     model = fresh(nano_engine_bundle)
     patches = model.prompt(CONVERSATIONS["video"]).visuals[0].patches
     assert patches.grid[0] > 1
-    features = model._encode(patches)
+    features = model.steps.encode(model.engine, patches)
     table = EmbeddingTable(nano_engine_bundle / POSITIONS, **model.manifest.position_embeddings)
     cos, sin = vision_rope_tables(patches.grid, model.config.vision)
     packed = open_engine(nano_engine_bundle).run(

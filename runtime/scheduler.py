@@ -1,0 +1,410 @@
+"""Which tokens run in the next step: many prompts and answers over one pool of pages."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from pascalvl.engines import Engine, Session
+from pascalvl.engines.engine import Features
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
+from pascalvl.runtime.kv_cache import KVCache, Prefix
+from pascalvl.runtime.kv_pool import PagePool
+from pascalvl.runtime.prefixes import PrefixTree, common_length
+from pascalvl.runtime.prompt import Visual
+from pascalvl.runtime.sequence import TokenSequence
+from pascalvl.runtime.steps import FeatureCache, Steps
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one step takes.
+
+    Attributes:
+        sequences: that are at work, each with pages of its own.
+        chunk: tokens of a prompt, while no answer is being written.
+        chunk_beside: tokens of a prompt between two tokens of others' answers.
+        feature_bytes: of the features of pictures that are kept.
+    """
+
+    sequences: int = 8
+    chunk: int = 512
+    chunk_beside: int = 64
+    feature_bytes: int = 256 << 20
+
+
+class Scheduler:
+    """Runs sequences over one session: each step a token of every answer, and then a part of one prompt.
+
+    Prompts are admitted in the order in which they came, when there are pages for them; where an answer finds no page
+    for its next token, the sequence that was admitted last gives its pages back, and is computed again later. Prompts
+    take turns, chunk by chunk. What a sequence gets does not depend on what runs beside it: decode steps treat each row
+    for itself, and a prompt's chunks are its own. A prompt that begins as one that is just being computed waits for it.
+
+    Args:
+        engine: with which pictures are looked at.
+        session: of it.
+        config: what is kept of a sequence's tokens.
+        longest: tokens of a sequence at most.
+        steps: makes the feeds.
+        limits: of a step.
+    """
+
+    def __init__(
+        self, engine: Engine, session: Session, config: CacheConfig, longest: int, steps: Steps, limits: Limits
+    ) -> None:
+        self._config, self._longest, self._steps, self._limits = config, longest, steps, limits
+        self.pool = PagePool(session.pages)
+        self.tree = PrefixTree(self.pool)
+        self.prefixes: list[Prefix] = []
+        """Kept on the host, for whatever begins as they do."""
+        self._parked: list[KVCache] = []
+        """With a window: conversations that may go on in their own pages, the latest last."""
+        self._features = FeatureCache(limits.feature_bytes)
+        self._waiting: deque[TokenSequence] = deque()
+        self._running: list[TokenSequence] = []
+        """In the order in which they were admitted."""
+        self._turn: deque[TokenSequence] = deque()
+        """Of prompts, the next first."""
+        self.use(engine, session)
+
+    def use(self, engine: Engine, session: Session) -> None:
+        """Go on with another engine of the same bundle, and a session of it that has all pages as they were."""
+        self._engine, self.session = engine, session
+        for cache in self._caches:
+            cache.session = session
+
+    def let_go(self) -> dict[str, np.ndarray]:
+        """Copy all that pages hold to the host, for `use` to find in the next session; the present one, the engine and
+        what was made of it are referred to no more."""
+        rows = self.session.read(np.array(self.pool.used, np.int32))
+        self._forget_features()
+        for cache in self._caches:
+            del cache.session
+        del self._engine, self.session
+        return rows
+
+    @property
+    def _caches(self) -> list[KVCache]:
+        return [*self._parked, *(_cache(sequence) for sequence in self._running)]
+
+    def _forget_features(self) -> None:
+        self._features.clear()
+        for sequence in (*self._running, *self._waiting):
+            sequence.features.clear()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._waiting and not self._running
+
+    def submit(self, sequence: TokenSequence) -> None:
+        """Take a sequence, which `step` runs from now on; it is admitted at once if that is possible."""
+        self._waiting.append(sequence)
+        self._admit()
+
+    def cancel(self, sequence: TokenSequence) -> None:
+        """Run a sequence no more; what was computed of it is kept like that of one that has ended."""
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        elif sequence in self._running:
+            self._retire(sequence)
+
+    def recover(self) -> None:
+        """Go on after an interrupt, which may have come between any two lines here: no page is lost."""
+        lists = self._running, self._waiting, self._turn
+        known = {id(sequence): sequence for each in lists for sequence in each if not sequence.is_finished}
+        running = [each for each in known.values() if each.cache is not None]
+        self._waiting = deque(each for each in known.values() if each.cache is None)
+        self._running = sorted(running, key=lambda each: self._running.index(each) if each in self._running else -1)
+        for each in self._running:  # with nothing to run: the token that came of the last step was not taken
+            if each.computed >= each.length:
+                _cache(each).truncate(each.length - 1)
+        self._turn = deque(each for each in self._running if not each.is_decoding)
+        self.pool.recount([self.tree.recover(), *(cache.pages for cache in self._caches)])
+
+    def step(self) -> None:
+        """Run what comes next; of sequences that it ends, `TokenSequence.is_finished` tells.
+
+        Raises:
+            MemoryError: what is computed in between does not fit in memory. Nothing has changed then, nor with an
+                interrupt.
+        """
+        self._admit()
+        if self._waiting and not self._running:
+            refused = self._waiting.popleft()
+            refused.error = UserError(
+                f"a prompt of {refused.length} tokens needs more pages of the KV cache than there are "
+                f"({len(self.pool)} of {PAGE_SLOTS} tokens): open the model with a longer context."
+            )
+        decoding = [sequence for sequence in self._running if sequence.is_decoding]
+        if decoding:
+            self._decode(decoding)
+        if self._turn:
+            self._prefill(self._turn[0], self._limits.chunk_beside if decoding else self._limits.chunk)
+
+    def kept(self, identities: np.ndarray) -> Prefix | None:
+        """A copy, on the host, of what is kept of the beginning of a sequence that has ended; None: a window has
+        dropped some of it."""
+        if self._config.window is None:
+            match = self.tree.match(identities)
+            pages = [*match.pages, *([] if match.page is None else [match.page])]
+            cache = KVCache(self.session, self._config, self._longest, np.array(pages, np.int32))
+            cache.begin(identities[: match.tokens], np.zeros(match.tokens, bool))
+            return cache.prefix(match.tokens)
+        found = [(cache.common_prefix(identities), cache) for cache in self._parked]
+        if not found:
+            return None
+        common, cache = max(found, key=lambda each: each[0])
+        return cache.prefix(common)
+
+    @contextlib.contextmanager
+    def borrowed(self, tokens: int, pinned: int) -> Iterator[KVCache]:
+        """A cache for a sequence of so many tokens, whose pages come back at the end.
+
+        Raises:
+            UserError: other sequences have them.
+        """
+        count = pages_of(self._config.slots(tokens, pinned))
+        if not self._make_room(count):
+            raise UserError("there are no pages left beside the answers that are being written: let these end first.")
+        pages = self.pool.take(count)
+        try:
+            yield KVCache(self.session, self._config, self._longest, np.array(pages, np.int32))
+        finally:
+            self.pool.release(pages)
+
+    # Steps ------------------------------------------------------------------------------------------------------------
+
+    def _decode(self, sequences: Sequence[TokenSequence]) -> None:
+        ready = [sequence for sequence in sequences if self._has_pages(sequence, sequence.length)]
+        ready = [sequence for sequence in ready if sequence.cache]  # a later one's pages may have been taken
+        if not ready:
+            return
+        start = time.perf_counter()
+        caches = [_cache(sequence) for sequence in ready]
+        tokens = self._steps.next_tokens(
+            [sequence.generation.token_ids[-1] for sequence in ready],
+            [sequence.next_position() for sequence in ready],
+            [cache.place(sequence.identities[-1:]) for sequence, cache in zip(ready, caches, strict=True)],
+        )
+        chosen = self.session.choose(tokens, [sequence.sampler.next() for sequence in ready])
+        for cache in caches:
+            cache.append()
+        self._accept(ready, chosen)
+        seconds = time.perf_counter() - start
+        for sequence in ready:
+            sequence.generation.decode_seconds += seconds
+
+    def _prefill(self, sequence: TokenSequence, most: int) -> None:
+        """Look at the next picture of a prompt, or run its next chunk."""
+        try:
+            seen = self._seen(sequence)
+        except (MemoryError, UserError) as error:
+            self._fail(sequence, error)
+            return
+        if seen is None:
+            return
+        self._turn.rotate(-1)
+        start = sequence.computed
+        chunk = slice(start, min(start + most, sequence.length))
+        if not self._has_pages(sequence, chunk.stop):
+            return
+        is_last = chunk.stop == sequence.length
+        begun = time.perf_counter()
+        with _cache(sequence).appending(sequence.identities[chunk], sequence.pinned[chunk]) as placement:
+            tokens = [self._steps.chunk(sequence, chunk, seen, placement)]
+            chosen = self.session.choose(tokens, [sequence.sampler.next()] if is_last else None)
+        sequence.generation.prefill_seconds += time.perf_counter() - begun
+        if is_last:
+            self._turn.remove(sequence)
+            self._keep(sequence)
+            self._accept([sequence], chosen)
+
+    def _seen(self, sequence: TokenSequence) -> list[tuple[Visual, Features]] | None:
+        """Features of what is still to be computed of a prompt's pictures; None: one was looked at now."""
+        found = []
+        for visual in sequence.unseen():
+            features = sequence.features.get(id(visual)) or self._features.get(visual)
+            if features is None:
+                start = time.perf_counter()
+                features = self._steps.encode(self._engine, visual.patches)
+                sequence.generation.vision_seconds += time.perf_counter() - start
+                nbytes = len(visual.token_indices) * self._bytes_of_features
+                self._features.put(visual, features, nbytes)
+                sequence.features[id(visual)] = features
+                return None
+            sequence.features[id(visual)] = features
+            found.append((visual, features))
+        return found
+
+    @property
+    def _bytes_of_features(self) -> int:
+        """Of a token."""
+        model = self.session.model
+        return 4 * model.text.hidden_size * (1 + model.num_deepstack)
+
+    def _accept(self, sequences: Sequence[TokenSequence], chosen: Sequence[tuple[int, float]]) -> None:
+        for row, (sequence, (token, highest)) in enumerate(zip(sequences, chosen, strict=True)):
+            try:
+                sequence.accept(token, highest, functools.partial(self._logits_of, row))
+            except UserError as error:
+                sequence.error = error
+            if sequence.is_finished:
+                self._retire(sequence)
+
+    def _logits_of(self, row: int) -> np.ndarray:
+        return self.session.logits()[row]
+
+    # Pages ------------------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Give waiting sequences their pages, as long as there are some."""
+        for sequence in list(self._waiting):
+            if len(self._running) >= self._limits.sequences:
+                return
+            if self._config.window is None and self._is_being_computed(sequence):
+                continue
+            if not (self._begin_in_window(sequence) if self._config.window else self._begin(sequence)):
+                return
+            self._running.append(sequence)
+            self._turn.append(sequence)
+            self._waiting.remove(sequence)
+            if not sequence.generation.token_ids:
+                sequence.generation.reused_tokens = sequence.computed
+
+    def _is_being_computed(self, sequence: TokenSequence) -> bool:
+        """Whether another prompt, of which pages are computed now, has more in common with it than what is kept."""
+        kept = self.tree.match(sequence.identities[:-1]).tokens
+        return any(
+            common_length(other.identities, sequence.identities[:-1]) // PAGE_SLOTS * PAGE_SLOTS > kept
+            for other in self._turn
+        )
+
+    def _begin(self, sequence: TokenSequence) -> bool:
+        """Take the pages that are kept of a prompt's beginning, and free ones for the rest; returns whether there are
+        enough."""
+        wanted = sequence.identities[:-1]  # the last one is run in any case: its logits are needed
+        match = self.tree.match(wanted)
+        prefix = max(self.prefixes, key=lambda each: each.common(wanted), default=None)
+        if prefix is not None and (common := prefix.common(wanted)) > match.tokens:
+            return self._begin_with(sequence, prefix, common)
+        held = [*match.pages, *([] if match.page is None else [match.page])]
+        self.pool.share(held)
+        if not self._make_room(pages_of(sequence.length) - len(match.pages)):
+            self.pool.release(held)
+            return False
+        pages = list(match.pages)
+        if match.page is not None:
+            self.pool.release([match.page])
+            if (page := self.tree.claim(wanted[: match.tokens])) is None:
+                (page,) = self.pool.take(1)
+                self.session.write(np.array([page]), self.session.read(np.array([match.page])))
+            pages.append(page)
+        pages += self.pool.take(pages_of(sequence.length) - len(pages))
+        self._give(sequence, pages, match.tokens)
+        return True
+
+    def _begin_with(self, sequence: TokenSequence, prefix: Prefix, tokens: int) -> bool:
+        """Begin with tokens that are kept on the host."""
+        if not self._make_room(pages_of(sequence.length)):
+            return False
+        self._give(sequence, self.pool.take(pages_of(sequence.length)), 0)
+        _cache(sequence).restore(prefix, tokens, sequence.pinned[:tokens])
+        return True
+
+    def _begin_in_window(self, sequence: TokenSequence) -> bool:
+        """With a window, slots are used again, and pages are a sequence's own: it goes on where one has ended, or
+        begins with copies; returns whether there are enough pages."""
+        wanted = sequence.identities[:-1]
+        pages = pages_of(self._config.slots(self._longest, int(sequence.pinned.sum())))
+        found = [(cache.common_prefix(wanted), cache) for cache in self._parked]
+        common, parked = max(found, key=lambda each: each[0], default=(0, None))
+        copies = list(self.prefixes)
+        if parked is not None and common and (common == parked.length or self.pool.free < pages):
+            self._parked.remove(parked)
+            parked.truncate(common)
+            parked.grow(self.pool.take(min(max(0, pages - len(parked.pages)), self.pool.free)))
+            sequence.cache = parked
+        elif self._make_room(pages):
+            if parked is not None and common and (copy := parked.prefix(common)):
+                copies.append(copy)
+            self._give(sequence, self.pool.take(pages), 0)
+        else:
+            return False
+        prefix = max(copies, key=lambda each: each.common(wanted), default=None)
+        if prefix is not None and (common := prefix.common(wanted)) > sequence.computed:
+            _cache(sequence).restore(prefix, common, sequence.pinned[:common])
+        return True
+
+    def _give(self, sequence: TokenSequence, pages: list[int], tokens: int) -> None:
+        sequence.cache = KVCache(self.session, self._config, self._longest, np.array(pages, np.int32))
+        sequence.cache.begin(sequence.identities[:tokens], sequence.pinned[:tokens])
+
+    def _has_pages(self, sequence: TokenSequence, tokens: int) -> bool:
+        """Get a sequence pages for so many tokens; returns False where it was preempted itself."""
+        if sequence.cache is None:
+            return False
+        if self._config.window:
+            return True
+        while (missing := pages_of(tokens) - len(sequence.cache.pages)) > 0:
+            if self._make_room(missing):
+                sequence.cache.grow(self.pool.take(missing))
+                return True
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _make_room(self, pages: int) -> bool:
+        """Give up what is kept of sequences that have ended until so many pages are free."""
+        while self.pool.free < pages and self._parked:
+            self.pool.release(self._parked.pop(0).pages)
+        return self.tree.make_room(pages)
+
+    def _preempt(self, sequence: TokenSequence) -> None:
+        """Take a sequence's pages; what they hold is found again as long as nobody needs them."""
+        log.info("a sequence of %d tokens is computed again later: there are no pages left", sequence.length)
+        self._waiting.appendleft(sequence)
+        self._leave(sequence)
+
+    def _retire(self, sequence: TokenSequence) -> None:
+        self._leave(sequence)
+        sequence.features.clear()
+
+    def _leave(self, sequence: TokenSequence) -> None:
+        self._running.remove(sequence)
+        if sequence in self._turn:
+            self._turn.remove(sequence)
+        cache, sequence.cache = _cache(sequence), None
+        if self._config.window:
+            self._parked.append(cache)
+            return
+        cache.truncate(cache.length)  # what an interrupt has left of a step counts for nothing
+        self.tree.insert(sequence.identities[: cache.length], cache.pages)
+        self.pool.release(cache.pages)
+
+    def _keep(self, sequence: TokenSequence) -> None:
+        """Let others find a prompt's pages that nothing is added to any more."""
+        if self._config.window is None:
+            full = sequence.computed // PAGE_SLOTS
+            self.tree.insert(sequence.identities[: full * PAGE_SLOTS], _cache(sequence).pages[:full])
+
+    def _fail(self, sequence: TokenSequence, error: Exception) -> None:
+        sequence.error = error
+        self._retire(sequence)
+
+
+def _cache(sequence: TokenSequence) -> KVCache:
+    assert sequence.cache is not None, "the sequence is not at work"
+    return sequence.cache

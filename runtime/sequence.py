@@ -1,0 +1,145 @@
+"""A prompt and the answer to it, while it is computed."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from pascalvl.engines.engine import Features
+from pascalvl.runtime.generation import FinishReason, Generation, StopMatcher, TokenLogprobs
+from pascalvl.runtime.kv_cache import KVCache
+from pascalvl.runtime.prompt import Prompt, Visual
+from pascalvl.runtime.sampling import Sampler
+from pascalvl.runtime.tokenizer import TextStream
+
+
+class TokenSequence:
+    """The tokens of a prompt and its answer, which of them the KV cache has, and when the answer ends.
+
+    Args:
+        prompt: what is answered.
+        pinned: which of its tokens a window never drops, bool ``[n]``.
+        sampler: chooses the answer's tokens.
+        limit: tokens of the answer at most.
+        stop: what ends it besides.
+        end_tokens: tokens that do.
+        text: makes text of its tokens.
+        generation: what becomes of it, filled as it comes.
+        logprobs: fill `Generation.logprobs`, with so many of the likeliest; None: do not.
+    """
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        pinned: np.ndarray,
+        sampler: Sampler,
+        limit: int,
+        stop: StopMatcher,
+        end_tokens: frozenset[int],
+        text: TextStream,
+        generation: Generation,
+        logprobs: int | None = None,
+    ) -> None:
+        self.prompt, self.sampler, self.generation, self.logprobs = prompt, sampler, generation, logprobs
+        self._limit, self._stop, self._end_tokens, self._text = limit, stop, end_tokens, text
+        self._prompted = prompted = len(prompt.token_ids)
+        self._next_position = prompt.next_position
+        self._tokens = np.concatenate([prompt.token_ids, np.zeros(limit, np.int64)])
+        self._identities = np.concatenate([token_identities(prompt), np.zeros(limit, np.int64)])
+        self._pinned = np.concatenate([pinned, np.zeros(limit, bool)])
+        self.length = prompted
+        """Tokens so far."""
+        self.cache: KVCache | None = None
+        """Where its keys and values are; None while it waits."""
+        self.features: dict[int, Features] = {}
+        """Of pictures that were looked at, until its prompt is computed."""
+        self.pieces: deque[str] = deque()
+        """Of the answer's text, that nobody has taken yet."""
+        self.error: Exception | None = None
+        """Why there is no more."""
+
+    @property
+    def is_finished(self) -> bool:
+        return self.error is not None or self.generation.finish_reason is not None
+
+    @property
+    def computed(self) -> int:
+        """Tokens whose keys and values are in the cache."""
+        return self.cache.length if self.cache else 0
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether what comes next is the token that was chosen last."""
+        return self.length > self._prompted and self.computed == self.length - 1
+
+    @property
+    def identities(self) -> np.ndarray:
+        """Of the tokens so far, see `token_identities`."""
+        return self._identities[: self.length]
+
+    @property
+    def pinned(self) -> np.ndarray:
+        """Which of the tokens so far a window never drops."""
+        return self._pinned[: self.length]
+
+    def token_ids(self, part: slice) -> np.ndarray:
+        """Of some of the tokens so far."""
+        return self._tokens[part]
+
+    def positions(self, part: slice) -> np.ndarray:
+        """M-RoPE positions of some of the tokens so far, int64 ``[3, n]``."""
+        own = self.prompt.position_ids[:, part]
+        answered = np.arange(max(part.start, self._prompted), max(part.stop, self._prompted)) - self._prompted
+        return np.concatenate([own, np.tile(answered + self._next_position, (3, 1))], axis=1)
+
+    def next_position(self) -> int:
+        """Of the token that was chosen last."""
+        return self._next_position + self.length - 1 - self._prompted
+
+    def unseen(self) -> list[Visual]:
+        """Pictures and videos of which tokens are still to be computed."""
+        return [visual for visual in self.prompt.visuals if visual.token_indices[-1] >= self.computed]
+
+    def accept(self, token: int, highest: float, logits: Callable[[], np.ndarray]) -> None:
+        """Take the next token.
+
+        Args:
+            token: what was chosen by ``sampler.next()``.
+            highest: the highest logit.
+            logits: gives the row of logits, for log probabilities.
+
+        Raises:
+            UserError: see `Sampler.add`.
+        """
+        generation = self.generation
+        token = self.sampler.add(token, highest)
+        generation.token_ids.append(token)
+        if self.logprobs is not None:
+            generation.logprobs.append(TokenLogprobs.of(logits(), token, self.logprobs))
+        is_end = token in self._end_tokens
+        if piece := "" if is_end else self._stop.push(self._text.push(token)):
+            self.pieces.append(piece)
+        if is_end or self._stop.stopped:
+            self._finish(FinishReason.STOP)
+        elif len(generation.token_ids) == self._limit:
+            self._finish(FinishReason.LENGTH)
+        else:
+            self._tokens[self.length] = self._identities[self.length] = token
+            self.length += 1
+
+    def _finish(self, reason: FinishReason) -> None:
+        if piece := self._stop.flush():
+            self.pieces.append(piece)
+        self.generation.finish_reason = reason
+
+
+def token_identities(prompt: Prompt) -> np.ndarray:
+    """Numbers, int64 ``[n]``, equal for tokens whose embeddings are: ids of text, below 0 for visuals."""
+    identities = prompt.token_ids.copy()
+    for visual in prompt.visuals:
+        # 62 bits of the content's hash; then as many numbers from there on as there are tokens.
+        first = int.from_bytes(visual.patches.digest[:8], "little") >> 2
+        identities[visual.token_indices] = -1 - first - np.arange(len(visual.token_indices))
+    return identities

@@ -1,0 +1,87 @@
+"""Many requests at once are answered as each alone."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.runtime import Request, SamplingParams, VisionLanguageModel
+from tests.engines.torch_reference import scene, user
+
+GREEDY = SamplingParams(temperature=0)
+SEEDED = SamplingParams(temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.1)
+
+
+def requests(count: int) -> list[Request]:
+    """Of unequal length, with pictures and without, of which some come again, greedy and seeded."""
+    rng = np.random.default_rng(0)
+    made = []
+    for number in range(count):
+        facts = " ".join(f"The code of lamp {i} is {7 * i}." for i in range(int(rng.integers(0, 25))))
+        parts = {
+            0: [facts, f"What is the code of lamp {number % 5}?"],
+            1: [scene(number % 4, 64, 64), "Describe the picture."],
+            2: [scene(number % 3, 96, 64), facts, scene(5, 64, 96), "Describe the last picture."],
+        }[number % 3]
+        sampling = GREEDY if number % 2 else dataclasses.replace(SEEDED, seed=number)
+        made.append(Request([user(*parts)], sampling, int(rng.integers(1, 40))))
+    return made
+
+
+def alone(bundle, wanted: list[Request], **options) -> list[list[int]]:
+    """Each on a model that has seen nothing before."""
+    found = []
+    for request in wanted:
+        model = VisionLanguageModel.open(bundle, **options)
+        generation = model.generate(request.messages, request.sampling, request.max_new_tokens)
+        for _ in generation:
+            pass
+        found.append(generation.token_ids)
+    return found
+
+
+@pytest.mark.parametrize("kv", ["f32", "k8v8", "k4v4"])
+def test_answers_are_those_that_each_gets_alone(kv, nano_engine):
+    """In any order, with room for all and with so little that some are computed twice."""
+    wanted = requests(18)
+    options = {"context_length": 768}
+    expected = alone(nano_engine(kv), wanted, **options)
+    for sequences, seed in ((4, 1), (1, 2)):
+        model = VisionLanguageModel.open(nano_engine(kv), **options, sequences=sequences)
+        order = np.random.default_rng(seed).permutation(len(wanted))
+        found = dict(model.generate_many(wanted[i] for i in order))
+        assert [found[at].token_ids for at in range(len(wanted))] == [expected[i] for i in order]
+        assert all(generation.text and generation.finish_reason for generation in found.values())
+
+
+def test_a_window_of_each(nano_engine):
+    wanted = requests(9)
+    options = {"context_length": 768, "cache": CacheConfig.parse("k8v8,window=8+128")}
+    expected = alone(nano_engine("k8v8"), wanted, **options)
+    model = VisionLanguageModel.open(nano_engine("k8v8"), **options, sequences=3)
+    found = dict(model.generate_many(wanted))
+    assert [found[i].token_ids for i in range(len(wanted))] == expected
+
+
+def test_what_cannot_be_answered_stops_nobody(nano_engine_bundle):
+    model = VisionLanguageModel.open(nano_engine_bundle, context_length=256, sequences=2)
+    long = [user("word " * 500)]
+    wrong = [{"role": "user", "content": [{"type": "image", "image": "nowhere.png"}]}]
+    wanted = [Request([user("Hello!")], GREEDY, 4), Request(long), Request(wrong), Request([user("Hi!")], GREEDY, 4)]
+    found = dict(model.generate_many(wanted))
+    assert [type(found[i].error) for i in range(4)] == [type(None), UserError, UserError, type(None)]
+    assert found[0].text
+    assert found[3].text
+
+
+def test_requests_are_taken_as_they_are_needed(nano_engine_bundle):
+    model = VisionLanguageModel.open(nano_engine_bundle, context_length=256, sequences=2)
+    endless = (Request([user(f"Hello {number}!")], GREEDY, 2) for number in itertools.count())
+    answers = model.generate_many(endless)
+    assert len([next(answers) for _ in range(20)]) == 20
+    assert next(endless).messages[0]["content"][0]["text"] != "Hello 100!"
+    answers.close()
+    assert model.scheduler.is_idle

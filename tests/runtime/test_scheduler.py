@@ -1,0 +1,323 @@
+"""Many sequences over one pool: pages, prefixes, turns and preemption, on a decoder whose tokens depend on all it sees.
+
+That decoder keeps the identities of tokens in the place of keys and values, and chooses by a hash of what a sequence's
+pages say its past is: a page that is shared, reused or given away wrongly changes an answer.
+"""
+
+import itertools
+import sys
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
+from pascalvl.runtime.generation import FinishReason, Generation, StopMatcher
+from pascalvl.runtime.kv_pool import PagePool
+from pascalvl.runtime.prefixes import PrefixTree
+from pascalvl.runtime.prompt import Prompt
+from pascalvl.runtime.sampling import Sampler, SamplingParams
+from pascalvl.runtime.scheduler import Limits, Scheduler
+from pascalvl.runtime.sequence import TokenSequence
+
+VOCAB = 50
+LONGEST = 6 * PAGE_SLOTS
+END = frozenset({0})
+
+
+class HashingSession:
+    """A session of the decoder above."""
+
+    def __init__(self, pages):
+        self.pages, self.sequence_pages = pages, pages_of(LONGEST)
+        self.model = SimpleNamespace(text=SimpleNamespace(hidden_size=1), num_deepstack=0)
+        self.pool = np.full((pages, PAGE_SLOTS), -7, np.int64)
+        self.calls = []
+        """By step, the numbers of new tokens of its sequences."""
+
+    def choose(self, sequences, choices=None):
+        self.calls.append([len(ids) for ids, _ in sequences])
+        return [self._run(*each) for each in sequences]
+
+    def _run(self, ids, placement):
+        past = self.pool[placement.pages].reshape(-1)[: placement.past_length]
+        seen = np.concatenate([past, ids])
+        pages, slots = np.divmod(placement.slots, PAGE_SLOTS)
+        self.pool[placement.pages[pages], slots] = ids
+        return next_token(seen), 1.0
+
+    def read(self, pages):
+        return {"identities": self.pool[pages].copy()}
+
+    def write(self, pages, rows):
+        self.pool[pages] = rows["identities"][: len(pages)]
+
+
+class PlainSteps:
+    """Feeds of that session."""
+
+    def next_tokens(self, token_ids, positions, placements):
+        return [(np.array([token]), placement) for token, placement in zip(token_ids, placements, strict=True)]
+
+    def chunk(self, sequence, chunk, seen, placement):
+        return sequence.identities[chunk], placement
+
+
+def next_token(seen):
+    return zlib.crc32(np.ascontiguousarray(seen, np.int64).tobytes()) % VOCAB
+
+
+def alone(prompt, limit):
+    """The answer that a prompt has to get."""
+    seen, answer = list(prompt), []
+    while len(answer) < limit and (not answer or answer[-1] not in END):
+        answer.append(next_token(np.array(seen)))
+        seen.append(answer[-1])
+    return answer
+
+
+def sequence(prompt, limit):
+    ids = np.array(prompt, np.int64)
+    whole = Prompt(ids, np.tile(np.arange(len(ids)), (3, 1)), ())
+    sampler = Sampler(SamplingParams(temperature=0), ids, VOCAB)
+    text = SimpleNamespace(push=lambda token: f" {token}")
+    none = np.zeros(len(ids), bool)
+    return TokenSequence(whole, none, sampler, limit, StopMatcher(()), END, text, Generation(len(ids)))
+
+
+def scheduler(pages, **limits):
+    session = HashingSession(pages)
+    made = Scheduler(None, session, CacheConfig.parse("f32"), LONGEST, PlainSteps(), Limits(**limits))
+    return made, session
+
+
+def run(made, most=10_000):
+    """Until nothing is left to do."""
+    for _ in range(most):
+        if made.is_idle:
+            return
+        made.step()
+    raise AssertionError("it does not come to an end")
+
+
+def check_pages(made):
+    """Each page is used by those who know of it, and by nobody else."""
+    users = [0] * len(made.pool)
+    for cache in (each.cache for each in made._running):
+        for page in cache.pages:
+            users[page] += 1
+    for node in made.tree._nodes:
+        users[node.page] += 1
+    assert users == [made.pool.users(page) for page in range(len(made.pool))]
+    assert made.pool.free == users.count(0)
+
+
+prompts = st.builds(
+    lambda group, shared, own, seed: [
+        *(1 + (group * 7 + i) % (VOCAB - 1) for i in range(shared)),
+        *(int(x) for x in np.random.default_rng(seed).integers(1, VOCAB, own)),
+    ],
+    st.integers(0, 2),
+    st.integers(0, 300),
+    st.integers(1, 200),
+    st.integers(0, 3),
+)
+requests = st.tuples(prompts, st.integers(1, 120), st.integers(0, 12), st.one_of(st.none(), st.integers(0, 15)))
+"""Prompt, tokens of the answer at most, steps before it comes, and after which it is cancelled."""
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(requests, min_size=1, max_size=12), st.integers(pages_of(LONGEST), 14), st.integers(1, 6))
+def test_any_arrivals_and_cancellations(arriving, pages, at_once):
+    """Each sequence gets what it gets alone, or was cancelled; no page is lost or used by strangers; and no step takes
+    more tokens of a prompt than it may while others write."""
+    made, session = scheduler(pages, sequences=at_once, chunk=200, chunk_beside=30)
+    sequences = [sequence(prompt, limit) for prompt, limit, _, _ in arriving]
+    for step in itertools.count():
+        for each, (_, _, comes, _) in zip(sequences, arriving, strict=True):
+            if comes == step:
+                made.submit(each)
+        for each, (_, _, comes, goes) in zip(sequences, arriving, strict=True):
+            if goes is not None and comes + goes == step and not each.is_finished:
+                made.cancel(each)
+        session.calls.clear()
+        made.step()
+        check_pages(made)
+        if len(session.calls) == 2:
+            assert session.calls[1] == [min(session.calls[1][0], 30)]
+        assert all(call == [1] * len(call) or len(call) == 1 for call in session.calls)
+        if made.is_idle and step > 30:
+            break
+        assert step < 5000, "it does not come to an end"
+    for each, (prompt, limit, _, goes) in zip(sequences, arriving, strict=True):
+        expected = alone(prompt, limit)
+        assert each.generation.token_ids == expected[: len(each.generation.token_ids)]
+        if goes is None:
+            assert each.is_finished
+            assert each.generation.token_ids == expected
+            assert each.generation.finish_reason is (FinishReason.STOP if expected[-1] in END else FinishReason.LENGTH)
+    made.tree.clear()
+    assert made.pool.free == pages
+
+
+def test_a_long_run_leaks_nothing():
+    """100,000 tokens of prompts with random beginnings, through few pages."""
+    made, _ = scheduler(12, sequences=4, chunk=256)
+    rng, done = np.random.default_rng(0), 0
+    while done < 100_000:
+        shared = [1 + i % 40 for i in range(int(rng.integers(0, 300)))]
+        own = rng.integers(1, VOCAB, rng.integers(1, 200)).tolist()
+        limit = int(rng.integers(1, 60))
+        each = sequence([*shared, *own], limit)
+        made.submit(each)
+        if len(made._waiting) > 6:
+            run(made)
+            check_pages(made)
+        done += len(shared) + len(own)
+    run(made)
+    assert len(made.tree) <= 12
+    assert made.tree._root.children
+    made.tree.clear()
+    assert made.pool.free == 12
+
+
+@pytest.mark.parametrize("lines", [*range(0, 1500, 60)])
+def test_an_interrupt_between_any_two_lines(lines):
+    """What the interrupted ones had is given back, and the others go on."""
+    made, _ = scheduler(8, sequences=3, chunk=100)
+    prompts = [[1 + i % 40 for i in range(150)] + [number] * 30 for number in (1, 2, 3)]
+    sequences = [sequence(prompt, 150) for prompt in prompts]
+    left = lines
+
+    def count(frame, event, _):
+        nonlocal left
+        if not frame.f_code.co_filename.endswith(("scheduler.py", "prefixes.py", "kv_pool.py", "kv_cache.py")):
+            return None
+        if frame.f_code.co_filename == __file__:
+            return None
+        left -= event == "line"
+        if left < 0:
+            raise KeyboardInterrupt
+        return count
+
+    def interrupted():
+        before = sys.gettrace()
+        sys.settrace(count)
+        try:
+            for each in sequences:
+                made.submit(each)
+            run(made)
+        finally:
+            sys.settrace(before)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    made.recover()
+    check_pages(made)
+    for each in sequences:
+        if not (each.is_finished or each in made._waiting or each in made._running):
+            made.submit(each)  # that was never done
+    made.cancel(sequences[0])
+    run(made)
+    check_pages(made)
+    for each, prompt in zip(sequences[1:], prompts[1:], strict=True):
+        assert each.generation.token_ids == alone(prompt, 150)
+
+
+def test_a_conversation_goes_on_in_its_own_pages():
+    made, session = scheduler(8)
+    prompt = [1 + i % 40 for i in range(200)]
+    first = sequence(prompt, 20)
+    made.submit(first)
+    run(made)
+    writes = []
+    session.write = lambda pages, rows: writes.append(pages)
+    second = sequence([*prompt, *first.generation.token_ids, 5, 6, 7], 5)
+    made.submit(second)
+    assert second.generation.reused_tokens == 200 + len(first.generation.token_ids) - 1
+    run(made)
+    assert second.generation.token_ids == alone(second.prompt.token_ids, 5)
+    assert not writes
+
+
+def test_a_fork_copies_the_page_that_differs():
+    made, session = scheduler(8)
+    prompt = [1 + i % 40 for i in range(200)]
+    made.submit(sequence([*prompt, 1], 3))
+    run(made)
+    writes, write = [], session.write
+    session.write = lambda pages, rows: (writes.append(len(pages)), write(pages, rows))
+    forks = [sequence([*prompt, token, token], 9) for token in (2, 3)]
+    for fork in forks:
+        made.submit(fork)
+    run(made)
+    for fork in forks:
+        assert fork.generation.reused_tokens == 200
+        assert fork.generation.token_ids == alone(fork.prompt.token_ids, 9)
+    assert writes == [1, 1]
+
+
+def test_a_prompt_waits_for_one_that_begins_alike():
+    """And finds its pages."""
+    made, session = scheduler(12, chunk=100)
+    system = [1 + i % 40 for i in range(300)]
+    both = [sequence([*system, token], 4) for token in (2, 3)]
+    for each in both:
+        made.submit(each)
+    run(made)
+    assert [each.generation.reused_tokens for each in both] == [0, 300 // PAGE_SLOTS * PAGE_SLOTS]
+    assert sum(sum(call) for call in session.calls if call != [1] * len(call)) < 301 + 1 + PAGE_SLOTS
+
+
+def test_a_prompt_for_which_there_are_never_enough_pages():
+    """It is refused, and the others go on."""
+    made, _ = scheduler(2)
+    long, short = sequence([3] * 400, 5), sequence([3] * 60, 5)
+    made.submit(long)
+    made.submit(short)
+    run(made)
+    assert "needs more pages" in str(long.error)
+    assert short.generation.token_ids == alone([3] * 60, 5)
+
+
+def test_prompts_take_turns():
+    """A short one is answered while a long one is still computed."""
+    made, _ = scheduler(12, chunk=50, chunk_beside=50)
+    long, short = sequence(list(range(1, 600)), 1), sequence([3] * 60, 1)
+    made.submit(long)
+    made.submit(short)
+    while not short.is_finished:
+        made.step()
+    assert not long.is_finished
+
+
+def test_pages_are_counted():
+    pool = PagePool(3)
+    pages = pool.take(2)
+    pool.share(pages[:1])
+    pool.release(pages)
+    assert pool.free == 2
+    assert pool.used == pages[:1]
+    with pytest.raises(ValueError, match="are free"):
+        pool.take(3)
+    for wrong in (pool.release, pool.share):
+        with pytest.raises(ValueError, match="nobody uses"):
+            wrong(pages[1:])
+
+
+def test_what_was_not_asked_for_the_longest_goes_first():
+    pool = PagePool(4)
+    tree = PrefixTree(pool)
+    texts = [np.full(PAGE_SLOTS * 2, token) for token in (1, 2)]
+    for text in texts:
+        pages = pool.take(2)
+        tree.insert(text, pages)
+        pool.release(pages)
+    tree.match(texts[0])
+    assert tree.make_room(1)
+    assert [tree.match(text).tokens for text in texts] == [2 * PAGE_SLOTS, PAGE_SLOTS]
+    assert tree.make_room(3)
+    assert [tree.match(text).tokens for text in texts] == [0, PAGE_SLOTS]
