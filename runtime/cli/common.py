@@ -81,7 +81,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def open_model(args: argparse.Namespace, marked_layers: bool = False) -> VisionLanguageModel:
+def open_model(args: argparse.Namespace, marked_layers: bool = False, sequences: int = 1) -> VisionLanguageModel:
     """Open the engine bundle, showing how far the check of its files is."""
     from pascalvl.plugins.bundle import Manifest
     from pascalvl.runtime.model import VisionLanguageModel
@@ -98,4 +98,5 @@ def open_model(args: argparse.Namespace, marked_layers: bool = False) -> VisionL
             progress=lambda count: progress.advance(task, count),
             cache=args.kv,
             control_tokens_in_text=args.control_tokens_in_text,
+            sequences=sequences,
         )

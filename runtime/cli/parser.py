@@ -29,7 +29,7 @@ from pascalvl.runtime.cli.judge import evaluate, validate
 from pascalvl.runtime.cli.look import inspect
 from pascalvl.runtime.cli.sources import path_or_name
 from pascalvl.runtime.cli.talk import CHAT_COMMANDS, chat, run
-from pascalvl.runtime.cli.timing import bench_kernels, bench_model
+from pascalvl.runtime.cli.timing import bench_kernels, bench_many, bench_model
 
 _WEIGHTS = "w4, w8, f16 or f32[,group=INPUTS][,lm_head=FORMAT][,vision=FORMAT][,layer.FIRST-LAST=FORMAT]"
 _OF_THE_HUB = "ORG/NAME[@REVISION] of the Hugging Face hub"
@@ -201,6 +201,17 @@ def command_parser() -> argparse.ArgumentParser:
     sub = command("model", bench_model, "", "time prompts, answers and a picture", measured)
     _add_engine(sub)
     _add_bench(sub)
+    sub = command("many", bench_many, "", "time requests that are answered at once, as they would come", measured)
+    _add_engine(sub)
+    for name, form, meaning in (
+        ("streams", "N", "answers that are written at once, up to 8 (8)"),
+        ("depth", "N", "tokens of each one's prompt (4096)"),
+        ("steps", "N", "tokens of each answer that are timed (200)"),
+        ("arriving", "N", "tokens of a prompt that comes while the others write; 0: none (4096)"),
+        ("picture", "SIDE", "side of a square picture, in pixels; 0: none (1024)"),
+    ):
+        sub.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS, metavar=form, help=meaning)
+    _add_json(sub)
     for what in ("attention", "linear"):
         sub = command(what, bench_kernels, "export,dev", f"check and time the kernels of {what} on a GPU", measured)
         sub.set_defaults(what=what)

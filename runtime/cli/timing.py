@@ -38,6 +38,27 @@ def bench_model(args: argparse.Namespace) -> int:
     return 0
 
 
+def bench_many(args: argparse.Namespace) -> int:
+    """Run `pascalvl bench many`; returns the exit code."""
+    import dataclasses
+
+    from pascalvl.runtime import bench_many as bench
+
+    check_json(args.json)
+    given = {name: value for name, value in vars(args).items() if name in bench.ManyOptions.__dataclass_fields__}
+    options = bench.ManyOptions(**given)
+    args.context = args.context or options.context
+    model = open_model(args, sequences=options.streams + 1)
+    with progress_bars() as progress:
+        task = progress.add_task("measuring", total=None)
+        result = bench.measure(model, options, lambda what: progress.update(task, description=what))
+    if args.json:
+        write_json(args.json, dataclasses.asdict(result))
+    if args.json != STANDARD_OUTPUT:
+        print_tables(*bench.tables(result))
+    return 0
+
+
 def measure(model: VisionLanguageModel, options: BenchOptions) -> BenchResult:
     """Time a model, showing how far that is; for errors see `pascalvl.runtime.bench.measure`."""
     from pascalvl.runtime import bench
