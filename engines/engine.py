@@ -260,6 +260,10 @@ class Session(abc.ABC):
         for binding in self.stored:
             self._write(binding, pages, rows[binding.name][: len(pages)])
 
+    def copy_page(self, page: int, to: int) -> None:
+        """Make one page hold what another does."""
+        self.write(np.array([to]), self.read(np.array([page])))
+
     @abc.abstractmethod
     def _read(self, binding: Binding, pages: np.ndarray) -> np.ndarray:
         """Pages of one of the pool's tensors."""

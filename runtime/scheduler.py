@@ -308,7 +308,7 @@ class Scheduler:
             self.pool.release([match.page])
             if (page := self.tree.claim(wanted[: match.tokens])) is None:
                 (page,) = self.pool.take(1)
-                self.session.write(np.array([page]), self.session.read(np.array([match.page])))
+                self.session.copy_page(match.page, page)
             pages.append(page)
         pages += self.pool.take(pages_of(sequence.length) - len(pages))
         self._give(sequence, pages, match.tokens)

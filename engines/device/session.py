@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -196,6 +197,12 @@ class DeviceSession(Session):
         self.device.upload(buffer.pointer, array)
         self.device.synchronize()
         return buffer
+
+    def copy_page(self, page: int, to: int) -> None:
+        for binding in self.stored:
+            nbytes = math.prod(self.shape_of(binding)[1:]) * binding.dtype.itemsize
+            pointer = self.pool.pointers[binding.name]
+            self.device.copy(pointer + to * nbytes, pointer + page * nbytes, nbytes)
 
     def _read(self, binding: bindings.Binding, pages: np.ndarray) -> np.ndarray:
         array = np.empty((len(pages), *self.shape_of(binding)[1:]), binding.dtype)

@@ -67,6 +67,17 @@ def test_decode_steps_equal_single_ones_to_the_bit(kv, count, sessions):
 
 
 @pytest.mark.parametrize("kv", ["f32", "k8v4"])
+def test_a_page_is_copied(kv, sessions):
+    """All of its layers, and no other page changes."""
+    session = sessions(kv)
+    expected = fresh_pool(session)
+    session.copy_page(2, 5)
+    for name, array in session.read(np.arange(POOL)).items():
+        expected[name][5] = expected[name][2]
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("kv", ["f32", "k8v4"])
 def test_a_chunk_of_a_prompt_beside_decodes(kv, sessions):
     """Products of more rows are summed in other orders."""
     session = sessions(kv)
