@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -234,21 +235,28 @@ class VisionLanguageModel:
         sequence.generation.pieces = self._pieces(sequence)
         return sequence.generation
 
-    def generate_many(self, requests: Iterable[Request]) -> Iterator[tuple[int, Generation]]:
+    def generate_many(
+        self, requests: Iterable[Request | TokenSequence | None], at_once: int = 2 * Limits.sequences
+    ) -> Iterator[tuple[int, Generation]]:
         """Answer many requests, several at once: their numbers and whole answers, as they end.
 
         Requests are taken as they are needed; of one that cannot be answered, `Generation.error` says why, and the
         others go on. What each is answered does not depend on what is beside it.
+
+        Args:
+            requests: or what `sequence` made of them, maybe in another thread. None among them has no number: the next
+                is not ready, and is asked for again later, or, where nothing is at work, never.
+            at_once: that are taken, and not answered, at most.
         """
         self.load()
         at_work: dict[TokenSequence, int] = {}
-        numbered = enumerate(requests)
+        waiting, numbers = iter(requests), itertools.count()
         try:
             while True:
-                while len(at_work) < 2 * Limits.sequences and (one := next(numbered, None)):
-                    number, request = one
+                while len(at_work) < at_once and (request := next(waiting, None)):
+                    number = next(numbers)
                     try:
-                        sequence = self.sequence(request)
+                        sequence = request if isinstance(request, TokenSequence) else self.sequence(request)
                     except UserError as error:
                         yield number, Generation.failed(error)
                         continue

@@ -85,3 +85,39 @@ def test_requests_are_taken_as_they_are_needed(nano_engine_bundle):
     assert next(endless).messages[0]["content"][0]["text"] != "Hello 100!"
     answers.close()
     assert model.scheduler.is_idle
+
+
+def test_what_is_at_work_goes_on_while_the_next_is_not_ready(nano_engine_bundle):
+    model = VisionLanguageModel.open(nano_engine_bundle, context_length=256, sequences=2)
+    messages = [user(scene(0, 64, 64), "Describe the picture.")]
+    answered, asked = [], 0
+
+    def slow():
+        nonlocal asked
+        yield Request(messages, GREEDY, 8)
+        while not answered and asked < 1000:
+            asked += 1
+            yield None
+        yield model.sequence(Request(messages, GREEDY, 8))
+
+    for number, generation in model.generate_many(slow()):
+        answered.append((number, generation.token_ids))
+    assert 0 < asked < 1000
+    assert [number for number, _ in answered] == [0, 1]
+    assert answered[0][1] == answered[1][1]
+
+
+def test_no_more_are_taken_than_are_wanted(nano_engine_bundle):
+    model = VisionLanguageModel.open(nano_engine_bundle, context_length=256, sequences=2)
+    taken = answered = most = 0
+
+    def counted():
+        nonlocal taken, most
+        for number in range(7):
+            taken += 1
+            most = max(most, taken - answered)
+            yield Request([user(f"Hello {number}!")], GREEDY, 3)
+
+    for _ in model.generate_many(counted(), 3):
+        answered += 1
+    assert (answered, most) == (7, 3)
