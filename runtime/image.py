@@ -24,6 +24,7 @@ from pascalvl.runtime.positions import Grid
 
 ImageSource = str | Path | bytes | Image.Image
 _MAX_ASPECT_RATIO = 200
+_URL = re.compile("([a-z][a-z0-9+.-]*)://|data:", re.IGNORECASE)
 _MAX_PATH = 4096
 """Characters; Linux takes as many bytes."""
 _MAX_BYTES = 1 << 30
@@ -56,9 +57,14 @@ def picture_errors(name: str) -> Iterator[None]:
         raise UserError(f"{name} cannot be read ({reason(error)}): give an undamaged image file.") from error
 
 
+def is_url(source: str) -> bool:
+    """Whether a text is no path, but a URL, ``data:`` ones too."""
+    return _URL.match(source) is not None
+
+
 def local_path(source: str | Path) -> Path:
     """The path that a text or ``file://`` URL names; raises `UserError` for other URLs, of which none is fetched."""
-    if isinstance(source, str) and (url := re.match("([a-z][a-z0-9+.-]*)://|data:", source, re.IGNORECASE)):
+    if isinstance(source, str) and (url := _URL.match(source)):
         host, _, path = source[url.end() :].partition("/")
         if (url[1] or "").lower() != "file" or host not in ("", "localhost"):
             raise UserError(f"{shown(source)} is no file here: download or save it first, and give its path.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +80,21 @@ def _read_lines(directory: Path) -> tuple[list[PromptCase], set[Path]]:
     return cases, shown
 
 
-def _parse(line: str, where: str) -> tuple[str, list[str], str | None]:
+def read_object(line: str, where: str, expected: str, fields: Sequence[str] | None = None) -> dict[str, Any]:
+    """A line's JSON object; raises `UserError`, about ``where``, for what is none, or has other fields."""
     try:
         data = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is no JSON ({error}): expected {_LINE}.") from error
+        raise UserError(f"{where} is no JSON ({error}): expected {expected}.") from error
     if not isinstance(data, dict):
-        raise UserError(f"{where} is no JSON object but a {type(data).__name__}: expected {_LINE}.")
-    if unknown := [name for name in data if name not in _FIELDS]:
-        raise UserError(f"{where} has an unknown field {shown(unknown[0])}: expected {', '.join(_FIELDS)}.")
+        raise UserError(f"{where} is no JSON object but a {type(data).__name__}: expected {expected}.")
+    if fields is not None and (unknown := [name for name in data if name not in fields]):
+        raise UserError(f"{where} has an unknown field {shown(unknown[0])}: expected {', '.join(fields)}.")
+    return data
+
+
+def _parse(line: str, where: str) -> tuple[str, list[str], str | None]:
+    data = read_object(line, where, _LINE, _FIELDS)
     prompt, images, answer = data.get("prompt"), data.get("images", []), data.get("answer")
     if not isinstance(prompt, str):
         raise UserError(f"{where} has no prompt, found {shown(prompt)}: expected {_LINE}.")

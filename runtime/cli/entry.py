@@ -78,9 +78,9 @@ def _open_closed_streams() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
-    0: done; 1: `validate` found a deviation, or `doctor` that a bundle, or without one any backend on a GPU, does not
-    run; 2: something the user can put right, told in one sentence on stderr; 128 and a signal's number: SIGHUP, SIGINT
-    or SIGTERM ended it.
+    0: done; 1: `validate` found a deviation, `doctor` that a bundle, or without one any backend on a GPU, does not run,
+    or `run --batch` prompts that have errors; 2: something the user can put right, told in one sentence on stderr; 128
+    and a signal's number: SIGHUP, SIGINT or SIGTERM ended it.
     """
     _open_closed_streams()
     root = logging.getLogger()

@@ -145,9 +145,9 @@ def command_parser() -> argparse.ArgumentParser:
     _add_kv(sub, "what the KV cache is like (k8v8)")
     _add_tensorrt(sub)
 
-    sub = command("run", run, "", "answer one prompt")
+    sub = command("run", run, "", "answer one prompt, or many")
     _add_model(sub)
-    sub.add_argument("-p", "--prompt", type=unicode_text, required=True, metavar="TEXT", help="what to ask")
+    sub.add_argument("-p", "--prompt", type=unicode_text, metavar="TEXT", help="what to ask")
     _add_visuals(sub)
     _add_generation(sub)
     sub.add_argument(
@@ -157,6 +157,7 @@ def command_parser() -> argparse.ArgumentParser:
         help="keep the KV cache there: what a later prompt shares with this one, as a picture, is not computed again",
     )
     _add_json(sub, "the answer and its figures")
+    _add_batch(sub)
 
     sub = command("chat", chat, "", f"talk to the model: lines of text, or {CHAT_COMMANDS}")
     _add_model(sub)
@@ -326,6 +327,19 @@ def _add_visuals(parser: _Parser) -> None:
 def _add_fps(parser: _Parser) -> None:
     meaning = "pictures a second of folders that are videos, which are taken in the order of the numbers in their names"
     parser.add_argument("--fps", type=float, metavar="X", help=f"{meaning} (24); other videos have times of their own")
+
+
+def _add_batch(parser: _Parser) -> None:
+    group = parser.add_argument_group("many prompts", "one that was ended goes on where it was with the same command")
+    meaning = "a folder, of which each picture is asked the prompt, or a .jsonl file with a prompt a line"
+    group.add_argument("--batch", type=own_path, metavar="PATH", help=meaning)
+    group.add_argument(
+        "--output", type=own_path, metavar="FILE", help="the .jsonl file to which answers are added as they come"
+    )
+    meaning = "prompts that are answered at once, for whose whole contexts the KV cache then has room (8)"
+    group.add_argument("--at-once", type=int, metavar="N", help=meaning)
+    meaning = "ask again what the output has errors of, and not answers"
+    group.add_argument("--retry-errors", action="store_true", default=None, help=meaning)
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:

@@ -34,7 +34,7 @@ _COMMANDS = {
 CHAT_COMMANDS = ", ".join(_COMMANDS)
 
 
-def _given_sampling(args: argparse.Namespace) -> dict[str, Any]:
+def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
     """The sampling options on the command line; raises `UserError` for values out of range, before any work."""
     from pascalvl.runtime.sampling import SamplingParams
 
@@ -44,7 +44,8 @@ def _given_sampling(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def _sampling(model: VisionLanguageModel, given: dict[str, Any]) -> SamplingParams:
+def sampling_params(model: VisionLanguageModel, given: dict[str, Any]) -> SamplingParams:
+    """What was given, and the rest as the model's authors set it; raises `UserError` for what has no effect."""
     import dataclasses
 
     sampling = dataclasses.replace(model.generation_config.sampling, **given)
@@ -59,16 +60,25 @@ def _sampling(model: VisionLanguageModel, given: dict[str, Any]) -> SamplingPara
 
 def run(args: argparse.Namespace) -> int:
     """Run `pascalvl run`; returns the exit code."""
+    if args.batch:
+        from pascalvl.runtime.cli.batch import run_batch
+
+        return run_batch(args)
     from pascalvl.runtime.kv_cache import check_writable
 
+    for name in ("output", "at_once", "retry_errors"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is for many prompts: leave it out, or give --batch.")
+    if args.prompt is None:
+        raise UserError("the following arguments are required: -p/--prompt; see 'pascalvl run --help'.")
     check_json(args.json)
-    given = _given_sampling(args)
+    given = given_sampling(args)
     messages = [*system_messages(args), user_message(load_visuals(args), args.prompt)]
     if args.cache:
         check_writable(args.cache)
     args.bundle = engine_bundle(args)
     model = open_model(args)
-    sampling = _sampling(model, given)
+    sampling = sampling_params(model, given)
     if args.cache and args.cache.exists():
         model.load_cache(args.cache)
     generation = model.generate(messages, sampling, args.max_new_tokens, args.stop)
@@ -89,10 +99,10 @@ def chat(args: argparse.Namespace) -> int:
     """Run `pascalvl chat`; returns the exit code."""
     from pascalvl.runtime.idle import Idle
 
-    given = _given_sampling(args)
+    given = given_sampling(args)
     args.bundle = engine_bundle(args)
     model = open_model(args)
-    sampling = _sampling(model, given)
+    sampling = sampling_params(model, given)
     with Idle(model, args.unload_after) as idle:
         _talk(args, sampling, model, idle)
     return 0
@@ -241,6 +251,16 @@ def _summary(generation: Generation) -> str:
 def _answered(generation: Generation, model: VisionLanguageModel) -> dict[str, Any]:
     """An answer and its figures, for JSON."""
     return {
+        **answer_fields(generation),
+        "tokens_per_second": generation.tokens_per_second,
+        "backend": model.manifest.backend["name"],
+        "model": model.manifest.source["name"],
+    }
+
+
+def answer_fields(generation: Generation) -> dict[str, Any]:
+    """An answer, why it ended and what it took, for JSON."""
+    return {
         "answer": generation.text,
         "finish_reason": generation.finish_reason and generation.finish_reason.value,
         "usage": {
@@ -253,7 +273,4 @@ def _answered(generation: Generation, model: VisionLanguageModel) -> dict[str, A
             "prefill": generation.prefill_seconds,
             "decode": generation.decode_seconds,
         },
-        "tokens_per_second": generation.tokens_per_second,
-        "backend": model.manifest.backend["name"],
-        "model": model.manifest.source["name"],
     }
