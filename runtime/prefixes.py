@@ -54,6 +54,7 @@ class PrefixTree:
         self._pool = pool
         self._root = _Node(None, np.zeros(0, np.int64), -1)
         self._nodes: OrderedDict[_Node, None] = OrderedDict()  # the least recently used first
+        self._by_page: dict[int, _Node] = {}
 
     def __len__(self) -> int:
         """Pages that are kept."""
@@ -75,17 +76,20 @@ class PrefixTree:
         self._touch([*path, best])
         return Match(pages, longest, best.page)
 
-    def claim(self, identities: np.ndarray) -> int | None:
-        """Hand over the page that is not full and whose tokens end ``identities``, if there is one: its sequence goes
-        on there, and nobody else has it. The tree's use of it becomes the caller's."""
-        parents = list(self._path(identities))
-        parent = parents[-1] if parents else self._root
-        rest = identities[len(parents) * PAGE_SLOTS :]
-        node = parent.children.get(rest.tobytes())
-        if node is None:
-            return None
+    def claim(self, page: int, tokens: int, cut: bool = False) -> bool:
+        """Hand over a page, if nobody else uses it and nothing is kept behind it: its sequence goes on there after so
+        many tokens, and the tree's use of it becomes the caller's. Returns whether it did.
+
+        Args:
+            page: that a `Match` ends in.
+            tokens: that the sequence has of it.
+            cut: take it even if it holds others behind these, which are forgotten.
+        """
+        node = self._by_page[page]
+        if node.children or self._pool.users(page) > 1 or not (cut or len(node.identities) == tokens):
+            return False
         self._forget(node)
-        return node.page
+        return True
 
     def insert(self, identities: np.ndarray, pages: list[int]) -> None:
         """Keep pages of a sequence, whose tokens are ``identities``; what is there already stays as it is."""
@@ -99,6 +103,7 @@ class PrefixTree:
                 child = node.children[part.tobytes()] = _Node(node, part.copy(), page)
                 self._pool.share([page])
                 self._nodes[child] = None
+                self._by_page[page] = child
             path.append(child)
             node = child
         self._touch(path)
@@ -123,12 +128,14 @@ class PrefixTree:
         for node in found[1:]:
             self._nodes.setdefault(node)
             pages.append(node.page)
+        self._by_page = {node.page: node for node in found[1:]}
         return pages
 
     def clear(self) -> None:
         """Keep nothing."""
         self._pool.release(node.page for node in self._nodes)
         self._nodes.clear()
+        self._by_page.clear()
         self._root.children.clear()
 
     def _drop_from(self, node: _Node, pages: int) -> None:
@@ -145,6 +152,7 @@ class PrefixTree:
         assert node.parent is not None
         del node.parent.children[node.identities.tobytes()]
         del self._nodes[node]
+        del self._by_page[node.page]
 
     def _path(self, identities: np.ndarray) -> Iterator[_Node]:
         """The full pages that a sequence begins with."""

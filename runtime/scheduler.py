@@ -18,7 +18,7 @@ from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
 from pascalvl.runtime.kv_cache import KVCache, Prefix
 from pascalvl.runtime.kv_pool import PagePool
-from pascalvl.runtime.prefixes import PrefixTree, common_length
+from pascalvl.runtime.prefixes import Match, PrefixTree, common_length
 from pascalvl.runtime.prompt import Visual
 from pascalvl.runtime.sequence import TokenSequence
 from pascalvl.runtime.steps import FeatureCache, Steps
@@ -298,21 +298,31 @@ class Scheduler:
         prefix = max(self.prefixes, key=lambda each: each.common(wanted), default=None)
         if prefix is not None and (common := prefix.common(wanted)) > match.tokens:
             return self._begin_with(sequence, prefix, common)
-        held = [*match.pages, *([] if match.page is None else [match.page])]
-        self.pool.share(held)
-        if not self._make_room(pages_of(sequence.length) - len(match.pages)):
-            self.pool.release(held)
+        self.pool.share(match.pages)
+        missing = pages_of(sequence.length) - len(match.pages)
+        last, tokens = self._last_page(match, missing)
+        own = [] if last is None else [last]
+        if not self._make_room(missing - len(own)):
+            self.pool.release([*match.pages, *own])
             return False
-        pages = list(match.pages)
-        if match.page is not None:
-            self.pool.release([match.page])
-            if (page := self.tree.claim(wanted[: match.tokens])) is None:
-                (page,) = self.pool.take(1)
-                self.session.copy_page(match.page, page)
-            pages.append(page)
-        pages += self.pool.take(pages_of(sequence.length) - len(pages))
-        self._give(sequence, pages, match.tokens)
+        self._give(sequence, [*match.pages, *own, *self.pool.take(missing - len(own))], tokens)
         return True
+
+    def _last_page(self, match: Match, missing: int) -> tuple[int | None, int]:
+        """A page of the sequence's own for what it has of the one that a match ends in, None: there is none; and the
+        tokens that it then has in all. The page itself if nobody else wants it, or else a copy if there is room."""
+        if match.page is None or self.tree.claim(match.page, match.rest):
+            return match.page, match.tokens
+        self.pool.share([match.page])
+        has_room = self._make_room(missing)
+        self.pool.release([match.page])
+        if has_room:
+            (page,) = self.pool.take(1)
+            self.session.copy_page(match.page, page)
+            return page, match.tokens
+        if self.tree.claim(match.page, match.rest, cut=True):
+            return match.page, match.tokens
+        return None, match.tokens - match.rest
 
     def _begin_with(self, sequence: TokenSequence, prefix: Prefix, tokens: int) -> bool:
         """Begin with tokens that are kept on the host."""

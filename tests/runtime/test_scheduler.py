@@ -129,11 +129,11 @@ prompts = st.builds(
     st.integers(0, 3),
 )
 requests = st.tuples(prompts, st.integers(1, 120), st.integers(0, 12), st.one_of(st.none(), st.integers(0, 15)))
-"""Prompt, tokens of the answer at most, steps before it comes, and after which it is cancelled."""
+"""Prompt, at most 500 tokens, those of the answer at most, steps before it comes, and after which it is cancelled."""
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(requests, min_size=1, max_size=12), st.integers(pages_of(LONGEST), 14), st.integers(1, 6))
+@given(st.lists(requests, min_size=1, max_size=12), st.integers(pages_of(620), 14), st.integers(1, 6))
 def test_any_arrivals_and_cancellations(arriving, pages, at_once):
     """Each sequence gets what it gets alone, or was cancelled; no page is lost or used by strangers; and no step takes
     more tokens of a prompt than it may while others write."""
@@ -244,6 +244,19 @@ def test_a_conversation_goes_on_in_its_own_pages():
     run(made)
     assert second.generation.token_ids == alone(second.prompt.token_ids, 5)
     assert not copies
+
+
+def test_a_fork_takes_the_page_where_there_is_none_for_a_copy():
+    made, session = scheduler(1)
+    session.copy_page = None
+    prompt = [1 + i % 40 for i in range(50)]
+    for token in (1, 2):
+        each = sequence([*prompt, token, token], 9)
+        made.submit(each)
+        run(made)
+        assert each.generation.token_ids == alone(each.prompt.token_ids, 9)
+    assert each.generation.reused_tokens == 50
+    check_pages(made)
 
 
 def test_a_fork_copies_the_page_that_differs():
