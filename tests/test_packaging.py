@@ -28,7 +28,7 @@ LIBRARIES = {f"pascalvl/plugins/native/libpascalvl{name}.so" for name in ("", "_
 GLIBC = (2, 28)
 BUILD = "import backend; backend.build_sdist('dist'); backend.build_wheel('dist')"
 MOST_MB = 215
-"""Of an environment with the wheel: NumPy and ONNX Runtime take 150 of it."""
+"""Of an environment with the wheel: NumPy and ONNX Runtime take 133 of it."""
 USE = """
 from pascalvl.engines import build
 from pascalvl.export import export_checkpoint
