@@ -163,7 +163,7 @@ class BenchResult:
 
 def count_runs(options: BenchOptions, model: VisionLanguageModel) -> int:
     """How often `measure` will call its ``progress``."""
-    samplings = 1 if _own_sampling(model) is None else 2
+    samplings = 1 if own_sampling(model) is None else 2
     at_depth = 1 + (1 + options.repeats) * (1 + samplings + len(options.follow_ups) + len(_batches(options)))
     depths = sum(_why_left_out(model, depth, options) is None for depth in set(options.depths))
     return depths * at_depth + (1 + options.repeats) * (options.picture > 0)
@@ -190,11 +190,11 @@ def measure(
     manifest = model.manifest
     cache_bytes = model.cache_config.bytes_per_token(model.config.text)
     weight_bytes = manifest.weight_bytes(bindings.DECODER)
-    sampling = _own_sampling(model)
+    sampling = own_sampling(model)
     read_rate = _read_rate() if model.gpu else None
     tokens = np.random.default_rng(_SEED).integers(model.config.text.vocab_size, size=max(depths))
     figures, picture, launches = [], None, None
-    with _endless(model):
+    with endless(model):
         for depth in depths:
             progress(f"filling the cache with {depth:,} tokens")
             runs = _Runs(model, tokens[:depth], options.repeats, progress)
@@ -388,7 +388,7 @@ def _why_left_out(model: VisionLanguageModel, depth: int, options: BenchOptions)
     return None
 
 
-def _own_sampling(model: VisionLanguageModel) -> SamplingParams | None:
+def own_sampling(model: VisionLanguageModel) -> SamplingParams | None:
     """The checkpoint's, with a seed; None: it takes the likeliest token."""
     own = model.generation_config.sampling
     return None if own.takes_likeliest else dataclasses.replace(own, seed=_SEED)
@@ -402,7 +402,7 @@ def _described(sampling: SamplingParams) -> str:
 
 
 @contextlib.contextmanager
-def _endless(model: VisionLanguageModel) -> Iterator[None]:
+def endless(model: VisionLanguageModel) -> Iterator[None]:
     """Inside, no token ends an answer."""
     config = model.generation_config
     model.generation_config = dataclasses.replace(config, eos_token_ids=frozenset())

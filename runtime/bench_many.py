@@ -13,6 +13,7 @@ from PIL import Image
 from rich.table import Table
 
 from pascalvl.plugins.errors import UserError
+from pascalvl.runtime.bench import endless, own_sampling
 from pascalvl.runtime.model import VisionLanguageModel
 from pascalvl.runtime.positions import mrope_position_ids
 from pascalvl.runtime.prompt import Prompt
@@ -100,11 +101,9 @@ def measure(
         options: what of it.
         progress: called before each run with what that is.
     """
-    config = model.generation_config
-    model.generation_config = dataclasses.replace(config, eos_token_ids=frozenset())
-    own = dataclasses.replace(config.sampling, seed=_SEED)
-    samplings = {"the likeliest": _GREEDY} | ({} if own.takes_likeliest else {"the checkpoint's own": own})
-    try:
+    own = own_sampling(model)
+    samplings = {"the likeliest": _GREEDY} | ({} if own is None else {"the checkpoint's own": own})
+    with endless(model):
         progress("a first run")
         _writing(model, "", _GREEDY, dataclasses.replace(options, steps=2))
         writing = []
@@ -113,8 +112,6 @@ def measure(
             writing.append(_writing(model, name, sampling, options))
         progress("a picture")
         pictures = _pictures(model, options.picture) if options.picture else None
-    finally:
-        model.generation_config = config
     manifest = model.manifest
     return ManyResult(
         manifest.source["name"],
