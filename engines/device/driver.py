@@ -13,7 +13,7 @@ from pascalvl.plugins.errors import UserError
 # Kernels are loaded when they are first run: less memory of a small card. Read when CUDA is initialised.
 os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
 
-SUCCESS, OUT_OF_MEMORY = 0, 2
+OUT_OF_MEMORY = 2
 """Of enum CUresult."""
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
 """Of enum CUdevice_attribute."""
@@ -31,7 +31,6 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuGetErrorString": (ctypes.c_int, _OUT),
     "cuInit": (ctypes.c_uint,),
     "cuDriverGetVersion": (_OUT,),
-    "cuDeviceGetCount": (_OUT,),
     "cuDeviceGet": (_OUT, ctypes.c_int),
     "cuDeviceGetName": (_OUT, ctypes.c_int, ctypes.c_int),
     "cuDeviceGetAttribute": (_OUT, ctypes.c_int, ctypes.c_int),
