@@ -109,7 +109,7 @@ class AsyncModel:
     def _deliver(self, answer: AsyncGeneration) -> None:
         """Hand over what has come of an answer since."""
         sequence = answer.sequence
-        pieces = [sequence.pieces.popleft() for _ in range(len(sequence.pieces))]
+        pieces = sequence.take_pieces()
         is_finished = sequence.is_finished
         if pieces or is_finished:
             self._loop.call_soon_threadsafe(answer.take, pieces, is_finished, sequence.error)

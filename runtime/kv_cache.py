@@ -45,7 +45,7 @@ class Prefix:
 
     def common(self, identities: np.ndarray) -> int:
         """How many of the first ``identities`` are these tokens."""
-        return _common(self.identities, identities)
+        return common_length(self.identities, identities)
 
     def save(self, path: Path, engine: str) -> None:
         """Write a file for `load`, in one go; ``engine`` is the digest of what computed the rows."""
@@ -318,7 +318,7 @@ class KVCache:
 
     def common_prefix(self, identities: np.ndarray) -> int:
         """How many of the first ``identities`` are the tokens that the conversation begins with."""
-        return _common(self._identities[: self._length], identities)
+        return common_length(self._identities[: self._length], identities)
 
     def prefix(self, length: int) -> Prefix | None:
         """Copies of the first ``length`` tokens' keys and values; None where some of them were dropped."""
@@ -354,7 +354,8 @@ class KVCache:
         self._length = self._used = length
 
 
-def _common(ours: np.ndarray, theirs: np.ndarray) -> int:
+def common_length(ours: np.ndarray, theirs: np.ndarray) -> int:
+    """How many of the first elements of two arrays are the same."""
     shared = min(len(ours), len(theirs))
     differs = ours[:shared] != theirs[:shared]
     return int(differs.argmax()) if differs.any() else shared

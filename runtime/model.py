@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pascalvl.engines import Engine, open_engine
+from pascalvl.engines import Engine, Session, open_engine
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import GENERATION_CONFIG, Manifest
 from pascalvl.plugins.errors import UserError, shown
@@ -97,16 +97,20 @@ class VisionLanguageModel:
         self._reopen = reopen
         self._unloaded: dict[str, np.ndarray] | None = None
         """Of a model that is unloaded: what its cache held."""
-        self._open_session(engine)
-        chunks = self.prefill_chunk, min(self.prefill_chunk, Limits.chunk_beside)
-        limits = Limits(chunk=chunks[0], chunk_beside=chunks[1])
-        self.scheduler = Scheduler(engine, self._session, self.cache_config, self.context_length, self.steps, limits)
+        limits = Limits(chunk=self.prefill_chunk, chunk_beside=min(self.prefill_chunk, Limits.chunk_beside))
+        session = self._open_session(engine)
+        self.engine = engine
+        self.scheduler = Scheduler(engine, session, self.cache_config, self.context_length, self.steps, limits)
 
-    def _open_session(self, engine: Engine) -> None:
+    @property
+    def _session(self) -> Session:
+        return self.scheduler.session
+
+    def _open_session(self, engine: Engine) -> Session:
         slots = self.cache_config.slots(self.context_length, pinned_slots(self.cache_config))
         session = engine.open_session(slots, self._sequences * pages_of(slots))
-        self.engine, self._session = engine, session
         log.info("KV cache %s: %d pages, %d bytes", self.cache_config, session.pages, session.nbytes)
+        return session
 
     def unload(self) -> None:
         """Give back what the model takes of its device, a GPU's CUDA context too, until it is asked again.
@@ -119,7 +123,7 @@ class VisionLanguageModel:
         if self._reopen is None:
             raise ValueError("the model was not opened from a bundle")
         engine, self._unloaded = self.engine, self.scheduler.let_go()
-        del self.engine, self._session
+        del self.engine
         engine.close()
         log.info("unloaded")
 
@@ -132,10 +136,11 @@ class VisionLanguageModel:
         if self._unloaded is None or self._reopen is None:
             return 0.0
         start = time.perf_counter()
-        self._open_session(self._reopen())
-        rows, self._unloaded = self._unloaded, None
-        self._session.write(np.array(self.scheduler.pool.used, np.int32), rows)
-        self.scheduler.use(self.engine, self._session)
+        engine = self._reopen()
+        session = self._open_session(engine)
+        session.write(np.array(self.scheduler.pool.used, np.int32), self._unloaded)
+        self.engine, self._unloaded = engine, None
+        self.scheduler.use(engine, session)
         return time.perf_counter() - start
 
     @classmethod
@@ -266,8 +271,8 @@ class VisionLanguageModel:
                     return
                 self.scheduler.step()
                 for sequence in [sequence for sequence in at_work if sequence.is_finished]:
-                    while sequence.pieces:
-                        sequence.generation.add(sequence.pieces.popleft())
+                    for piece in sequence.take_pieces():
+                        sequence.generation.add(piece)
                     sequence.generation.error = sequence.error
                     yield at_work.pop(sequence), sequence.generation
         except KeyboardInterrupt:
@@ -315,8 +320,9 @@ class VisionLanguageModel:
         self.scheduler.submit(sequence)
         try:
             while True:
-                while sequence.pieces:
-                    yield sequence.generation.add(sequence.pieces.popleft())
+                while pieces := sequence.take_pieces():  # others may have run while one was looked at
+                    for piece in pieces:
+                        yield sequence.generation.add(piece)
                 if sequence.is_finished:
                     break
                 self.load()
@@ -430,9 +436,8 @@ class VisionLanguageModel:
                 f"the prompt, limit its pictures' pixels, or set a longer context (up to {longest})."
             )
         pinned = int(self._pinned(prompt).sum())
-        if self.cache_config.slots(self.context_length, pinned) > (
-            capacity := self._session.sequence_pages * PAGE_SLOTS
-        ):
+        capacity = self._session.sequence_pages * PAGE_SLOTS
+        if self.cache_config.slots(self.context_length, pinned) > capacity:
             room = capacity - self.cache_config.slots(self.context_length)
             raise UserError(
                 f"the prompt's pictures have {pinned} tokens, more than the KV cache has room for beside its window "

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pascalvl.plugins.kv_format import PAGE_SLOTS
+from pascalvl.runtime.kv_cache import common_length
 from pascalvl.runtime.kv_pool import PagePool
 
 
@@ -168,10 +169,3 @@ class PrefixTree:
         """Note a use, of parents after their children: those are given up before."""
         for node in reversed(path):
             self._nodes.move_to_end(node)
-
-
-def common_length(ours: np.ndarray, theirs: np.ndarray) -> int:
-    """How many of the first elements of two arrays are the same."""
-    shared = min(len(ours), len(theirs))
-    differs = ours[:shared] != theirs[:shared]
-    return int(differs.argmax()) if differs.any() else shared

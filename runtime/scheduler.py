@@ -16,9 +16,9 @@ from pascalvl.engines import Engine, Session
 from pascalvl.engines.engine import Features
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
-from pascalvl.runtime.kv_cache import KVCache, Prefix
+from pascalvl.runtime.kv_cache import KVCache, Prefix, common_length
 from pascalvl.runtime.kv_pool import PagePool
-from pascalvl.runtime.prefixes import Match, PrefixTree, common_length
+from pascalvl.runtime.prefixes import Match, PrefixTree
 from pascalvl.runtime.prompt import Visual
 from pascalvl.runtime.sequence import TokenSequence
 from pascalvl.runtime.steps import FeatureCache, Steps
@@ -161,11 +161,8 @@ class Scheduler:
             cache = KVCache(self.session, self._config, self._longest, np.array(pages, np.int32))
             cache.begin(identities[: match.tokens], np.zeros(match.tokens, bool))
             return cache.prefix(match.tokens)
-        found = [(cache.common_prefix(identities), cache) for cache in self._parked]
-        if not found:
-            return None
-        common, cache = max(found, key=lambda each: each[0])
-        return cache.prefix(common)
+        common, parked = self._best_parked(identities)
+        return None if parked is None else parked.prefix(common)
 
     @contextlib.contextmanager
     def borrowed(self, tokens: int, pinned: int) -> Iterator[KVCache]:
@@ -272,9 +269,14 @@ class Scheduler:
         for sequence in list(self._waiting):
             if len(self._running) >= self._limits.sequences:
                 return
-            if self._config.window is None and self._is_being_computed(sequence):
-                continue
-            if not (self._begin_in_window(sequence) if self._config.window else self._begin(sequence)):
+            if self._config.window:
+                is_ready = self._begin_in_window(sequence)
+            else:
+                match = self.tree.match(sequence.identities[:-1])
+                if self._is_being_computed(sequence, match):
+                    continue
+                is_ready = self._begin(sequence, match)
+            if not is_ready:
                 return
             self._running.append(sequence)
             self._turn.append(sequence)
@@ -282,19 +284,17 @@ class Scheduler:
             if not sequence.generation.token_ids:
                 sequence.generation.reused_tokens = sequence.computed
 
-    def _is_being_computed(self, sequence: TokenSequence) -> bool:
+    def _is_being_computed(self, sequence: TokenSequence, match: Match) -> bool:
         """Whether another prompt, of which pages are computed now, has more in common with it than what is kept."""
-        kept = self.tree.match(sequence.identities[:-1]).tokens
         return any(
-            common_length(other.identities, sequence.identities[:-1]) // PAGE_SLOTS * PAGE_SLOTS > kept
+            common_length(other.identities, sequence.identities[:-1]) // PAGE_SLOTS * PAGE_SLOTS > match.tokens
             for other in self._turn
         )
 
-    def _begin(self, sequence: TokenSequence) -> bool:
+    def _begin(self, sequence: TokenSequence, match: Match) -> bool:
         """Take the pages that are kept of a prompt's beginning, and free ones for the rest; returns whether there are
         enough."""
         wanted = sequence.identities[:-1]  # the last one is run in any case: its logits are needed
-        match = self.tree.match(wanted)
         prefix = max(self.prefixes, key=lambda each: each.common(wanted), default=None)
         if prefix is not None and (common := prefix.common(wanted)) > match.tokens:
             return self._begin_with(sequence, prefix, common)
@@ -337,8 +337,7 @@ class Scheduler:
         begins with copies; returns whether there are enough pages."""
         wanted = sequence.identities[:-1]
         pages = pages_of(self._config.slots(self._longest, int(sequence.pinned.sum())))
-        found = [(cache.common_prefix(wanted), cache) for cache in self._parked]
-        common, parked = max(found, key=lambda each: each[0], default=(0, None))
+        common, parked = self._best_parked(wanted)
         copies = list(self.prefixes)
         if parked is not None and common and (common == parked.length or self.pool.free < pages):
             self._parked.remove(parked)
@@ -355,6 +354,11 @@ class Scheduler:
         if prefix is not None and (common := prefix.common(wanted)) > sequence.computed:
             _cache(sequence).restore(prefix, common, sequence.pinned[:common])
         return True
+
+    def _best_parked(self, identities: np.ndarray) -> tuple[int, KVCache | None]:
+        """With a window: the conversation that has most in common with a sequence's beginning, and how many tokens."""
+        found = ((cache.common_prefix(identities), cache) for cache in self._parked)
+        return max(found, key=lambda each: each[0], default=(0, None))
 
     def _give(self, sequence: TokenSequence, pages: list[int], tokens: int) -> None:
         sequence.cache = KVCache(self.session, self._config, self._longest, np.array(pages, np.int32))

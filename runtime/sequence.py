@@ -55,7 +55,7 @@ class TokenSequence:
         """Where its keys and values are; None while it waits."""
         self.features: dict[int, Features] = {}
         """Of pictures that were looked at, until its prompt is computed."""
-        self.pieces: deque[str] = deque()
+        self._pieces: deque[str] = deque()
         """Of the answer's text, that nobody has taken yet."""
         self.error: Exception | None = None
         """Why there is no more."""
@@ -83,6 +83,10 @@ class TokenSequence:
     def pinned(self) -> np.ndarray:
         """Which of the tokens so far a window never drops."""
         return self._pinned[: self.length]
+
+    def take_pieces(self) -> list[str]:
+        """What has come of the answer's text since this was called last."""
+        return [self._pieces.popleft() for _ in range(len(self._pieces))]
 
     def token_ids(self, part: slice) -> np.ndarray:
         """Of some of the tokens so far."""
@@ -120,7 +124,7 @@ class TokenSequence:
             generation.logprobs.append(TokenLogprobs.of(logits(), token, self.logprobs))
         is_end = token in self._end_tokens
         if piece := "" if is_end else self._stop.push(self._text.push(token)):
-            self.pieces.append(piece)
+            self._pieces.append(piece)
         if is_end or self._stop.stopped:
             self._finish(FinishReason.STOP)
         elif len(generation.token_ids) == self._limit:
@@ -131,7 +135,7 @@ class TokenSequence:
 
     def _finish(self, reason: FinishReason) -> None:
         if piece := self._stop.flush():
-            self.pieces.append(piece)
+            self._pieces.append(piece)
         self.generation.finish_reason = reason
 
 
