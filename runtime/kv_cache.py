@@ -3,162 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import errno
-import hashlib
-import itertools
-import json
-import math
-import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import BinaryIO, cast
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import numpy as np
 
 from pascalvl.engines import Session
 from pascalvl.engines.engine import ALWAYS_VISIBLE, Placement
-from pascalvl.plugins.bundle import open_regular
-from pascalvl.plugins.errors import UserError, reason
+from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, Window, pages_of
 
 _EMPTY = -1
-_IDENTITIES = "identities"
-_FILE_KIND = "PascalVL KV cache 2"
-_MOST_HEADER_BYTES = 1 << 20
-_PARTIAL = ".kv_cache."
-"""What the names of files that are being written begin with."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Prefix:
-    """The first tokens of a conversation with their keys and values, for later ones that begin the same.
-
-    A file of them is a line of JSON (`_header`), the bytes of the arrays that it lists, and the SHA-256 of all that.
-    """
-
-    identities: np.ndarray
-    """int64 ``[n]``, see `KVCache.appending`."""
-    rows: Mapping[str, np.ndarray]
-    """As `Session.read` gives their pages, slot ``i`` being token ``i``; slots behind the last one are zeros."""
-
-    def common(self, identities: np.ndarray) -> int:
-        """How many of the first ``identities`` are these tokens."""
-        return common_length(self.identities, identities)
-
-    def save(self, path: Path, engine: str) -> None:
-        """Write a file for `load`, in one go; ``engine`` is the digest of what computed the rows."""
-        arrays = {_IDENTITIES: self.identities, **self.rows}
-        header = _header(engine, len(self.identities), {name: (a.dtype, a.shape) for name, a in arrays.items()})
-        with _saving(path), tempfile.NamedTemporaryFile(prefix=_PARTIAL, dir=path.parent, delete=False) as file:
-            try:
-                digest = hashlib.sha256()
-                for part in itertools.chain([header], (array.tobytes() for array in arrays.values())):
-                    file.write(part)
-                    digest.update(part)
-                file.write(digest.digest())
-                file.close()
-                Path(file.name).replace(path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-
-    @classmethod
-    def load(cls, path: Path, engine: str, session: Session) -> Prefix:
-        """Read what `save` wrote of such a session.
-
-        Raises:
-            UserError: there is no such file, it is damaged or of another kind, or its rows are another engine's.
-        """
-        try:
-            with open_regular(path) as file:
-                arrays = _read_checked(file, engine, session)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} is no saved KV cache ({reason(error)}): choose another file, or remove it to have it written "
-                "anew."
-            ) from error
-        if arrays is None:
-            raise UserError(
-                f"the KV cache in {path} was computed by another engine than this one: choose another file, or remove "
-                "it to have it written anew."
-            )
-        return cls(arrays.pop(_IDENTITIES), arrays)
-
-
-def check_writable(path: Path, what: str = "the KV cache") -> None:
-    """Raise `UserError` unless a file, such as that of `Prefix.save`, can be put at ``path``; leaves nothing there."""
-    with _saving(path, what):
-        if path.exists() and not path.is_file():
-            raise OSError("it is no regular file")
-        if path.exists() and not os.access(path, os.W_OK):  # the folder alone would let it be replaced
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        with tempfile.NamedTemporaryFile(prefix=_PARTIAL, dir=path.parent):
-            pass
-
-
-@contextlib.contextmanager
-def _saving(path: Path, what: str = "the KV cache") -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        raise UserError(f"{what} cannot be saved to {path} ({reason(error)}): choose another file.") from error
-
-
-_Layout = dict[str, tuple[np.dtype, tuple[int, ...]]]
-"""Types and shapes of a file's arrays by name, in their order."""
-
-
-def _header(engine: str, tokens: int, layout: _Layout) -> bytes:
-    arrays = [[name, dtype.str, shape] for name, (dtype, shape) in layout.items()]
-    header = {"kind": _FILE_KIND, "engine": engine, "tokens": tokens, "arrays": arrays}
-    return json.dumps(header).encode() + b"\n"
-
-
-def _layout(session: Session, tokens: int) -> _Layout:
-    """Of a prefix of so many tokens, as `Session.read` gives its rows."""
-    layout: _Layout = {_IDENTITIES: (np.dtype(np.int64), (tokens,))}
-    for binding in session.stored:
-        layout[binding.name] = binding.dtype, (pages_of(tokens), *session.shape_of(binding)[1:])
-    return layout
-
-
-def _read_checked(file: BinaryIO, engine: str, session: Session) -> dict[str, np.ndarray] | None:
-    """The arrays of a file of `Prefix.save`, None of another engine's: all that is to be checked is checked here.
-
-    Types, shapes and sizes are those that the session has, never the file's: the header need only say the same.
-
-    Raises:
-        ValueError: what is wrong with the file.
-    """
-    line = file.readline(_MOST_HEADER_BYTES)
-    try:
-        header = json.loads(line)
-    except (ValueError, RecursionError):
-        header = None
-    if not isinstance(header, dict) or header.get("kind") != _FILE_KIND:
-        raise ValueError("it does not begin as one")
-    if header.get("engine") != engine:
-        return None
-    tokens = header.get("tokens")
-    if type(tokens) is not int or tokens < 0:
-        raise ValueError("its number of tokens is none")
-    layout = _layout(session, tokens)
-    if line != _header(engine, tokens, layout):
-        raise ValueError("its arrays have other names, types or shapes than the engine's cache")
-    nbytes = sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
-    expected, found = len(line) + nbytes + hashlib.sha256().digest_size, os.fstat(file.fileno()).st_size
-    if found != expected:
-        raise ValueError(f"it has {found} bytes instead of {expected}")
-    digest, arrays = hashlib.sha256(line), {}
-    for name, (dtype, shape) in layout.items():
-        content = file.read(dtype.itemsize * math.prod(shape))
-        digest.update(content)
-        arrays[name] = np.frombuffer(content, dtype).reshape(shape)
-    if file.read() != digest.digest():
-        raise ValueError("its checksum is not that of its content")
-    return arrays
 
 
 class KVCache:
@@ -205,6 +60,11 @@ class KVCache:
     def length(self) -> int:
         """Tokens of the conversation so far, those that were dropped included."""
         return self._length
+
+    @property
+    def identities(self) -> np.ndarray:
+        """Of those tokens, see `place`."""
+        return self._identities[: self._length]
 
     @property
     def pinned(self) -> np.ndarray:
@@ -320,29 +180,21 @@ class KVCache:
         """How many of the first ``identities`` are the tokens that the conversation begins with."""
         return common_length(self._identities[: self._length], identities)
 
-    def prefix(self, length: int) -> Prefix | None:
-        """Copies of the first ``length`` tokens' keys and values; None where some of them were dropped."""
+    def rows(self, length: int) -> dict[str, np.ndarray] | None:
+        """Copies of the first ``length`` tokens' pages, zeros behind these; None where some of them were dropped."""
         if not self._has_first(length):
             return None
         rows = self.session.read(self._pages[: pages_of(length)])
         if rest := length % PAGE_SLOTS:
             for array in rows.values():
                 array[-1, :, rest:] = 0
-        return Prefix(self._identities[:length].copy(), rows)
+        return rows
 
-    def restore(self, prefix: Prefix, length: int, pinned: np.ndarray) -> bool:
-        """Begin anew with the first ``length`` tokens of a prefix, of which some are ``pinned``, bool ``[length]``.
-
-        Returns whether that is possible: a window must keep all of them.
-        """
-        tokens = np.arange(length)
-        stays, seen_later = self._kept(tokens, pinned)
-        if length > self.capacity or not (stays | seen_later).all():
-            return False
-        self.truncate(0)
-        self.session.write(self._pages[: pages_of(length)], prefix.rows)
-        self.begin(prefix.identities[:length], pinned)
-        return True
+    def keeps(self, pinned: np.ndarray) -> bool:
+        """Whether a conversation's first tokens, of which some are ``pinned``, bool ``[n]``, fit in and none of them is
+        dropped."""
+        stays, seen_later = self._kept(np.arange(len(pinned)), pinned)
+        return len(pinned) <= self.capacity and bool((stays | seen_later).all())
 
     def begin(self, identities: np.ndarray, pinned: np.ndarray) -> None:
         """Begin anew with tokens whose keys and values are in the pages already, and which a window keeps all."""

@@ -21,8 +21,8 @@ from pascalvl.plugins.errors import UserError, shown
 from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
 from pascalvl.plugins.model_config import TextConfig
 from pascalvl.runtime.generation import Generation, GenerationConfig, StopMatcher
-from pascalvl.runtime.kv_cache import Prefix
 from pascalvl.runtime.messages import Message
+from pascalvl.runtime.page_files import PageFiles
 from pascalvl.runtime.prompt import Prompt, PromptBuilder
 from pascalvl.runtime.sampling import Sampler, SamplingParams
 from pascalvl.runtime.scheduler import Limits, Scheduler
@@ -36,6 +36,8 @@ DEFAULT_CONTEXT_LENGTH = 4096
 PINNED_SLOTS = 4096
 """Room beside a window for pictures that stay: four of a megapixel."""
 DEFAULT_PREFILL_CHUNK = 512
+DEFAULT_CACHE_BYTES = 4 << 30
+"""Of the files of a cache's folder."""
 _MOST_LOGPROBS = 20
 """Of the likeliest tokens, as OpenAI has it."""
 
@@ -70,6 +72,8 @@ class VisionLanguageModel:
         control_tokens_in_text: bool = False,
         reopen: Callable[[], Engine] | None = None,
         sequences: int = 1,
+        cache_folder: Path | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         self.manifest = engine.manifest
         self.config = self.manifest.model
@@ -92,15 +96,14 @@ class VisionLanguageModel:
         self.gpu = engine.gpu
         """Name of the GPU that computes; None: the CPU does."""
         self._sequences = sequences
-        self._latest: np.ndarray = np.zeros(0, np.int64)
-        """Identities of the conversation that was computed last."""
         self._reopen = reopen
         self._unloaded: dict[str, np.ndarray] | None = None
         """Of a model that is unloaded: what its cache held."""
         limits = Limits(chunk=self.prefill_chunk, chunk_beside=min(self.prefill_chunk, Limits.chunk_beside))
         session = self._open_session(engine)
         self.engine = engine
-        self.scheduler = Scheduler(engine, session, self.cache_config, self.context_length, self.steps, limits)
+        files = None if cache_folder is None else PageFiles(cache_folder, self._digest, session, cache_bytes)
+        self.scheduler = Scheduler(engine, session, self.cache_config, self.context_length, self.steps, limits, files)
 
     @property
     def _session(self) -> Session:
@@ -156,6 +159,8 @@ class VisionLanguageModel:
         cache: CacheConfig | None = None,
         control_tokens_in_text: bool = False,
         sequences: int = 1,
+        cache_folder: str | Path | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> VisionLanguageModel:
         """Open an engine bundle.
 
@@ -175,6 +180,8 @@ class VisionLanguageModel:
             control_tokens_in_text: take what reads as a control token in a user's or a tool's message as that token,
                 and not as text; see `pascalvl.runtime.prompt.PromptBuilder`.
             sequences: conversations of a whole context that there is room for; of shorter ones more run at once.
+            cache_folder: where keys and values of earlier processes are found again, and `save_cache` writes them.
+            cache_bytes: that files there take at most; those that were not used the longest go first.
 
         Raises:
             UserError: a bundle that cannot be used here, a cache that it is not for, or a context out of range.
@@ -184,7 +191,16 @@ class VisionLanguageModel:
             return open_engine(Path(directory), backend, marked_layers, progress)
 
         return cls(
-            opened(), context_length, prefill_chunk, max_pixels, cache, control_tokens_in_text, opened, sequences
+            opened(),
+            context_length,
+            prefill_chunk,
+            max_pixels,
+            cache,
+            control_tokens_in_text,
+            opened,
+            sequences,
+            None if cache_folder is None else Path(cache_folder),
+            cache_bytes,
         )
 
     def prompt(
@@ -333,7 +349,6 @@ class VisionLanguageModel:
         finally:
             if not sequence.is_finished:
                 self.scheduler.cancel(sequence)
-            self._latest = sequence.identities
         if sequence.error:
             raise sequence.error
 
@@ -350,31 +365,23 @@ class VisionLanguageModel:
         prompt = self.prompt(messages, tools, template_variables)
         for _ in self.answer(prompt, SamplingParams(temperature=0), 1):
             pass
-        prefix = self.scheduler.kept(token_identities(prompt))
-        if prefix is None:
+        if not self.scheduler.keep(token_identities(prompt)):
             raise UserError(
                 "the messages are longer than the KV cache's window: shorten them, or give a longer window."
             )
-        self.scheduler.prefixes.append(prefix)
 
-    def save_cache(self, path: str | Path) -> None:
-        """Write the keys and values of the conversation so far to a file, which `load_cache` reads.
+    def save_cache(self, progress: Callable[[int, int], None] = lambda done, of: None) -> None:
+        """Write all keys and values that are kept to the folder that the model was opened with, where later processes
+        find them; of a conversation of which a window has dropped tokens there are none.
+
+        Args:
+            progress: called with numbers of pages, those that are done and all.
 
         Raises:
-            UserError: the file cannot be written, or a window has dropped some.
+            UserError: that cannot be done.
         """
         self.load()
-        prefix = self.scheduler.kept(self._latest)
-        if prefix is None:
-            raise UserError(
-                "the KV cache cannot be saved: its window has dropped tokens; give a longer window, or none."
-            )
-        prefix.save(Path(path), self._digest)
-
-    def load_cache(self, path: str | Path) -> None:
-        """Keep what `save_cache` wrote, as `keep_prefix` does; raises `UserError` for other files."""
-        self.load()
-        self.scheduler.prefixes.append(Prefix.load(Path(path), self._digest, self._session))
+        self.scheduler.save(progress)
 
     def decode_launches(self) -> int | None:
         """Kernels that a decode step launches, see `pascalvl.engines.Session.decode_launches`."""
@@ -385,7 +392,8 @@ class VisionLanguageModel:
     def _digest(self) -> str:
         """Tells apart engines whose keys and values differ."""
         files = {name: file["sha256"] for name, file in self.manifest.files.items()}
-        return hashlib.sha256(json.dumps([str(self.manifest.kv_cache), files], sort_keys=True).encode()).hexdigest()
+        what = [str(self.manifest.kv_cache), files, self.manifest.backend, self.gpu]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
     def trace(self, messages: Sequence[Message], forced_tokens: Sequence[int]) -> dict[str, np.ndarray]:
         """Run messages and then the given tokens, whatever the model would have answered.

@@ -1,81 +1,125 @@
-"""What is kept of sequences that have ended, for later ones that begin the same: pages of the pool, in a tree."""
+"""What is kept of sequences that have ended, for later ones that begin the same: pages, in a tree.
+
+A page is in the pool, or waits in the host's memory, or in a file; where room is wanted, it goes from one to the next.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from pascalvl.engines import Session
+from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import PAGE_SLOTS
 from pascalvl.runtime.kv_cache import common_length
 from pascalvl.runtime.kv_pool import PagePool
+from pascalvl.runtime.page_files import PageFiles, Rows, key_of
 
-
-@dataclasses.dataclass(frozen=True)
-class Match:
-    """What is there of a sequence's first tokens."""
-
-    pages: list[int]
-    """Full ones, in order."""
-    rest: int = 0
-    """Tokens of one more page that are the sequence's next ..."""
-    page: int | None = None
-    """... and that page: to be copied, for others may use it or its later slots, unless `PrefixTree.claim` gives it."""
-
-    @property
-    def tokens(self) -> int:
-        """Of the sequence, that need not be computed."""
-        return len(self.pages) * PAGE_SLOTS + self.rest
+log = logging.getLogger(__name__)
 
 
 class _Node:
     """A page, behind those of its parents."""
 
-    __slots__ = ("children", "identities", "page", "parent")
+    __slots__ = ("children", "identities", "is_in_file", "is_kept", "key", "page", "parent", "rows")
 
-    def __init__(self, parent: _Node | None, identities: np.ndarray, page: int) -> None:
-        self.parent, self.identities, self.page = parent, identities, page
+    def __init__(self, parent: _Node | None, identities: np.ndarray, key: bytes) -> None:
+        self.parent, self.identities = parent, identities
+        self.key = key
+        """What its file is named by."""
         self.children: dict[bytes, _Node] = {}
+        self.page: int | None = None
+        """In the pool; then those of its parents are, too."""
+        self.rows: Rows | None = None
+        """On the host; None: in the pool, or in a file alone."""
+        self.is_in_file = self.is_kept = False
 
     @property
-    def is_full(self) -> bool:
-        return len(self.identities) == PAGE_SLOTS
+    def is_there(self) -> bool:
+        return self.page is not None or self.rows is not None or self.is_in_file
+
+    @property
+    def is_before_others(self) -> bool:
+        """Whether pages behind it are in the pool."""
+        return any(child.page is not None for child in self.children.values())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Match:
+    """What is there of a sequence's first tokens."""
+
+    path: list[_Node]
+    """Full pages, in order."""
+    last: _Node | None
+    """One more page ..."""
+    rest: int
+    """... of whose tokens so many are the sequence's next: to be copied, for others may use it or its later slots,
+    unless `PrefixTree.claim` gives it."""
+    pages: list[int]
+    """Those of the full ones that are in the pool."""
+    elsewhere: list[_Node]
+    """Those behind them, and the last, that are not."""
+
+    @property
+    def tokens(self) -> int:
+        """Of the sequence, that need not be computed."""
+        return len(self.path) * PAGE_SLOTS + self.rest
 
 
 class PrefixTree:
     """Pages by what they hold: a node is a page of up to `PAGE_SLOTS` tokens, its parents those before it.
 
-    The tree is one user of each of its pages. Those that nobody else uses are given up when pages are wanted, the ones
-    first that were not asked for the longest; never a page before those behind it.
+    The tree is one user of each of its pages in the pool. Those that nobody else uses leave it when pages are wanted,
+    the ones first that were not asked for the longest; never a page before those behind it.
+
+    Args:
+        pool: of the session.
+        session: which has the pages; may be set to another one that has them as they were.
+        host_bytes: of pages on the host; what is `keep`-t does not count.
+        files: where those go for which there is no room on the host; None: they are forgotten.
     """
 
-    def __init__(self, pool: PagePool) -> None:
-        self._pool = pool
-        self._root = _Node(None, np.zeros(0, np.int64), -1)
-        self._nodes: OrderedDict[_Node, None] = OrderedDict()  # the least recently used first
+    def __init__(self, pool: PagePool, session: Session, host_bytes: int = 0, files: PageFiles | None = None) -> None:
+        self._pool, self.session, self._most_bytes, self._files = pool, session, host_bytes, files
+        self._root = _Node(None, np.zeros(0, np.int64), files.root if files else b"")
+        # The least recently used first, children before parents.
+        self._in_pool: OrderedDict[_Node, None] = OrderedDict()
+        self._on_host: OrderedDict[_Node, None] = OrderedDict()
+        self._bytes = 0
         self._by_page: dict[int, _Node] = {}
+        nodes = {self._root.key: self._root}
+        for stored in files.pages() if files else ():
+            parent = nodes[stored.parent]
+            node = nodes[stored.key] = _Node(parent, stored.identities, stored.key)
+            parent.children[stored.identities.tobytes()] = node
+            node.is_in_file = True
 
     def __len__(self) -> int:
-        """Pages that are kept."""
-        return len(self._nodes)
+        """Pages that are kept in the pool."""
+        return len(self._in_pool)
+
+    @property
+    def host_bytes(self) -> int:
+        """Of the pages that wait on the host."""
+        return self._bytes
 
     def match(self, identities: np.ndarray) -> Match:
         """What is kept of the beginning of a sequence, int64 ``[n]``; of no page a user is added."""
         path = list(self._path(identities))
         node = path[-1] if path else self._root
-        self._touch(path)
         rest = identities[len(path) * PAGE_SLOTS :]
         best, longest = None, 0
         for child in node.children.values():
             if (common := common_length(child.identities, rest)) > longest:
                 best, longest = child, common
-        pages = [each.page for each in path]
-        if best is None:
-            return Match(pages)
-        self._touch([*path, best])
-        return Match(pages, longest, best.page)
+        found = [*path, best] if best else path
+        self._touch(found)
+        pages = [each.page for each in path if each.page is not None]
+        return Match(path, best, longest, pages, [each for each in found if each.page is None])
 
     def claim(self, page: int, tokens: int, cut: bool = False) -> bool:
         """Hand over a page, if nobody else uses it and nothing is kept behind it: its sequence goes on there after so
@@ -87,73 +131,246 @@ class PrefixTree:
             cut: take it even if it holds others behind these, which are forgotten.
         """
         node = self._by_page[page]
-        if node.children or self._pool.users(page) > 1 or not (cut or len(node.identities) == tokens):
+        if node.is_kept or node.children or self._pool.users(page) > 1:
             return False
-        self._forget(node)
+        if not (cut or len(node.identities) == tokens):
+            return False
+        self._leave_pool(node)
+        if not node.is_there:
+            self._forget(node)
         return True
+
+    def restore(self, match: Match, pages: list[int], is_shared: bool = True) -> int:
+        """Put what a match has elsewhere into pages that the caller has taken, the first of them in order.
+
+        Full ones the tree uses from then on, too, if they ``is_shared``. Returns the tokens that are there then, which
+        are fewer than `Match.tokens` where a file is gone or damaged.
+        """
+        tokens = len(match.pages) * PAGE_SLOTS
+        for node, page in zip(match.elsewhere, pages, strict=False):
+            rows = self._rows_of(node)
+            if rows is None:
+                break
+            self.session.write(np.array([page], np.int32), rows)
+            if node is match.last:
+                tokens += match.rest
+            else:
+                tokens += PAGE_SLOTS
+                if is_shared:
+                    self._enter_pool(node, page)
+        return tokens
 
     def insert(self, identities: np.ndarray, pages: list[int]) -> None:
         """Keep pages of a sequence, whose tokens are ``identities``; what is there already stays as it is."""
-        node, path = self._root, []
-        for number, page in enumerate(pages):
-            part = identities[number * PAGE_SLOTS : (number + 1) * PAGE_SLOTS]
-            if not len(part):
-                break
-            child = node.children.get(part.tobytes())
-            if child is None:
-                child = node.children[part.tobytes()] = _Node(node, part.copy(), page)
-                self._pool.share([page])
-                self._nodes[child] = None
-                self._by_page[page] = child
-            path.append(child)
-            node = child
+        path = []
+        for node, number in self._nodes_of(identities):
+            if node.page is None:
+                self._enter_pool(node, pages[number])
+            path.append(node)
         self._touch(path)
 
+    def insert_rows(self, identities: np.ndarray, rows: Rows, is_kept: bool = False) -> None:
+        """Keep on the host what `Session.read` gave of a sequence's pages, until the end if they are to be kept."""
+        path = []
+        for node, number in self._nodes_of(identities):
+            node.is_kept |= is_kept
+            if not node.is_there:
+                self._enter_host(node, {name: array[number : number + 1].copy() for name, array in rows.items()})
+            path.append(node)
+        self._touch(path)
+        self._make_room_on_host()
+
+    def keep(self, identities: np.ndarray) -> bool:
+        """Never give up what a sequence begins with; returns whether all of it is there."""
+        match = self.match(identities)
+        if match.tokens < len(identities):
+            return False
+        for node in (*match.path, match.last):
+            if node:
+                node.is_kept = True
+        return True
+
     def make_room(self, pages: int) -> bool:
-        """Give up pages until so many are free; returns whether they are."""
-        for node in list(self._nodes) if self._pool.free < pages else ():
-            if not node.children and self._pool.users(node.page) == 1:
-                self._drop_from(node, pages)
-                if self._pool.free >= pages:
-                    break
+        """Move pages to the host until so many are free; returns whether they are."""
+        for node in list(self._in_pool) if self._pool.free < pages else ():
+            self._evict_from(node, pages)
+            if self._pool.free >= pages:
+                break
+        self._make_room_on_host()
         return self._pool.free >= pages
 
+    def save(self, progress: Callable[[int, int], None] = lambda done, of: None) -> None:
+        """Write all that is kept to files, as far as they may take so many bytes.
+
+        Args:
+            progress: called with numbers of pages, those that are done and all.
+
+        Raises:
+            UserError: that cannot be done.
+        """
+        if self._files is None:
+            return
+        nodes = [*self._on_host, *self._in_pool]
+        nodes = nodes[max(0, len(nodes) - self._files.most_bytes // self._files.page_bytes) :]
+        self._files.touch([node.key for node in nodes])
+        for number, node in enumerate(reversed(nodes), 1):
+            assert node.parent is not None
+            if not self._files.has(node.key):
+                self._files.write(node.key, node.parent.key, node.identities, self._read(node))
+            node.is_in_file = True
+            progress(number, len(nodes))
+        self._files.touch([node.key for node in nodes])
+
     def recover(self) -> list[int]:
-        """Go on from whatever an interrupt has left; returns the pages that are kept."""
-        found, pages = [self._root], []
+        """Go on from whatever an interrupt has left; returns the pages that are kept in the pool."""
+        found = [self._root]
         for node in found:
-            found += node.children.values()
-        there = set(found[1:])
-        for node in [node for node in self._nodes if node not in there]:
-            del self._nodes[node]
-        for node in found[1:]:
-            self._nodes.setdefault(node)
-            pages.append(node.page)
-        self._by_page = {node.page: node for node in found[1:]}
-        return pages
+            for key, child in list(node.children.items()):
+                if child.is_there:
+                    found.append(child)
+                else:
+                    del node.children[key]
+        in_pool = {node for node in found if node.page is not None}
+        for node in in_pool:
+            node.rows = None
+        on_host = {node for node in found if node.rows is not None}
+        for order, there in ((self._in_pool, in_pool), (self._on_host, on_host)):
+            for node in [node for node in order if node not in there]:
+                del order[node]
+            for node in found:
+                if node in there:
+                    order.setdefault(node)
+        self._bytes = sum(_nbytes(node.rows) for node in on_host if node.rows)
+        self._by_page = {node.page: node for node in self._in_pool if node.page is not None}
+        return list(self._by_page)
 
     def clear(self) -> None:
-        """Keep nothing."""
-        self._pool.release(node.page for node in self._nodes)
-        self._nodes.clear()
-        self._by_page.clear()
-        self._root.children.clear()
+        """Keep nothing but what is in files."""
+        for node in list(self._in_pool):
+            self._pool.release([self._leave_pool(node)])
+        for node in list(self._on_host):
+            self._leave_host(node)
+        self.recover()
 
-    def _drop_from(self, node: _Node, pages: int) -> None:
-        """Give up a page, and those before it that nothing else hangs on, until so many are free."""
-        while self._pool.free < pages:
-            self._forget(node)
-            self._pool.release([node.page])
-            parent = node.parent
-            if parent is None or parent is self._root or parent.children or self._pool.users(parent.page) > 1:
+    # One page ---------------------------------------------------------------------------------------------------------
+
+    def _nodes_of(self, identities: np.ndarray) -> Iterator[tuple[_Node, int]]:
+        """The pages of a sequence, with their numbers; nodes that are not there yet are made."""
+        node = self._root
+        for number in range(-(-len(identities) // PAGE_SLOTS)):
+            part = identities[number * PAGE_SLOTS : (number + 1) * PAGE_SLOTS]
+            child = node.children.get(part.tobytes())
+            if child is None:
+                others = [(each, common_length(each.identities, part)) for each in node.children.values()]
+                if any(common == len(part) for _, common in others):
+                    return  # the end of what another one has
+                for each, common in others:
+                    if common == len(each.identities):
+                        self._give_up(each)
+                child = _Node(node, part.copy(), key_of(node.key, part.tobytes()))
+                node.children[part.tobytes()] = child
+            yield child, number
+            node = child
+
+    def _give_up(self, node: _Node) -> None:
+        """Forget a page, of which another one has all tokens, unless somebody uses it."""
+        if node.is_kept or (node.page is not None and self._pool.users(node.page) > 1):
+            return
+        if node.page is not None:
+            self._pool.release([self._leave_pool(node)])
+        if node.is_in_file and self._files:
+            self._files.remove(node.key)
+        self._forget(node)
+
+    def _evict_from(self, node: _Node, pages: int) -> None:
+        """Move a page to the host, and those before it that nothing else hangs on, until so many are free."""
+        current: _Node | None = node
+        while current and current.page is not None and self._pool.free < pages:
+            if current.is_before_others or self._pool.users(current.page) > 1:
                 return
-            node = parent
+            if not current.is_in_file and (self._most_bytes or self._files or current.is_kept):
+                self._enter_host(current, self._read(current))
+            self._pool.release([self._leave_pool(current)])
+            if not current.is_there:
+                self._forget(current)
+            current = current.parent
+
+    def _make_room_on_host(self) -> None:
+        """Write pages to files, or forget them, until those on the host are small enough."""
+        for node in list(self._on_host) if self._bytes > self._most_bytes else ():
+            if node.is_kept or (node.children and not self._files):
+                continue
+            self._write(node)
+            self._leave_host(node)
+            if not node.is_there:
+                self._forget(node)
+            if self._bytes <= self._most_bytes:
+                return
+
+    def _write(self, node: _Node) -> None:
+        """Write a page to its file, if there are files."""
+        if self._files is None or node.is_in_file or node.rows is None:
+            return
+        assert node.parent is not None
+        try:
+            self._files.write(node.key, node.parent.key, node.identities, node.rows)
+            node.is_in_file = True
+        except UserError as error:
+            log.warning("%s", error)
+            self._files = None
+
+    def _read(self, node: _Node) -> Rows:
+        """What a page holds; zeros behind its tokens."""
+        if node.rows is not None:
+            return node.rows
+        rows = self.session.read(np.array([node.page], np.int32))
+        for array in rows.values():
+            array[:, :, len(node.identities) :] = 0
+        return rows
+
+    def _rows_of(self, node: _Node) -> Rows | None:
+        """Of a page that is on the host or in a file; None: it is there no more."""
+        if node.rows is None and node.is_in_file and self._files:
+            if rows := self._files.read(node.key):
+                return rows
+            self._forget(node)
+        return node.rows
+
+    def _enter_pool(self, node: _Node, page: int) -> None:
+        node.page = page
+        self._pool.share([page])
+        self._in_pool[node] = None
+        self._by_page[page] = node
+        self._leave_host(node)
+
+    def _leave_pool(self, node: _Node) -> int:
+        """Returns the page, of which the tree is a user still."""
+        assert node.page is not None
+        page, node.page = node.page, None
+        del self._in_pool[node]
+        del self._by_page[page]
+        return page
+
+    def _enter_host(self, node: _Node, rows: Rows) -> None:
+        node.rows = rows
+        self._on_host[node] = None
+        self._bytes += _nbytes(rows)
+
+    def _leave_host(self, node: _Node) -> None:
+        if node.rows is not None:
+            self._bytes -= _nbytes(node.rows)
+            node.rows = None
+            del self._on_host[node]
 
     def _forget(self, node: _Node) -> None:
+        """Know no more of a page that is in the pool no more, and of those behind it."""
         assert node.parent is not None
-        del node.parent.children[node.identities.tobytes()]
-        del self._nodes[node]
-        del self._by_page[node.page]
+        node.parent.children.pop(node.identities.tobytes(), None)
+        lost = [node]
+        for each in lost:
+            lost += each.children.values()
+            self._leave_host(each)
+            each.is_in_file = False
 
     def _path(self, identities: np.ndarray) -> Iterator[_Node]:
         """The full pages that a sequence begins with."""
@@ -168,4 +385,10 @@ class PrefixTree:
     def _touch(self, path: list[_Node]) -> None:
         """Note a use, of parents after their children: those are given up before."""
         for node in reversed(path):
-            self._nodes.move_to_end(node)
+            for order in (self._in_pool, self._on_host):
+                if node in order:
+                    order.move_to_end(node)
+
+
+def _nbytes(rows: Rows) -> int:
+    return sum(array.nbytes for array in rows.values())

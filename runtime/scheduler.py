@@ -8,7 +8,7 @@ import functools
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -16,8 +16,9 @@ from pascalvl.engines import Engine, Session
 from pascalvl.engines.engine import Features
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
-from pascalvl.runtime.kv_cache import KVCache, Prefix, common_length
+from pascalvl.runtime.kv_cache import KVCache, common_length
 from pascalvl.runtime.kv_pool import PagePool
+from pascalvl.runtime.page_files import PageFiles
 from pascalvl.runtime.prefixes import Match, PrefixTree
 from pascalvl.runtime.prompt import Visual
 from pascalvl.runtime.sequence import TokenSequence
@@ -35,12 +36,14 @@ class Limits:
         chunk: tokens of a prompt, while no answer is being written.
         chunk_beside: tokens of a prompt between two tokens of others' answers.
         feature_bytes: of the features of pictures that are kept.
+        host_bytes: of pages that wait on the host, where the pool has no room for them.
     """
 
     sequences: int = 8
     chunk: int = 512
     chunk_beside: int = 64
     feature_bytes: int = 256 << 20
+    host_bytes: int = 1 << 30
 
 
 class Scheduler:
@@ -58,16 +61,22 @@ class Scheduler:
         longest: tokens of a sequence at most.
         steps: makes the feeds.
         limits: of a step.
+        files: where pages go that are not forgotten then; None: all are.
     """
 
     def __init__(
-        self, engine: Engine, session: Session, config: CacheConfig, longest: int, steps: Steps, limits: Limits
+        self,
+        engine: Engine,
+        session: Session,
+        config: CacheConfig,
+        longest: int,
+        steps: Steps,
+        limits: Limits,
+        files: PageFiles | None = None,
     ) -> None:
         self._config, self._longest, self._steps, self._limits = config, longest, steps, limits
         self.pool = PagePool(session.pages)
-        self.tree = PrefixTree(self.pool)
-        self.prefixes: list[Prefix] = []
-        """Kept on the host, for whatever begins as they do."""
+        self.tree = PrefixTree(self.pool, session, limits.host_bytes, files)
         self._parked: list[KVCache] = []
         """With a window: conversations that may go on in their own pages, the latest last."""
         self._features = FeatureCache(limits.feature_bytes)
@@ -81,6 +90,7 @@ class Scheduler:
     def use(self, engine: Engine, session: Session) -> None:
         """Go on with another engine of the same bundle, and a session of it that has all pages as they were."""
         self._engine, self.session = engine, session
+        self.tree.session = session
         for cache in self._caches:
             cache.session = session
 
@@ -91,7 +101,7 @@ class Scheduler:
         self._forget_features()
         for cache in self._caches:
             del cache.session
-        del self._engine, self.session
+        del self._engine, self.session, self.tree.session
         return rows
 
     @property
@@ -152,17 +162,20 @@ class Scheduler:
         if self._turn:
             self._prefill(self._turn[0], self._limits.chunk_beside if decoding else self._limits.chunk)
 
-    def kept(self, identities: np.ndarray) -> Prefix | None:
-        """A copy, on the host, of what is kept of the beginning of a sequence that has ended; None: a window has
-        dropped some of it."""
-        if self._config.window is None:
-            match = self.tree.match(identities)
-            pages = [*match.pages, *([] if match.page is None else [match.page])]
-            cache = KVCache(self.session, self._config, self._longest, np.array(pages, np.int32))
-            cache.begin(identities[: match.tokens], np.zeros(match.tokens, bool))
-            return cache.prefix(match.tokens)
-        common, parked = self._best_parked(identities)
-        return None if parked is None else parked.prefix(common)
+    def keep(self, identities: np.ndarray) -> bool:
+        """Keep the beginning of sequences, which one that has ended had, until the end; returns whether that is
+        possible: a window may have dropped some of it."""
+        if self._config.window:
+            common, parked = self._best_parked(identities)
+            if parked is not None and common == len(identities):
+                self._copy_to_host(parked, common, is_kept=True)
+        return self.tree.keep(identities)
+
+    def save(self, progress: Callable[[int, int], None] = lambda done, of: None) -> None:
+        """Write what is kept to files, see `PrefixTree.save`; what a window has dropped some of is not."""
+        for cache in self._parked:
+            self._copy_to_host(cache, cache.length)
+        self.tree.save(progress)
 
     @contextlib.contextmanager
     def borrowed(self, tokens: int, pinned: int) -> Iterator[KVCache]:
@@ -294,10 +307,6 @@ class Scheduler:
     def _begin(self, sequence: TokenSequence, match: Match) -> bool:
         """Take the pages that are kept of a prompt's beginning, and free ones for the rest; returns whether there are
         enough."""
-        wanted = sequence.identities[:-1]  # the last one is run in any case: its logits are needed
-        prefix = max(self.prefixes, key=lambda each: each.common(wanted), default=None)
-        if prefix is not None and (common := prefix.common(wanted)) > match.tokens:
-            return self._begin_with(sequence, prefix, common)
         self.pool.share(match.pages)
         missing = pages_of(sequence.length) - len(match.pages)
         last, tokens = self._last_page(match, missing)
@@ -305,32 +314,31 @@ class Scheduler:
         if not self._make_room(missing - len(own)):
             self.pool.release([*match.pages, *own])
             return False
-        self._give(sequence, [*match.pages, *own, *self.pool.take(missing - len(own))], tokens)
+        own += self.pool.take(missing - len(own))
+        pages = [*match.pages, *own]
+        if match.elsewhere:
+            tokens = self.tree.restore(match, own)
+        self._give(sequence, pages, tokens)
         return True
 
     def _last_page(self, match: Match, missing: int) -> tuple[int | None, int]:
         """A page of the sequence's own for what it has of the one that a match ends in, None: there is none; and the
         tokens that it then has in all. The page itself if nobody else wants it, or else a copy if there is room."""
-        if match.page is None or self.tree.claim(match.page, match.rest):
-            return match.page, match.tokens
-        self.pool.share([match.page])
-        has_room = self._make_room(missing)
-        self.pool.release([match.page])
-        if has_room:
-            (page,) = self.pool.take(1)
-            self.session.copy_page(match.page, page)
+        if match.last is None or match.last.page is None:
+            return None, match.tokens
+        page = match.last.page
+        if self.tree.claim(page, match.rest):
             return page, match.tokens
-        if self.tree.claim(match.page, match.rest, cut=True):
-            return match.page, match.tokens
+        self.pool.share([page])
+        has_room = self._make_room(missing)
+        self.pool.release([page])
+        if has_room:
+            (copy,) = self.pool.take(1)
+            self.session.copy_page(page, copy)
+            return copy, match.tokens
+        if self.tree.claim(page, match.rest, cut=True):
+            return page, match.tokens
         return None, match.tokens - match.rest
-
-    def _begin_with(self, sequence: TokenSequence, prefix: Prefix, tokens: int) -> bool:
-        """Begin with tokens that are kept on the host."""
-        if not self._make_room(pages_of(sequence.length)):
-            return False
-        self._give(sequence, self.pool.take(pages_of(sequence.length)), 0)
-        _cache(sequence).restore(prefix, tokens, sequence.pinned[:tokens])
-        return True
 
     def _begin_in_window(self, sequence: TokenSequence) -> bool:
         """With a window, slots are used again, and pages are a sequence's own: it goes on where one has ended, or
@@ -338,22 +346,27 @@ class Scheduler:
         wanted = sequence.identities[:-1]
         pages = pages_of(self._config.slots(self._longest, int(sequence.pinned.sum())))
         common, parked = self._best_parked(wanted)
-        copies = list(self.prefixes)
         if parked is not None and common and (common == parked.length or self.pool.free < pages):
             self._parked.remove(parked)
             parked.truncate(common)
             parked.grow(self.pool.take(min(max(0, pages - len(parked.pages)), self.pool.free)))
             sequence.cache = parked
         elif self._make_room(pages):
-            if parked is not None and common and (copy := parked.prefix(common)):
-                copies.append(copy)
+            if parked in self._parked and common > self.tree.match(wanted).tokens:
+                self._copy_to_host(parked, common)
             self._give(sequence, self.pool.take(pages), 0)
         else:
             return False
-        prefix = max(copies, key=lambda each: each.common(wanted), default=None)
-        if prefix is not None and (common := prefix.common(wanted)) > sequence.computed:
-            _cache(sequence).restore(prefix, common, sequence.pinned[:common])
+        match, cache = self.tree.match(wanted), _cache(sequence)
+        if match.tokens > cache.length and cache.keeps(sequence.pinned[: match.tokens]):
+            tokens = self.tree.restore(match, cache.pages, is_shared=False)
+            cache.begin(wanted[:tokens], sequence.pinned[:tokens])
         return True
+
+    def _copy_to_host(self, cache: KVCache, tokens: int, is_kept: bool = False) -> None:
+        """With a window: let others find a conversation's first tokens, unless it has dropped some of them."""
+        if rows := cache.rows(tokens):
+            self.tree.insert_rows(cache.identities[:tokens], rows, is_kept)
 
     def _best_parked(self, identities: np.ndarray) -> tuple[int, KVCache | None]:
         """With a window: the conversation that has most in common with a sequence's beginning, and how many tokens."""
@@ -383,7 +396,9 @@ class Scheduler:
     def _make_room(self, pages: int) -> bool:
         """Give up what is kept of sequences that have ended until so many pages are free."""
         while self.pool.free < pages and self._parked:
-            self.pool.release(self._parked.pop(0).pages)
+            cache = self._parked.pop(0)
+            self._copy_to_host(cache, cache.length)
+            self.pool.release(cache.pages)
         return self.tree.make_room(pages)
 
     def _preempt(self, sequence: TokenSequence) -> None:

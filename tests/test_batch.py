@@ -263,7 +263,7 @@ def test_lines_that_are_no_prompts(refused, tmp_path, line, match):
 
 def test_options_that_do_not_go_together(refused, folder, tmp_path, capsys):
     engine, output = tmp_path / "engine", tmp_path / "answers.jsonl"
-    for option in (["--json", "-"], ["-i", "a.png"], ["--video", "a.mp4"], ["--cache", "c"]):
+    for option in (["--json", "-"], ["-i", "a.png"], ["--video", "a.mp4"]):
         refused(f"{option[0].replace('-i', '--image')}.* is for one prompt", engine, folder, output, *option)
     refused("asks for a prompt: give --prompt", engine, folder, output, prompt=None)
     refused("--fps is for videos", engine, folder, output, "--fps", "2")

@@ -15,17 +15,17 @@ import time
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from pascalvl.plugins.bundle import EMBEDDINGS, MANIFEST, POSITIONS
+from pascalvl.plugins.errors import UserError
 from pascalvl.runtime import VisionLanguageModel
 from pascalvl.runtime.cli import entry, main
 from pascalvl.runtime.cli import parser as parser_module
 from pascalvl.runtime.cli.argument_types import json_file, own_path
-from pascalvl.runtime.cli.common import write_json
+from pascalvl.runtime.cli.common import check_writable, write_json
 from pascalvl.runtime.cli.parser import command_parser
 from pascalvl.runtime.cli.sources import path_or_name
 from tests.manifests import edit_manifest
@@ -263,26 +263,44 @@ def test_damaged_engine_bundles(refused, nano_engine_bundle, tmp_path, damage, m
     refused(match, "run", bundle, "--prompt", "Hello!")
 
 
-def test_saved_caches(refused, nano_engine_bundle, tmp_path):
-    command = ["run", nano_engine_bundle, "--prompt", "Hello!", "--max-new-tokens", "1", "--cache"]
-    other = tmp_path / "picture.png"
-    other.write_bytes(b"no cache")
-    refused("picture.png is no saved KV cache .* choose another file", *command, other)
-    assert other.read_bytes() == b"no cache"
-    np.savez(tmp_path / "objects.npz", identities=np.array([{}, None]))
-    refused(r"objects.npz is no saved KV cache \(it does not begin as one\)", *command, tmp_path / "objects.npz")
-
-
-def test_caches_that_cannot_be_saved(refused, nano_engine_bundle, tmp_path):
+def test_caches_that_cannot_be_kept(refused, nano_engine_bundle, tmp_path):
     """Known before the answer, of which nothing is printed, and before the bundle is opened."""
+    (tmp_path / "file").write_bytes(b"mine")
     for bundle in (nano_engine_bundle, tmp_path):
-        command = ["run", bundle, "--prompt", "Hello!", "--max-new-tokens", "1", "--cache"]
-        refused(
-            "cannot be saved to .* [(]No such file or directory[)]: choose another", *command, tmp_path / "no" / "cache"
-        )
-        refused("cannot be saved to .* [(]File name too long[)]: choose another", *command, tmp_path / ("n" * 256))
-        refused("cannot be saved to .* [(]it is no regular file[)]: choose another", *command, tmp_path)
-    assert not list(tmp_path.iterdir())
+        for command in (["run", bundle, "--prompt", "Hello!", "--max-new-tokens", "1"], ["chat", bundle]):
+            for name, why in (("file", "Not a directory"), ("n" * 256, "File name too long")):
+                match = f"cannot be kept in .*{name} [(]{why}[)]: choose another folder"
+                refused(match, *command, "--cache", tmp_path / name)
+            refused("expected gigabytes from 0.1, such as 4, found '0'", *command, "--cache-gb", "0")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_files_that_can_be_written(tmp_path):
+    """It is known before, and nothing is changed."""
+    (tmp_path / "there").write_bytes(b"mine")
+    for path in (tmp_path / "there", tmp_path / ("n" * 255)):
+        check_writable(path, "JSON")
+    for path, why in (
+        (tmp_path / "none" / "file", "No such file or directory"),
+        (tmp_path / "there" / "file", "Not a directory"),
+        (tmp_path / ("n" * 256), "File name too long"),
+        (tmp_path / "null\0", "embedded null byte"),
+        (tmp_path, "it is no regular file"),
+    ):
+        with pytest.raises(UserError, match=rf"JSON cannot be saved to .* \({why}\): choose another file\."):
+            check_writable(path, "JSON")
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert (tmp_path / "there").read_bytes() == b"mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_files_without_permission(tmp_path):
+    (tmp_path / "there").write_bytes(b"mine")
+    (tmp_path / "there").chmod(0o400)
+    (tmp_path / "closed").mkdir(0o500)
+    for path in (tmp_path / "there", tmp_path / "closed" / "file"):
+        with pytest.raises(UserError, match=r"\(Permission denied\)"):
+            check_writable(path, "JSON")
 
 
 def test_what_is_no_engine_bundle(refused, nano_model_bundle, tmp_path):

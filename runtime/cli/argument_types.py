@@ -11,6 +11,7 @@ from pascalvl.plugins.errors import UserError, shown
 
 AUTO = "auto"
 STANDARD_OUTPUT = "-"
+_LEAST_GIGABYTES = 0.1
 
 
 def unicode_text(argument: str) -> str:
@@ -52,6 +53,14 @@ def duration(argument: str) -> float:
     if not found:
         raise UserError(f"expected a time such as 90s, 10m or 2h, found {shown(argument)}.")
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def gigabytes(argument: str) -> float:
+    """Of a folder, at least what a page of a large model's cache takes."""
+    found = re.fullmatch(r"\d{1,6}(?:\.\d{1,3})?", argument, re.ASCII)
+    if not found or float(argument) < _LEAST_GIGABYTES:
+        raise UserError(f"expected gigabytes from {_LEAST_GIGABYTES}, such as 4, found {shown(argument)}.")
+    return float(argument)
 
 
 def cache_config(text: str) -> Any:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from pascalvl.plugins.errors import UserError, reason, shown
 from pascalvl.plugins.terminal import progress_bars, shows_progress
-from pascalvl.runtime.cli.common import FINDING, fail, notice, open_model
+from pascalvl.runtime.cli.common import FINDING, check_cache, fail, model_with_cache, notice
 from pascalvl.runtime.cli.sources import engine_bundle
 from pascalvl.runtime.cli.talk import answer_fields, given_sampling, sampling_params, system_messages, user_message
 
@@ -46,7 +46,7 @@ def run_batch(args: argparse.Namespace) -> int:
     """Run `pascalvl run --batch`; returns the exit code."""
     from pascalvl.runtime.scheduler import Limits
 
-    for option, given in (("--json", args.json), ("--image or --video", args.visuals), ("--cache", args.cache)):
+    for option, given in (("--json", args.json), ("--image or --video", args.visuals)):
         if given:
             raise UserError(f"{option} is for one prompt: leave it out with --batch.")
     if args.output is None:
@@ -54,27 +54,29 @@ def run_batch(args: argparse.Namespace) -> int:
     at_once = Limits.sequences if args.at_once is None else args.at_once
     if not 1 <= at_once <= Limits.sequences:
         raise UserError(f"--at-once is out of range: expected 1 to {Limits.sequences}, found {at_once}.")
+    check_cache(args)
     source = _source(args)
     with _Answers.open(args.output, args.batch, source.ids, bool(args.retry_errors)) as answers:
         if left := [one for one in source.ids if one not in answers.ids]:
             args.bundle = engine_bundle(args)
-            try:
-                model = open_model(args, sequences=at_once)
-            except MemoryError as error:
-                raise UserError(
-                    f"there is not enough memory{_named(error)} for {at_once} whole contexts: give a smaller "
-                    "--at-once, --context or --max-pixels."
-                ) from error
-            sampling = dataclasses.asdict(sampling_params(model, given_sampling(args)))
-            try:
-                _answer(model, source, left, sampling, at_once, answers)
-            except BaseException:
-                if answers.ids:
-                    notice(
-                        f"[{len(answers.ids)} of {len(source.ids)} are in {args.output}; "
-                        "the same command goes on with the others]"
-                    )
-                raise
+            with contextlib.ExitStack() as stack:
+                try:
+                    model = stack.enter_context(model_with_cache(args, at_once))
+                except MemoryError as error:
+                    raise UserError(
+                        f"there is not enough memory{_named(error)} for {at_once} whole contexts: give a smaller "
+                        "--at-once, --context or --max-pixels."
+                    ) from error
+                sampling = dataclasses.asdict(sampling_params(model, given_sampling(args)))
+                try:
+                    _answer(model, source, left, sampling, at_once, answers)
+                except BaseException:
+                    if answers.ids:
+                        notice(
+                            f"[{len(answers.ids)} of {len(source.ids)} are in {args.output}; "
+                            "the same command goes on with the others]"
+                        )
+                    raise
     if answers.errors:
         return fail(
             f"{answers.errors} of {len(source.ids)} have errors, which {args.output} tells: --retry-errors asks them "

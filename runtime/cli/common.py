@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import logging
 import math
+import os
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pascalvl.plugins.errors import UserError, reason
 from pascalvl.plugins.terminal import progress_bars, shows_notices
 from pascalvl.runtime.cli.argument_types import STANDARD_OUTPUT
 
@@ -55,10 +59,21 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def check_writable(path: Path, what: str) -> None:
+    """Raise `UserError` unless ``what`` can be put into a file at ``path``; leaves nothing there."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no regular file")
+        if path.exists() and not os.access(path, os.W_OK):  # the folder alone would let it be replaced
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with tempfile.NamedTemporaryFile(prefix=f".{what.replace(' ', '_')}.", dir=path.parent):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        raise UserError(f"{what} cannot be saved to {path} ({reason(error)}): choose another file.") from error
+
+
 def check_json(file: Path | str | None) -> None:
     """Raise `UserError`, before any work, if `write_json` could not write there."""
-    from pascalvl.runtime.kv_cache import check_writable
-
     if file is not None and file != STANDARD_OUTPUT:
         check_writable(Path(file), "JSON")
 
@@ -81,8 +96,41 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def open_model(args: argparse.Namespace, marked_layers: bool = False, sequences: int = 1) -> VisionLanguageModel:
-    """Open the engine bundle, showing how far the check of its files is."""
+@contextlib.contextmanager
+def model_with_cache(args: argparse.Namespace, sequences: int = 1) -> Iterator[VisionLanguageModel]:
+    """`open_model` with what is kept in the folder `--cache`, where all is kept in the end, also of an interrupt."""
+    model = open_model(args, sequences=sequences, cache_folder=args.cache, cache_bytes=round(1e9 * args.cache_gb))
+    try:
+        yield model
+    except Exception:
+        raise
+    except BaseException:
+        _save_cache(args, model)
+        raise
+    _save_cache(args, model)
+
+
+def check_cache(args: argparse.Namespace) -> None:
+    """Raise `UserError`, before any work, if the folder `--cache` cannot be used."""
+    from pascalvl.runtime.page_files import check_folder
+
+    if args.cache:
+        check_folder(args.cache)
+
+
+def _save_cache(args: argparse.Namespace, model: VisionLanguageModel) -> None:
+    if not args.cache:
+        return
+    with progress_bars() as progress:
+        task = progress.add_task("keeping the KV cache", total=None)
+        model.save_cache(lambda done, of: progress.update(task, completed=done, total=of))
+
+
+def open_model(
+    args: argparse.Namespace, marked_layers: bool = False, sequences: int = 1, **cache: Any
+) -> VisionLanguageModel:
+    """Open the engine bundle, showing how far the check of its files is; ``cache`` is what `VisionLanguageModel.open`
+    takes of the cache's folder."""
     from pascalvl.plugins.bundle import Manifest
     from pascalvl.runtime.model import VisionLanguageModel
 
@@ -99,4 +147,5 @@ def open_model(args: argparse.Namespace, marked_layers: bool = False, sequences:
             cache=args.kv,
             control_tokens_in_text=args.control_tokens_in_text,
             sequences=sequences,
+            **cache,
         )

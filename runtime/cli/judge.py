@@ -114,7 +114,7 @@ def evaluate(args: argparse.Namespace) -> int:
     import tempfile
 
     from pascalvl.export.checkpoint import Checkpoint
-    from pascalvl.runtime.kv_cache import check_writable
+    from pascalvl.runtime.cli.common import check_writable
     from pascalvl.runtime.prompt_folder import read_prompts
 
     check_json(args.json)

@@ -16,6 +16,7 @@ from pascalvl.runtime.cli.argument_types import (
     cache_config,
     counts,
     duration,
+    gigabytes,
     json_file,
     names,
     own_path,
@@ -150,12 +151,7 @@ def command_parser() -> argparse.ArgumentParser:
     sub.add_argument("-p", "--prompt", type=unicode_text, metavar="TEXT", help="what to ask")
     _add_visuals(sub)
     _add_generation(sub)
-    sub.add_argument(
-        "--cache",
-        type=own_path,
-        metavar="FILE",
-        help="keep the KV cache there: what a later prompt shares with this one, as a picture, is not computed again",
-    )
+    _add_cache(sub)
     _add_json(sub, "the answer and its figures")
     _add_batch(sub)
 
@@ -163,6 +159,7 @@ def command_parser() -> argparse.ArgumentParser:
     _add_model(sub)
     _add_fps(sub)
     _add_generation(sub)
+    _add_cache(sub)
     sub.add_argument(
         "--unload-after",
         type=duration,
@@ -340,6 +337,13 @@ def _add_batch(parser: _Parser) -> None:
     group.add_argument("--at-once", type=int, metavar="N", help=meaning)
     meaning = "ask again what the output has errors of, and not answers"
     group.add_argument("--retry-errors", action="store_true", default=None, help=meaning)
+
+
+def _add_cache(parser: _Parser) -> None:
+    meaning = "keep the KV cache there: what a later prompt shares with these, as a picture, is not computed again"
+    parser.add_argument("--cache", type=own_path, metavar="DIR", help=meaning)
+    meaning = "what files there take at most; those that were not used the longest go first (4)"
+    parser.add_argument("--cache-gb", type=gigabytes, metavar="X", default=4.0, help=meaning)
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pascalvl.plugins.errors import UserError, shown
 from pascalvl.runtime.cli.argument_types import STANDARD_OUTPUT
-from pascalvl.runtime.cli.common import check_json, fail, notice, open_model, write_json
+from pascalvl.runtime.cli.common import check_cache, check_json, fail, model_with_cache, notice, write_json
 from pascalvl.runtime.cli.sources import engine_bundle
 
 if TYPE_CHECKING:
@@ -64,8 +64,6 @@ def run(args: argparse.Namespace) -> int:
         from pascalvl.runtime.cli.batch import run_batch
 
         return run_batch(args)
-    from pascalvl.runtime.kv_cache import check_writable
-
     for name in ("output", "at_once", "retry_errors"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} is for many prompts: leave it out, or give --batch.")
@@ -74,24 +72,19 @@ def run(args: argparse.Namespace) -> int:
     check_json(args.json)
     given = given_sampling(args)
     messages = [*system_messages(args), user_message(load_visuals(args), args.prompt)]
-    if args.cache:
-        check_writable(args.cache)
+    check_cache(args)
     args.bundle = engine_bundle(args)
-    model = open_model(args)
-    sampling = sampling_params(model, given)
-    if args.cache and args.cache.exists():
-        model.load_cache(args.cache)
-    generation = model.generate(messages, sampling, args.max_new_tokens, args.stop)
-    for piece in generation:
+    with model_with_cache(args) as model:
+        sampling = sampling_params(model, given)
+        generation = model.generate(messages, sampling, args.max_new_tokens, args.stop)
+        for piece in generation:
+            if args.json != STANDARD_OUTPUT:
+                print(piece, end="", flush=True)
         if args.json != STANDARD_OUTPUT:
-            print(piece, end="", flush=True)
-    if args.json != STANDARD_OUTPUT:
-        print()
-    notice(_summary(generation))
-    if args.json:
-        write_json(args.json, _answered(generation, model))
-    if args.cache:
-        model.save_cache(args.cache)
+            print()
+        notice(_summary(generation))
+        if args.json:
+            write_json(args.json, _answered(generation, model))
     return 0
 
 
@@ -100,11 +93,10 @@ def chat(args: argparse.Namespace) -> int:
     from pascalvl.runtime.idle import Idle
 
     given = given_sampling(args)
+    check_cache(args)
     args.bundle = engine_bundle(args)
-    model = open_model(args)
-    sampling = sampling_params(model, given)
-    with Idle(model, args.unload_after) as idle:
-        _talk(args, sampling, model, idle)
+    with model_with_cache(args) as model, Idle(model, args.unload_after) as idle:
+        _talk(args, sampling_params(model, given), model, idle)
     return 0
 
 

@@ -25,7 +25,7 @@ from pascalvl.runtime.prompt import Prompt
 from pascalvl.runtime.video import Video
 from tests.engines.batches import CAPACITY, POOL, alone, changed, decodes, fresh_pool, places
 from tests.engines.decoder import CACHES, Conversation, random_tokens
-from tests.engines.torch_reference import answer, assistant, kept_tokens, reference_answer, scene, user
+from tests.engines.torch_reference import answer, assistant, kept_pages, kept_tokens, reference_answer, scene, user
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -127,9 +127,11 @@ def test_repetition_penalty(model, reference):
 
 def rows_of(model):
     """The keys and values of a conversation, without what is in its last page behind them."""
-    prefix = model.scheduler.kept(model._latest)
-    assert prefix is not None
-    return prefix.rows
+    nodes = kept_pages(model)
+    rows = model._session.read(np.array([node.page for node in nodes]))
+    for array in rows.values():
+        array[-1, :, len(nodes[-1].identities) :] = 0
+    return rows
 
 
 # The CUDA graph -------------------------------------------------------------------------------------------------------

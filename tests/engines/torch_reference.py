@@ -33,9 +33,21 @@ def assistant(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 
+def kept_pages(model) -> list:
+    """Nodes of the longest conversation that is kept."""
+    paths = []
+    for node in model.scheduler.tree._in_pool:
+        path = []
+        while node.page is not None:
+            path.insert(0, node)
+            node = node.parent
+        paths.append(path)
+    return max(paths, key=lambda path: sum(len(node.identities) for node in path), default=[])
+
+
 def kept_tokens(model) -> int:
-    """Tokens of the conversation that was computed last whose keys and values are kept."""
-    return len(model.scheduler.kept(model._latest).identities)
+    """Tokens of that conversation."""
+    return sum(len(node.identities) for node in kept_pages(model))
 
 
 def answer(

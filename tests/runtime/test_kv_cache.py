@@ -1,27 +1,21 @@
 """What the cache keeps and where: against the definition of each policy, token by token."""
 
 import contextlib
-import hashlib
 import itertools
-import json
-import math
-import os
 import random
-import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from pascalvl.engines.engine import HostSession, NewTokens, Session
+from pascalvl.engines.engine import NewTokens, Session
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bindings import Binding
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
 from pascalvl.plugins.model_config import TextConfig
-from pascalvl.runtime.kv_cache import KVCache, Prefix, check_writable
+from pascalvl.runtime.kv_cache import KVCache
 from tests.engines.decoder import Given
-from tests.fuzz.mutators import damaged_bytes
 
 TEXT = TextConfig(16, 8, 2, 1, 1, 128, 1000, (24, 20, 20), (0.5,) * 64, 1.0, (128,) * 2)
 LONGEST = 700
@@ -126,6 +120,23 @@ class Conversation:
         return [j for j in range(place + 1) if place - j < window.length or j < window.sinks or j in self.pinned]
 
 
+def copied(cache, tokens):
+    """Identities and rows of the first tokens; None: some were dropped."""
+    rows = cache.rows(tokens)
+    return rows and (cache.identities[:tokens].copy(), rows)
+
+
+def restored(cache, prefix, pinned):
+    """Begin anew with the first tokens of what was `copied`, of which some are pinned, unless a window drops some."""
+    (identities, rows), tokens = prefix, len(pinned)
+    if not cache.keeps(pinned):
+        return False
+    cache.truncate(0)
+    cache.session.write(np.array(cache.pages[: pages_of(tokens)]), rows)
+    cache.begin(identities[:tokens], pinned)
+    return True
+
+
 POLICIES = [
     "f32", "k8v4,window=0+16", "k8v4,window=4+20", "k4v4,window=3+17,pin=image", "f32,window=5+180",
     "k8v8,window=30+150,pin=image",
@@ -188,12 +199,12 @@ def test_conversations_in_one_pool_do_not_disturb_each_other(seed):
                 one.append(one.draw_chunk(draw)[0], interrupted=True)
                 one.truncate(one.cache.length)
         elif event < 0.18:
-            if length and (prefix := one.cache.prefix(length)):
+            if length and (prefix := copied(one.cache, length)):
                 prefixes[one] = prefix, one.pinned
         elif event < 0.26 and one in prefixes:
             prefix, pinned = prefixes[one]
-            length = draw.randint(1, len(prefix.identities))
-            if one.cache.restore(prefix, length, np.isin(np.arange(length), list(pinned))):
+            length = draw.randint(1, len(prefix[0]))
+            if restored(one.cache, prefix, np.isin(np.arange(length), list(pinned))):
                 one.pinned = {place for place in pinned if place < length}
         else:
             running = draw.sample(conversations, draw.randint(1, 3))
@@ -295,14 +306,14 @@ def test_tokens_that_never_came():
 def test_a_prefix_comes_back(kv, tokens, kept):
     conversation = Conversation(kv)
     conversation.append(tokens)
-    prefix = conversation.cache.prefix(tokens)
-    assert prefix.rows["tokens"].shape == (pages_of(tokens), 1, PAGE_SLOTS)
+    prefix = copied(conversation.cache, tokens)
+    assert prefix[1]["tokens"].shape == (pages_of(tokens), 1, PAGE_SLOTS)
     for _ in range(4):
         conversation.append(9)
     conversation.cache.truncate(0)
     for _ in range(30):
         conversation.append(10)  # over all of it
-    assert conversation.cache.restore(prefix, kept, np.zeros(kept, bool))
+    assert restored(conversation.cache, prefix, np.zeros(kept, bool))
     assert conversation.cache.length == kept
     conversation.append(1)
     conversation.append(7)
@@ -315,9 +326,9 @@ def test_a_prefix_comes_back_in_other_pages():
     other = Conversation("f32", session=session, pages=np.array([5, 0, 2], np.int32))
     for _ in range(3):
         first.append(70)
-    prefix = first.cache.prefix(200)
+    prefix = copied(first.cache, 200)
     other.append(60)
-    assert other.cache.restore(prefix, 190, np.zeros(190, bool))
+    assert restored(other.cache, prefix, np.zeros(190, bool))
     assert other.cache.common_prefix(np.arange(210)) == 190
     for conversation in (other, first, other):
         conversation.append(1)
@@ -329,230 +340,20 @@ def test_a_prefix_has_nothing_behind_its_last_token():
     """Neither what came after it, nor what was there before: saved files tell no more than the tokens kept."""
     conversation = Conversation("f32")
     conversation.append(300)
-    prefix = conversation.cache.prefix(200)
-    np.testing.assert_array_equal(prefix.rows["tokens"].ravel(), [*range(200), *[0] * 56])
+    prefix = copied(conversation.cache, 200)
+    np.testing.assert_array_equal(prefix[1]["tokens"].ravel(), [*range(200), *[0] * 56])
     np.testing.assert_array_equal(conversation.session.pool.ravel()[:300], np.arange(300))
 
 
 def test_a_prefix_that_a_window_would_have_dropped_is_not_taken():
     long, short = Conversation("k8v4"), Conversation("k8v4,window=4+16")
     long.append(30)
-    prefix = long.cache.prefix(30)
+    prefix = copied(long.cache, 30)
     short.append(3)
-    assert not short.cache.restore(prefix, 30, np.zeros(30, bool))
+    assert not restored(short.cache, prefix, np.zeros(30, bool))
     assert short.cache.length == 3
-    assert short.cache.restore(prefix, 19, np.zeros(19, bool))
+    assert restored(short.cache, prefix, np.zeros(19, bool))
     short.append(8)
     for _ in range(2):
         short.append(9)
-    assert short.cache.prefix(37) is None
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
-
-FORMATS = ("f32", "f16", "k8v4", "k4v4", "k8v8,layer.0=f16")
-ENGINE = hashlib.sha256(b"engine").hexdigest()
-TOKENS = 7
-
-
-def host_session(kv, pages=2):
-    return HostSession(engine_of(kv), pages, pages)
-
-
-def saved(kv, path, tokens=TOKENS):
-    """A session of ``kv`` and a prefix of random bytes that was in it, saved to ``path``."""
-    session, draw = host_session(kv), np.random.default_rng(0)
-    pages = np.arange(session.pages)
-    rows = session.read(pages)
-    rows = {
-        name: np.frombuffer(draw.bytes(array.nbytes), array.dtype).reshape(array.shape) for name, array in rows.items()
-    }
-    session.write(pages, rows)
-    cache = KVCache(session, session.cache, len(pages) * PAGE_SLOTS)
-    with cache.appending(draw.integers(-(2**62), 2**17, tokens + 1)):
-        pass
-    prefix = cache.prefix(tokens)
-    prefix.save(path, ENGINE)
-    return session, prefix
-
-
-@pytest.mark.parametrize("tokens", [0, 1, TOKENS, PAGE_SLOTS, PAGE_SLOTS + TOKENS])
-@pytest.mark.parametrize("kv", FORMATS)
-def test_saved_prefixes(kv, tokens, tmp_path):
-    """To the bit, whatever was in the rows, NaNs among it."""
-    session, prefix = saved(kv, tmp_path / "cache", tokens)
-    assert [file.name for file in tmp_path.iterdir()] == ["cache"]
-    found = Prefix.load(tmp_path / "cache", ENGINE, session)
-    np.testing.assert_array_equal(found.identities, prefix.identities)
-    assert found.rows.keys() == prefix.rows.keys()
-    there = session.read(np.arange(pages_of(tokens)))
-    cache = KVCache(other := host_session(kv), session.cache, tokens)
-    if tokens:
-        assert cache.restore(found, tokens, np.zeros(tokens, bool))
-    restored = other.read(np.arange(pages_of(tokens)))
-    for name, array in prefix.rows.items():
-        assert (found.rows[name].dtype, found.rows[name].shape) == (array.dtype, array.shape)
-        assert found.rows[name].tobytes() == restored[name].tobytes() == array.tobytes()
-        assert by_slot(array)[:tokens].tobytes() == by_slot(there[name])[:tokens].tobytes()
-        assert not by_slot(array)[tokens:].view(np.int32).any()
-
-
-def by_slot(rows):
-    """Rows of a prefix, ``[pages, num_kv_heads, PAGE_SLOTS, ...]``, as ``[slots, num_kv_heads, ...]``."""
-    return rows.swapaxes(1, 2).reshape(-1, *rows.shape[1:2], *rows.shape[3:])
-
-
-def signed(header, content):
-    """A file whose checksum is right."""
-    whole = (header if isinstance(header, bytes) else json.dumps(header).encode()) + b"\n" + content
-    return whole + hashlib.sha256(whole).digest()
-
-
-def altered_header(draw, header, content):
-    """Another header, and the content that it tells of, so that the checks of the header alone can find it."""
-    arrays, number = header["arrays"], draw.randrange(len(header["arrays"]))
-    sizes = [np.dtype(dtype).itemsize * math.prod(shape) for _, dtype, shape in arrays]
-    first = sum(sizes[:number])
-    of_array = slice(first, first + sizes[number])
-    name, dtype, shape = arrays[number]
-    others = ["|O", "<i8", "<f4", ">i4", "|V4", "no type", "", None, 4, [["a", "<i4"]]]
-    event = draw.choice(["removed", "renamed", "retyped", "reshaped", "twice", "swapped", "tokens", "key", "huge"])
-    if event == "removed":
-        del arrays[number]
-        content = content[: of_array.start] + content[of_array.stop :]
-    elif event == "renamed":
-        arrays[number][0] = draw.choice([name + "0", "", name.upper(), "../" + name, None, 3, [name]])
-    elif event == "retyped":
-        arrays[number][1] = draw.choice([other for other in others if other != dtype])
-    elif event == "reshaped":
-        axis = draw.randrange(len(shape))
-        size = draw.choice([shape[axis] + 1, 0, -1, 10**18, 2.5, None, "7", []])
-        arrays[number][2] = draw.choice([[*shape[:axis], size, *shape[axis + 1 :]], [*shape, 1], shape[:-1], None])
-    elif event == "twice":
-        arrays.append([name, dtype, shape])
-        content += content[of_array]
-    elif event == "swapped":
-        arrays.append(arrays.pop(0))
-        content = content[sizes[0] :] + content[: sizes[0]]
-    elif event == "tokens":
-        header["tokens"] = draw.choice([-1, 0, TOKENS - 1, TOKENS + 1, 10**18, True, 7.0, "7", None, [7], {}])
-    elif event == "key":
-        key = draw.choice(list(header))
-        if draw.random() < 0.5:
-            del header[key]
-        else:
-            header[key] = draw.choice([None, [], {}, 0, "another", [[]], True])
-    else:
-        return draw.choice(
-            [b"[" * 100_000, b"9" * 10_000, b"{" * 2_000_000, b"\xff\xfe{", b'{"kind": NaN}', b"null"]
-        ), content
-    return header, content
-
-
-def check_refusal(path, session):
-    with pytest.raises(UserError) as error:
-        Prefix.load(path, ENGINE, session)
-    sentence = str(error.value)
-    assert re.fullmatch(r"[^\n]*: choose another file, or remove it to have it written anew\.", sentence), sentence
-    assert str(path) in sentence
-    assert "pickle" not in sentence
-
-
-@pytest.mark.parametrize("kv", FORMATS)
-def test_damaged_files_are_refused(kv, tmp_path):
-    """What was flipped, cut off, put in or zeroed, wherever."""
-    path, draw = tmp_path / "cache", random.Random(kv)
-    session, _ = saved(kv, path)
-    whole = path.read_bytes()
-    for _ in range(300):
-        damaged = damaged_bytes(draw, whole)
-        if damaged != whole:
-            path.write_bytes(damaged)
-            check_refusal(path, session)
-
-
-@pytest.mark.parametrize("kv", FORMATS)
-def test_altered_headers_are_refused(kv, tmp_path):
-    """Also where the checksum is right: arrays removed, renamed, retyped, of other shapes, of more tokens."""
-    path, draw = tmp_path / "cache", random.Random(kv)
-    session, _ = saved(kv, path)
-    line, rest = path.read_bytes().split(b"\n", 1)
-    content = rest[: -hashlib.sha256().digest_size]
-    assert signed(json.loads(line), content) == path.read_bytes()
-    for _ in range(300):
-        path.write_bytes(signed(*altered_header(draw, json.loads(line), content)))
-        check_refusal(path, session)
-
-
-def test_rows_of_zeros_are_refused(tmp_path):
-    session, prefix = saved("k8v4", tmp_path / "cache")
-    size = sum(array.nbytes for array in prefix.rows.values())
-    whole = (tmp_path / "cache").read_bytes()
-    end = len(whole) - hashlib.sha256().digest_size
-    (tmp_path / "cache").write_bytes(whole[: end - size] + bytes(size) + whole[end:])
-    with pytest.raises(UserError, match=r"\(its checksum is not that of its content\)"):
-        Prefix.load(tmp_path / "cache", ENGINE, session)
-
-
-def test_files_of_another_engine_or_cache(tmp_path):
-    session, _ = saved("k8v4", tmp_path / "cache")
-    with pytest.raises(UserError, match="was computed by another engine than this one: choose another file"):
-        Prefix.load(tmp_path / "cache", ENGINE[::-1], session)
-    for kv in ("k8v8", "f16", "k8v4,layer.1=f16"):
-        with pytest.raises(UserError, match="other names, types or shapes than the engine's cache"):
-            Prefix.load(tmp_path / "cache", ENGINE, host_session(kv))
-
-
-def test_what_is_no_saved_cache(tmp_path):
-    path, session = tmp_path / "cache", host_session("f32")
-    with pytest.raises(UserError, match=r"is no saved KV cache \(No such file or directory\): choose another"):
-        Prefix.load(path, ENGINE, session)
-    with pytest.raises(UserError, match=r"is no saved KV cache \(it is no regular file\)"):
-        Prefix.load(tmp_path, ENGINE, session)
-    os.mkfifo(tmp_path / "pipe")
-    for other in ("pipe", "/dev/zero"):
-        with pytest.raises(UserError, match=r"is no saved KV cache \(it is no regular file\)"):
-            Prefix.load(tmp_path / other, ENGINE, session)
-    np.savez(tmp_path / "objects.npz", identities=np.array([{}, None]))
-    of_slots = signed({"kind": "PascalVL KV cache 1", "engine": ENGINE, "tokens": 0, "arrays": []}, b"")  # before pages
-    for content in (b"", b"\n", bytes(3_000_000), (tmp_path / "objects.npz").read_bytes(), of_slots):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=r"is no saved KV cache \(it does not begin as one\)"):
-            Prefix.load(path, ENGINE, session)
-
-
-def test_where_nothing_can_be_saved(tmp_path):
-    """`check_writable` knows what `save` would meet, and changes nothing."""
-    _, prefix = saved("f32", tmp_path / "cache")
-    whole = (tmp_path / "cache").read_bytes()
-    for path in (tmp_path / "cache", tmp_path / ("n" * 255)):
-        check_writable(path)
-    assert [file.name for file in tmp_path.iterdir()] == ["cache"]
-    assert (tmp_path / "cache").read_bytes() == whole
-    for path, reason in (
-        (tmp_path / "none" / "cache", "No such file or directory"),
-        (tmp_path / "cache" / "cache", "Not a directory"),
-        (tmp_path / ("n" * 256), "File name too long"),
-    ):
-        for refusing in (check_writable, lambda path: prefix.save(path, ENGINE)):
-            with pytest.raises(UserError, match=rf"cannot be saved to .* \({reason}\): choose another file\."):
-                refusing(path)
-    with pytest.raises(UserError, match=r"cannot be saved to .* \(embedded null byte\)"):
-        prefix.save(tmp_path / "null\0", ENGINE)
-    os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(UserError, match=r"cannot be saved to .* \(it is no regular file\)"):
-            check_writable(path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["cache", "pipe"]
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_files_without_permission(tmp_path):
-    _, prefix = saved("f32", tmp_path / "cache")
-    (tmp_path / "cache").chmod(0o400)
-    (tmp_path / "closed").mkdir(0o500)
-    for path in (tmp_path / "cache", tmp_path / "closed" / "cache"):
-        with pytest.raises(UserError, match=r"\(Permission denied\)"):
-            check_writable(path)
-    with pytest.raises(UserError, match=r"\(Permission denied\)"):
-        prefix.save(tmp_path / "closed" / "cache", ENGINE)
+    assert copied(short.cache, 37) is None

@@ -10,7 +10,7 @@ import torch
 
 from pascalvl.engines import validation
 from pascalvl.plugins import bindings
-from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.kv_format import CacheConfig, pages_of
 from pascalvl.runtime import SamplingParams, VisionLanguageModel
 from pascalvl.runtime.kv_cache import KVCache
 from pascalvl.runtime.model import PINNED_SLOTS
@@ -149,10 +149,13 @@ def test_conversations_in_one_session_answer_as_alone(kv, nano_engine_bundle):
     np.testing.assert_array_equal(np.concatenate(found), np.concatenate(expected))
     np.testing.assert_array_equal(np.concatenate(found_whole), np.concatenate(expected_whole))
 
-    prefix = other.prefix(150)
+    rows, identities = other.rows(150), other.identities[:150]
     keeps = config.window is None or config.window.length > 150
-    assert first.restore(prefix, 150, pinned[:150]) == keeps
+    assert first.keeps(pinned[:150]) == keeps
     if keeps:
+        first.truncate(0)
+        session.write(np.array(first.pages[: pages_of(150)]), rows)
+        first.begin(identities, pinned[:150])
         rest = [slice(start, min(start + 50, 410)) for start in range(150, 410, 50)] + chunks[-10:]
         again = np.concatenate(run(session, first, *rest))
         np.testing.assert_array_equal(again, np.concatenate(alone(config, *chunks)[3:]))

@@ -6,7 +6,9 @@ pages say its past is: a page that is shared, reused or given away wrongly chang
 
 import itertools
 import sys
+import tempfile
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,9 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pascalvl.plugins.bindings import Binding
+from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
 from pascalvl.runtime.generation import FinishReason, Generation, StopMatcher
 from pascalvl.runtime.kv_pool import PagePool
+from pascalvl.runtime.page_files import PageFiles
 from pascalvl.runtime.prefixes import PrefixTree
 from pascalvl.runtime.prompt import Prompt
 from pascalvl.runtime.sampling import Sampler, SamplingParams
@@ -26,6 +31,8 @@ from pascalvl.runtime.sequence import TokenSequence
 VOCAB = 50
 LONGEST = 6 * PAGE_SLOTS
 END = frozenset({0})
+PAGE_BYTES = 8 * PAGE_SLOTS
+ENGINE = "ab" * 32
 
 
 class HashingSession:
@@ -34,7 +41,8 @@ class HashingSession:
     def __init__(self, pages):
         self.pages, self.sequence_pages = pages, pages_of(LONGEST)
         self.model = SimpleNamespace(text=SimpleNamespace(hidden_size=1), num_deepstack=0)
-        self.pool = np.full((pages, PAGE_SLOTS), -7, np.int64)
+        self.pool = np.full((pages, 1, PAGE_SLOTS), -7, np.int64)
+        self.stored = [Binding("identities", np.dtype(np.int64), ("pages", 1, PAGE_SLOTS))]
         self.calls = []
         """By step, the numbers of new tokens of its sequences."""
 
@@ -46,8 +54,11 @@ class HashingSession:
         past = self.pool[placement.pages].reshape(-1)[: placement.past_length]
         seen = np.concatenate([past, ids])
         pages, slots = np.divmod(placement.slots, PAGE_SLOTS)
-        self.pool[placement.pages[pages], slots] = ids
+        self.pool[placement.pages[pages], 0, slots] = ids
         return next_token(seen), 1.0
+
+    def shape_of(self, binding):
+        return self.pool.shape
 
     def read(self, pages):
         return {"identities": self.pool[pages].copy()}
@@ -91,9 +102,10 @@ def sequence(prompt, limit):
     return TokenSequence(whole, none, sampler, limit, StopMatcher(()), END, text, Generation(len(ids)))
 
 
-def scheduler(pages, **limits):
+def scheduler(pages, folder=None, kv="f32", **limits):
     session = HashingSession(pages)
-    made = Scheduler(None, session, CacheConfig.parse("f32"), LONGEST, PlainSteps(), Limits(**limits))
+    files = folder and PageFiles(folder, ENGINE, session, 100 * (PAGE_BYTES + 1000))
+    made = Scheduler(None, session, CacheConfig.parse(kv), LONGEST, PlainSteps(), Limits(**limits), files)
     return made, session
 
 
@@ -112,10 +124,24 @@ def check_pages(made):
     for cache in (each.cache for each in made._running):
         for page in cache.pages:
             users[page] += 1
-    for node in made.tree._nodes:
+    for node in made.tree._in_pool:
         users[node.page] += 1
     assert users == [made.pool.users(page) for page in range(len(made.pool))]
     assert made.pool.free == users.count(0)
+    check_tree(made.tree)
+
+
+def check_tree(tree):
+    """What is in the pool, on the host and in files is found from the root, pages of the pool before all others."""
+    found = [tree._root]
+    for node in found:
+        assert all(child.is_there and child.parent is node for child in node.children.values())
+        assert node is tree._root or node.page is not None or not node.is_before_others
+        assert node.page is None or node.rows is None
+        found += node.children.values()
+    assert set(tree._in_pool) == {node for node in found if node.page is not None}
+    assert set(tree._on_host) == {node for node in found if node.rows is not None}
+    assert tree.host_bytes == PAGE_BYTES * len(tree._on_host)
 
 
 prompts = st.builds(
@@ -133,11 +159,23 @@ requests = st.tuples(prompts, st.integers(1, 120), st.integers(0, 12), st.one_of
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(requests, min_size=1, max_size=12), st.integers(pages_of(620), 14), st.integers(1, 6))
-def test_any_arrivals_and_cancellations(arriving, pages, at_once):
+@given(
+    st.lists(requests, min_size=1, max_size=12),
+    st.integers(pages_of(620), 14),
+    st.integers(1, 6),
+    st.sampled_from([0, 3, 1000]),
+    st.booleans(),
+)
+def test_any_arrivals_and_cancellations(arriving, pages, at_once, on_host, has_files):
     """Each sequence gets what it gets alone, or was cancelled; no page is lost or used by strangers; and no step takes
-    more tokens of a prompt than it may while others write."""
-    made, session = scheduler(pages, sequences=at_once, chunk=200, chunk_beside=30)
+    more tokens of a prompt than it may while others write. With room on the host or without, and files or none."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder) if has_files else None
+        limits = {"sequences": at_once, "chunk": 200, "chunk_beside": 30, "host_bytes": on_host * PAGE_BYTES}
+        check_arrivals(*scheduler(pages, files, **limits), arriving)
+
+
+def check_arrivals(made, session, arriving):
     sequences = [sequence(prompt, limit) for prompt, limit, _, _ in arriving]
     for step in itertools.count():
         for each, (_, _, comes, _) in zip(sequences, arriving, strict=True):
@@ -162,13 +200,16 @@ def test_any_arrivals_and_cancellations(arriving, pages, at_once):
             assert each.is_finished
             assert each.generation.token_ids == expected
             assert each.generation.finish_reason is (FinishReason.STOP if expected[-1] in END else FinishReason.LENGTH)
+    made.tree.save()
+    check_pages(made)
     made.tree.clear()
-    assert made.pool.free == pages
+    check_tree(made.tree)
+    assert made.pool.free == len(made.pool)
 
 
 def test_a_long_run_leaks_nothing():
     """100,000 tokens of prompts with random beginnings, through few pages."""
-    made, _ = scheduler(12, sequences=4, chunk=256)
+    made, _ = scheduler(12, sequences=4, chunk=256, host_bytes=20 * PAGE_BYTES)
     rng, done = np.random.default_rng(0), 0
     while done < 100_000:
         shared = [1 + i % 40 for i in range(int(rng.integers(0, 300)))]
@@ -190,7 +231,7 @@ def test_a_long_run_leaks_nothing():
 @pytest.mark.parametrize("lines", [*range(0, 1500, 60)])
 def test_an_interrupt_between_any_two_lines(lines):
     """What the interrupted ones had is given back, and the others go on."""
-    made, _ = scheduler(8, sequences=3, chunk=100)
+    made, _ = scheduler(8, sequences=3, chunk=100, host_bytes=4 * PAGE_BYTES)
     prompts = [[1 + i % 40 for i in range(150)] + [number] * 30 for number in (1, 2, 3)]
     sequences = [sequence(prompt, 150) for prompt in prompts]
     left = lines
@@ -276,6 +317,128 @@ def test_a_fork_copies_the_page_that_differs():
     assert len(copies) == 2
 
 
+LONG = [1 + i % 40 for i in range(400)]
+
+
+def answered(made, prompt, limit=5):
+    """The sequence of a prompt, after it is run; the answer is right."""
+    each = sequence(prompt, limit)
+    made.submit(each)
+    run(made)
+    check_pages(made)
+    assert each.generation.token_ids == alone(prompt, limit)
+    return each.generation
+
+
+@pytest.mark.parametrize("has_files", [False, True])
+def test_pages_come_back_from_where_they_went(has_files, tmp_path):
+    """From the host, or from files where that has room for one alone; a question of its own goes on from there."""
+    room = 1 if has_files else 20
+    made, session = scheduler(4, tmp_path / "cache" if has_files else None, host_bytes=room * PAGE_BYTES)
+    answered(made, LONG)
+    answered(made, [41] * 400)  # takes all pages
+    assert made.tree.host_bytes == min(room, 4) * PAGE_BYTES
+    assert len(list(tmp_path.glob("cache/*.kv"))) == 3 * has_files
+    session.calls.clear()
+    assert answered(made, [*LONG, 2, 3]).reused_tokens == 400
+    assert session.calls[0] == [2]
+
+
+def test_there_may_be_no_room_on_the_host():
+    made, _ = scheduler(4, host_bytes=0)
+    answered(made, LONG)
+    answered(made, [41] * 400)
+    assert made.tree.host_bytes == 0
+    assert answered(made, LONG).reused_tokens == 0
+
+
+def test_pages_outlive_the_process(tmp_path):
+    """Once they are saved; what a longer conversation has all tokens of is there once."""
+    made, _ = scheduler(8, tmp_path)
+    first = answered(made, LONG)
+    steps = []
+    made.save(lambda done, of: steps.append((done, of)))
+    assert steps == [(number, 4) for number in range(1, 5)]
+    made, session = scheduler(8, tmp_path)
+    whole = [*LONG, *first.token_ids, 7]
+    assert answered(made, whole).reused_tokens == 404
+    made.save()
+    assert len(list(tmp_path.glob("*.kv"))) == 4
+    made, session = scheduler(8, tmp_path)
+    assert answered(made, whole).reused_tokens == 405
+    assert session.calls[0] == [1]
+
+
+def test_files_that_are_gone_or_damaged(tmp_path, caplog):
+    """The rest is computed again, and is there again then."""
+    made, _ = scheduler(8, tmp_path)
+    answered(made, LONG)
+    made.save()
+    names = [tmp_path / f"{ENGINE[:16]}-{node.key.hex()}.kv" for node in made.tree.match(np.array(LONG)).path]
+    made, _ = scheduler(8, tmp_path)
+    content = bytearray(names[2].read_bytes())
+    content[-100] ^= 1
+    names[2].write_bytes(content)
+    assert answered(made, LONG).reused_tokens == 2 * PAGE_SLOTS
+    assert "its checksum is not that of its content" in caplog.text
+    made.save()
+    made, _ = scheduler(8, tmp_path)
+    names[1].unlink()
+    assert answered(made, LONG).reused_tokens == PAGE_SLOTS
+    made.save()
+    assert answered(scheduler(8, tmp_path)[0], LONG).reused_tokens == len(LONG) - 1
+
+
+def test_a_full_disk_stops_nobody(tmp_path, caplog):
+    """Told once; what would be written is forgotten."""
+    made, _ = scheduler(4, tmp_path / "cache", host_bytes=PAGE_BYTES)
+    (tmp_path / "cache").rmdir()
+    for token in (1, 2, 3):
+        answered(made, [token] * 400)
+    assert caplog.text.count("cannot be kept in") == 1
+    made, _ = scheduler(4, tmp_path / "cache")
+    answered(made, LONG)
+    (tmp_path / "cache").rmdir()
+    with pytest.raises(UserError, match="cannot be kept in"):
+        made.save()
+
+
+@pytest.mark.parametrize("kv", ["f32", "f32,window=4+500"])
+def test_what_is_kept_is_never_given_up(kv):
+    """Though there is no room for it on the host, and others would go on in its last page."""
+    made, _ = scheduler(6, kv=kv, host_bytes=0)
+    answered_in_window(made, LONG)
+    assert made.keep(np.array(LONG))
+    for prompt in ([*LONG, 5, 6], [41] * 450, [42] * 450, [43] * 450):
+        answered_in_window(made, prompt)
+    assert answered_in_window(made, [*LONG, 9]).reused_tokens == len(LONG)
+    assert not made.keep(np.array([*LONG, 44]))
+
+
+def answered_in_window(made, prompt, limit=5):
+    """As `answered`; tokens see the same as without a window, in which they all are."""
+    each = sequence(prompt, limit)
+    made.submit(each)
+    run(made)
+    assert each.generation.token_ids == alone(prompt, limit)
+    return each.generation
+
+
+def test_windows_share_what_begins_alike(tmp_path):
+    """By copies: on the host, and in files."""
+    options = {"kv": "f32,window=4+500", "host_bytes": 20 * PAGE_BYTES}
+    made, _ = scheduler(12, tmp_path, **options)
+    for token in (5, 6):
+        each = answered_in_window(made, [*LONG, token, token])
+    assert each.reused_tokens == len(LONG)
+    answered_in_window(made, [41] * 450)
+    answered_in_window(made, [42] * 450)
+    assert answered_in_window(made, [*LONG, 7]).reused_tokens == len(LONG)
+    made.save()
+    made, _ = scheduler(12, tmp_path, **options)
+    assert answered_in_window(made, [*LONG, 8]).reused_tokens == len(LONG)
+
+
 def test_a_prompt_waits_for_one_that_begins_alike():
     """And finds its pages."""
     made, session = scheduler(12, chunk=100)
@@ -326,7 +489,7 @@ def test_pages_are_counted():
 
 def test_what_was_not_asked_for_the_longest_goes_first():
     pool = PagePool(4)
-    tree = PrefixTree(pool)
+    tree = PrefixTree(pool, HashingSession(4))
     texts = [np.full(PAGE_SLOTS * 2, token) for token in (1, 2)]
     for text in texts:
         pages = pool.take(2)
