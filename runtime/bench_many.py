@@ -17,12 +17,13 @@ from pascalvl.runtime.bench import endless, own_sampling
 from pascalvl.runtime.model import VisionLanguageModel
 from pascalvl.runtime.positions import mrope_position_ids
 from pascalvl.runtime.prompt import Prompt
-from pascalvl.runtime.sampling import SamplingParams
+from pascalvl.runtime.sampling import Sampler, SamplingParams
 from pascalvl.runtime.scheduler import Limits
+from pascalvl.runtime.sequence import TokenSequence
 
 _GREEDY = SamplingParams(temperature=0)
 _SEED = 0
-_QUESTIONS = "Describe the picture.", "How many colours does it have?"
+_QUESTIONS = "Describe the picture.", "How many colours does it have?", "Where is it brightest?"
 _REPEATS_OF_PICTURE = 5
 
 
@@ -69,7 +70,9 @@ class Writing:
     tokens_per_second: float
     """Of all of them."""
     host_us: float
-    """Of a step, outside the engine: scheduling, feeds, text; microseconds."""
+    """Of a step, outside the engine: scheduling, feeds, sampling's numbers, text; microseconds."""
+    scheduler_us: float
+    """Of these, scheduling alone."""
     prompt_tokens_per_second: float
     """While their prompts were computed, before any of them wrote."""
     gap_ms: tuple[float, float] | None
@@ -87,8 +90,9 @@ class ManyResult:
     kv_cache: str
     options: ManyOptions
     writing: tuple[Writing, ...]
-    first_token_ms: tuple[float, float] | None
-    """Of a question about a picture that was never seen before, and of another about it."""
+    first_token_ms: tuple[float, float, float] | None
+    """Of a question about a picture that was never seen before, of another about it, and of one whose pages wait on the
+    host."""
 
 
 def measure(
@@ -141,7 +145,12 @@ def _writing(model: VisionLanguageModel, name: str, sampling: SamplingParams, op
         scheduler.submit(sequence)
     while not all(sequence.is_decoding for sequence in sequences):
         scheduler.step()
-    with _timed(model) as inside:
+    with (
+        _timed(scheduler.session, "choose") as inside,
+        _timed(model.steps, "next_tokens") as feeds,
+        _timed(Sampler, "next") as samplers,
+        _timed(TokenSequence, "accept") as texts,
+    ):
         begun = time.perf_counter()
         for _ in range(options.steps):
             scheduler.step()
@@ -162,6 +171,7 @@ def _writing(model: VisionLanguageModel, name: str, sampling: SamplingParams, op
         name,
         options.streams * options.steps / seconds,
         1e6 * (seconds - sum(inside)) / options.steps,
+        1e6 * (seconds - sum(inside) - sum(feeds) - sum(samplers) - sum(texts)) / options.steps,
         prompt_rate,
         (float(np.median(gaps)), float(np.quantile(gaps, 0.99))) if gaps and len(sequences) > 1 else None,
     )
@@ -174,39 +184,41 @@ def _prompt(model: VisionLanguageModel, random: np.random.Generator, length: int
 
 
 @contextmanager
-def _timed(model: VisionLanguageModel) -> Iterator[list[float]]:
-    """Inside, the seconds that each call of the engine takes."""
-    session = model.scheduler.session
-    choose, seconds = session.choose, []
+def _timed(owner: object, name: str) -> Iterator[list[float]]:
+    """Inside, the seconds that each call of a method takes."""
+    method, seconds = getattr(owner, name), []
 
     def timed(*arguments: object) -> object:
         begun = time.perf_counter()
         try:
-            return choose(*arguments)  # type: ignore[arg-type]
+            return method(*arguments)
         finally:
             seconds.append(time.perf_counter() - begun)
 
-    session.choose = timed  # type: ignore[method-assign, assignment]
+    setattr(owner, name, timed)
     try:
         yield seconds
     finally:
-        session.choose = choose  # type: ignore[method-assign]
+        setattr(owner, name, method)
 
 
-def _pictures(model: VisionLanguageModel, side: int) -> tuple[float, float]:
+def _pictures(model: VisionLanguageModel, side: int) -> tuple[float, float, float]:
     random, rows = np.random.default_rng(_SEED), []
+    tree, pool = model.scheduler.tree, model.scheduler.pool
     for _ in range(1 + _REPEATS_OF_PICTURE):
         picture = Image.fromarray(random.integers(256, size=(side, side, 3), dtype=np.uint8))
         row = []
         for question in _QUESTIONS:
+            if question == _QUESTIONS[-1]:
+                tree.make_room(len(pool))
             content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
             begun = time.perf_counter()
             for _ in model.generate([{"role": "user", "content": content}], _GREEDY, 1):
                 pass
             row.append(1e3 * (time.perf_counter() - begun))
         rows.append(row)
-    first, again = (statistics.median(column) for column in zip(*rows[1:], strict=True))
-    return first, again
+    first, again, from_host = (statistics.median(column) for column in zip(*rows[1:], strict=True))
+    return first, again, from_host
 
 
 def tables(result: ManyResult) -> Sequence[Table]:
@@ -218,6 +230,7 @@ def tables(result: ManyResult) -> Sequence[Table]:
         f"{options.streams} answers behind {options.depth:,} tokens",
         "tok/s of all",
         "host, us a step",
+        "of it the scheduler",
         "their prompts, tok/s",
         f"between tokens while {options.arriving:,} come, ms",
         "p99",
@@ -225,12 +238,12 @@ def tables(result: ManyResult) -> Sequence[Table]:
         table.add_column(heading, justify="right")
     for row in result.writing:
         gaps = [f"{gap:.1f}" for gap in row.gap_ms] if row.gap_ms else ["", ""]
-        rates = f"{row.tokens_per_second:,.0f}", f"{row.host_us:,.0f}", f"{row.prompt_tokens_per_second:,.0f}"
-        table.add_row(row.sampling, *rates, *gaps)
+        rates = row.tokens_per_second, row.host_us, row.scheduler_us, row.prompt_tokens_per_second
+        table.add_row(row.sampling, *(f"{rate:,.0f}" for rate in rates), *gaps)
     if result.first_token_ms is None:
         return [table]
     picture = Table(title=f"a picture of {options.picture}x{options.picture}, until the first token")
-    for heading in ("never seen before, ms", "seen before, ms"):
+    for heading in ("never seen before, ms", "seen before, ms", "its pages on the host, ms"):
         picture.add_column(heading, justify="right")
     picture.add_row(*(f"{ms:,.1f}" for ms in result.first_token_ms))
     return [table, picture]

@@ -359,7 +359,7 @@ class Scheduler:
             return False
         match, cache = self.tree.match(wanted), _cache(sequence)
         if match.tokens > cache.length and cache.keeps(sequence.pinned[: match.tokens]):
-            tokens = self.tree.restore(match, cache.pages, is_shared=False)
+            tokens = max(cache.length, self.tree.restore(match, cache.pages, is_shared=False))
             cache.begin(wanted[:tokens], sequence.pinned[:tokens])
         return True
 
