@@ -6,9 +6,12 @@ import itertools
 import numpy as np
 import pytest
 
+from pascalvl.engines.device.memory import available_target
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.kernels.build import Target
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.runtime import Request, SamplingParams, VisionLanguageModel
+from tests.engines.decoder import CACHES
 from tests.engines.torch_reference import scene, user
 
 GREEDY = SamplingParams(temperature=0)
@@ -45,12 +48,28 @@ def alone(bundle, wanted: list[Request], **options) -> list[list[int]]:
 
 @pytest.mark.parametrize("kv", ["f32", "k8v8", "k4v4"])
 def test_answers_are_those_that_each_gets_alone(kv, nano_engine):
+    check_many(nano_engine(kv), requests(18))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", CACHES)
+def test_64_answers_are_those_that_each_gets_alone(kv, nano_engine):
+    check_many(nano_engine(kv), requests(64))
+
+
+@pytest.mark.skipif(available_target() is not Target.CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["cuda", "torch"])
+@pytest.mark.parametrize("kv", CACHES)
+def test_64_answers_on_a_gpu(kv, backend, nano_engine):
+    check_many(nano_engine(kv, backend), requests(64))
+
+
+def check_many(bundle, wanted):
     """In any order, with room for all and with so little that some are computed twice."""
-    wanted = requests(18)
     options = {"context_length": 768}
-    expected = alone(nano_engine(kv), wanted, **options)
+    expected = alone(bundle, wanted, **options)
     for sequences, seed in ((4, 1), (1, 2)):
-        model = VisionLanguageModel.open(nano_engine(kv), **options, sequences=sequences)
+        model = VisionLanguageModel.open(bundle, **options, sequences=sequences)
         order = np.random.default_rng(seed).permutation(len(wanted))
         found = dict(model.generate_many(wanted[i] for i in order))
         assert [found[at].token_ids for at in range(len(wanted))] == [expected[i] for i in order]
