@@ -51,6 +51,10 @@ class KVCache:
         """Take more pages."""
         self._pages = np.append(self._pages, np.asarray(pages, np.int32))
 
+    def shrink(self) -> None:
+        """Have no pages but those in which tokens are."""
+        self._pages = self._pages[: pages_of(self._length)]
+
     @property
     def capacity(self) -> int:
         """Slots of its pages."""

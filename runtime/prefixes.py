@@ -22,16 +22,16 @@ from pascalvl.runtime.page_files import PageFiles, Rows, key_of
 log = logging.getLogger(__name__)
 
 
-class _Node:
+class PageNode:
     """A page, behind those of its parents."""
 
     __slots__ = ("children", "identities", "is_in_file", "is_kept", "key", "page", "parent", "rows")
 
-    def __init__(self, parent: _Node | None, identities: np.ndarray, key: bytes) -> None:
+    def __init__(self, parent: PageNode | None, identities: np.ndarray, key: bytes) -> None:
         self.parent, self.identities = parent, identities
         self.key = key
         """What its file is named by."""
-        self.children: dict[bytes, _Node] = {}
+        self.children: dict[bytes, PageNode] = {}
         self.page: int | None = None
         """In the pool; then those of its parents are, too."""
         self.rows: Rows | None = None
@@ -52,16 +52,16 @@ class _Node:
 class Match:
     """What is there of a sequence's first tokens."""
 
-    path: list[_Node]
+    path: list[PageNode]
     """Full pages, in order."""
-    last: _Node | None
+    last: PageNode | None
     """One more page ..."""
     rest: int
     """... of whose tokens so many are the sequence's next: to be copied, for others may use it or its later slots,
     unless `PrefixTree.claim` gives it."""
     pages: list[int]
     """Those of the full ones that are in the pool."""
-    elsewhere: list[_Node]
+    elsewhere: list[PageNode]
     """Those behind them, and the last, that are not."""
 
     @property
@@ -85,22 +85,27 @@ class PrefixTree:
 
     def __init__(self, pool: PagePool, session: Session, host_bytes: int = 0, files: PageFiles | None = None) -> None:
         self._pool, self.session, self._most_bytes, self._files = pool, session, host_bytes, files
-        self._root = _Node(None, np.zeros(0, np.int64), files.root if files else b"")
+        self._root = PageNode(None, np.zeros(0, np.int64), files.root if files else b"")
         # The least recently used first, children before parents.
-        self._in_pool: OrderedDict[_Node, None] = OrderedDict()
-        self._on_host: OrderedDict[_Node, None] = OrderedDict()
+        self._in_pool: OrderedDict[PageNode, None] = OrderedDict()
+        self._on_host: OrderedDict[PageNode, None] = OrderedDict()
         self._bytes = 0
-        self._by_page: dict[int, _Node] = {}
+        self._by_page: dict[int, PageNode] = {}
         nodes = {self._root.key: self._root}
         for stored in files.pages() if files else ():
             parent = nodes[stored.parent]
-            node = nodes[stored.key] = _Node(parent, stored.identities, stored.key)
+            node = nodes[stored.key] = PageNode(parent, stored.identities, stored.key)
             parent.children[stored.identities.tobytes()] = node
             node.is_in_file = True
 
     def __len__(self) -> int:
         """Pages that are kept in the pool."""
         return len(self._in_pool)
+
+    @property
+    def movable(self) -> int:
+        """Pages of the pool that nobody else uses, of which `make_room` makes free ones."""
+        return sum(self._pool.users(page) == 1 for page in self._by_page)
 
     @property
     def host_bytes(self) -> int:
@@ -140,25 +145,21 @@ class PrefixTree:
             self._forget(node)
         return True
 
-    def restore(self, match: Match, pages: list[int], is_shared: bool = True) -> int:
-        """Put what a match has elsewhere into pages that the caller has taken, the first of them in order.
+    def restore(self, node: PageNode, page: int, is_shared: bool) -> bool:
+        """Put what is elsewhere into a page of the pool that the caller has taken; returns whether it is still there.
 
-        Full ones the tree uses from then on, too, if they ``is_shared``. Returns the tokens that are there then, which
-        are fewer than `Match.tokens` where a file is gone or damaged.
+        Args:
+            node: of `Match.elsewhere`.
+            page: where to.
+            is_shared: the tree uses the page from then on, too.
         """
-        tokens = len(match.pages) * PAGE_SLOTS
-        for node, page in zip(match.elsewhere, pages, strict=False):
-            rows = self._rows_of(node)
-            if rows is None:
-                break
-            self.session.write(np.array([page], np.int32), rows)
-            if node is match.last:
-                tokens += match.rest
-            else:
-                tokens += PAGE_SLOTS
-                if is_shared:
-                    self._enter_pool(node, page)
-        return tokens
+        rows = self._rows_of(node)
+        if rows is None:
+            return False
+        self.session.write(np.array([page], np.int32), rows)
+        if is_shared:
+            self._enter_pool(node, page)
+        return True
 
     def insert(self, identities: np.ndarray, pages: list[int]) -> None:
         """Keep pages of a sequence, whose tokens are ``identities``; what is there already stays as it is."""
@@ -254,7 +255,7 @@ class PrefixTree:
 
     # One page ---------------------------------------------------------------------------------------------------------
 
-    def _nodes_of(self, identities: np.ndarray) -> Iterator[tuple[_Node, int]]:
+    def _nodes_of(self, identities: np.ndarray) -> Iterator[tuple[PageNode, int]]:
         """The pages of a sequence, with their numbers; nodes that are not there yet are made."""
         node = self._root
         for number in range(-(-len(identities) // PAGE_SLOTS)):
@@ -267,12 +268,12 @@ class PrefixTree:
                 for each, common in others:
                     if common == len(each.identities):
                         self._give_up(each)
-                child = _Node(node, part.copy(), key_of(node.key, part.tobytes()))
+                child = PageNode(node, part.copy(), key_of(node.key, part.tobytes()))
                 node.children[part.tobytes()] = child
             yield child, number
             node = child
 
-    def _give_up(self, node: _Node) -> None:
+    def _give_up(self, node: PageNode) -> None:
         """Forget a page, of which another one has all tokens, unless somebody uses it."""
         if node.is_kept or (node.page is not None and self._pool.users(node.page) > 1):
             return
@@ -282,9 +283,9 @@ class PrefixTree:
             self._files.remove(node.key)
         self._forget(node)
 
-    def _evict_from(self, node: _Node, pages: int) -> None:
+    def _evict_from(self, node: PageNode, pages: int) -> None:
         """Move a page to the host, and those before it that nothing else hangs on, until so many are free."""
-        current: _Node | None = node
+        current: PageNode | None = node
         while current and current.page is not None and self._pool.free < pages:
             if current.is_before_others or self._pool.users(current.page) > 1:
                 return
@@ -307,7 +308,7 @@ class PrefixTree:
             if self._bytes <= self._most_bytes:
                 return
 
-    def _write(self, node: _Node) -> None:
+    def _write(self, node: PageNode) -> None:
         """Write a page to its file, if there are files."""
         if self._files is None or node.is_in_file or node.rows is None:
             return
@@ -319,7 +320,7 @@ class PrefixTree:
             log.warning("%s", error)
             self._files = None
 
-    def _read(self, node: _Node) -> Rows:
+    def _read(self, node: PageNode) -> Rows:
         """What a page holds; zeros behind its tokens."""
         if node.rows is not None:
             return node.rows
@@ -328,7 +329,7 @@ class PrefixTree:
             array[:, :, len(node.identities) :] = 0
         return rows
 
-    def _rows_of(self, node: _Node) -> Rows | None:
+    def _rows_of(self, node: PageNode) -> Rows | None:
         """Of a page that is on the host or in a file; None: it is there no more."""
         if node.rows is None and node.is_in_file and self._files:
             if rows := self._files.read(node.key):
@@ -336,14 +337,14 @@ class PrefixTree:
             self._forget(node)
         return node.rows
 
-    def _enter_pool(self, node: _Node, page: int) -> None:
+    def _enter_pool(self, node: PageNode, page: int) -> None:
         node.page = page
         self._pool.share([page])
         self._in_pool[node] = None
         self._by_page[page] = node
         self._leave_host(node)
 
-    def _leave_pool(self, node: _Node) -> int:
+    def _leave_pool(self, node: PageNode) -> int:
         """Returns the page, of which the tree is a user still."""
         assert node.page is not None
         page, node.page = node.page, None
@@ -351,18 +352,18 @@ class PrefixTree:
         del self._by_page[page]
         return page
 
-    def _enter_host(self, node: _Node, rows: Rows) -> None:
+    def _enter_host(self, node: PageNode, rows: Rows) -> None:
         node.rows = rows
         self._on_host[node] = None
         self._bytes += _nbytes(rows)
 
-    def _leave_host(self, node: _Node) -> None:
+    def _leave_host(self, node: PageNode) -> None:
         if node.rows is not None:
             self._bytes -= _nbytes(node.rows)
             node.rows = None
             del self._on_host[node]
 
-    def _forget(self, node: _Node) -> None:
+    def _forget(self, node: PageNode) -> None:
         """Know no more of a page that is in the pool no more, and of those behind it."""
         assert node.parent is not None
         node.parent.children.pop(node.identities.tobytes(), None)
@@ -372,7 +373,7 @@ class PrefixTree:
             self._leave_host(each)
             each.is_in_file = False
 
-    def _path(self, identities: np.ndarray) -> Iterator[_Node]:
+    def _path(self, identities: np.ndarray) -> Iterator[PageNode]:
         """The full pages that a sequence begins with."""
         node = self._root
         for start in range(0, len(identities) - PAGE_SLOTS + 1, PAGE_SLOTS):
@@ -382,7 +383,7 @@ class PrefixTree:
             yield child
             node = child
 
-    def _touch(self, path: list[_Node]) -> None:
+    def _touch(self, path: list[PageNode]) -> None:
         """Note a use, of parents after their children: those are given up before."""
         for node in reversed(path):
             for order in (self._in_pool, self._on_host):

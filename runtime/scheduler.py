@@ -19,12 +19,15 @@ from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
 from pascalvl.runtime.kv_cache import KVCache, common_length
 from pascalvl.runtime.kv_pool import PagePool
 from pascalvl.runtime.page_files import PageFiles
-from pascalvl.runtime.prefixes import Match, PrefixTree
+from pascalvl.runtime.prefixes import Match, PageNode, PrefixTree
 from pascalvl.runtime.prompt import Visual
 from pascalvl.runtime.sequence import TokenSequence
 from pascalvl.runtime.steps import FeatureCache, Steps
 
 log = logging.getLogger(__name__)
+
+_TOKENS_AS_A_PAGE = 32
+"""That are computed in a chunk while a page could be fetched instead."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,8 @@ class Scheduler:
         """In the order in which they were admitted."""
         self._turn: deque[TokenSequence] = deque()
         """Of prompts, the next first."""
+        self._elsewhere: dict[TokenSequence, deque[tuple[int, PageNode]]] = {}
+        """Pages of prompts that are fetched before the rest is computed, and the tokens that are there then."""
         self.use(engine, session)
 
     def use(self, engine: Engine, session: Session) -> None:
@@ -139,6 +144,9 @@ class Scheduler:
         for each in self._running:  # with nothing to run: the token that came of the last step was not taken
             if each.computed >= each.length:
                 _cache(each).truncate(each.length - 1)
+        for cache in () if self._config.window else self._caches:
+            cache.shrink()
+        self._elsewhere = {each: self._elsewhere[each] for each in self._running if each in self._elsewhere}
         self._turn = deque(each for each in self._running if not each.is_decoding)
         self.pool.recount([self.tree.recover(), *(cache.pages for cache in self._caches)])
 
@@ -216,7 +224,11 @@ class Scheduler:
             sequence.generation.decode_seconds += seconds
 
     def _prefill(self, sequence: TokenSequence, most: int) -> None:
-        """Look at the next picture of a prompt, or run its next chunk."""
+        """Fetch pages of a prompt, look at its next picture, or run its next chunk."""
+        if self._elsewhere.get(sequence):
+            self._turn.rotate(-1)
+            self._fetch(sequence, max(1, most // _TOKENS_AS_A_PAGE))
+            return
         try:
             seen = self._seen(sequence)
         except (MemoryError, UserError) as error:
@@ -294,8 +306,7 @@ class Scheduler:
             self._running.append(sequence)
             self._turn.append(sequence)
             self._waiting.remove(sequence)
-            if not sequence.generation.token_ids:
-                sequence.generation.reused_tokens = sequence.computed
+            self._count_reused(sequence)
 
     def _is_being_computed(self, sequence: TokenSequence, match: Match) -> bool:
         """Whether another prompt, of which pages are computed now, has more in common with it than what is kept."""
@@ -305,32 +316,34 @@ class Scheduler:
         )
 
     def _begin(self, sequence: TokenSequence, match: Match) -> bool:
-        """Take the pages that are kept of a prompt's beginning, and free ones for the rest; returns whether there are
-        enough."""
+        """Share the pages that are kept of a prompt's beginning, if there is room for the rest, which it takes as they
+        are needed; returns whether there is."""
+        promised = sum(pages_of(each.length) - len(_cache(each).pages) for each in self._running)
         self.pool.share(match.pages)
         missing = pages_of(sequence.length) - len(match.pages)
-        last, tokens = self._last_page(match, missing)
-        own = [] if last is None else [last]
-        if not self._make_room(missing - len(own)):
-            self.pool.release([*match.pages, *own])
+        if self.pool.free + self.tree.movable < missing + promised:
+            self.pool.release(match.pages)
             return False
-        own += self.pool.take(missing - len(own))
-        pages = [*match.pages, *own]
-        if match.elsewhere:
-            tokens = self.tree.restore(match, own)
-        self._give(sequence, pages, tokens)
+        last, tokens = self._last_page(match)
+        self._give(sequence, match.pages if last is None else [*match.pages, last], tokens)
+        ends = range((len(match.pages) + 1) * PAGE_SLOTS, match.tokens + PAGE_SLOTS, PAGE_SLOTS)
+        self._elsewhere[sequence] = deque(
+            (min(end, match.tokens), node) for end, node in zip(ends, match.elsewhere, strict=False)
+        )
         return True
 
-    def _last_page(self, match: Match, missing: int) -> tuple[int | None, int]:
-        """A page of the sequence's own for what it has of the one that a match ends in, None: there is none; and the
-        tokens that it then has in all. The page itself if nobody else wants it, or else a copy if there is room."""
+    def _last_page(self, match: Match) -> tuple[int | None, int]:
+        """A page of the sequence's own for what it has of the one in the pool that a match ends in, None: there is
+        none; and the tokens that it then has in all. The page itself if nobody else wants it, or else a copy if there
+        is room."""
+        tokens = len(match.pages) * PAGE_SLOTS
         if match.last is None or match.last.page is None:
-            return None, match.tokens
+            return None, tokens
         page = match.last.page
         if self.tree.claim(page, match.rest):
             return page, match.tokens
         self.pool.share([page])
-        has_room = self._make_room(missing)
+        has_room = self._make_room(1)
         self.pool.release([page])
         if has_room:
             (copy,) = self.pool.take(1)
@@ -338,7 +351,33 @@ class Scheduler:
             return copy, match.tokens
         if self.tree.claim(page, match.rest, cut=True):
             return page, match.tokens
-        return None, match.tokens - match.rest
+        return None, tokens
+
+    def _fetch(self, sequence: TokenSequence, most: int) -> None:
+        """Bring up to so many pages of a prompt that are elsewhere to the pool."""
+        cache, elsewhere = _cache(sequence), self._elsewhere[sequence]
+        begun = time.perf_counter()
+        for _ in range(min(most, len(elsewhere))):
+            end, node = elsewhere[0]
+            is_whole = end % PAGE_SLOTS == 0
+            if is_whole and node.page is not None:  # another sequence has brought it there
+                self.pool.share([node.page])
+                cache.grow([node.page])
+            elif not self._has_pages(sequence, end):
+                return
+            elif node.page is not None:
+                self.session.copy_page(node.page, cache.pages[-1])
+            elif not self.tree.restore(node, cache.pages[-1], is_shared=is_whole):
+                elsewhere.clear()
+                break
+            cache.begin(sequence.identities[:end], sequence.pinned[:end])
+            elsewhere.popleft()
+        sequence.generation.prefill_seconds += time.perf_counter() - begun
+        self._count_reused(sequence)
+
+    def _count_reused(self, sequence: TokenSequence) -> None:
+        if not sequence.generation.token_ids:
+            sequence.generation.reused_tokens = sequence.computed
 
     def _begin_in_window(self, sequence: TokenSequence) -> bool:
         """With a window, slots are used again, and pages are a sequence's own: it goes on where one has ended, or
@@ -359,8 +398,12 @@ class Scheduler:
             return False
         match, cache = self.tree.match(wanted), _cache(sequence)
         if match.tokens > cache.length and cache.keeps(sequence.pinned[: match.tokens]):
-            tokens = max(cache.length, self.tree.restore(match, cache.pages, is_shared=False))
-            cache.begin(wanted[:tokens], sequence.pinned[:tokens])
+            tokens = 0
+            for node, page in zip(match.elsewhere, cache.pages, strict=False):
+                if not self.tree.restore(node, page, is_shared=False):
+                    break
+                tokens = min(tokens + PAGE_SLOTS, match.tokens)
+            cache.begin(wanted[: max(tokens, cache.length)], sequence.pinned[: max(tokens, cache.length)])
         return True
 
     def _copy_to_host(self, cache: KVCache, tokens: int, is_kept: bool = False) -> None:
@@ -413,6 +456,7 @@ class Scheduler:
 
     def _leave(self, sequence: TokenSequence) -> None:
         self._running.remove(sequence)
+        self._elsewhere.pop(sequence, None)
         if sequence in self._turn:
             self._turn.remove(sequence)
         cache, sequence.cache = _cache(sequence), None

@@ -13,7 +13,7 @@ from pascalvl.engines.device.choices import CHOICES, ChoiceRecords
 from pascalvl.engines.device.engine import DeviceEngine
 from pascalvl.engines.device.memory import Buffer, Graph
 from pascalvl.engines.device.padding import BATCHES, StepShape
-from pascalvl.engines.device.tensors import StagedTensors, Tensors, shape_of
+from pascalvl.engines.device.tensors import StagedTensors, Tensors, arrays_in, shape_of
 from pascalvl.engines.engine import ALWAYS_VISIBLE, SLOTS, NewTokens, Session, VisualRows
 from pascalvl.plugins import bindings
 from pascalvl.plugins.kernels.library import AppendArgs, AppendLayer, Rows
@@ -41,6 +41,10 @@ class DeviceSession(Session):
         self.outputs = Tensors(self.device, engine.outputs[bindings.DECODER], self.sizes_of(tokens, BATCHES[-1]))
         self._new_rows = [bindings.new_rows(self.model, self.cache, layer) for layer in range(len(self.layouts))]
         self._layers = [self._layer(number) for number in range(len(self.layouts))]
+        # From where the copies of a page do not wait for each other.
+        self._page_sizes = {**self.sizes, bindings.PAGES: 1}
+        self._page_memory = self.device.host_array(Tensors.nbytes_of(self.stored, self._page_sizes))
+        self._page = arrays_in(self._page_memory, self.stored, self._page_sizes)
         self._steps: dict[StepShape, Step] = {}
         largest = StepShape(max((*engine.lengths, BATCHES[-1])), BATCHES[-1], self.model.num_deepstack)
         self.staging = self.device.allocate(Step.staged_bytes(self, largest))
@@ -203,6 +207,23 @@ class DeviceSession(Session):
             nbytes = math.prod(self.shape_of(binding)[1:]) * binding.dtype.itemsize
             pointer = self.pool.pointers[binding.name]
             self.device.copy(pointer + to * nbytes, pointer + page * nbytes, nbytes)
+
+    def read(self, pages: np.ndarray) -> dict[str, np.ndarray]:
+        if len(pages) != 1:
+            return super().read(pages)
+        for name, array in self._page.items():
+            self.device.download(array, self.pool.pointers[name] + int(pages[0]) * array.nbytes)
+        self.device.synchronize()
+        return arrays_in(self._page_memory.copy(), self.stored, self._page_sizes)
+
+    def write(self, pages: np.ndarray, rows: Mapping[str, np.ndarray]) -> None:
+        if len(pages) != 1:
+            super().write(pages, rows)
+            return
+        for name, array in self._page.items():
+            array[:] = rows[name][:1]
+            self.device.upload(self.pool.pointers[name] + int(pages[0]) * array.nbytes, array)
+        self.device.synchronize()
 
     def _read(self, binding: bindings.Binding, pages: np.ndarray) -> np.ndarray:
         array = np.empty((len(pages), *self.shape_of(binding)[1:]), binding.dtype)

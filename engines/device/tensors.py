@@ -100,16 +100,24 @@ class StagedTensors(Tensors):
     ) -> None:
         super().__init__(device, tensors, sizes, memory)
         self._host = device.host_array(self.nbytes)
-        self.arrays = {
-            tensor.name: np.ndarray(self.shapes[tensor.name], tensor.dtype, self._host.data, self._starts[tensor.name])
-            for tensor in tensors
-        }
+        self.arrays = arrays_in(self._host, tensors, sizes)
 
     def upload(self) -> None:
         self._device.upload(self._memory, self._host)
 
     def download(self) -> None:
         self._device.download(self._host, self._memory)
+
+
+def arrays_in(
+    memory: np.ndarray, tensors: Sequence[bindings.Binding], sizes: Mapping[str, int]
+) -> dict[str, np.ndarray]:
+    """Arrays for tensors, laid out as `Tensors` are, in bytes of the host's memory."""
+    starts, _ = _laid_out(tensors, sizes)
+    return {
+        tensor.name: np.ndarray(shape_of(tensor, sizes), tensor.dtype, memory.data, starts[tensor.name])
+        for tensor in tensors
+    }
 
 
 def _laid_out(tensors: Sequence[bindings.Binding], sizes: Mapping[str, int]) -> tuple[dict[str, int], int]:

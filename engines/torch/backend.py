@@ -247,6 +247,11 @@ class TorchSession(Session):
         with torch.inference_mode():
             self._pool[binding.name][self._on_device(pages)] = torch.from_numpy(array).to(self._engine.device)
 
+    def copy_page(self, page: int, to: int) -> None:
+        with torch.inference_mode():
+            for tensor in self._pool.values():
+                tensor[to].copy_(tensor[page])
+
     def _copy(self, array: np.ndarray) -> _Copy:
         return _Copy(torch.from_numpy(array.view(np.int32)).to(self._engine.device, copy=True))
 

