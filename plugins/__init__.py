@@ -1,1 +1,1 @@
-"""What every part of PascalVL agrees on: model shapes, tensor bindings, the KV cache's bytes, bundles, user errors."""
+"""What every part of PascalVL agrees on: model shapes, prompts, tensor bindings, the cache's bytes, bundles, errors."""

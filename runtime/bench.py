@@ -26,11 +26,10 @@ from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import pages_of
 from pascalvl.plugins.model_config import ModelConfig
+from pascalvl.plugins.prompt import Prompt, mrope_position_ids
 from pascalvl.runtime.generation import Generation
 from pascalvl.runtime.kv_cache import KVCache
 from pascalvl.runtime.model import VisionLanguageModel
-from pascalvl.runtime.positions import mrope_position_ids
-from pascalvl.runtime.prompt import Prompt
 from pascalvl.runtime.sampling import SamplingParams
 
 log = logging.getLogger(__name__)

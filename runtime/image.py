@@ -5,12 +5,11 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import io
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -20,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pascalvl.plugins.bundle import open_regular, read_json
 from pascalvl.plugins.errors import UserError, reason, shown
-from pascalvl.runtime.positions import Grid
+from pascalvl.plugins.prompt import Grid, Patches
 
 ImageSource = str | Path | bytes | Image.Image
 _MAX_ASPECT_RATIO = 200
@@ -161,36 +160,6 @@ def _grey_levels(image: Image.Image) -> Image.Image:
     if (transparent := image.info.get("transparency")) is not None:
         levels[values == transparent] = 255
     return Image.fromarray(levels.astype(np.uint8))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Patches:
-    """A picture or video as the vision encoder takes it."""
-
-    make: Callable[[], np.ndarray]
-    """Computes `pixel_values`."""
-    grid: Grid
-    """Temporal patches, rows and columns."""
-    merge_size: int
-    digest: bytes
-    """Identity of the content: equal digests mean equal features."""
-    timestamps: tuple[float, ...] = ()
-    """Video: the middle of each temporal patch, in seconds; a picture has none."""
-
-    @functools.cached_property
-    def pixel_values(self) -> np.ndarray:
-        """float32 ``[t * h * w, patch_dim]``, merge block by merge block; computed when somebody asks, which nobody
-        does of a picture that was looked at before."""
-        return self.make()
-
-    @property
-    def is_video(self) -> bool:
-        return bool(self.timestamps)
-
-    @property
-    def tokens_per_frame(self) -> int:
-        """Tokens of one temporal patch."""
-        return self.grid[1] * self.grid[2] // self.merge_size**2
 
 
 @dataclasses.dataclass(frozen=True)

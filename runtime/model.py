@@ -20,10 +20,11 @@ from pascalvl.plugins.bundle import GENERATION_CONFIG, Manifest
 from pascalvl.plugins.errors import UserError, shown
 from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
 from pascalvl.plugins.model_config import TextConfig
+from pascalvl.plugins.prompt import Prompt
 from pascalvl.runtime.generation import Generation, GenerationConfig, StopMatcher
 from pascalvl.runtime.messages import Message
 from pascalvl.runtime.page_files import PageFiles
-from pascalvl.runtime.prompt import Prompt, PromptBuilder
+from pascalvl.runtime.prompt import PromptBuilder
 from pascalvl.runtime.sampling import Sampler, SamplingParams
 from pascalvl.runtime.scheduler import Limits, Scheduler
 from pascalvl.runtime.sequence import TokenSequence, token_identities

@@ -1,4 +1,4 @@
-"""Where tokens and patches are: M-RoPE positions, rotary tables and the vision encoder's learned positions.
+"""Where tokens and patches are: rotary tables and the vision encoder's learned positions.
 
 All on the host in NumPy, equal to Hugging Face's Qwen3-VL: angles are float32 products, as there.
 """
@@ -6,36 +6,12 @@ All on the host in NumPy, equal to Hugging Face's Qwen3-VL: angles are float32 p
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import numpy as np
 
 from pascalvl.plugins.model_config import TextConfig, VisionConfig
+from pascalvl.plugins.prompt import Grid
 from pascalvl.runtime.embeddings import EmbeddingTable
-
-Grid = tuple[int, int, int]
-"""Size of a visual in patches: temporal patches, rows, columns."""
-
-
-def mrope_position_ids(spans: Sequence[int | Grid], merge_size: int) -> np.ndarray:
-    """Positions of a prompt's tokens in time, height and width: ``[3, n]``.
-
-    Args:
-        spans: the prompt in order: an int is that many text tokens, a grid one picture (or one temporal patch of a
-            video) of ``rows * columns / merge_size**2`` tokens.
-        merge_size: side of the block of patches that is one token.
-    """
-    parts, start = [], 0
-    for span in spans:
-        if isinstance(span, int):
-            parts.append(np.tile(np.arange(start, start + span), (3, 1)))
-            start += span
-        else:
-            _, rows, columns = (size // merge_size for size in span)
-            place = np.indices((1, rows, columns)).reshape(3, -1)
-            parts.append(place + start)
-            start += max(rows, columns)
-    return np.concatenate(parts, axis=1)
 
 
 def rope_tables(position_ids: np.ndarray, config: TextConfig) -> tuple[np.ndarray, np.ndarray]:

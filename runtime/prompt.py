@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,38 +12,13 @@ import numpy as np
 from pascalvl.plugins.bundle import CHAT_TEMPLATE, IMAGE_PROCESSOR, TOKENIZER, VIDEO_PROCESSOR
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.model_config import ModelConfig
+from pascalvl.plugins.prompt import Patches, Prompt, Visual, mrope_position_ids
 from pascalvl.runtime.chat_template import ChatTemplate
-from pascalvl.runtime.image import ImageProcessor, Patches, load_image
+from pascalvl.runtime.image import ImageProcessor, load_image
 from pascalvl.runtime.literal_text import LiteralText
 from pascalvl.runtime.messages import Message, normalised, visual_parts
-from pascalvl.runtime.positions import mrope_position_ids
 from pascalvl.runtime.tokenizer import Tokenizer
 from pascalvl.runtime.video import VideoProcessor, load_video
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Visual:
-    """A picture or video in a prompt, and where its tokens are."""
-
-    patches: Patches
-    token_indices: np.ndarray
-    """``[t * tokens_per_frame]``, in the order of the vision encoder's output."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Prompt:
-    """A prompt ready to run."""
-
-    token_ids: np.ndarray
-    """int64 ``[n]``."""
-    position_ids: np.ndarray
-    """M-RoPE positions, int64 ``[3, n]``."""
-    visuals: tuple[Visual, ...]
-
-    @property
-    def next_position(self) -> int:
-        """Position, in all three dimensions, of the token that follows."""
-        return int(self.position_ids.max()) + 1
 
 
 class PromptBuilder:

@@ -16,11 +16,11 @@ from pascalvl.engines import Engine, Session
 from pascalvl.engines.engine import Features
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
+from pascalvl.plugins.prompt import Visual
 from pascalvl.runtime.kv_cache import KVCache, common_length
 from pascalvl.runtime.kv_pool import PagePool
 from pascalvl.runtime.page_files import PageFiles
 from pascalvl.runtime.prefixes import Match, PageNode, PrefixTree
-from pascalvl.runtime.prompt import Visual
 from pascalvl.runtime.sequence import TokenSequence
 from pascalvl.runtime.steps import FeatureCache, Steps
 

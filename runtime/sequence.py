@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 
 from pascalvl.engines.engine import Features
+from pascalvl.plugins.prompt import Prompt, Visual
 from pascalvl.runtime.generation import FinishReason, Generation, StopMatcher, TokenLogprobs
 from pascalvl.runtime.kv_cache import KVCache
-from pascalvl.runtime.prompt import Prompt, Visual
 from pascalvl.runtime.sampling import Sampler
 from pascalvl.runtime.tokenizer import TextStream
 

@@ -11,10 +11,9 @@ from pascalvl.engines import Engine
 from pascalvl.engines.engine import Features, NewTokens, Placement, VisualRows
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import EMBEDDINGS, POSITIONS
+from pascalvl.plugins.prompt import Patches, Visual
 from pascalvl.runtime.embeddings import EmbeddingRows, EmbeddingTable
-from pascalvl.runtime.image import Patches
 from pascalvl.runtime.positions import TextRope, VisionPositions, rope_tables, vision_cu_seqlens, vision_rope_tables
-from pascalvl.runtime.prompt import Visual
 from pascalvl.runtime.sequence import TokenSequence
 
 

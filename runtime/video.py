@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 from pascalvl.plugins.errors import UserError, shown
+from pascalvl.plugins.prompt import Patches
 from pascalvl.runtime.image import (
     ImageSource,
-    Patches,
     PatchParameters,
     load_image,
     local_path,

@@ -20,8 +20,8 @@ from pascalvl.engines.torch.backend import TorchSession
 from pascalvl.engines.torch.steps import CapturedStep
 from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.prompt import Prompt
 from pascalvl.runtime import SamplingParams, VisionLanguageModel, bench
-from pascalvl.runtime.prompt import Prompt
 from pascalvl.runtime.video import Video
 from tests.engines.batches import CAPACITY, POOL, alone, changed, decodes, fresh_pool, places
 from tests.engines.decoder import CACHES, Conversation, random_tokens

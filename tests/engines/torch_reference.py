@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from transformers import Qwen3VLForConditionalGeneration
 
+from pascalvl.plugins.prompt import Prompt
 from pascalvl.runtime import Generation, SamplingParams, VisionLanguageModel
-from pascalvl.runtime.prompt import Prompt
 from pascalvl.runtime.video import Video
 from tests.nano.scenes import render, sample_scene
 

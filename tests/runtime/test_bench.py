@@ -11,10 +11,10 @@ from rich.console import Console
 from pascalvl.engines.engine import HostSession
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig, pages_of
+from pascalvl.plugins.prompt import Prompt
 from pascalvl.runtime import SamplingParams, VisionLanguageModel, bench
 from pascalvl.runtime.bench import BenchOptions, BenchResult, DepthFigures, PictureFigures
 from pascalvl.runtime.cli import main
-from pascalvl.runtime.prompt import Prompt
 
 OPTIONS = BenchOptions(depths=(0, 40), prefill=24, decode=3, follow_ups=(2, 5), picture=64, repeats=2)
 RUNS = 1 + OPTIONS.repeats

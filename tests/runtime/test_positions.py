@@ -15,6 +15,7 @@ from transformers.vision_utils import (
 )
 
 from pascalvl.export.checkpoint import Checkpoint
+from pascalvl.plugins.prompt import mrope_position_ids
 from pascalvl.runtime import positions
 from pascalvl.runtime.embeddings import EmbeddingTable
 
@@ -78,7 +79,7 @@ def spans(layout):
 )
 def test_mrope_positions(nano_reference, config, layout):
     expected, next_position = reference_positions(nano_reference, config, layout)
-    found = positions.mrope_position_ids(list(spans(layout)), config.vision.spatial_merge_size)
+    found = mrope_position_ids(list(spans(layout)), config.vision.spatial_merge_size)
     np.testing.assert_array_equal(found, expected)
     assert found.max() + 1 == next_position
 

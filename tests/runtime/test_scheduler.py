@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from pascalvl.plugins.bindings import Binding
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
+from pascalvl.plugins.prompt import Prompt
 from pascalvl.runtime.generation import FinishReason, Generation, StopMatcher
 from pascalvl.runtime.kv_pool import PagePool
 from pascalvl.runtime.page_files import PageFiles
 from pascalvl.runtime.prefixes import PrefixTree
-from pascalvl.runtime.prompt import Prompt
 from pascalvl.runtime.sampling import Sampler, SamplingParams
 from pascalvl.runtime.scheduler import Limits, Scheduler
 from pascalvl.runtime.sequence import TokenSequence
