@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from pascalvl.engines import Engine, Session, open_engine
-from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import GENERATION_CONFIG, Manifest
 from pascalvl.plugins.errors import UserError, shown
 from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
@@ -174,7 +173,7 @@ class VisionLanguageModel:
             max_pixels: area that larger pictures (videos: all frames together) are resized to; by default what the
                 engine was built for, and at most what the model's authors set, which for a photograph can mean tens of
                 thousands of patches.
-            marked_layers: let `trace` return the hidden states after each decoder layer.
+            marked_layers: let `pascalvl.runtime.validation.trace` return the hidden states after each decoder layer.
             progress: called with numbers of bytes, as the bundle's files are checked.
             cache: another window, and whether pictures are pinned; the rest as the engines were built for. By default
                 all is as it was built.
@@ -319,7 +318,7 @@ class VisionLanguageModel:
             raise UserError(f"max_new_tokens is out of range: expected at least 1, found {limit}.")
         if logprobs is not None and not (type(logprobs) is int and 0 <= logprobs <= _MOST_LOGPROBS):
             raise UserError(f"logprobs is out of range: expected 0 to {_MOST_LOGPROBS}, found {shown(logprobs)}.")
-        room = self._room(prompt)
+        room = self.room(prompt)
         return TokenSequence(
             prompt,
             self._pinned(prompt),
@@ -396,46 +395,7 @@ class VisionLanguageModel:
         what = [str(self.manifest.kv_cache), files, self.manifest.backend, self.gpu]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
-    def trace(self, messages: Sequence[Message], forced_tokens: Sequence[int]) -> dict[str, np.ndarray]:
-        """Run messages and then the given tokens, whatever the model would have answered.
-
-        Returns:
-            Outputs by the names of `pascalvl.engines.validation`: features of the visuals, the prompt's last logits and
-            those after each forced token, ``[1, vocab_size]``; with marked layers also the prompt's hidden states.
-        """
-        from pascalvl.engines import validation
-
-        self.load()
-        prompt = self.prompt(messages)
-        self._room(prompt, len(forced_tokens))
-        features = [self.steps.encode(self.engine, visual.patches) for visual in prompt.visuals]
-        traced = {}
-        if features:
-            on_host = [self.engine.on_host(feature) for feature in features]
-            traced[validation.VISION_EMBEDS] = np.concatenate([feature.embeds for feature in on_host])
-            deepstack = np.concatenate([feature.levels for feature in on_host], axis=1)
-            traced.update((validation.vision_deepstack(i), level) for i, level in enumerate(deepstack))
-        seen = list(zip(prompt.visuals, features, strict=True))
-        pinned = self._pinned(prompt)
-        sequence = self.sequence_of(prompt)
-        chunks, length = [], len(prompt.token_ids)
-        with self.scheduler.borrowed(self.context_length, int(pinned.sum())) as cache:
-            for start in range(0, length, self.prefill_chunk):
-                chunk = slice(start, min(start + self.prefill_chunk, length))
-                with cache.appending(sequence.identities[chunk], pinned[chunk]) as placement:
-                    chunks.append(self._session.step([self.steps.chunk(sequence, chunk, seen, placement)]))
-            traced[validation.PREFILL_LOGITS] = chunks[-1][bindings.LOGITS]
-            for layer in range(self.config.text.num_hidden_layers):
-                if (name := bindings.hidden_states(layer)) in chunks[0]:
-                    hidden = np.concatenate([outputs[name] for outputs in chunks])
-                    traced[validation.prefill_hidden_states(layer)] = hidden
-            for step, token in enumerate(forced_tokens):
-                with cache.appending(np.array([token])) as placement:
-                    tokens = self.steps.next_tokens([token], [prompt.next_position + step], [placement])
-                    traced[validation.decode_logits(step)] = self._session.step(tokens)[bindings.LOGITS]
-        return traced
-
-    def _room(self, prompt: Prompt, needed: int = 1) -> int:
+    def room(self, prompt: Prompt, needed: int = 1) -> int:
         """Tokens that fit behind a prompt; raises `UserError` if that is not as many as needed."""
         length = len(prompt.token_ids)
         if length + needed > self.context_length:

@@ -36,6 +36,7 @@ def validate(args: argparse.Namespace) -> int:
     from pascalvl.engines import validation
     from pascalvl.engines.tolerance import tolerance, vision_tolerance
     from pascalvl.export.checkpoint import Checkpoint
+    from pascalvl.runtime.validation import trace
 
     check_json(args.json)
     requests = _validation_requests(args)
@@ -56,7 +57,7 @@ def validate(args: argparse.Namespace) -> int:
     conversations = list(requests.values())
     rows = validation.validate(
         args.reference,
-        lambda index, forced: model.trace(conversations[index], forced),
+        lambda index, forced: trace(model, conversations[index], forced),
         prompts,
         tolerance(model.cache_config, model.config, model.manifest.weights),
         allowed_of_vision=vision_tolerance(model.manifest.weights),

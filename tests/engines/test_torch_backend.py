@@ -21,6 +21,7 @@ from pascalvl.plugins.kernels import torch_calls
 from pascalvl.plugins.kernels.library import KernelLibrary
 from pascalvl.runtime import SamplingParams, VisionLanguageModel
 from pascalvl.runtime.cli import main
+from pascalvl.runtime.validation import trace
 from tests.engines.batches import CAPACITY, POOL, alone, changed, decodes, fresh_pool, places
 from tests.engines.decoder import CACHES, Conversation, decoder_feeds, floats_of, random_tokens
 from tests.engines.torch_reference import answer, assistant, kept_tokens, reference_answer, scene, user
@@ -77,7 +78,7 @@ def test_validation_against_the_reference(kv, nano_engine, nano_checkpoint):
     visuals = [validation.VisualInput(v.patches.pixel_values, v.patches.grid, False) for v in prompt.visuals]
     rows = validation.validate(
         nano_checkpoint,
-        lambda _, forced: model.trace(PICTURE, forced),
+        lambda _, forced: trace(model, PICTURE, forced),
         [validation.ValidationPrompt("picture", prompt.token_ids, visuals)],
         tolerance(model.cache_config, model.config),
         new_tokens=2,
@@ -92,7 +93,7 @@ def test_chunked_prefill_equals_one_shot(bundle):
     one_shot, chunked = fresh(bundle), fresh(bundle, prefill_chunk=5)
     tokens = answer(one_shot, PICTURE, NEW_TOKENS).token_ids
     assert answer(chunked, PICTURE, NEW_TOKENS).token_ids == tokens
-    expected, found = (model.trace(PICTURE, tokens[:2]) for model in (one_shot, chunked))
+    expected, found = (trace(model, PICTURE, tokens[:2]) for model in (one_shot, chunked))
     for name in expected:
         # Attention summed in another order.
         np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-4 * np.abs(expected[name]).max())

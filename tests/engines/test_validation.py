@@ -13,6 +13,7 @@ from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import KVFormat
 from pascalvl.runtime import VisionLanguageModel
+from pascalvl.runtime.validation import trace
 from tests.engines.decoder import CACHES
 from tests.nano.scenes import render, sample_scene
 
@@ -34,7 +35,7 @@ def compare(bundle, checkpoint, alter=lambda outputs: outputs):
     visuals = [validation.VisualInput(v.patches.pixel_values, v.patches.grid, False) for v in prompt.visuals]
     return validation.validate(
         checkpoint,
-        lambda _, forced: alter(model.trace(MESSAGES, forced)),
+        lambda _, forced: alter(trace(model, MESSAGES, forced)),
         [validation.ValidationPrompt("picture", prompt.token_ids, visuals)],
         tolerance(model.cache_config, model.config),
         NEW_TOKENS,

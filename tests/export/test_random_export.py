@@ -22,6 +22,7 @@ from pascalvl.plugins.weight_rows import QuantisedWeight
 from pascalvl.runtime import VisionLanguageModel
 from pascalvl.runtime.generation import GenerationConfig
 from pascalvl.runtime.sampling import SamplingParams
+from pascalvl.runtime.validation import trace
 from tests.engines.decoder import decoder_feeds
 from tests.manifests import edit_manifest
 
@@ -113,7 +114,7 @@ def test_activations_are_ordinary_numbers(bundle, tmp_path):
     model = VisionLanguageModel.open(tmp_path / "engine", marked_layers=True)
     noise = np.random.default_rng(0).integers(256, size=(96, 64, 3), dtype=np.uint8)
     content = [{"type": "image", "image": Image.fromarray(noise)}, {"type": "text", "text": "What is it?"}]
-    traced = model.trace([{"role": "user", "content": content}], [7])
+    traced = trace(model, [{"role": "user", "content": content}], [7])
     assert len(traced) >= LAYERS + 3
     for name, array in traced.items():
         assert np.isfinite(array).all(), name

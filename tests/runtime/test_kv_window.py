@@ -14,6 +14,7 @@ from pascalvl.plugins.kv_format import CacheConfig, pages_of
 from pascalvl.runtime import SamplingParams, VisionLanguageModel
 from pascalvl.runtime.kv_cache import KVCache
 from pascalvl.runtime.model import PINNED_SLOTS
+from pascalvl.runtime.validation import trace
 from tests.engines.torch_reference import answer, assistant, scene, user
 
 FILLER = " ".join(f"The code of lamp {i} is {7 * i % 100}." for i in range(40))
@@ -54,7 +55,7 @@ def test_logits_equal_those_under_a_dense_mask(kv, prefill_chunk, nano_engine_bu
     model = VisionLanguageModel.open(nano_engine_bundle, prefill_chunk=prefill_chunk, cache=config)
     prompt = model.prompt(MESSAGES)
     assert len(prompt.token_ids) > 2 * config.window.length
-    traced = model.trace(MESSAGES, FORCED)
+    traced = trace(model, MESSAGES, FORCED)
     found = [traced[validation.PREFILL_LOGITS], *(traced[validation.decode_logits(i)] for i in range(len(FORCED)))]
     expected = dense_logits(nano_reference, prompt, FORCED, config)
     # As for any float32 engine.
@@ -64,7 +65,7 @@ def test_logits_equal_those_under_a_dense_mask(kv, prefill_chunk, nano_engine_bu
 def test_what_a_window_drops_is_seen_no_more(nano_engine_bundle):
     """Or the tests above would pass without one."""
     logits = [
-        VisionLanguageModel.open(nano_engine_bundle, cache=CacheConfig.parse(kv)).trace(MESSAGES, [])
+        trace(VisionLanguageModel.open(nano_engine_bundle, cache=CacheConfig.parse(kv)), MESSAGES, [])
         for kv in ("f32", "f32,window=8+64", "f32,window=8+64,pin=image")
     ]
     whole, window, pinned = (outputs[validation.PREFILL_LOGITS] for outputs in logits)

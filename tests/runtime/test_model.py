@@ -21,6 +21,7 @@ from pascalvl.runtime.embeddings import EmbeddingTable
 from pascalvl.runtime.model import PINNED_SLOTS, pinned_slots, token_identities
 from pascalvl.runtime.positions import VisionPositions, vision_cu_seqlens, vision_rope_tables
 from pascalvl.runtime.tokenizer import Tokenizer
+from pascalvl.runtime.validation import trace
 from pascalvl.runtime.video import Video
 from tests.engines.torch_reference import scene
 
@@ -229,7 +230,7 @@ def test_chunked_prefill_equals_one_shot(nano_engine_bundle, expected, name, pre
     one_shot, chunked = fresh(nano_engine_bundle), fresh(nano_engine_bundle, prefill_chunk=prefill_chunk)
     messages = CONVERSATIONS[name]
     assert answer(chunked, messages).token_ids == expected[name].token_ids
-    logits = [model.trace(messages, [])[PREFILL_LOGITS] for model in (one_shot, chunked)]
+    logits = [trace(model, messages, [])[PREFILL_LOGITS] for model in (one_shot, chunked)]
     np.testing.assert_allclose(logits[0], logits[1], rtol=0, atol=1e-4 * np.abs(logits[0]).max())
 
 
@@ -477,7 +478,7 @@ def test_a_refused_prompt_leaves_the_cache_alone(nano_engine_bundle):
 
 def test_float16_cache_is_near_float32(nano_engine):
     full, half = (
-        fresh(bundle, prefill_chunk=16).trace(CONVERSATIONS["mixed turns"], [5, 6, 7])
+        trace(fresh(bundle, prefill_chunk=16), CONVERSATIONS["mixed turns"], [5, 6, 7])
         for bundle in (nano_engine("f32"), nano_engine("f16"))
     )
     for name in (PREFILL_LOGITS, decode_logits(0), decode_logits(2)):
@@ -504,7 +505,7 @@ def test_sampled_answers_depend_on_the_seed_alone(nano_engine_bundle):
 def test_trace_follows_the_greedy_answer(nano_engine_bundle, expected):
     model = fresh(nano_engine_bundle)
     forced = expected["mixed turns"].token_ids
-    traced = model.trace(CONVERSATIONS["mixed turns"], forced)
+    traced = trace(model, CONVERSATIONS["mixed turns"], forced)
     logits = [traced[PREFILL_LOGITS], *(traced[decode_logits(step)] for step in range(len(forced)))]
     assert [int(step.argmax()) for step in logits[:-1]] == forced
     tokens = sum(len(visual.token_indices) for visual in model.prompt(CONVERSATIONS["mixed turns"]).visuals)
@@ -514,7 +515,7 @@ def test_trace_follows_the_greedy_answer(nano_engine_bundle, expected):
 
 def test_trace_of_marked_layers(nano_engine_bundle):
     model = fresh(nano_engine_bundle, marked_layers=True, prefill_chunk=16)
-    traced = model.trace(FIRST, [])
+    traced = trace(model, FIRST, [])
     hidden = [value for name, value in traced.items() if name.startswith("prefill.hidden_states")]
     assert len(hidden) == model.config.text.num_hidden_layers
     length = len(model.prompt(FIRST).token_ids)
