@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,12 +13,12 @@ Grid = tuple[int, int, int]
 """Size of a visual in patches: temporal patches, rows, columns."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Patches:
     """A picture or video as the vision encoder takes it."""
 
-    make: Callable[[], np.ndarray]
-    """Computes `pixel_values`."""
+    make: Callable[[], np.ndarray] = dataclasses.field(repr=False)
+    """Computes `pixel_values`; forgotten then, with the picture that it holds."""
     grid: Grid
     """Temporal patches, rows and columns."""
     merge_size: int
@@ -26,11 +27,20 @@ class Patches:
     timestamps: tuple[float, ...] = ()
     """Video: the middle of each temporal patch, in seconds; a picture has none."""
 
+    @classmethod
+    def of(cls, pixel_values: np.ndarray, grid: Grid, merge_size: int, timestamps: tuple[float, ...] = ()) -> Patches:
+        """Patches that are computed already."""
+        digest = hashlib.sha256(repr(grid).encode())
+        digest.update(pixel_values.data)
+        return cls(lambda: pixel_values, grid, merge_size, digest.digest(), timestamps)
+
     @functools.cached_property
     def pixel_values(self) -> np.ndarray:
         """float32 ``[t * h * w, patch_dim]``, merge block by merge block; computed when somebody asks, which nobody
         does of a picture that was looked at before."""
-        return self.make()
+        pixel_values = self.make()
+        del self.make
+        return pixel_values
 
     @property
     def is_video(self) -> bool:
@@ -53,13 +63,45 @@ class Visual:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
-    """A prompt ready to run."""
+    """Tokens that a model is given, and the visuals among them; an answer may be the last of the tokens."""
 
     token_ids: np.ndarray
-    """int64 ``[n]``."""
-    position_ids: np.ndarray
-    """M-RoPE positions, int64 ``[3, n]``."""
-    visuals: tuple[Visual, ...]
+    """int64 ``[n]``, with a placeholder for each token of a visual."""
+    visuals: Sequence[Visual] = ()
+    """In order."""
+
+    @classmethod
+    def of(cls, token_ids: np.ndarray, visuals: Sequence[Patches], placeholders: tuple[int, ...]) -> Prompt:
+        """A prompt whose visuals, in order, have their tokens where its ``placeholders`` are.
+
+        Raises:
+            ValueError: the visuals have more tokens, or less, than there are placeholders.
+        """
+        indices, placed = np.flatnonzero(np.isin(token_ids, placeholders)), []
+        used = 0
+        for patches in visuals:
+            count = patches.grid[0] * patches.tokens_per_frame
+            placed.append(Visual(patches, indices[used : used + count]))
+            used += count
+        if used != len(indices):
+            raise ValueError(f"expected placeholders for {used} tokens of visuals, found {len(indices)}")
+        return cls(token_ids, placed)
+
+    @functools.cached_property
+    def position_ids(self) -> np.ndarray:
+        """M-RoPE positions in time, height and width, int64 ``[3, n]``."""
+        parts, start, end = [], 0, 0
+        for visual in self.visuals:
+            t, *grid = visual.patches.grid
+            rows, columns = (size // visual.patches.merge_size for size in grid)
+            places = np.indices((1, rows, columns)).reshape(3, -1)
+            for frame in visual.token_indices.reshape(t, -1):
+                first = int(frame[0])
+                parts += [_text_positions(start, first - end), places + (start + first - end)]
+                start += first - end + max(rows, columns)
+                end = first + len(frame)
+        parts.append(_text_positions(start, len(self.token_ids) - end))
+        return np.concatenate(parts, axis=1)
 
     @property
     def next_position(self) -> int:
@@ -67,22 +109,6 @@ class Prompt:
         return int(self.position_ids.max()) + 1
 
 
-def mrope_position_ids(spans: Sequence[int | Grid], merge_size: int) -> np.ndarray:
-    """Positions of a prompt's tokens in time, height and width: ``[3, n]``.
-
-    Args:
-        spans: the prompt in order: an int is that many text tokens, a grid one picture (or one temporal patch of a
-            video) of ``rows * columns / merge_size**2`` tokens.
-        merge_size: side of the block of patches that is one token.
-    """
-    parts, start = [], 0
-    for span in spans:
-        if isinstance(span, int):
-            parts.append(np.tile(np.arange(start, start + span), (3, 1)))
-            start += span
-        else:
-            _, rows, columns = (size // merge_size for size in span)
-            place = np.indices((1, rows, columns)).reshape(3, -1)
-            parts.append(place + start)
-            start += max(rows, columns)
-    return np.concatenate(parts, axis=1)
+def _text_positions(start: int, count: int) -> np.ndarray:
+    """Of tokens of text, ``[3, count]``."""
+    return np.tile(np.arange(start, start + count), (3, 1))

@@ -26,7 +26,7 @@ from pascalvl.plugins import bindings
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import pages_of
 from pascalvl.plugins.model_config import ModelConfig
-from pascalvl.plugins.prompt import Prompt, mrope_position_ids
+from pascalvl.plugins.prompt import Prompt
 from pascalvl.runtime.generation import Generation
 from pascalvl.runtime.kv_cache import KVCache
 from pascalvl.runtime.model import VisionLanguageModel
@@ -276,9 +276,8 @@ class _Runs:
         return tokens
 
     def _run(self, tokens: np.ndarray, new: int, sampling: SamplingParams) -> tuple[Generation, float]:
-        positions = mrope_position_ids([len(tokens)], self._model.config.vision.spatial_merge_size)
         start = time.perf_counter()
-        generation = self._model.answer(Prompt(tokens, positions, ()), sampling, new)
+        generation = self._model.answer(Prompt(tokens), sampling, new)
         for _ in generation:
             pass
         return generation, time.perf_counter() - start

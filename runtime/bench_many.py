@@ -13,7 +13,7 @@ from PIL import Image
 from rich.table import Table
 
 from pascalvl.plugins.errors import UserError
-from pascalvl.plugins.prompt import Prompt, mrope_position_ids
+from pascalvl.plugins.prompt import Prompt
 from pascalvl.runtime.bench import endless, own_sampling
 from pascalvl.runtime.model import VisionLanguageModel
 from pascalvl.runtime.positions import mrope_position_ids
@@ -179,8 +179,7 @@ def _writing(model: VisionLanguageModel, name: str, sampling: SamplingParams, op
 
 def _prompt(model: VisionLanguageModel, random: np.random.Generator, length: int) -> Prompt:
     """Of random tokens."""
-    tokens = random.integers(model.config.text.vocab_size, size=length)
-    return Prompt(tokens, mrope_position_ids([length], model.config.vision.spatial_merge_size), ())
+    return Prompt(random.integers(model.config.text.vocab_size, size=length))
 
 
 @contextmanager

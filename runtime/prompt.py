@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pascalvl.plugins.bundle import CHAT_TEMPLATE, IMAGE_PROCESSOR, TOKENIZER, VIDEO_PROCESSOR
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.model_config import ModelConfig
-from pascalvl.plugins.prompt import Patches, Prompt, Visual, mrope_position_ids
+from pascalvl.plugins.prompt import Patches, Prompt
 from pascalvl.runtime.chat_template import ChatTemplate
 from pascalvl.runtime.image import ImageProcessor, load_image
 from pascalvl.runtime.literal_text import LiteralText
@@ -80,7 +78,7 @@ class PromptBuilder:
                 f"the template and tokenizer make {len(token_ids)} tokens of a prompt, up to number {highest}: "
                 f"expected some below {vocab_size}, as the model has; download the model again and export it."
             )
-        return self._place(token_ids, visuals)
+        return Prompt.of(token_ids, visuals, (self._config.image_token_id, self._config.video_token_id))
 
     def _expand(self, text: str, visuals: list[Patches]) -> str:
         """Give each placeholder as many tokens as its visual has; a video's frames come each with their time.
@@ -106,24 +104,3 @@ class PromptBuilder:
         if next(waiting, None) is not None:
             raise UserError("the chat template has no place for one of the pictures or videos: put them in user turns.")
         return expanded
-
-    def _place(self, token_ids: np.ndarray, visuals: list[Patches]) -> Prompt:
-        of_visual = np.isin(token_ids, (self._config.image_token_id, self._config.video_token_id))
-        indices = np.flatnonzero(of_visual)
-        placed: list[Visual] = []
-        spans: list[int | tuple[int, int, int]] = []
-        used = end = 0
-        for patches in visuals:
-            t, h, w = patches.grid
-            count = patches.tokens_per_frame
-            own = indices[used : used + t * count]
-            placed.append(Visual(patches, own))
-            for frame in range(t):
-                start = int(own[frame * count])
-                spans += [start - end, (1, h, w)]
-                end = start + count
-            used += t * count
-        spans.append(len(token_ids) - end)
-        merge_size = self._config.vision.spatial_merge_size
-        position_ids = mrope_position_ids([span for span in spans if span != 0], merge_size)
-        return Prompt(token_ids, position_ids, tuple(placed))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import logging
 import math
@@ -334,10 +333,7 @@ class VideoProcessor:
             seconds = [index / video.fps for index in video.frame_indices or taken]
         else:
             seconds = [video.times[index] for index in taken]
-        digest = hashlib.sha256(repr(grid).encode())
-        digest.update(pixel_values.data)
-        timestamps = tuple(self._timestamps(seconds))
-        return Patches(lambda: pixel_values, grid, p.merge_size, digest.digest(), timestamps)
+        return Patches.of(pixel_values, grid, p.merge_size, tuple(self._timestamps(seconds)))
 
     def _sample(self, video: Video) -> list[int]:
         """Indices of evenly spaced frames, first and last among them.

@@ -144,8 +144,7 @@ def test_sequences_together_choose_as_one_alone(nano_engine_bundle, sessions):
     depth = np.random.default_rng(0).integers(model.config.text.vocab_size, size=40)
     for sequence in range(2):
         tokens = np.append(depth, sequence)
-        positions = np.broadcast_to(np.arange(len(tokens)), (3, len(tokens)))
-        generation = model.answer(Prompt(tokens, positions, ()), SamplingParams(), options.decode - 1)
+        generation = model.answer(Prompt(tokens), SamplingParams(), options.decode - 1)
         list(generation)
         assert [token for step in decodes for token in step[sequence][2]] == [sequence, *generation.token_ids]
 

@@ -15,7 +15,7 @@ from transformers.vision_utils import (
 )
 
 from pascalvl.export.checkpoint import Checkpoint
-from pascalvl.plugins.prompt import mrope_position_ids
+from pascalvl.plugins.prompt import Patches, Prompt
 from pascalvl.runtime import positions
 from pascalvl.runtime.embeddings import EmbeddingTable
 
@@ -30,40 +30,34 @@ def config(nano_checkpoint):
         return checkpoint.model_config()
 
 
-def reference_positions(model, config, layout):
-    """Hugging Face's positions for a layout: ints are text, grids with t == 1 pictures, with t > 1 videos."""
-    ids, kinds, images, videos = [], [], [], []
+def prompt_of(config, layout):
+    """Ints are text, grids with t == 1 pictures, with t > 1 videos."""
+    ids, visuals = [], []
     for span in layout:
         if isinstance(span, int):
             ids += [7] * span
-            kinds += [0] * span
             continue
         t, h, w = span
-        (videos if t > 1 else images).append(span)
+        timestamps = tuple(range(t)) if t > 1 else ()
+        visuals.append(Patches.of(np.zeros((t * h * w, 1), np.float32), span, 2, timestamps))
         for frame in range(t):
-            if frame:  # a timestamp stands between the frames of a video
-                ids += [7, 7]
-                kinds += [0, 0]
+            ids += [7, 7] if frame else []  # a timestamp stands between the frames of a video
             ids += [config.video_token_id if t > 1 else config.image_token_id] * (h * w // 4)
-            kinds += [2 if t > 1 else 1] * (h * w // 4)
+    return Prompt.of(np.array(ids), visuals, (config.image_token_id, config.video_token_id))
+
+
+def reference_positions(model, prompt):
+    """Hugging Face's, and the position that comes next."""
+    ids = torch.from_numpy(prompt.token_ids)[None]
+    grids = {"image_grid_thw": [], "video_grid_thw": []}
+    for visual in prompt.visuals:
+        grids["video_grid_thw" if visual.patches.is_video else "image_grid_thw"].append(visual.patches.grid)
     position_ids, deltas = model.model.get_rope_index(
-        torch.tensor([ids]),
-        torch.tensor([kinds], dtype=torch.int32),
-        image_grid_thw=torch.tensor(images) if images else None,
-        video_grid_thw=torch.tensor(videos) if videos else None,
+        ids,
+        (ids == model.config.image_token_id).int() + 2 * (ids == model.config.video_token_id).int(),
+        **{name: torch.tensor(found) if found else None for name, found in grids.items()},
     )
-    return position_ids[:, 0].numpy(), int(deltas[0]) + len(ids)
-
-
-def spans(layout):
-    for span in layout:
-        if isinstance(span, int):
-            yield span
-        else:
-            for frame in range(span[0]):
-                if frame:
-                    yield 2
-                yield (1, *span[1:])
+    return position_ids[:, 0].numpy(), int(deltas[0]) + ids.shape[1]
 
 
 @pytest.mark.parametrize(
@@ -78,10 +72,19 @@ def spans(layout):
     ids=["text", "picture", "pictures", "video", "videos and picture"],
 )
 def test_mrope_positions(nano_reference, config, layout):
-    expected, next_position = reference_positions(nano_reference, config, layout)
-    found = mrope_position_ids(list(spans(layout)), config.vision.spatial_merge_size)
-    np.testing.assert_array_equal(found, expected)
-    assert found.max() + 1 == next_position
+    prompt = prompt_of(config, layout)
+    answered = dataclasses.replace(prompt, token_ids=np.append(prompt.token_ids, [5, 9, 5]))
+    for given in (prompt, answered):
+        expected, next_position = reference_positions(nano_reference, given)
+        np.testing.assert_array_equal(given.position_ids, expected)
+        assert given.next_position == next_position
+
+
+@pytest.mark.parametrize("placeholders", [5, 7])
+def test_visuals_have_as_many_tokens_as_placeholders(config, placeholders):
+    visual = Patches.of(np.zeros((24, 1), np.float32), (1, 4, 6), 2)
+    with pytest.raises(ValueError, match=f"expected placeholders for 6 tokens of visuals, found {placeholders}"):
+        Prompt.of(np.array([7] + [config.image_token_id] * placeholders), [visual], (config.image_token_id,))
 
 
 def test_rope_tables(nano_reference, config):

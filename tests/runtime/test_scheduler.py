@@ -95,11 +95,10 @@ def alone(prompt, limit):
 
 def sequence(prompt, limit):
     ids = np.array(prompt, np.int64)
-    whole = Prompt(ids, np.tile(np.arange(len(ids)), (3, 1)), ())
     sampler = Sampler(SamplingParams(temperature=0), ids, VOCAB)
     text = SimpleNamespace(push=lambda token: f" {token}")
     none = np.zeros(len(ids), bool)
-    return TokenSequence(whole, none, sampler, limit, StopMatcher(()), END, text, Generation(len(ids)))
+    return TokenSequence(Prompt(ids), none, sampler, limit, StopMatcher(()), END, text, Generation(len(ids)))
 
 
 def scheduler(pages, folder=None, kv="f32", **limits):
