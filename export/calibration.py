@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AttentionInterface, Qwen3VLForConditionalGeneration, Qwen3VLTextConfig
@@ -20,34 +18,18 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 )
 from transformers.utils import logging
 
-from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint
+from pascalvl.export.checkpoint import TOKEN_EMBEDDINGS, Checkpoint, model_inputs
 from pascalvl.export.transforms import DECODER_LAYERS, LayerStatistics, WeightSource
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.ops.flash_attention.drop_in import attention_forward
+from pascalvl.plugins.prompt import Prompt
 
 LEAST_TOKENS = 128
 """A head's statistics have as many dimensions."""
 _ATTN_IMPLEMENTATION = "pascalvl_calibration"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class CalibrationVisual:
-    """A preprocessed picture or video: ``pixel_values`` ``[patches, patch_dim]`` and its ``grid`` (t, h, w)."""
-
-    pixel_values: np.ndarray
-    grid: tuple[int, int, int]
-    is_video: bool
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class CalibrationPrompt:
-    """A tokenised prompt, ``token_ids`` int64 ``[n]`` with placeholders expanded, and its visuals in order."""
-
-    token_ids: np.ndarray
-    visuals: Sequence[CalibrationVisual] = ()
-
-
-def check_prompts(prompts: Sequence[CalibrationPrompt]) -> None:
+def check_prompts(prompts: Sequence[Prompt]) -> None:
     """Raise `UserError` where there are too few tokens to learn from."""
     tokens = sum(len(prompt.token_ids) for prompt in prompts)
     if tokens < LEAST_TOKENS:
@@ -58,7 +40,7 @@ def check_prompts(prompts: Sequence[CalibrationPrompt]) -> None:
 
 
 def calibrate(
-    checkpoint: Path, prompts: Sequence[CalibrationPrompt], progress: Callable[[], None] = lambda: None
+    checkpoint: Path, prompts: Sequence[Prompt], progress: Callable[[], None] = lambda: None
 ) -> list[LayerStatistics]:
     """Run prompts through Hugging Face's layers, in float32 on the CPU; returns each layer's statistics.
 
@@ -89,7 +71,7 @@ class HiddenStates:
         states: of each prompt, ``[1, seq, hidden_size]``.
     """
 
-    def __init__(self, checkpoint: Checkpoint, prompts: Sequence[CalibrationPrompt]) -> None:
+    def __init__(self, checkpoint: Checkpoint, prompts: Sequence[Prompt]) -> None:
         check_prompts(prompts)
         self._model = checkpoint.meta_model()
         make_runnable(self._model, checkpoint)
@@ -182,21 +164,6 @@ class _Embedding(nn.Module):
 def assign(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Give a module on the meta device its parameters, in float32."""
     module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-
-
-def model_inputs(model: Qwen3VLForConditionalGeneration, prompt: CalibrationPrompt) -> dict[str, torch.Tensor]:
-    """A prompt as Hugging Face's model takes it."""
-    token_ids = torch.from_numpy(prompt.token_ids)[None]
-    is_image, is_video = (token_ids == token for token in (model.config.image_token_id, model.config.video_token_id))
-    inputs = {"input_ids": token_ids, "mm_token_type_ids": is_image.int() + 2 * is_video}
-    for of_video, pixels, grid in (
-        (False, "pixel_values", "image_grid_thw"),
-        (True, "pixel_values_videos", "video_grid_thw"),
-    ):
-        if visuals := [visual for visual in prompt.visuals if visual.is_video == of_video]:
-            inputs[pixels] = torch.from_numpy(np.concatenate([visual.pixel_values for visual in visuals]))
-            inputs[grid] = torch.tensor([visual.grid for visual in visuals])
-    return inputs
 
 
 class _Moments:

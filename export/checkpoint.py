@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -32,6 +33,7 @@ from pascalvl.plugins import bundle
 from pascalvl.plugins.errors import UserError, library_reason, reason, shown
 from pascalvl.plugins.model_config import TOKEN_IDS, ModelConfig, TextConfig, VisionConfig, check_sizes
 from pascalvl.plugins.ops.flash_attention.drop_in import ATTN_IMPLEMENTATION
+from pascalvl.plugins.prompt import Prompt
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +153,21 @@ def load_model(directory: Path) -> Qwen3VLForConditionalGeneration:
         return Qwen3VLForConditionalGeneration.from_pretrained(
             None, config=checkpoint.hf_config, state_dict=tensors, dtype=torch.float32
         ).eval()
+
+
+def model_inputs(model: Qwen3VLForConditionalGeneration, prompt: Prompt) -> dict[str, torch.Tensor]:
+    """A prompt as Hugging Face's model takes it."""
+    token_ids = torch.from_numpy(prompt.token_ids)[None]
+    is_image, is_video = (token_ids == token for token in (model.config.image_token_id, model.config.video_token_id))
+    inputs = {"input_ids": token_ids, "mm_token_type_ids": is_image.int() + 2 * is_video}
+    for of_video, pixels, grid in (
+        (False, "pixel_values", "image_grid_thw"),
+        (True, "pixel_values_videos", "video_grid_thw"),
+    ):
+        if patches := [visual.patches for visual in prompt.visuals if visual.patches.is_video == of_video]:
+            inputs[pixels] = torch.from_numpy(np.concatenate([p.pixel_values for p in patches]))
+            inputs[grid] = torch.tensor([p.grid for p in patches])
+    return inputs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import Qwen3VLConfig
 
-from pascalvl.export.calibration import CalibrationPrompt
+from pascalvl.plugins.prompt import Prompt
 
 _LOGITS_AT_ONCE = 256
 Logits = Callable[[torch.Tensor], torch.Tensor]
@@ -26,7 +26,7 @@ class EvaluationPrompt:
         name: what a result calls it.
     """
 
-    prompt: CalibrationPrompt
+    prompt: Prompt
     answer: np.ndarray
     is_right: bool
     name: str = ""
@@ -37,7 +37,7 @@ class EvaluationPrompt:
         return np.concatenate([self.prompt.token_ids, self.answer])
 
     @property
-    def whole(self) -> CalibrationPrompt:
+    def whole(self) -> Prompt:
         """The same as a prompt."""
         return dataclasses.replace(self.prompt, token_ids=self.tokens)
 

@@ -19,7 +19,7 @@ import torch
 from transformers import Qwen3VLForConditionalGeneration
 
 from pascalvl.export import conformance
-from pascalvl.export.calibration import CalibrationPrompt, calibrate
+from pascalvl.export.calibration import calibrate
 from pascalvl.export.checkpoint import POSITION_EMBEDDINGS, TOKEN_EMBEDDINGS, Checkpoint
 from pascalvl.export.fitting import Fit, fit
 from pascalvl.export.modules import Decoder, VisionEncoder
@@ -41,6 +41,7 @@ from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.ops.flash_attention.op import OP_NAME, OP_VERSION
 from pascalvl.plugins.ops.onnx_text import OPSET
 from pascalvl.plugins.ops.quant_linear.torch_op import QuantLinear
+from pascalvl.plugins.prompt import Prompt
 from pascalvl.plugins.terminal import progress_bars
 from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig
 
@@ -59,7 +60,7 @@ def export_checkpoint(
     output: Path,
     check_host_files: Callable[[Path, ModelConfig], None] = lambda *_: None,
     cache: CacheConfig = _CACHE,
-    calibration: Callable[[Path, ModelConfig], Sequence[CalibrationPrompt]] | None = None,
+    calibration: Callable[[Path, ModelConfig], Sequence[Prompt]] | None = None,
     weights: WeightConfig | None = None,
     source_name: str | None = None,
 ) -> Manifest:
@@ -137,7 +138,7 @@ def export_checkpoint(
 def _fit(
     checkpoint: Checkpoint,
     config: ModelConfig,
-    prompts: Sequence[CalibrationPrompt] | None,
+    prompts: Sequence[Prompt] | None,
     cache: CacheConfig,
     weights: WeightConfig,
     kept_values: Collection[int],

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pascalvl.export.calibration import CalibrationPrompt, HiddenStates, assign
+from pascalvl.export.calibration import HiddenStates, assign
 from pascalvl.export.checkpoint import Checkpoint
 from pascalvl.export.modules import GATE_UP, QKV, DecoderLayer
 from pascalvl.export.quantised_weights import QuantisedWeights, float_tensor, packed, quant_layers
@@ -31,6 +31,7 @@ from pascalvl.export.transforms import DECODER_LAYERS, LayerTransform, Transform
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.ops.quant_linear.torch_op import norm_operands, normed
+from pascalvl.plugins.prompt import Prompt
 from pascalvl.plugins.user_cache import open_cache_folder
 from pascalvl.plugins.weight_format import F32, WeightConfig, WeightFormat
 
@@ -70,7 +71,7 @@ class Fit:
 def fit(
     checkpoint: Checkpoint,
     config: ModelConfig,
-    prompts: Sequence[CalibrationPrompt],
+    prompts: Sequence[Prompt],
     cache: CacheConfig,
     weights: WeightConfig,
     method: Method = ALL,
@@ -116,13 +117,13 @@ def fit(
     return found
 
 
-def _folder(checkpoint: Checkpoint, prompts: Sequence[CalibrationPrompt], *options: object) -> Path:
+def _folder(checkpoint: Checkpoint, prompts: Sequence[Prompt], *options: object) -> Path:
     """Where the results of a run with these arguments are kept, in the user's cache folder."""
     digest = hashlib.sha256(repr((_LAYOUT, checkpoint.digest(), *map(str, options))).encode())
     for prompt in prompts:
         digest.update(prompt.token_ids.tobytes())
         for visual in prompt.visuals:
-            digest.update(repr((visual.grid, visual.is_video)).encode() + visual.pixel_values.tobytes())
+            digest.update(visual.patches.digest)
     return open_cache_folder(f"fit-{digest.hexdigest()[:16]}")
 
 

@@ -22,8 +22,8 @@ from transformers import AttentionInterface, Qwen3VLForConditionalGeneration
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from pascalvl.export import kv_times
-from pascalvl.export.calibration import CalibrationPrompt, model_inputs, quiet
-from pascalvl.export.checkpoint import Checkpoint, load_model
+from pascalvl.export.calibration import quiet
+from pascalvl.export.checkpoint import Checkpoint, load_model, model_inputs
 from pascalvl.export.evaluation import EvaluationPrompt, Figures, Summary, compare, summary
 from pascalvl.export.quantised_weights import stored_config, stored_values
 from pascalvl.export.transforms import LayerStatistics, LayerTransform, plan_transforms
@@ -31,6 +31,7 @@ from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig, KVFormat, LayerLayout, RowFormat
 from pascalvl.plugins.kv_rows import compress, expand, hadamard
 from pascalvl.plugins.model_config import TextConfig
+from pascalvl.plugins.prompt import Prompt
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -167,7 +168,7 @@ def load(checkpoint: Path) -> Qwen3VLForConditionalGeneration:
 
 
 def greedy_answer(
-    model: Qwen3VLForConditionalGeneration, prompt: CalibrationPrompt, eos_token_ids: frozenset[int], longest: int
+    model: Qwen3VLForConditionalGeneration, prompt: Prompt, eos_token_ids: frozenset[int], longest: int
 ) -> np.ndarray:
     """What the model itself answers, with a float32 cache: int64 ``[n]``, up to ``longest`` tokens."""
     _set(model, None)

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from transformers import Qwen3VLForConditionalGeneration
 
-from pascalvl.export.calibration import CalibrationPrompt, make_runnable, model_inputs
-from pascalvl.export.checkpoint import HOST_TABLES, Checkpoint
+from pascalvl.export.calibration import make_runnable
+from pascalvl.export.checkpoint import HOST_TABLES, Checkpoint, model_inputs
 from pascalvl.export.evaluation import EvaluationPrompt, Figures, Summary, compare, summary
 from pascalvl.export.fitting import Fit, fit
 from pascalvl.export.kv_evaluation import load, q4_0, q8_0
@@ -30,6 +30,7 @@ from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.ops.quant_linear.torch_op import QuantLinear, compute, dense, norm_operands, rounded
+from pascalvl.plugins.prompt import Prompt
 from pascalvl.plugins.weight_format import WeightConfig
 
 DEFAULT_FORMATS = ("f16", "w8", "w4", "w4,group=64", "w4,group=32")
@@ -56,7 +57,7 @@ def evaluate(
     checkpoint: Path,
     prompts: Sequence[EvaluationPrompt],
     formats: Sequence[WeightConfig],
-    calibration: Sequence[CalibrationPrompt] | None = None,
+    calibration: Sequence[Prompt] | None = None,
     baselines: bool = True,
     progress: Callable[[], None] = lambda: None,
 ) -> Iterator[Result]:
@@ -129,7 +130,7 @@ def quantised_model(
     checkpoint: Checkpoint,
     config: ModelConfig,
     weights: WeightConfig,
-    calibration: Sequence[CalibrationPrompt] | None,
+    calibration: Sequence[Prompt] | None,
     method: Method = ALL,
 ) -> tuple[Qwen3VLForConditionalGeneration, int]:
     """Hugging Face's model with the modules that are exported in it; and the bytes of its weights."""

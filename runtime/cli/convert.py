@@ -15,6 +15,8 @@ from pascalvl.runtime.cli.sources import HubName, checkpoint_folder
 from pascalvl.runtime.cli.talk import user_message
 
 if TYPE_CHECKING:
+    from pascalvl.plugins.model_config import ModelConfig
+    from pascalvl.plugins.prompt import Prompt
     from pascalvl.runtime.prompt_folder import PromptCase
 
 CALIBRATION_PIXELS = 1 << 20
@@ -79,19 +81,12 @@ def _fitting_weights(args: argparse.Namespace, checkpoint: Path) -> Any:
     return fitting.weights
 
 
-def calibration_prompts(cases: Sequence[PromptCase], directory: Path, config: Any) -> list[Any]:
+def calibration_prompts(cases: Sequence[PromptCase], directory: Path, config: ModelConfig) -> list[Prompt]:
     """What statistics for the cache are taken of, read from a folder of prompts."""
-    from pascalvl.export.calibration import CalibrationPrompt, CalibrationVisual
     from pascalvl.runtime.prompt import PromptBuilder
 
-    prompts = PromptBuilder(directory, config, CALIBRATION_PIXELS)
-    return [
-        CalibrationPrompt(
-            prompt.token_ids,
-            [CalibrationVisual(v.patches.pixel_values, v.patches.grid, v.patches.is_video) for v in prompt.visuals],
-        )
-        for prompt in (prompts.build(case.messages) for case in cases)
-    ]
+    builder = PromptBuilder(directory, config, CALIBRATION_PIXELS)
+    return [builder.build(case.messages) for case in cases]
 
 
 def check_host_files(directory: Path, config: Any) -> None:

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
-from pascalvl.export.calibration import CalibrationPrompt, CalibrationVisual, calibrate
+from pascalvl.export.calibration import calibrate
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.prompt import Patches, Prompt
 
 IMAGE_GRID, VIDEO_GRID = (1, 8, 12), (2, 4, 6)
 
@@ -22,17 +23,16 @@ def prompts(nano_reference):
     def words(count):
         return rng.integers(0, 1900, count)
 
-    def visual(grid, is_video):
-        patches = rng.standard_normal((np.prod(grid), 3 * 2 * 16 * 16), np.float32)
-        return CalibrationVisual(patches, grid, is_video)
+    def visual(grid, timestamps=()):
+        return Patches.of(rng.standard_normal((np.prod(grid), 3 * 2 * 16 * 16), np.float32), grid, 2, timestamps)
 
     def marked(token, count):
         return [config.vision_start_token_id, *[token] * count, config.vision_end_token_id]
 
     image, frame = (marked(config.image_token_id, 24), marked(config.video_token_id, 6))
     mixed = np.concatenate([words(9), image, words(5), frame, words(3), frame, words(4)]).astype(np.int64)
-    visuals = [visual(IMAGE_GRID, False), visual(VIDEO_GRID, True)]
-    return [CalibrationPrompt(words(80)), CalibrationPrompt(mixed, visuals)]
+    visuals = [visual(IMAGE_GRID), visual(VIDEO_GRID, (0.0, 1.0))]
+    return [Prompt(words(80)), Prompt.of(mixed, visuals, (config.image_token_id, config.video_token_id))]
 
 
 def direct_moments(model, prompts):
@@ -54,11 +54,11 @@ def direct_moments(model, prompts):
     for prompt in prompts:
         token_ids = torch.from_numpy(prompt.token_ids)[None]
         inputs = {}
-        for visual in prompt.visuals:
-            suffix, kind = ("_videos", "video") if visual.is_video else ("", "image")
+        for patches in (visual.patches for visual in prompt.visuals):
+            suffix, kind = ("_videos", "video") if patches.is_video else ("", "image")
             inputs |= {
-                f"pixel_values{suffix}": torch.from_numpy(visual.pixel_values),
-                f"{kind}_grid_thw": torch.tensor([visual.grid]),
+                f"pixel_values{suffix}": torch.from_numpy(patches.pixel_values),
+                f"{kind}_grid_thw": torch.tensor([patches.grid]),
             }
         kinds = torch.zeros_like(token_ids)
         kinds[token_ids == model.config.image_token_id] = 1

@@ -18,7 +18,6 @@ from transformers.vision_utils import (
 
 from pascalvl.engines import build, open_engine
 from pascalvl.export import conformance, export_checkpoint, exporter, published_sizes
-from pascalvl.export.calibration import CalibrationPrompt
 from pascalvl.export.checkpoint import Checkpoint, meta_model, model_config
 from pascalvl.export.modules import Decoder, VisionEncoder
 from pascalvl.export.transforms import plan_transforms
@@ -28,6 +27,7 @@ from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, KVFormat, pages_of
 from pascalvl.plugins.ops.flash_attention.drop_in import ATTN_IMPLEMENTATION
 from pascalvl.plugins.ops.flash_attention.op import OP_DOMAIN, OP_NAME
+from pascalvl.plugins.prompt import Prompt
 from pascalvl.plugins.weight_format import WeightConfig, WeightFormat
 
 # Both sides float32, summed in different orders: a few units in 1e-6 of values of size one after a few layers.
@@ -317,7 +317,7 @@ def test_a_rank_from_a_calibration(nano_checkpoint, nano_reference, tmp_path):
 
     def prompts(directory, config):
         seen.append((sorted(path.name for path in directory.iterdir()), config))
-        return [CalibrationPrompt(given)]
+        return [Prompt(given)]
 
     cache = CacheConfig(KVFormat.K4V4, 1e-3)
     manifest = export_checkpoint(nano_checkpoint, tmp_path / "model", cache=cache, calibration=prompts)

@@ -7,17 +7,18 @@ import pytest
 import torch
 
 from pascalvl.export import fitting
-from pascalvl.export.calibration import CalibrationPrompt, HiddenStates, make_runnable
+from pascalvl.export.calibration import HiddenStates, make_runnable
 from pascalvl.export.checkpoint import Checkpoint
 from pascalvl.export.fitting import Fit, fit
 from pascalvl.export.modules import Decoder
 from pascalvl.export.quantised_weights import QuantisedWeights, quant_layers
 from pascalvl.plugins.kv_format import CacheConfig
+from pascalvl.plugins.prompt import Prompt
 from pascalvl.plugins.weight_format import FLOAT_WEIGHTS, WeightConfig
 
 WEIGHTS = WeightConfig.parse("w4,layer.2=w8")
 CACHE = CacheConfig.parse("k8v4")
-PROMPTS = [CalibrationPrompt(np.random.default_rng(seed).integers(0, 1900, 90)) for seed in range(2)]
+PROMPTS = [Prompt(np.random.default_rng(seed).integers(0, 1900, 90)) for seed in range(2)]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import torch
 from matplotlib.text import Text
 
 from pascalvl.export import kv_evaluation
-from pascalvl.export.calibration import CalibrationPrompt
 from pascalvl.export.checkpoint import Checkpoint
 from pascalvl.export.kv_evaluation import EvaluationPrompt, Seen
 from pascalvl.export.kv_times import measure
@@ -21,11 +20,12 @@ from pascalvl.export.transforms import plan_transforms
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import CacheConfig
 from pascalvl.plugins.kv_rows import compress, expand, hadamard
+from pascalvl.plugins.prompt import Prompt
 from pascalvl.runtime.cli import main
 from tests.nano import questions
 
 HEADS, KV_HEADS, TOKENS, DIM = 8, 2, 9, 128
-PROMPT = EvaluationPrompt(CalibrationPrompt(np.arange(40, 70)), np.array([90, 91, 2002]), True)
+PROMPT = EvaluationPrompt(Prompt(np.arange(40, 70)), np.array([90, 91, 2002]), True)
 
 
 def states(seed):

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
 from pascalvl.export import transforms
-from pascalvl.export.calibration import CalibrationPrompt, CalibrationVisual, calibrate
+from pascalvl.export.calibration import calibrate
 from pascalvl.export.checkpoint import Checkpoint
 from pascalvl.export.modules import Decoder
 from pascalvl.export.quantised_weights import QuantisedWeights, quant_layers
@@ -46,12 +46,7 @@ def statistics(checkpoint):
     for name in ("sample", "square"):
         image = Image.open(NANO / "pictures" / f"{name}.png")
         parts.append([{"type": "image", "image": image}, {"type": "text", "text": "Describe the picture."}])
-    prompts = []
-    for content in parts:
-        prompt = builder.build([{"role": "user", "content": content}])
-        patches = [visual.patches for visual in prompt.visuals]
-        visuals = [CalibrationVisual(p.pixel_values, p.grid, p.is_video) for p in patches]
-        prompts.append(CalibrationPrompt(prompt.token_ids, visuals))
+    prompts = [builder.build([{"role": "user", "content": content}]) for content in parts]
     return calibrate(checkpoint.directory, prompts)
 
 

@@ -8,24 +8,24 @@ import pytest
 import torch
 
 from pascalvl.export import weight_evaluation
-from pascalvl.export.calibration import CalibrationPrompt, model_inputs
-from pascalvl.export.checkpoint import Checkpoint
+from pascalvl.export.checkpoint import Checkpoint, model_inputs
 from pascalvl.export.evaluation import EvaluationPrompt, compare
 from pascalvl.export.kv_evaluation import q4_0
 from pascalvl.plugins.bundle import Manifest
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.prompt import Prompt
 from pascalvl.plugins.weight_format import WeightConfig
 from pascalvl.runtime.cli import main
 from tests.conftest import ALL_WEIGHT_FORMATS
 
 WORDS = np.random.default_rng(1).integers(0, 1900, 40)
-PROMPT = EvaluationPrompt(CalibrationPrompt(WORDS), np.array([90, 91, 2002]), True, "words")
+PROMPT = EvaluationPrompt(Prompt(WORDS), np.array([90, 91, 2002]), True, "words")
 
 
 def test_figures_by_hand():
     rng = np.random.default_rng(0)
     exact, found = (torch.from_numpy(rng.standard_normal((43, 50)) * 3) for _ in range(2))
-    prompt = EvaluationPrompt(CalibrationPrompt(rng.integers(0, 50, 40)), rng.integers(0, 50, 3), True)
+    prompt = EvaluationPrompt(Prompt(rng.integers(0, 50, 40)), rng.integers(0, 50, 3), True)
     positions = np.array([0, 5, 41])
     figures = compare(prompt, positions, exact.__getitem__, found.__getitem__)
     for i, at in enumerate(positions):
