@@ -24,6 +24,7 @@ from polygraphy.logger import G_LOGGER
 from pascalvl.engines.tolerance import TOLERANCE
 from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.kv_format import KVFormat
+from pascalvl.plugins.prompt import Prompt
 from pascalvl.plugins.terminal import shows_progress
 
 if TYPE_CHECKING:
@@ -45,27 +46,9 @@ def decode_logits(step: int) -> str:
     return f"decode.logits.{step}"
 
 
-@dataclasses.dataclass(frozen=True)
-class VisualInput:
-    """A preprocessed picture or video: ``pixel_values`` ``[patches, patch_dim]`` and its ``grid`` (t, h, w)."""
-
-    pixel_values: np.ndarray
-    grid: tuple[int, int, int]
-    is_video: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class ValidationPrompt:
-    """A tokenised prompt, ``token_ids`` ``[n]`` with placeholders expanded, and its visuals in order."""
-
-    name: str
-    token_ids: np.ndarray
-    visuals: Sequence[VisualInput]
-
-
 Outputs = Mapping[str, np.ndarray]
-Candidate = Callable[[int, Sequence[int]], Outputs]
-"""Answers prompt number ``i`` forced along the given tokens; returns outputs by the names above."""
+Candidate = Callable[[str, Sequence[int]], Outputs]
+"""Answers the prompt of that name forced along the given tokens; returns outputs by the names above."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +68,14 @@ class Row:
 
 
 class ReferenceRunner(BaseRunner):
-    """Hugging Face's Qwen3-VL, float32 on the CPU; ``forced[i]`` receives its greedy answer to prompt ``i``."""
+    """Hugging Face's Qwen3-VL, float32 on the CPU; ``forced`` receives its greedy answers by the prompts' names."""
 
-    def __init__(self, checkpoint: Path, prompts: Sequence[ValidationPrompt], new_tokens: int) -> None:
+    def __init__(self, checkpoint: Path, prompts: Mapping[str, Prompt], new_tokens: int) -> None:
         super().__init__(name="reference", prefix="reference")
         self._checkpoint = checkpoint
-        self._prompts = prompts
+        self._prompts = list(prompts.items())
         self._new_tokens = new_tokens
-        self.forced: list[list[int]] = []
+        self.forced: dict[str, list[int]] = {}
 
     def activate_impl(self) -> None:
         from transformers.utils import logging
@@ -112,12 +95,13 @@ class ReferenceRunner(BaseRunner):
     def infer_impl(self, feed_dict: dict[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
         import torch
 
+        from pascalvl.export.checkpoint import model_inputs
+
         start = time.perf_counter()
-        prompt = self._prompts[int(feed_dict["prompt"][0])]
+        name, prompt = self._prompts[int(feed_dict["prompt"][0])]
         with torch.no_grad(), _hidden_states(self._model) as hidden:
             outputs = OrderedDict(self._vision(prompt))
-            inputs = self._inputs(prompt)
-            result = self._model(**inputs, use_cache=True, logits_to_keep=1)
+            result = self._model(**model_inputs(self._model, prompt), use_cache=True, logits_to_keep=1)
             outputs[PREFILL_LOGITS] = result.logits[:, -1].numpy()
             outputs.update((prefill_hidden_states(layer), value[0].numpy()) for layer, value in hidden.items())
             forced = []
@@ -126,16 +110,16 @@ class ReferenceRunner(BaseRunner):
                 token = torch.tensor([[forced[-1]]])
                 result = self._model(input_ids=token, past_key_values=result.past_key_values, use_cache=True)
                 outputs[decode_logits(step)] = result.logits[:, -1].numpy()
-        self.forced.append(forced)
+        self.forced[name] = forced
         self.inference_time = time.perf_counter() - start
         return outputs
 
-    def _vision(self, prompt: ValidationPrompt) -> list[tuple[str, np.ndarray]]:
+    def _vision(self, prompt: Prompt) -> list[tuple[str, np.ndarray]]:
         import torch
 
         features = [
-            self._model.model.visual(torch.from_numpy(visual.pixel_values), torch.tensor([visual.grid]))
-            for visual in prompt.visuals
+            self._model.model.visual(torch.from_numpy(patches.pixel_values), torch.tensor([patches.grid]))
+            for patches in (visual.patches for visual in prompt.visuals)
         ]
         if not features:
             return []
@@ -145,32 +129,16 @@ class ReferenceRunner(BaseRunner):
             *((vision_deepstack(i), torch.cat(level).numpy()) for i, level in enumerate(levels)),
         ]
 
-    def _inputs(self, prompt: ValidationPrompt) -> dict[str, Any]:
-        import torch
-
-        config = self._model.config
-        token_ids = torch.from_numpy(prompt.token_ids)[None]
-        inputs = {
-            "input_ids": token_ids,
-            "mm_token_type_ids": (token_ids == config.image_token_id).int() + 2 * (token_ids == config.video_token_id),
-        }
-        for is_video, pixels, grid in (
-            (False, "pixel_values", "image_grid_thw"),
-            (True, "pixel_values_videos", "video_grid_thw"),
-        ):
-            visuals = [visual for visual in prompt.visuals if visual.is_video == is_video]
-            if visuals:
-                inputs[pixels] = torch.from_numpy(np.concatenate([visual.pixel_values for visual in visuals]))
-                inputs[grid] = torch.tensor([visual.grid for visual in visuals])
-        return inputs
-
 
 class CandidateRunner(BaseRunner):
     """The runtime on the engines, forced along the reference's tokens."""
 
-    def __init__(self, candidate: Candidate, forced: Sequence[Sequence[int]], name: str) -> None:
+    def __init__(
+        self, candidate: Candidate, prompts: Sequence[str], forced: Mapping[str, Sequence[int]], name: str
+    ) -> None:
         super().__init__(name=name, prefix=name)
         self._candidate = candidate
+        self._prompts = prompts
         self._forced = forced
 
     def activate_impl(self) -> None:
@@ -184,8 +152,8 @@ class CandidateRunner(BaseRunner):
 
     def infer_impl(self, feed_dict: dict[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
         start = time.perf_counter()
-        index = int(feed_dict["prompt"][0])
-        outputs = OrderedDict(self._candidate(index, self._forced[index]))
+        prompt = self._prompts[int(feed_dict["prompt"][0])]
+        outputs = OrderedDict(self._candidate(prompt, self._forced[prompt]))
         self.inference_time = time.perf_counter() - start
         return outputs
 
@@ -196,7 +164,7 @@ _PROMPT_METADATA = TensorMetadata().add("prompt", dtype=np.int64, shape=(1,))
 def validate(
     checkpoint: Path,
     candidate: Candidate,
-    prompts: Sequence[ValidationPrompt],
+    prompts: Mapping[str, Prompt],
     allowed: float,
     new_tokens: int = 16,
     allowed_of_vision: float = TOLERANCE[KVFormat.F32],
@@ -204,14 +172,14 @@ def validate(
 ) -> list[Row]:
     """Compare the candidate's outputs with those of the checkpoint in float32; returns one row an output and prompt.
 
-    ``allowed`` is `pascalvl.engines.tolerance.tolerance` of the candidate's cache and weights, ``allowed_of_vision``
-    its `vision_tolerance`.
+    ``prompts`` are by name, ``allowed`` is `pascalvl.engines.tolerance.tolerance` of the candidate's cache and weights,
+    ``allowed_of_vision`` its `vision_tolerance`.
 
     Raises:
         UserError: the candidate does not return an output that the reference has.
     """
     reference = ReferenceRunner(checkpoint, prompts, new_tokens)
-    runners = [reference, CandidateRunner(candidate, reference.forced, name)]
+    runners = [reference, CandidateRunner(candidate, list(prompts), reference.forced, name)]
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         results = Comparator.run(
             runners, data_loader=[{"prompt": np.array([i], np.int64)} for i in range(len(prompts))]
@@ -220,7 +188,7 @@ def validate(
         return [
             row
             for prompt, reference_outputs, outputs in zip(prompts, expected, found, strict=True)
-            for row in _compare(prompt.name, reference_outputs, outputs, allowed, allowed_of_vision)
+            for row in _compare(prompt, reference_outputs, outputs, allowed, allowed_of_vision)
         ]
 
 

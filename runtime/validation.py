@@ -1,15 +1,38 @@
-"""What a model computes of a conversation, output by output, for `pascalvl.engines.validation`."""
+"""A model against Hugging Face's, conversation by conversation, by `pascalvl.engines.validation`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from pascalvl.engines import validation
+from pascalvl.engines.tolerance import tolerance, vision_tolerance
 from pascalvl.plugins import bindings
 from pascalvl.runtime.messages import Message
 from pascalvl.runtime.model import VisionLanguageModel
+
+
+def validate(
+    model: VisionLanguageModel, checkpoint: Path, conversations: Mapping[str, Sequence[Message]], new_tokens: int = 16
+) -> list[validation.Row]:
+    """Compare a model with the checkpoint that it was made from; returns one row an output and conversation.
+
+    Each conversation is followed by ``new_tokens`` tokens of the checkpoint's own answer.
+
+    Raises:
+        UserError: as `trace`, or the model does not return an output that the checkpoint has.
+    """
+    return validation.validate(
+        checkpoint,
+        lambda name, forced: trace(model, conversations[name], forced),
+        {name: model.prompt(messages) for name, messages in conversations.items()},
+        tolerance(model.cache_config, model.config, model.manifest.weights),
+        new_tokens,
+        vision_tolerance(model.manifest.weights),
+        model.manifest.backend["name"],
+    )
 
 
 def trace(

@@ -33,10 +33,9 @@ def validate(args: argparse.Namespace) -> int:
     """Run `pascalvl validate`; returns the exit code."""
     import dataclasses
 
-    from pascalvl.engines import validation
-    from pascalvl.engines.tolerance import tolerance, vision_tolerance
+    from pascalvl.engines.validation import first_deviation, summarise
     from pascalvl.export.checkpoint import Checkpoint
-    from pascalvl.runtime.validation import trace
+    from pascalvl.runtime import validation
 
     check_json(args.json)
     requests = _validation_requests(args)
@@ -48,24 +47,10 @@ def validate(args: argparse.Namespace) -> int:
             f"{args.bundle} was not made from {args.reference} but from another checkpoint, {exported['name']}: give "
             "that as --reference."
         )
-    prompts = []
-    for name, messages in requests.items():
-        prompt = model.prompt(messages)
-        patches = [visual.patches for visual in prompt.visuals]
-        visuals = [validation.VisualInput(p.pixel_values, p.grid, p.is_video) for p in patches]
-        prompts.append(validation.ValidationPrompt(name, prompt.token_ids, visuals))
-    conversations = list(requests.values())
-    rows = validation.validate(
-        args.reference,
-        lambda index, forced: trace(model, conversations[index], forced),
-        prompts,
-        tolerance(model.cache_config, model.config, model.manifest.weights),
-        allowed_of_vision=vision_tolerance(model.manifest.weights),
-        name=model.manifest.backend["name"],
-    )
+    rows = validation.validate(model, args.reference, requests)
     failed = sum(not row.passed for row in rows)
     reference = f"Hugging Face's model in float32, {_REFERENCE_WEIGHTS[is_read_by_transformers]}"
-    first = validation.first_deviation(rows)
+    first = first_deviation(rows)
     if args.json:
         outputs = [{**dataclasses.asdict(row), "passed": row.passed} for row in rows]
         deviation = first and {"prompt": first.prompt, "output": first.output}
@@ -74,7 +59,7 @@ def validate(args: argparse.Namespace) -> int:
     if args.json != STANDARD_OUTPUT:
         headings = ("output", "prompt", "largest error", "tolerance", "scale", "")
         table = figures_table("worst of each output; scale: largest value of the reference", headings)
-        for row in validation.summarise(rows):
+        for row in summarise(rows):
             figures = [f"{figure:.2e}" for figure in (row.max_error, row.tolerance, row.scale)]
             table.add_row(row.output, row.prompt, *figures, "ok" if row.passed else "DEVIATES")
         print_tables(table, f"{len(rows)} outputs compared, {failed} out of tolerance", f"reference: {reference}")

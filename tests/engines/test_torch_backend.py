@@ -12,7 +12,6 @@ import torch
 
 from pascalvl.engines import build, open_engine, validation
 from pascalvl.engines.engine import Placement
-from pascalvl.engines.tolerance import tolerance
 from pascalvl.engines.torch import backend as torch_backend
 from pascalvl.plugins import bindings
 from pascalvl.plugins.bundle import CHECKPOINT_CONFIG, Manifest
@@ -21,7 +20,7 @@ from pascalvl.plugins.kernels import torch_calls
 from pascalvl.plugins.kernels.library import KernelLibrary
 from pascalvl.runtime import SamplingParams, VisionLanguageModel
 from pascalvl.runtime.cli import main
-from pascalvl.runtime.validation import trace
+from pascalvl.runtime.validation import trace, validate
 from tests.engines.batches import CAPACITY, POOL, alone, changed, decodes, fresh_pool, places
 from tests.engines.decoder import CACHES, Conversation, decoder_feeds, floats_of, random_tokens
 from tests.engines.torch_reference import answer, assistant, kept_tokens, reference_answer, scene, user
@@ -74,15 +73,7 @@ def test_tokens_equal_the_reference_and_come_from_the_kernels(kv, nano_engine, n
 @pytest.mark.parametrize("kv", CACHES)
 def test_validation_against_the_reference(kv, nano_engine, nano_checkpoint):
     model = fresh(nano_engine(kv, "torch"), marked_layers=True)
-    prompt = model.prompt(PICTURE)
-    visuals = [validation.VisualInput(v.patches.pixel_values, v.patches.grid, False) for v in prompt.visuals]
-    rows = validation.validate(
-        nano_checkpoint,
-        lambda _, forced: trace(model, PICTURE, forced),
-        [validation.ValidationPrompt("picture", prompt.token_ids, visuals)],
-        tolerance(model.cache_config, model.config),
-        new_tokens=2,
-    )
+    rows = validate(model, nano_checkpoint, {"picture": PICTURE}, new_tokens=2)
     assert [row.output for row in rows if not row.passed] == []
     outputs = {row.output for row in rows}
     assert {validation.VISION_EMBEDS, validation.PREFILL_LOGITS, validation.decode_logits(1)} < outputs

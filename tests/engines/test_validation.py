@@ -31,12 +31,10 @@ NEW_TOKENS = 4
 
 def compare(bundle, checkpoint, alter=lambda outputs: outputs):
     model = VisionLanguageModel.open(bundle, marked_layers=True)
-    prompt = model.prompt(MESSAGES)
-    visuals = [validation.VisualInput(v.patches.pixel_values, v.patches.grid, False) for v in prompt.visuals]
     return validation.validate(
         checkpoint,
         lambda _, forced: alter(trace(model, MESSAGES, forced)),
-        [validation.ValidationPrompt("picture", prompt.token_ids, visuals)],
+        {"picture": model.prompt(MESSAGES)},
         tolerance(model.cache_config, model.config),
         NEW_TOKENS,
     )

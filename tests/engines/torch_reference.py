@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import Qwen3VLForConditionalGeneration
 
+from pascalvl.export.checkpoint import model_inputs
 from pascalvl.plugins.prompt import Prompt
 from pascalvl.runtime import Generation, SamplingParams, VisionLanguageModel
 from pascalvl.runtime.video import Video
@@ -63,27 +64,15 @@ def reference_answer(
     reference: Qwen3VLForConditionalGeneration, prompt: Prompt, new_tokens: int, **options: object
 ) -> tuple[list[int], np.ndarray]:
     """Hugging Face's answer to a prompt, on the device that the model is on: tokens [n], logits [n, vocab_size]."""
-    config, device = reference.config, reference.device
-    token_ids = torch.from_numpy(prompt.token_ids)[None].to(device)
-    inputs = {
-        "input_ids": token_ids,
-        "attention_mask": torch.ones_like(token_ids),
-        "mm_token_type_ids": (token_ids == config.image_token_id).int() + 2 * (token_ids == config.video_token_id),
-    }
-    for is_video, pixels, grid in (
-        (False, "pixel_values", "image_grid_thw"),
-        (True, "pixel_values_videos", "video_grid_thw"),
-    ):
-        if patches := [visual.patches for visual in prompt.visuals if visual.patches.is_video == is_video]:
-            inputs[pixels] = torch.from_numpy(np.concatenate([p.pixel_values for p in patches])).to(device)
-            inputs[grid] = torch.tensor([p.grid for p in patches], device=device)
+    inputs = {name: tensor.to(reference.device) for name, tensor in model_inputs(reference, prompt).items()}
     with torch.no_grad():
         result = reference.generate(
             **inputs,
+            attention_mask=torch.ones_like(inputs["input_ids"]),
             **options,
             max_new_tokens=new_tokens,
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,
         )
-    return result.sequences[0, token_ids.shape[1] :].tolist(), torch.cat(result.logits).cpu().numpy()
+    return result.sequences[0, len(prompt.token_ids) :].tolist(), torch.cat(result.logits).cpu().numpy()
