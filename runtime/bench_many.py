@@ -16,7 +16,6 @@ from pascalvl.plugins.errors import UserError
 from pascalvl.plugins.prompt import Prompt
 from pascalvl.runtime.bench import endless, own_sampling
 from pascalvl.runtime.model import VisionLanguageModel
-from pascalvl.runtime.positions import mrope_position_ids
 from pascalvl.runtime.sampling import Sampler, SamplingParams
 from pascalvl.runtime.scheduler import Limits
 from pascalvl.runtime.sequence import TokenSequence
