@@ -99,6 +99,19 @@ def test_what_was_not_used_the_longest_goes_first(tmp_path):
     assert not other.pages()
 
 
+def test_two_processes_with_one_folder(tmp_path):
+    """What one writes the other finds when it begins; what one removes is there no more for the other."""
+    one, other = opened(tmp_path), opened(tmp_path)
+    key, _, _ = written(one, seed=1)
+    again, _, rows = written(other, seed=1)
+    assert key == again
+    assert [page.key for page in opened(tmp_path).pages()] == [key]
+    assert one.read(key).keys() == rows.keys()
+    opened(tmp_path, most_bytes=0)
+    assert one.read(key) is None
+    assert not one.has(key)
+
+
 def test_what_a_killed_process_has_left_goes(tmp_path):
     partial, fresh, strange = (tmp_path / name for name in (".kv_cache.old", ".kv_cache.new", "holiday.png"))
     for path in (partial, fresh, strange):
