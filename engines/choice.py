@@ -73,10 +73,10 @@ class Choice:
     """Of 64 bits, evenly distributed: where among the shares of the tokens left, in the order of their numbers, the
     choice falls."""
 
-    def at(self, random: int) -> Choice:
-        """The same, with another random number."""
+    def at(self, random: int, mask: np.ndarray | None = None) -> Choice:
+        """The same, with another random number and mask."""
         other = object.__new__(Choice)  # dataclasses.replace takes ten times as long
-        other.__dict__.update(self.__dict__, random=random)
+        other.__dict__.update(self.__dict__, random=random, mask=mask)
         return other
 
     @property

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["FinishReason", "Generation", "Request", "SamplingParams", "VisionLanguageModel"]
+__all__ = ["FinishReason", "Generation", "Grammar", "Request", "SamplingParams", "VisionLanguageModel"]
 
 _MODULES = {
     "FinishReason": "generation",
     "Generation": "generation",
+    "Grammar": "grammar",
     "Request": "model",
     "SamplingParams": "sampling",
     "VisionLanguageModel": "model",
@@ -18,6 +19,7 @@ _MODULES = {
 
 if TYPE_CHECKING:
     from pascalvl.runtime.generation import FinishReason, Generation
+    from pascalvl.runtime.grammar import Grammar
     from pascalvl.runtime.model import Request, VisionLanguageModel
     from pascalvl.runtime.sampling import SamplingParams
 else:

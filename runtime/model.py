@@ -21,6 +21,7 @@ from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
 from pascalvl.plugins.model_config import TextConfig
 from pascalvl.plugins.prompt import Prompt
 from pascalvl.runtime.generation import Generation, GenerationConfig, StopMatcher
+from pascalvl.runtime.grammar import Grammar, GrammarCompiler
 from pascalvl.runtime.messages import Message
 from pascalvl.runtime.page_files import PageFiles
 from pascalvl.runtime.prompt import PromptBuilder
@@ -53,6 +54,7 @@ class Request:
     tools: Sequence[Mapping[str, Any]] | None = None
     template_variables: Mapping[str, Any] | None = None
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 class VisionLanguageModel:
@@ -91,6 +93,8 @@ class VisionLanguageModel:
         self.prefill_chunk = min([prefill_chunk, *(limit for limit in most if limit is not None)])
         max_pixels = engine.max_pixels if max_pixels is None else max_pixels
         self._prompts = PromptBuilder(engine.directory, self.config, max_pixels, control_tokens_in_text)
+        vocab_size, end_tokens = self.config.text.vocab_size, self.generation_config.eos_token_ids
+        self._grammars = GrammarCompiler(self._prompts.tokenizer, vocab_size, end_tokens)
         self.steps = Steps(engine)
         """Makes the engines' feeds."""
         self.gpu = engine.gpu
@@ -221,6 +225,7 @@ class VisionLanguageModel:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_variables: Mapping[str, Any] | None = None,
         logprobs: int | None = None,
+        grammar: Grammar | None = None,
     ) -> Generation:
         """Answer messages; the answer is computed while it, or another one, is iterated over.
 
@@ -233,13 +238,14 @@ class VisionLanguageModel:
             template_variables: what else the chat template may ask for, such as ``{"enable_thinking": False}``.
             logprobs: fill `Generation.logprobs`, with as many of the likeliest tokens, from 0; on a GPU logits are then
                 copied to the host for each token.
+            grammar: what the answer must be, unless max_new_tokens or a stop string ends it before.
 
         Raises:
             UserError: messages, pictures or videos that cannot be used, a prompt longer than the context, a limit
-                below 1, or logprobs out of range.
+                below 1, logprobs out of range, or a grammar that cannot be used.
         """
         prompt = self.prompt(messages, tools, template_variables)
-        return self.answer(prompt, sampling, max_new_tokens, stop, logprobs)
+        return self.answer(prompt, sampling, max_new_tokens, stop, logprobs, grammar)
 
     def answer(
         self,
@@ -248,10 +254,11 @@ class VisionLanguageModel:
         max_new_tokens: int | None = None,
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
+        grammar: Grammar | None = None,
     ) -> Generation:
         """`generate`, of what `prompt` made of messages, or of any other tokens."""
         load_seconds = self.load()
-        sequence = self.sequence_of(prompt, sampling, max_new_tokens, stop, logprobs)
+        sequence = self.sequence_of(prompt, sampling, max_new_tokens, stop, logprobs, grammar)
         sequence.generation.load_seconds = load_seconds
         sequence.generation.pieces = self._pieces(sequence)
         return sequence.generation
@@ -301,7 +308,9 @@ class VisionLanguageModel:
     def sequence(self, request: Request) -> TokenSequence:
         """What the scheduler takes of a request; for errors see `generate`."""
         prompt = self.prompt(request.messages, request.tools, request.template_variables)
-        return self.sequence_of(prompt, request.sampling, request.max_new_tokens, request.stop, request.logprobs)
+        return self.sequence_of(
+            prompt, request.sampling, request.max_new_tokens, request.stop, request.logprobs, request.grammar
+        )
 
     def sequence_of(
         self,
@@ -310,6 +319,7 @@ class VisionLanguageModel:
         max_new_tokens: int | None = None,
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
+        grammar: Grammar | None = None,
     ) -> TokenSequence:
         """What the scheduler takes of a prompt; for errors see `generate`."""
         matcher = StopMatcher(stop)
@@ -319,10 +329,12 @@ class VisionLanguageModel:
         if logprobs is not None and not (type(logprobs) is int and 0 <= logprobs <= _MOST_LOGPROBS):
             raise UserError(f"logprobs is out of range: expected 0 to {_MOST_LOGPROBS}, found {shown(logprobs)}.")
         room = self.room(prompt)
+        matching = None if grammar is None else self._grammars.matcher(grammar)
+        sampling = sampling or self.generation_config.sampling
         return TokenSequence(
             prompt,
             self._pinned(prompt),
-            Sampler(sampling or self.generation_config.sampling, prompt.token_ids, self.config.text.vocab_size),
+            Sampler(sampling, prompt.token_ids, self.config.text.vocab_size, matching),
             room if limit is None else min(limit, room),
             matcher,
             self.generation_config.eos_token_ids,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Iterator, Mapping
-from typing import cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from pascalvl.engines.choice import NO_TOKEN, Choice, LogitState, adjusted, choose, distribution
 from pascalvl.plugins.errors import UserError, shown
+
+if TYPE_CHECKING:
+    from pascalvl.runtime.grammar import Matcher
 
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 1e-6, 1e6
 """Of logits: far from what changes an answer any more, and from where float32 overflows."""
@@ -124,13 +127,17 @@ class Sampler:
         params: how.
         token_ids: int64 ``[n]``, the prompt: what the repetition penalty counts as seen, beside the answer itself.
         vocab_size: length of the logits.
+        matcher: says which tokens may come next; None: all may.
 
     Raises:
         UserError: a token that is biased is not in the vocabulary.
     """
 
-    def __init__(self, params: SamplingParams, token_ids: np.ndarray, vocab_size: int) -> None:
+    def __init__(
+        self, params: SamplingParams, token_ids: np.ndarray, vocab_size: int, matcher: Matcher | None = None
+    ) -> None:
         self.params = params
+        self._matcher = matcher
         state = LogitState()
         if params.looks_back:
             state.count_prompt(token_ids, vocab_size)
@@ -156,6 +163,8 @@ class Sampler:
     def next(self) -> Choice:
         """How the next token is to be chosen; `add` it then."""
         random = next(self._randoms, None)
+        if self._matcher is not None:
+            return self._choice.at(random or 0, self._matcher.mask())
         return self._choice if random is None else self._choice.at(random)
 
     def add(self, token: int, highest: float) -> int:
@@ -166,13 +175,34 @@ class Sampler:
             highest: the highest logit, NaN if there is one.
 
         Raises:
-            UserError: the logits are not finite, or no token may be taken.
+            UserError: the logits are not finite, no token may be taken, or the grammar cannot be followed further.
         """
         check_finite(highest)
         if token == NO_TOKEN:
             raise UserError("no token may come next: what is asked for allows none.")
+        return self._note(token)
+
+    @property
+    def forced(self) -> Sequence[int]:
+        """Tokens that have to come next, whatever the logits are."""
+        return () if self._matcher is None else self._matcher.forced
+
+    def add_forced(self) -> int:
+        """Note the first of them without its logits, as if it had been chosen, and return it; raises `UserError` as
+        `add` does."""
+        next(self._randoms, None)
+        return self._note(self.forced[0])
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing may come next."""
+        return self._matcher is not None and self._matcher.is_complete
+
+    def _note(self, token: int) -> int:
         if self._choice.state:
             self._choice.state.add(token)
+        if self._matcher is not None:
+            self._matcher.accept(token)
         return token
 
     def __call__(self, logits: np.ndarray) -> int:

@@ -246,7 +246,11 @@ class Scheduler:
         with _cache(sequence).appending(sequence.identities[chunk], sequence.pinned[chunk]) as placement:
             tokens = [self._steps.chunk(sequence, chunk, seen, placement)]
             chosen = self.session.choose(tokens, [sequence.sampler.next()] if is_last else None)
-        sequence.generation.prefill_seconds += time.perf_counter() - begun
+        seconds = time.perf_counter() - begun
+        if sequence.generation.token_ids:
+            sequence.generation.decode_seconds += seconds
+        else:
+            sequence.generation.prefill_seconds += seconds
         if is_last:
             self._turn.remove(sequence)
             self._keep(sequence)
@@ -279,10 +283,15 @@ class Scheduler:
         for row, (sequence, (token, highest)) in enumerate(zip(sequences, chosen, strict=True)):
             try:
                 sequence.accept(token, highest, functools.partial(self._logits_of, row))
+                # As a chunk of its own it holds up the others for a step, and saves itself as many.
+                if sequence.forced >= len(self._running):
+                    sequence.take_forced()
             except UserError as error:
                 sequence.error = error
             if sequence.is_finished:
                 self._retire(sequence)
+            elif not sequence.is_decoding and sequence not in self._turn:
+                self._turn.append(sequence)
 
     def _logits_of(self, row: int) -> np.ndarray:
         return self.session.logits()[row]

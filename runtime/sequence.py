@@ -117,15 +117,28 @@ class TokenSequence:
         Raises:
             UserError: see `Sampler.add`.
         """
-        generation = self.generation
         token = self.sampler.add(token, highest)
-        generation.token_ids.append(token)
         if self.logprobs is not None:
-            generation.logprobs.append(TokenLogprobs.of(logits(), token, self.logprobs))
+            self.generation.logprobs.append(TokenLogprobs.of(logits(), token, self.logprobs))
+        self._add(token)
+
+    @property
+    def forced(self) -> int:
+        """How many tokens have to come next, if logits of none of them are wanted."""
+        return len(self.sampler.forced) if self.logprobs is None and not self.is_finished else 0
+
+    def take_forced(self) -> None:
+        """Take these, as if each had been chosen; raises `UserError` as `accept` does."""
+        while self.forced:
+            self._add(self.sampler.add_forced())
+
+    def _add(self, token: int) -> None:
+        generation = self.generation
+        generation.token_ids.append(token)
         is_end = token in self._end_tokens
         if piece := "" if is_end else self._stop.push(self._text.push(token)):
             self._pieces.append(piece)
-        if is_end or self._stop.stopped:
+        if is_end or self._stop.stopped or self.sampler.is_complete:
             self._finish(FinishReason.STOP)
         elif len(generation.token_ids) == self._limit:
             self._finish(FinishReason.LENGTH)

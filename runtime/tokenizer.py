@@ -98,6 +98,10 @@ class Tokenizer:
         finder.add_tokens(added)
         return finder
 
+    def to_json(self) -> str:
+        """What `tokenizer.json` says, for other libraries that read it."""
+        return self._tokenizer.to_str()
+
     def stream(self) -> TextStream:
         """A decoder that takes tokens one at a time."""
         return TextStream(self._tokenizer)

@@ -37,6 +37,7 @@ OTHERS = {
     "engines/torch": {"numpy", "onnx", "torch", "transformers"},
     "engines/validation": {"numpy", "polygraphy", "torch", "transformers"},
     "runtime": {"PIL", "av", "jinja2", "numpy", "rich", "tokenizers"},
+    "runtime/grammar": {"llguidance", "numpy"},
     "runtime/cli": {"PIL", "matplotlib", "numpy", "rich", "shtab", "torch"},
 }
 """Libraries, by the folder or file, of which the longest name counts."""
