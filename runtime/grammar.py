@@ -26,9 +26,10 @@ _MOST_KEPT = 16
 """Grammars that stay compiled."""
 _SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as `json.dumps` and chat templates write it: models have seen it so, and there is no space without end."""
-_LIMITS = {
+_LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 300_000,
     "step_lexer_fuel": 100_000,
+    "max_items_in_row": 5_000,
     "max_lexer_states": 50_000,
     "max_grammar_size": 50_000,
     "verbose_errors": False,

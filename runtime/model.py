@@ -216,6 +216,11 @@ class VisionLanguageModel:
         """What `generate` makes of messages before it runs them."""
         return self._prompts.build(messages, tools, template_variables)
 
+    def check_grammar(self, grammar: Grammar | None) -> None:
+        """Raise `UserError`, as `generate` does, for a grammar that cannot be used; else it is compiled then."""
+        if grammar is not None:
+            self._grammars.matcher(grammar)
+
     def generate(
         self,
         messages: Sequence[Message],

@@ -123,6 +123,20 @@ def test_a_folder_is_answered_as_each_picture_alone(nano_engine_bundle, folder, 
         assert min(row["seconds"].values()) > 0
 
 
+def test_answers_of_a_given_form(nano_engine_bundle, folder, tmp_path, capsys):
+    schema = {"type": "object", "properties": {"shape": {"enum": ["square", "circle"]}}, "required": ["shape"]}
+    schema["additionalProperties"] = False
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    output = tmp_path / "answers.jsonl"
+    assert run(nano_engine_bundle, folder, output, "--json-schema", tmp_path / "schema.json") == 0
+    assert {row["finish_reason"] for row in rows(output)} == {"stop"}
+    assert {json.loads(row["answer"])["shape"] for row in rows(output)} <= {"square", "circle"}
+    capsys.readouterr()
+    assert run(nano_engine_bundle, folder, tmp_path / "none.jsonl", "--regex", "(") == 2
+    assert "the regular expression cannot be used" in capsys.readouterr().err
+    assert not (tmp_path / "none.jsonl").exists() or not rows(tmp_path / "none.jsonl")
+
+
 def test_lines_with_every_field(nano_engine_bundle, folder, tmp_path):
     frames = tmp_path / "frames"
     frames.mkdir()

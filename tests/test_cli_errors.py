@@ -103,6 +103,9 @@ def test_arguments(refused, argv, match):
         (["--context", "1000000"], "a context of 1000000 tokens is out of range"),
         (["--max-new-tokens", "0"], "max_new_tokens is out of range: expected at least 1, found 0"),
         (["--stop", ""], "stop string is empty"),
+        (["--regex", "("], "the regular expression cannot be used"),
+        (["--regex", "a", "--json-schema", "s.json"], "--json-schema: not allowed with argument --regex"),
+        (["--json-schema", "absent.json"], "absent.json cannot be read .*: give a file with a JSON schema"),
         (["--top-k", "5", "--temperature", "0"], "--top-k has no effect at temperature 0"),
     ],
 )

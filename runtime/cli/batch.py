@@ -23,10 +23,18 @@ from pascalvl.plugins.errors import UserError, reason, shown
 from pascalvl.plugins.terminal import progress_bars, shows_progress
 from pascalvl.runtime.cli.common import FINDING, check_cache, fail, model_with_cache, notice
 from pascalvl.runtime.cli.sources import engine_bundle
-from pascalvl.runtime.cli.talk import answer_fields, given_sampling, sampling_params, system_messages, user_message
+from pascalvl.runtime.cli.talk import (
+    answer_fields,
+    given_grammar,
+    given_sampling,
+    sampling_params,
+    system_messages,
+    user_message,
+)
 
 if TYPE_CHECKING:
     from pascalvl.runtime.generation import Generation
+    from pascalvl.runtime.grammar import Grammar
     from pascalvl.runtime.messages import Message
     from pascalvl.runtime.model import VisionLanguageModel
     from pascalvl.runtime.sequence import TokenSequence
@@ -68,6 +76,7 @@ def run_batch(args: argparse.Namespace) -> int:
                         "--at-once, --context or --max-pixels."
                     ) from error
                 sampling = dataclasses.asdict(sampling_params(model, given_sampling(args)))
+                model.check_grammar(args.grammar)
                 try:
                     _answer(model, source, left, sampling, at_once, answers)
                 except BaseException:
@@ -137,17 +146,20 @@ class _Asked:
         sampling: fields of `SamplingParams` that are its own.
         max_new_tokens: as in `Request`.
         stop: as in `Request`.
+        grammar: as in `Request`.
     """
 
     messages: list[Message]
     sampling: dict[str, Any]
     max_new_tokens: int | None
     stop: str | Sequence[str]
+    grammar: Grammar | None
 
 
 def _source(args: argparse.Namespace) -> _Pictures | _Lines:
     """What is asked; raises `UserError` for what holds nothing, or something else."""
     given_sampling(args)
+    args.grammar = given_grammar(args)
     _check_limits(args.max_new_tokens, args.stop)
     path = args.batch
     try:
@@ -194,7 +206,7 @@ class _Pictures:
     def read(self, picture: Id) -> _Asked:
         visuals = [("image", self._folder / str(picture))]
         messages = [*system_messages(self._args), user_message(visuals, self._args.prompt)]
-        return _Asked(messages, {}, self._args.max_new_tokens, self._args.stop)
+        return _Asked(messages, {}, self._args.max_new_tokens, self._args.stop, self._args.grammar)
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -277,7 +289,7 @@ class _Lines:
             messages = self._messages(data)
         except UserError as error:
             raise UserError(f"{where} cannot be used: {error}") from error
-        return prompt, _Asked(messages, sampling, limit, stop)
+        return prompt, _Asked(messages, sampling, limit, stop, self._args.grammar)
 
     def _messages(self, data: dict[str, Any]) -> list[Message]:
         from pascalvl.runtime.messages import normalised, visual_parts
@@ -361,7 +373,7 @@ def _sequence(
 
     asked = source.read(prompt)
     params = SamplingParams(**{**sampling, **asked.sampling})
-    sequence = model.sequence(Request(asked.messages, params, asked.max_new_tokens, asked.stop))
+    sequence = model.sequence(Request(asked.messages, params, asked.max_new_tokens, asked.stop, grammar=asked.grammar))
     for visual in sequence.prompt.visuals:
         _ = visual.patches.pixel_values  # else made between two steps
     return sequence

@@ -151,6 +151,13 @@ def command_parser() -> argparse.ArgumentParser:
     sub.add_argument("-p", "--prompt", type=unicode_text, metavar="TEXT", help="what to ask")
     _add_visuals(sub)
     _add_generation(sub)
+    answer = sub.add_mutually_exclusive_group()
+    answer.add_argument(
+        "--json-schema", type=own_path, metavar="FILE", help="have the answer be JSON that is valid by the schema there"
+    )
+    answer.add_argument(
+        "--regex", type=unicode_text, metavar="TEXT", help="have all of the answer match this expression"
+    )
     _add_cache(sub)
     _add_json(sub, "the answer and its figures")
     _add_batch(sub)

@@ -19,6 +19,7 @@ from pascalvl.runtime.cli.sources import engine_bundle
 
 if TYPE_CHECKING:
     from pascalvl.runtime.generation import Generation
+    from pascalvl.runtime.grammar import Grammar
     from pascalvl.runtime.idle import Idle
     from pascalvl.runtime.model import VisionLanguageModel
     from pascalvl.runtime.sampling import SamplingParams
@@ -58,6 +59,16 @@ def sampling_params(model: VisionLanguageModel, given: dict[str, Any]) -> Sampli
     return sampling
 
 
+def given_grammar(args: argparse.Namespace) -> Grammar | None:
+    """What the answer has to be by the command line; raises `UserError` for what cannot be used, before any work."""
+    from pascalvl.plugins.bundle import read_json
+    from pascalvl.runtime.grammar import Grammar
+
+    if args.json_schema:
+        return Grammar.json_schema(read_json(args.json_schema, "give a file with a JSON schema"))
+    return None if args.regex is None else Grammar.regex(args.regex)
+
+
 def run(args: argparse.Namespace) -> int:
     """Run `pascalvl run`; returns the exit code."""
     if args.batch:
@@ -70,13 +81,13 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt is None:
         raise UserError("the following arguments are required: -p/--prompt; see 'pascalvl run --help'.")
     check_json(args.json)
-    given = given_sampling(args)
+    given, grammar = given_sampling(args), given_grammar(args)
     messages = [*system_messages(args), user_message(load_visuals(args), args.prompt)]
     check_cache(args)
     args.bundle = engine_bundle(args)
     with model_with_cache(args) as model:
         sampling = sampling_params(model, given)
-        generation = model.generate(messages, sampling, args.max_new_tokens, args.stop)
+        generation = model.generate(messages, sampling, args.max_new_tokens, args.stop, grammar=grammar)
         for piece in generation:
             if args.json != STANDARD_OUTPUT:
                 print(piece, end="", flush=True)

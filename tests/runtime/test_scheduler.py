@@ -8,6 +8,7 @@ import itertools
 import sys
 import tempfile
 import zlib
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,14 +49,18 @@ class HashingSession:
 
     def choose(self, sequences, choices=None):
         self.calls.append([len(ids) for ids, _ in sequences])
-        return [self._run(*each) for each in sequences]
+        choices = choices or [None] * len(sequences)
+        return [self._run(*each, choice) for each, choice in zip(sequences, choices, strict=True)]
 
-    def _run(self, ids, placement):
+    def _run(self, ids, placement, choice):
         past = self.pool[placement.pages].reshape(-1)[: placement.past_length]
         seen = np.concatenate([past, ids])
         pages, slots = np.divmod(placement.slots, PAGE_SLOTS)
         self.pool[placement.pages[pages], 0, slots] = ids
-        return next_token(seen), 1.0
+        allowed = range(VOCAB)
+        if choice is not None and choice.mask is not None:
+            allowed = np.flatnonzero(np.unpackbits(choice.mask.view(np.uint8), bitorder="little")).tolist()
+        return next_token(seen, allowed), 1.0
 
     def shape_of(self, binding):
         return self.pool.shape
@@ -80,22 +85,58 @@ class PlainSteps:
         return sequence.identities[chunk], placement
 
 
-def next_token(seen):
-    return zlib.crc32(np.ascontiguousarray(seen, np.int64).tobytes()) % VOCAB
+def next_token(seen, allowed=range(VOCAB)):
+    return allowed[zlib.crc32(np.ascontiguousarray(seen, np.int64).tobytes()) % len(allowed)]
 
 
-def alone(prompt, limit):
-    """The answer that a prompt has to get."""
-    seen, answer = list(prompt), []
-    while len(answer) < limit and (not answer or answer[-1] not in END):
-        answer.append(next_token(np.array(seen)))
-        seen.append(answer[-1])
-    return answer
+def rule(answer):
+    """Of a grammar that goes by a hash of the answer so far: tokens that have to follow, those of which one may, and
+    whether none may."""
+    key = zlib.crc32(bytes(answer) + b"rule")
+    length = (0, 0, 1, 3, 10, 75)[key % 6]
+    forced = [1 + (key + 5 * i) % (VOCAB - 1) for i in range(length)]
+    return forced, [token for token in range(VOCAB) if (token + key) % 4], key % 101 == 0
 
 
-def sequence(prompt, limit):
+class HashingMatcher:
+    """Of that grammar."""
+
+    def __init__(self):
+        self._answer = []
+        self.forced, self._allowed, self.is_complete = deque(), range(VOCAB), False
+
+    def mask(self):
+        bits = np.zeros(64, bool)
+        bits[[self.forced[0]] if self.forced else self._allowed] = True
+        return np.packbits(bits, bitorder="little").view(np.uint32)
+
+    def accept(self, token):
+        self._answer.append(token)
+        if self.forced:
+            assert self.forced.popleft() == token
+        if not self.forced:
+            forced, self._allowed, self.is_complete = rule(self._answer)
+            self.forced = deque(() if self.is_complete else forced)
+
+
+def written(prompt, limit, has_grammar=False):
+    """The answer that a prompt has to get: tokens and whether the grammar forced each, and whether it is whole."""
+    seen, answer, forced, allowed, is_complete = list(prompt), [], [], range(VOCAB), False
+    while len(answer) < limit and not is_complete and (not answer or answer[-1][0] not in END):
+        answer.append((forced.pop(0), True) if forced else (next_token(np.array(seen), allowed), False))
+        seen.append(answer[-1][0])
+        if has_grammar and not forced:
+            forced, allowed, is_complete = rule(seen[len(prompt) :])
+    return answer, is_complete or answer[-1][0] in END
+
+
+def alone(prompt, limit, has_grammar=False):
+    return [token for token, _ in written(prompt, limit, has_grammar)[0]]
+
+
+def sequence(prompt, limit, has_grammar=False):
     ids = np.array(prompt, np.int64)
-    sampler = Sampler(SamplingParams(temperature=0), ids, VOCAB)
+    sampler = Sampler(SamplingParams(temperature=0), ids, VOCAB, HashingMatcher() if has_grammar else None)
     text = SimpleNamespace(push=lambda token: f" {token}")
     none = np.zeros(len(ids), bool)
     return TokenSequence(Prompt(ids), none, sampler, limit, StopMatcher(()), END, text, Generation(len(ids)))
@@ -153,8 +194,11 @@ prompts = st.builds(
     st.integers(1, 200),
     st.integers(0, 3),
 )
-requests = st.tuples(prompts, st.integers(1, 120), st.integers(0, 12), st.one_of(st.none(), st.integers(0, 15)))
-"""Prompt, at most 500 tokens, those of the answer at most, steps before it comes, and after which it is cancelled."""
+requests = st.tuples(
+    prompts, st.integers(1, 120), st.integers(0, 12), st.one_of(st.none(), st.integers(0, 15)), st.booleans()
+)
+"""Prompt, at most 500 tokens, those of the answer at most, steps before it comes, and after which it is cancelled, and
+whether it has a grammar."""
 
 
 @settings(max_examples=150, deadline=None)
@@ -175,12 +219,12 @@ def test_any_arrivals_and_cancellations(arriving, pages, at_once, on_host, has_f
 
 
 def check_arrivals(made, session, arriving):
-    sequences = [sequence(prompt, limit) for prompt, limit, _, _ in arriving]
+    sequences = [sequence(prompt, limit, has_grammar) for prompt, limit, _, _, has_grammar in arriving]
     for step in itertools.count():
-        for each, (_, _, comes, _) in zip(sequences, arriving, strict=True):
+        for each, (_, _, comes, _, _) in zip(sequences, arriving, strict=True):
             if comes == step:
                 made.submit(each)
-        for each, (_, _, comes, goes) in zip(sequences, arriving, strict=True):
+        for each, (_, _, comes, goes, _) in zip(sequences, arriving, strict=True):
             if goes is not None and comes + goes == step and not each.is_finished:
                 made.cancel(each)
         session.calls.clear()
@@ -192,13 +236,14 @@ def check_arrivals(made, session, arriving):
         if made.is_idle and step > 30:
             break
         assert step < 5000, "it does not come to an end"
-    for each, (prompt, limit, _, goes) in zip(sequences, arriving, strict=True):
-        expected = alone(prompt, limit)
+    for each, (prompt, limit, _, goes, has_grammar) in zip(sequences, arriving, strict=True):
+        answer, is_whole = written(prompt, limit, has_grammar)
+        expected = [token for token, _ in answer]
         assert each.generation.token_ids == expected[: len(each.generation.token_ids)]
         if goes is None:
             assert each.is_finished
             assert each.generation.token_ids == expected
-            assert each.generation.finish_reason is (FinishReason.STOP if expected[-1] in END else FinishReason.LENGTH)
+            assert each.generation.finish_reason is (FinishReason.STOP if is_whole else FinishReason.LENGTH)
     made.tree.save()
     check_pages(made)
     made.tree.clear()
@@ -232,7 +277,7 @@ def test_an_interrupt_between_any_two_lines(lines):
     """What the interrupted ones had is given back, and the others go on."""
     made, _ = scheduler(8, sequences=3, chunk=100, host_bytes=4 * PAGE_BYTES)
     prompts = [[1 + i % 40 for i in range(150)] + [number] * 30 for number in (1, 2, 3)]
-    sequences = [sequence(prompt, 150) for prompt in prompts]
+    sequences = [sequence(prompt, 150, has_grammar=True) for prompt in prompts]
     left = lines
 
     def count(frame, event, _):
@@ -267,7 +312,40 @@ def test_an_interrupt_between_any_two_lines(lines):
     run(made)
     check_pages(made)
     for each, prompt in zip(sequences[1:], prompts[1:], strict=True):
-        assert each.generation.token_ids == alone(prompt, 150)
+        assert each.generation.token_ids == alone(prompt, 150, has_grammar=True)
+
+
+def test_forced_tokens_are_run_as_a_chunk():
+    """With the token that was chosen before them: there is a step for each token that was chosen, and no other."""
+    for prompt in ([number] * 40 for number in range(1, 9)):
+        made, session = scheduler(12, chunk=64, chunk_beside=64)
+        each = sequence(prompt, 120, has_grammar=True)
+        made.submit(each)
+        run(made)
+        answer, _ = written(prompt, 120, has_grammar=True)
+        assert each.generation.token_ids == [token for token, _ in answer]
+        chosen = [at for at, (_, is_forced) in enumerate(answer) if not is_forced]
+        runs = [after - at for at, after in itertools.pairwise(chosen)]
+        pieces = [[64, length - 64] if length > 64 else [length] for length in runs]
+        assert session.calls == [[40], *([piece] for run_of in pieces for piece in run_of)]
+
+
+def test_few_forced_tokens_hold_up_nobody():
+    """Where more answers are written than tokens are forced, these are run one by one with them."""
+    made, session = scheduler(40, chunk_beside=512)
+    sequences = [sequence([number] * 40, 120, has_grammar=True) for number in range(10, 18)]
+    for each in sequences:
+        made.submit(each)
+    found = []
+    while not made.is_idle:
+        session.calls.clear()
+        made.step()
+        chunks = [call[0] - 1 for call in session.calls if len(call) == 1 and call[0] not in (1, 40)]
+        assert all(forced >= len(made._running) for forced in chunks)
+        found += chunks
+    assert found
+    for number, each in zip(range(10, 18), sequences, strict=True):
+        assert each.generation.token_ids == alone([number] * 40, 120, has_grammar=True)
 
 
 def test_a_conversation_goes_on_in_its_own_pages():
