@@ -21,7 +21,9 @@ from pascalvl.runtime.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+_MOST_CHARACTERS = 256 << 10
 _MOST_REGEX_CHARACTERS, _MOST_LARK_CHARACTERS = 8192, 16384
+"""The latter without schemas."""
 _MOST_KEPT = 16
 """Grammars that stay compiled."""
 _SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -34,7 +36,7 @@ _LIMITS: dict[str, Any] = {
     "max_grammar_size": 50_000,
     "verbose_errors": False,
 }
-"""Of llguidance: a grammar at these limits takes some 100 ms and 100 MB."""
+"""Of llguidance: a grammar at these limits takes some 300 ms and 100 MB."""
 _LARK_DIRECTIVES = frozenset({"%declare", "%ignore", "%import", "%json"})
 _LARK_TOKEN = re.compile(
     r'(?P<string>"(?:\\.|[^"\\\n])*")|(?P<comment>//[^\n]*|\#[^\n]*)|(?P<regex>/(?:\\.|[^/\\])+/)|(?P<special><[^<>\s]+>)'
@@ -67,7 +69,7 @@ class Grammar:
         Spaces are where `json.dumps` has them, properties in the schema's order. A keyword that would not be enforced
         is refused, and so is a schema that is too large.
         """
-        return cls(_Kind.JSON_SCHEMA, json.dumps(SchemaCheck().checked(schema)))
+        return cls(_Kind.JSON_SCHEMA, _compact(SchemaCheck().checked(schema)))
 
     @classmethod
     def json_object(cls) -> Grammar:
@@ -87,8 +89,7 @@ class Grammar:
         Refused are its operators ``&`` and ``~``, parameters, other grammars and ``%regex``, whose compilation is not
         bounded, and ``temperature``.
         """
-        _check_lark(_checked_text(text, "grammar", _MOST_LARK_CHARACTERS))
-        return cls(_Kind.LARK, text)
+        return cls(_Kind.LARK, _checked_lark(_checked_text(text, "grammar", _MOST_CHARACTERS)))
 
     @property
     def _llguidance(self) -> str:
@@ -99,7 +100,7 @@ class Grammar:
 
             return LLMatcher.grammar_from_regex(self.text)
         else:
-            own = {"json_schema": {**json.loads(self.text), "x-guidance": _SEPARATORS}}
+            own = {"json_schema": json.loads(self.text)}
         return json.dumps({"grammars": [own]})
 
 
@@ -115,21 +116,34 @@ def _checked_text(text: object, what: str, most: int) -> str:
     return text
 
 
-def _check_lark(text: str) -> None:
-    """Raise `UserError` for what is refused of a grammar, outside its strings, regular expressions and comments."""
-    schemas, at, regexes = SchemaCheck(), 0, 0
+def _compact(schema: dict[str, Any]) -> str:
+    """A schema for llguidance, with what it is told beside."""
+    return json.dumps({**schema, "x-guidance": _SEPARATORS})
+
+
+def _checked_lark(text: str) -> str:
+    """A grammar whose schemas are told how JSON is written; raises `UserError` for what is refused in one, outside its
+    strings, regular expressions and comments."""
+    schemas, checked, at, own, regexes = SchemaCheck(), [], 0, 0, 0
     while found := _LARK_TOKEN.match(text, at):
         at = found.end()
-        if found["directive"] == "%json":
-            schema, at = loads(text, at + len(text[at:]) - len(text[at:].lstrip()))
-            schemas.checked(schema)
-        elif found["refused"] or found["option"] or (found["directive"] or "%json") not in _LARK_DIRECTIVES:
+        if found["refused"] or found["option"] or (found["directive"] or "%json") not in _LARK_DIRECTIVES:
             raise UserError(f"the grammar cannot be used: {shown(found[0])} in it is not supported: leave it out.")
+        own += len(found[0])
         regexes += len(found["regex"] or "")
-    if regexes > _MOST_REGEX_CHARACTERS:
-        raise UserError(
-            f"the grammar's regular expressions have {regexes} characters: expected at most {_MOST_REGEX_CHARACTERS}."
-        )
+        checked.append(found[0])
+        if found["directive"] == "%json":
+            while at < len(text) and text[at].isspace():
+                at += 1
+            schema, at = loads(text, at)
+            checked.append(f" {_compact(schemas.checked(schema))}")
+    for what, length, most in (
+        ("grammar has", own, _MOST_LARK_CHARACTERS),
+        ("grammar's regular expressions have", regexes, _MOST_REGEX_CHARACTERS),
+    ):
+        if length > most:
+            raise UserError(f"the {what} {length} characters, schemas not counted: expected at most {most}.")
+    return "".join(checked)
 
 
 class Matcher:
@@ -242,7 +256,13 @@ class GrammarCompiler:
             ) from None
         for token in self._end_tokens:
             self._of_model.token(token)
-        tokenizer = llguidance.LLTokenizer(self._of_model.to_json(), eos_token=sorted(self._end_tokens) or None)
+        try:
+            with panics():
+                tokenizer = llguidance.LLTokenizer(self._of_model.to_json(), eos_token=sorted(self._end_tokens) or None)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"llguidance cannot use this model's tokenizer ({library_reason(error)}): ask without a given form."
+            ) from error
         return tokenizer, llguidance.LLParserLimits(**_LIMITS)
 
     @functools.cached_property

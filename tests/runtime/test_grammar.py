@@ -1,5 +1,6 @@
 """Answers are what a grammar says, and the same whether its tokens are run one by one or as a chunk."""
 
+import asyncio
 import contextlib
 import functools
 import json
@@ -14,6 +15,7 @@ import pytest
 
 from pascalvl.plugins.errors import UserError
 from pascalvl.runtime import FinishReason, Grammar, Request, SamplingParams, VisionLanguageModel
+from pascalvl.runtime.async_model import AsyncModel
 from pascalvl.runtime.grammar import GrammarCompiler
 from pascalvl.runtime.tokenizer import Tokenizer
 from tests.engines.torch_reference import user
@@ -120,6 +122,22 @@ def test_many_at_once_are_answered_as_each_alone(model):
     alone = [dict(model.generate_many([request]))[0].token_ids for request in wanted]
     found = dict(model.generate_many(wanted))
     assert [found[at].token_ids for at in range(len(wanted))] == alone
+
+
+def test_many_coroutines_with_one_grammar(nano_engine_bundle, model):
+    """Prompts and matchers are made in other threads than the one that follows them."""
+    expected = answered(model, GRAMMARS["schema"], SEEDED).text
+
+    async def ask():
+        own = VisionLanguageModel.open(nano_engine_bundle, context_length=512, sequences=2)
+        async with AsyncModel(own) as asked:
+            request = Request(QUESTION, SEEDED, 60, grammar=GRAMMARS["schema"])
+            return await asyncio.gather(*(text(asked, request) for _ in range(8)))
+
+    async def text(asked, request):
+        return "".join([piece async for piece in await asked.submit(request)])
+
+    assert asyncio.run(ask()) == [expected] * 8
 
 
 def test_a_grammar_that_takes_too_much_ends_its_own_answer_alone(model):
@@ -503,6 +521,14 @@ def test_what_is_large_and_allowed_is_followed_in_time(name):
             if matcher.is_complete:
                 break
     assert time.process_time() - start < 3
+
+
+def test_schemas_in_a_grammar_are_written_as_alone(model):
+    lark = f'start: "<call>" call "</call>"\ncall: %json {json.dumps(SHAPE)}'
+    generation = answered(model, Grammar.lark(lark), SEEDED)
+    found = re.fullmatch("<call>(.*)</call>", generation.text)
+    jsonschema.validate(json.loads(found[1]), SHAPE)
+    assert found[1] == json.dumps(json.loads(found[1]))
 
 
 def test_lark_strings_may_hold_what_is_refused_outside():
