@@ -29,6 +29,7 @@ from pascalvl.runtime.sampling import Sampler, SamplingParams
 from pascalvl.runtime.scheduler import Limits, Scheduler
 from pascalvl.runtime.sequence import TokenSequence, token_identities
 from pascalvl.runtime.steps import Steps
+from pascalvl.runtime.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ class Request:
     template_variables: Mapping[str, Any] | None = None
     logprobs: int | None = None
     grammar: Grammar | None = None
+    cache_salt: int = 0
+    """Requests of different salts use nothing of what is kept of each other; see `runtime.sequence.cache_salt`."""
 
 
 class VisionLanguageModel:
@@ -116,6 +119,7 @@ class VisionLanguageModel:
     def _open_session(self, engine: Engine) -> Session:
         slots = self.cache_config.slots(self.context_length, pinned_slots(self.cache_config))
         session = engine.open_session(slots, self._sequences * pages_of(slots))
+        self._sequence_pages = session.sequence_pages  # prompts are made while the model is unloaded, too
         log.info("KV cache %s: %d pages, %d bytes", self.cache_config, session.pages, session.nbytes)
         return session
 
@@ -221,6 +225,15 @@ class VisionLanguageModel:
         if grammar is not None:
             self._grammars.matcher(grammar)
 
+    def prompt_of_tokens(self, token_ids: Sequence[int] | np.ndarray) -> Prompt:
+        """A prompt of these tokens and of no pictures; raises `UserError` for none, and for some out of range."""
+        return self._prompts.of_tokens(token_ids)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's."""
+        return self._prompts.tokenizer
+
     def generate(
         self,
         messages: Sequence[Message],
@@ -314,7 +327,13 @@ class VisionLanguageModel:
         """What the scheduler takes of a request; for errors see `generate`."""
         prompt = self.prompt(request.messages, request.tools, request.template_variables)
         return self.sequence_of(
-            prompt, request.sampling, request.max_new_tokens, request.stop, request.logprobs, request.grammar
+            prompt,
+            request.sampling,
+            request.max_new_tokens,
+            request.stop,
+            request.logprobs,
+            request.grammar,
+            request.cache_salt,
         )
 
     def sequence_of(
@@ -325,6 +344,7 @@ class VisionLanguageModel:
         stop: str | Sequence[str] = (),
         logprobs: int | None = None,
         grammar: Grammar | None = None,
+        cache_salt: int = 0,
     ) -> TokenSequence:
         """What the scheduler takes of a prompt; for errors see `generate`."""
         matcher = StopMatcher(stop)
@@ -346,6 +366,7 @@ class VisionLanguageModel:
             self._prompts.tokenizer.stream(),
             Generation(len(prompt.token_ids)),
             logprobs,
+            cache_salt,
         )
 
     def _pieces(self, sequence: TokenSequence) -> Generator[str, None, None]:
@@ -422,7 +443,7 @@ class VisionLanguageModel:
                 f"the prompt, limit its pictures' pixels, or set a longer context (up to {longest})."
             )
         pinned = int(self._pinned(prompt).sum())
-        capacity = self._session.sequence_pages * PAGE_SLOTS
+        capacity = self._sequence_pages * PAGE_SLOTS
         if self.cache_config.slots(self.context_length, pinned) > capacity:
             room = capacity - self.cache_config.slots(self.context_length)
             raise UserError(

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pascalvl.plugins.bundle import CHAT_TEMPLATE, IMAGE_PROCESSOR, TOKENIZER, VIDEO_PROCESSOR
-from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.errors import UserError, shown
 from pascalvl.plugins.model_config import ModelConfig
 from pascalvl.plugins.prompt import Patches, Prompt
 from pascalvl.runtime.chat_template import ChatTemplate
@@ -72,13 +74,27 @@ class PromptBuilder:
             for part in visual_parts(messages)
         ]
         token_ids = literal.encode(self._expand(text, visuals))
-        highest, vocab_size = int(token_ids.max(initial=-1)), self._config.text.vocab_size
+        highest, vocab_size = int(token_ids.max(initial=-1)), self.vocab_size
         if not 0 <= highest < vocab_size:
             raise UserError(
                 f"the template and tokenizer make {len(token_ids)} tokens of a prompt, up to number {highest}: "
                 f"expected some below {vocab_size}, as the model has; download the model again and export it."
             )
         return Prompt.of(token_ids, visuals, (self._config.image_token_id, self._config.video_token_id))
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model has."""
+        return self._config.text.vocab_size
+
+    def of_tokens(self, token_ids: Sequence[int] | np.ndarray) -> Prompt:
+        """A prompt of these tokens and of no pictures; raises `UserError` for none, and for some out of range."""
+        if not len(token_ids):
+            raise UserError("the prompt has no tokens: expected at least one.")
+        if not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
+            found = next(token for token in token_ids if not 0 <= token < self.vocab_size)
+            raise UserError(f"token {shown(found)} of the prompt is out of range: expected 0 to {self.vocab_size - 1}.")
+        return Prompt(np.array(token_ids, np.int64))
 
     def _expand(self, text: str, visuals: list[Patches]) -> str:
         """Give each placeholder as many tokens as its visual has; a video's frames come each with their time.

@@ -82,7 +82,7 @@ class Scheduler:
         self.tree = PrefixTree(self.pool, session, limits.host_bytes, files)
         self._parked: list[KVCache] = []
         """With a window: conversations that may go on in their own pages, the latest last."""
-        self._features = FeatureCache(limits.feature_bytes)
+        self.features = FeatureCache(limits.feature_bytes)
         self._waiting: deque[TokenSequence] = deque()
         self._running: list[TokenSequence] = []
         """In the order in which they were admitted."""
@@ -114,13 +114,23 @@ class Scheduler:
         return [*self._parked, *(_cache(sequence) for sequence in self._running)]
 
     def _forget_features(self) -> None:
-        self._features.clear()
+        self.features.clear()
         for sequence in (*self._running, *self._waiting):
             sequence.features.clear()
 
     @property
     def is_idle(self) -> bool:
         return not self._waiting and not self._running
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that have no pages yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Sequences that have."""
+        return len(self._running)
 
     def submit(self, sequence: TokenSequence) -> None:
         """Take a sequence, which `step` runs from now on; it is admitted at once if that is possible."""
@@ -260,13 +270,13 @@ class Scheduler:
         """Features of what is still to be computed of a prompt's pictures; None: one was looked at now."""
         found = []
         for visual in sequence.unseen():
-            features = sequence.features.get(id(visual)) or self._features.get(visual)
+            features = sequence.features.get(id(visual)) or self.features.get(visual, sequence.cache_salt)
             if features is None:
                 start = time.perf_counter()
                 features = self._steps.encode(self._engine, visual.patches)
                 sequence.generation.vision_seconds += time.perf_counter() - start
                 nbytes = len(visual.token_indices) * self._bytes_of_features
-                self._features.put(visual, features, nbytes)
+                self.features.put(visual, features, nbytes, sequence.cache_salt)
                 sequence.features[id(visual)] = features
                 return None
             sequence.features[id(visual)] = features

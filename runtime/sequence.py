@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable
 
@@ -13,6 +14,9 @@ from pascalvl.runtime.generation import FinishReason, Generation, StopMatcher, T
 from pascalvl.runtime.kv_cache import KVCache
 from pascalvl.runtime.sampling import Sampler
 from pascalvl.runtime.tokenizer import TextStream
+
+_TOKEN_BITS = 20
+"""Token ids are below 2^20."""
 
 
 class TokenSequence:
@@ -28,6 +32,7 @@ class TokenSequence:
         text: makes text of its tokens.
         generation: what becomes of it, filled as it comes.
         logprobs: fill `Generation.logprobs`, with so many of the likeliest; None: do not.
+        cache_salt: see `token_identities`.
     """
 
     def __init__(
@@ -41,13 +46,15 @@ class TokenSequence:
         text: TextStream,
         generation: Generation,
         logprobs: int | None = None,
+        cache_salt: int = 0,
     ) -> None:
         self.prompt, self.sampler, self.generation, self.logprobs = prompt, sampler, generation, logprobs
+        self.cache_salt = cache_salt
         self._limit, self._stop, self._end_tokens, self._text = limit, stop, end_tokens, text
         self._prompted = prompted = len(prompt.token_ids)
         self._next_position = prompt.next_position
         self._tokens = np.concatenate([prompt.token_ids, np.zeros(limit, np.int64)])
-        self._identities = np.concatenate([token_identities(prompt), np.zeros(limit, np.int64)])
+        self._identities = np.concatenate([token_identities(prompt, cache_salt), np.zeros(limit, np.int64)])
         self._pinned = np.concatenate([pinned, np.zeros(limit, bool)])
         self.length = prompted
         """Tokens so far."""
@@ -152,11 +159,21 @@ class TokenSequence:
         self.generation.finish_reason = reason
 
 
-def token_identities(prompt: Prompt) -> np.ndarray:
-    """Numbers, int64 ``[n]``, equal for tokens whose embeddings are: ids of text, below 0 for visuals."""
+def cache_salt(secret: bytes) -> int:
+    """A salt for `token_identities`: 42 bits of the secret's hash, above those of token ids."""
+    return int.from_bytes(hashlib.sha256(secret).digest()[:8], "little") >> 2 & -1 << _TOKEN_BITS
+
+
+def token_identities(prompt: Prompt, salt: int = 0) -> np.ndarray:
+    """Numbers, int64 ``[n]``, equal for tokens whose embeddings are: ids of text, below 0 for visuals.
+
+    Prompts of different salts (`cache_salt`; 0: none) differ in their first number, so that nothing is found of one for
+    the other: what is kept of sequences is found from their beginnings on.
+    """
     identities = prompt.token_ids.copy()
     for visual in prompt.visuals:
         # 62 bits of the content's hash; then as many numbers from there on as there are tokens.
         first = int.from_bytes(visual.patches.digest[:8], "little") >> 2
         identities[visual.token_indices] = -1 - first - np.arange(len(visual.token_indices))
+    identities[:1] ^= salt
     return identities

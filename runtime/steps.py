@@ -87,19 +87,33 @@ class FeatureCache:
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
-        self._kept: OrderedDict[bytes, tuple[Features, int]] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, bytes], tuple[Features, int]] = OrderedDict()
+        self.hits = self.misses = 0
+        """How often features were kept when they were asked for, and were not."""
 
-    def get(self, visual: Visual) -> Features | None:
-        """Of a picture, if they are kept."""
-        if (kept := self._kept.get(visual.patches.digest)) is None:
+    def __len__(self) -> int:
+        """Pictures whose features are kept."""
+        return len(self._kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that are kept."""
+        return sum(size for _, size in list(self._kept.values()))
+
+    def get(self, visual: Visual, salt: int = 0) -> Features | None:
+        """Of a picture, if they are kept of a sequence of the same salt."""
+        key = salt, visual.patches.digest
+        if (kept := self._kept.get(key)) is None:
+            self.misses += 1
             return None
-        self._kept.move_to_end(visual.patches.digest)
+        self.hits += 1
+        self._kept.move_to_end(key)
         return kept[0]
 
-    def put(self, visual: Visual, features: Features, nbytes: int) -> None:
+    def put(self, visual: Visual, features: Features, nbytes: int, salt: int = 0) -> None:
         """Keep a picture's, and give up those that were not asked for the longest."""
-        self._kept[visual.patches.digest] = features, nbytes
-        while len(self._kept) > 1 and sum(size for _, size in self._kept.values()) > self._most_bytes:
+        self._kept[salt, visual.patches.digest] = features, nbytes
+        while len(self._kept) > 1 and self.nbytes > self._most_bytes:
             self._kept.popitem(last=False)
 
     def clear(self) -> None:
