@@ -30,6 +30,11 @@ log = logging.getLogger(__name__)
 _ANIMATIONS = (".gif", ".webp", ".png", ".apng")
 _DEFAULT_FPS = 24.0
 """Assumed, as by the reference, where a video does not say its frame rate."""
+_CONTAINERS_ALONE = {
+    "protocol_whitelist": "file",
+    "format_whitelist": "mov,matroska,webm,avi,mpegts,mpeg,ogg,flv,asf",
+}
+"""Options of FFmpeg for files from anyone: not the playlists and descriptions that name other files."""
 _END_TOLERANCE = 0.5
 """Seconds by which a video file may end before the time that it states, which writers round."""
 _TURNS = {
@@ -84,7 +89,39 @@ class Video:
 VideoSource = str | Path | Video
 
 
-def load_video(source: VideoSource, fps: float | None = None) -> Video:
+class _BeyondLimits(UserError):
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoLimits:
+    """Of a video file from anyone, checked before its frames are decoded, and while they are; of containers, only those
+    are then read that name no other files.
+
+    Attributes:
+        frames: of the file, whichever are taken.
+        frame_pixels: of each.
+        pixels: of all frames together.
+    """
+
+    frames: int
+    frame_pixels: int
+    pixels: int
+
+    def check(self, frames: int, width: int, height: int) -> None:
+        """Raise `UserError` for a video beyond the limits."""
+        for what, found, most in (
+            ("frames", frames, self.frames),
+            ("pixels in a frame", width * height, self.frame_pixels),
+            ("pixels in all frames", frames * width * height, self.pixels),
+        ):
+            if found > most:
+                raise _BeyondLimits(
+                    f"the video is too large ({found} {what}): expected at most {most}; make it shorter or smaller."
+                )
+
+
+def load_video(source: VideoSource, fps: float | None = None, limits: VideoLimits | None = None) -> Video:
     """Open a video: a folder of pictures, an animated GIF, WebP or PNG, or (with PyAV installed) a video file.
 
     It is given by its path or a ``file://`` URL.
@@ -95,7 +132,7 @@ def load_video(source: VideoSource, fps: float | None = None) -> Video:
     off, what can be read is taken, with a warning.
 
     Raises:
-        UserError: missing, unreadable, or of a kind that is not supported here.
+        UserError: missing, unreadable, beyond ``limits``, or of a kind that is not supported here.
     """
     if isinstance(source, Video):
         return source
@@ -107,9 +144,9 @@ def load_video(source: VideoSource, fps: float | None = None) -> Video:
     elif not path.is_file():
         raise UserError(f"no video at {path}: give a video file or a folder of pictures.")
     elif path.suffix.lower() in _ANIMATIONS:
-        video = _animation(path)
+        video = _animation(path, limits)
     else:
-        frames = _FileFrames(path)
+        frames = _FileFrames(path, limits)
         video = Video(frames, frames.fps, times=frames.times)
     if not video.frames:
         raise UserError(f"{path} holds no frames: give a video file or a folder of pictures.")
@@ -130,17 +167,21 @@ def _numbered(path: Path) -> tuple[list[str | int], str]:
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], path.name
 
 
-def _animation(path: Path) -> Video:
+def _animation(path: Path, limits: VideoLimits | None) -> Video:
     frames: list[Image.Image] = []
     durations: list[float] = []  # in milliseconds
     try:
         with Image.open(path) as image:
             for frame in ImageSequence.Iterator(image):
+                if limits:
+                    limits.check(len(frames) + 1, *image.size)
                 if image.info.get("default_image") and image.tell() == 0:
                     continue  # of an APNG: for programs that show no animations
                 loaded = load_image(frame)  # before which a WebP's frame does not tell its duration
                 durations.append(frame.info.get("duration", 0))
                 frames.append(loaded)
+    except _BeyondLimits:
+        raise
     except Exception as error:  # each decoder raises kinds of its own on damaged files
         if not frames:
             raise UserError(f"{path} cannot be read as an animation ({error}): give an undamaged file.") from error
@@ -162,8 +203,8 @@ class _FileFrames(Sequence[Image.Image]):
     They are counted by decoding them once: what a file says of their number is not reliable.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, limits: VideoLimits | None = None) -> None:
+        self._path, self._limits = path, limits
         faults: list[str] = []
         pts = [frame.pts for frame in self._decode(faults)]
         if faults and not pts:
@@ -217,20 +258,27 @@ class _FileFrames(Sequence[Image.Image]):
                 "animated GIF."
             ) from None
         try:
-            with av.open(str(self._path)) as container:
+            with av.open(str(self._path), options=_CONTAINERS_ALONE if self._limits else {}) as container:
                 stream = container.streams.video[0]
                 if stream.codec_context is None:  # the process of older PyAV would die on using it
                     raise UserError(f"{self._path} has a video of an unknown codec: convert it, or give pictures.")
                 stream.thread_type = "AUTO"
+                if self._limits:
+                    self._limits.check(stream.frames, stream.codec_context.width, stream.codec_context.height)
+                    stream.codec_context.options = {"max_pixels": str(self._limits.frame_pixels)}
                 self._rate = stream.average_rate or stream.guessed_rate
                 self._time_base = float(stream.time_base or 0)
+                count = 0
                 for packet in _packets(container, stream, faults):
                     try:
                         frames = stream.decode(packet)
                     except av.FFmpegError as error:
                         faults.append(str(error))
-                    else:
-                        yield from frames
+                        continue
+                    count += len(frames)
+                    if self._limits and frames:
+                        self._limits.check(count, frames[-1].width, frames[-1].height)
+                    yield from frames
         except (av.FFmpegError, IndexError, UnicodeError) as error:
             raise UserError(
                 f"{self._path} cannot be read as a video ({error}): give a video file or pictures."
