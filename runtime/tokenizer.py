@@ -15,6 +15,18 @@ from tokenizers.models import BPE
 from pascalvl.plugins.errors import UserError, library_reason, panics, shown
 
 
+def _byte_characters() -> dict[str, bytes]:
+    """What each character of a byte-level token stands for: bytes that are printable Latin-1, themselves; the others,
+    in order, the characters from U+0100 on (GPT-2's `bytes_to_unicode`)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {chr(byte): bytes([byte]) for byte in printable}
+    return characters | {chr(256 + number): bytes([byte]) for number, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()
+
+
 class Tokenizer:
     """A checkpoint's ``tokenizer.json``.
 
@@ -83,6 +95,13 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, special ones left out."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for in an answer, special ones included; characters may be in several tokens."""
+        token = self.token(token_id)
+        if token in self.added_tokens:
+            return token.encode()
+        return b"".join(_BYTES.get(character) or character.encode() for character in token)
 
     def token(self, token_id: int) -> str:
         """The text that stands for one token, special ones included."""
