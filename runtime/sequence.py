@@ -72,6 +72,11 @@ class TokenSequence:
         return self.error is not None or self.generation.finish_reason is not None
 
     @property
+    def is_ended_by_token(self) -> bool:
+        """Whether the last token ended the answer, and is none of its text."""
+        return bool(self.generation.token_ids) and self.generation.token_ids[-1] in self._end_tokens
+
+    @property
     def computed(self) -> int:
         """Tokens whose keys and values are in the cache."""
         return self.cache.length if self.cache else 0

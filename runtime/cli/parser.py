@@ -28,6 +28,7 @@ from pascalvl.runtime.cli.convert import build, export
 from pascalvl.runtime.cli.doctor import doctor
 from pascalvl.runtime.cli.judge import evaluate, validate
 from pascalvl.runtime.cli.look import inspect
+from pascalvl.runtime.cli.serve import KEY_VARIABLE, serve
 from pascalvl.runtime.cli.sources import path_or_name
 from pascalvl.runtime.cli.talk import CHAT_COMMANDS, chat, run
 from pascalvl.runtime.cli.timing import bench_kernels, bench_many, bench_model
@@ -173,6 +174,10 @@ def command_parser() -> argparse.ArgumentParser:
         metavar="TIME",
         help="give the GPU back when nothing was asked for so long, such as 90s, 10m or 2h, until something is",
     )
+
+    sub = command("serve", serve, "serve", "answer over HTTP, as OpenAI's interface has it")
+    _add_model(sub)
+    _add_server(sub)
 
     sub = command("validate", validate, "engines,export", "compare the engines with the PyTorch model")
     _add_engine(sub)
@@ -351,6 +356,41 @@ def _add_cache(parser: _Parser) -> None:
     parser.add_argument("--cache", type=own_path, metavar="DIR", help=meaning)
     meaning = "what files there take at most; those that were not used the longest go first (4)"
     parser.add_argument("--cache-gb", type=gigabytes, metavar="X", default=4.0, help=meaning)
+
+
+def _add_server(parser: _Parser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help="address to listen at (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="port; 0: one that is free (8000)")
+    repeated: dict[str, Any] = {"action": "append", "default": [], "type": unicode_text}
+    meaning = "what clients call the model; may be given several times (as its checkpoint)"
+    parser.add_argument("--served-model-name", **repeated, metavar="NAME", help=meaning)
+    group = parser.add_argument_group("who may ask")
+    meaning = f"a key that clients need; may be given several times, and in {KEY_VARIABLE}, which others do not see"
+    group.add_argument("--api-key", **repeated, metavar="KEY", help=meaning)
+    group.add_argument("--api-key-file", type=own_path, metavar="FILE", help="a file with a key a line")
+    meaning = "web pages there may ask, from browsers; may be given several times; *: all"
+    group.add_argument("--allow-origin", **repeated, metavar="URL", help=meaning)
+    meaning = "share what is computed of prompts and pictures between API keys, too, which its time can tell"
+    group.add_argument("--shared-prefixes", action="store_true", help=meaning)
+    group = parser.add_argument_group("how much")
+    group.add_argument("--queue", type=int, default=64, metavar="N", help="answers that wait at most (64)")
+    meaning = "whole contexts that the KV cache has room for; of shorter ones up to 8 run at once (1)"
+    group.add_argument("--sequences", type=int, default=1, metavar="N", help=meaning)
+    meaning = "give the GPU back when nothing was asked for so long, such as 90s, 10m or 2h, until something is"
+    group.add_argument("--unload-after", type=duration, metavar="TIME", help=meaning)
+    meaning = "how long answers may go on when the server is to end (60s)"
+    group.add_argument("--drain", type=duration, default=60.0, metavar="TIME", help=meaning)
+    group = parser.add_argument_group("pictures and videos", "in data: URLs, and from where is allowed here")
+    meaning = "fetch http(s) URLs of this host; may be given several times (none)"
+    group.add_argument("--allow-media-domain", **repeated, metavar="HOST", help=meaning)
+    group.add_argument("--media-root", type=own_path, metavar="DIR", help="read files below this folder (none)")
+    for name, number, meaning in (
+        ("max-body", 48, "megabytes of a request, and of each file"),
+        ("max-pictures", 16, "pictures and videos of a request"),
+        ("max-picture-pixels", 50_000_000, "pixels of a picture as it comes"),
+        ("max-frames", 3600, "frames of a video as it comes"),
+    ):
+        group.add_argument(f"--{name}", type=int, default=number, metavar="N", help=f"{meaning}, at most ({number})")
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,281 @@
+"""The routes, and what every request passes on its way to them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pascalvl.runtime.sequence import TokenSequence
+from pascalvl.runtime.server import metrics
+from pascalvl.runtime.server.admission import Ticket
+from pascalvl.runtime.server.answers import Answers
+from pascalvl.runtime.server.chat import chat_sequences, messages_of
+from pascalvl.runtime.server.completions import completion_sequences, text_tokens
+from pascalvl.runtime.server.errors import APIError
+from pascalvl.runtime.server.form import Form
+from pascalvl.runtime.server.schema import TOKENIZE, checked, parsed, refuse
+from pascalvl.runtime.server.service import Service, request_errors
+from pascalvl.runtime.server.stream import written
+
+log = logging.getLogger(__name__)
+
+_OPEN_PATHS = frozenset(("/health",))
+"""That no key is needed for."""
+
+Answer = Callable[[Service, Any, Ticket, Scope, Receive, Send], Coroutine[Any, Any, None]]
+Sequences = Callable[[Service, Any, Ticket, int], Awaitable[tuple[Form, Sequence[TokenSequence]]]]
+
+
+def create_app(service: Service) -> Starlette:
+    """An ASGI app that serves a model; the app's lifespan is the service's."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async with service.running():
+            yield
+
+    guard = Middleware(_Guard, service=service)
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=service.config.allowed_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["Retry-After"],
+    )
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", _Posted(service, _completion(chat_sequences)), methods=["POST"]),
+            Route("/v1/completions", _Posted(service, _completion(completion_sequences)), methods=["POST"]),
+            Route("/tokenize", _Posted(service, _tokenize), methods=["POST"]),
+            Route("/v1/models", _models(service), methods=["GET"]),
+            Route("/v1/models/{name:path}", _model(service), methods=["GET"]),
+            Route("/health", _health(service), methods=["GET"]),
+            Route("/metrics", _metrics(service), methods=["GET"]),
+        ],
+        middleware=[cors, guard] if service.config.allowed_origins else [guard],
+        exception_handlers={HTTPException: _http_error},
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A response with JSON in it."""
+    return Response(written(content), status, headers, "application/json")
+
+
+def error_response(error: APIError) -> Response:
+    """A response that tells what is wrong."""
+    return json_response(error.body, error.status, error.headers)
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    """Of Starlette's own errors: an unknown path, another method."""
+    assert isinstance(error, HTTPException)
+    sentences = {404: "there is nothing at this path.", 405: "this path does not take this method."}
+    response = error_response(APIError(error.status_code, sentences.get(error.status_code, str(error.detail))))
+    response.headers.update(error.headers or {})
+    return response
+
+
+class _Guard:
+    """Lets in who may ask, answers errors in their form, and counts."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status: int | None = None
+        start = time.perf_counter()
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            headers = Headers(scope=scope)
+            self._service.keys.check_browser(headers)
+            if scope["path"] not in _OPEN_PATHS:
+                scope.setdefault("state", {})["salt"] = self._service.keys.salt(headers)
+            await self._app(scope, receive, watched)
+        except ClientDisconnect:
+            status = status or 499
+        except Exception as error:
+            failure = error if isinstance(error, APIError) else self._service.failure(error)
+            if failure.status == 500:
+                log.error("%s: an error", scope["path"], exc_info=error)
+            if status is None:
+                await error_response(failure)(scope, receive, watched)
+            else:
+                raise  # the connection is closed, which tells that there is no more
+        finally:
+            route = scope.get("route")
+            path = route.path if isinstance(route, Route) else "other"
+            self._service.metrics.requests.labels(path, str(status or 499)).inc()
+            self._service.metrics.duration.observe(time.perf_counter() - start)
+
+
+class _Posted:
+    """A route that takes JSON, and a place among the answers as long as it lasts.
+
+    Args:
+        service: of all.
+        answer: sends the response to a body, unless the client goes away before.
+    """
+
+    def __init__(self, service: Service, answer: Answer) -> None:
+        self._service, self._answer = service, answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service, headers = self._service, Headers(scope=scope)
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise APIError(415, "expected JSON, told by a header 'Content-Type: application/json'.")
+        if service.engine.error is not None:
+            raise service.failure(service.engine.error)
+        with Ticket(service.admission) as ticket:
+            try:
+                content = await asyncio.wait_for(
+                    _body(headers, receive, ticket, service.config.body_bytes), service.config.body_seconds
+                )
+            except asyncio.TimeoutError:
+                most = service.config.body_seconds
+                raise APIError(408, f"the request's body has not come within {most:g} seconds.") from None
+            body = await service.run(parsed, content)
+            del content
+            await _unless_gone(receive, self._answer(service, body, ticket, scope, receive, send))
+
+
+async def _body(headers: Headers, receive: Receive, ticket: Ticket, most: int) -> bytes:
+    """A request's, within bounds that are checked before it is here."""
+    too_large = APIError(413, f"the request's body is too large: expected at most {most} bytes.", code="body_too_large")
+    stated = headers.get("content-length", "0")
+    if not stated.isdecimal() or int(stated) > most:
+        raise too_large
+    ticket.take(nbytes=int(stated))
+    content, taken = bytearray(), int(stated)
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        content += message.get("body", b"")
+        if len(content) > most:
+            raise too_large
+        if len(content) > taken:  # without a stated length
+            ticket.take(nbytes=len(content) - taken)
+            taken = len(content)
+        if not message.get("more_body", False):
+            return bytes(content)
+
+
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
+    """Do some work, which is cancelled when the client goes away."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        await working
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+def _completion(sequences_of: Sequences) -> Answer:
+    async def answer(service: Service, body: Any, ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:
+        form, sequences = await sequences_of(service, body, ticket, scope["state"]["salt"])
+        del body
+        with Answers(service, sequences, ticket) as answers:
+            await form.send(answers, scope, receive, send)
+
+    return answer
+
+
+async def _tokenize(service: Service, body: Any, ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:
+    """The tokens of a text, or of the prompt that is made of messages."""
+    fields = checked(body, TOKENIZE)
+    service.check_model(fields.get("model"))
+    if ("prompt" in fields) == ("messages" in fields):
+        refuse("prompt", "or messages is needed, and not both")
+    if "messages" in fields:
+        prompt = await service.prompt(*messages_of(fields["messages"]), ticket)
+        tokens = prompt.token_ids.tolist()
+    else:
+        with request_errors("prompt"):
+            tokens = await service.run(text_tokens, service.model.tokenizer, fields["prompt"])
+    found = {"count": len(tokens), "max_model_len": service.model.context_length, "tokens": tokens}
+    await json_response(found)(scope, receive, send)
+
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def _models(service: Service) -> Endpoint:
+    started = int(time.time())
+
+    async def models(_: Request) -> Response:
+        return json_response(
+            {"object": "list", "data": [_described(name, service, started) for name in service.config.model_names]}
+        )
+
+    return models
+
+
+def _model(service: Service) -> Endpoint:
+    started = int(time.time())
+
+    async def model(request: Request) -> Response:
+        name = request.path_params["name"]
+        service.check_model(name)
+        return json_response(_described(name, service, started))
+
+    return model
+
+
+def _described(name: str, service: Service, started: int) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": started,
+        "owned_by": "pascalvl",
+        "max_model_len": service.model.context_length,
+    }
+
+
+def _health(service: Service) -> Endpoint:
+    async def health(_: Request) -> Response:
+        return json_response({"status": service.health}, 200 if service.health == "ok" else 503)
+
+    return health
+
+
+def _metrics(service: Service) -> Endpoint:
+    async def text(_: Request) -> Response:
+        return Response(service.metrics.text(), headers={"Content-Type": metrics.CONTENT_TYPE})
+
+    return text

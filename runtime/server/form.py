@@ -1,0 +1,101 @@
+"""The form of one response, and how answers are sent in it: whole, or as they are written."""
+
+from __future__ import annotations
+
+import abc
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from pascalvl.runtime.generation import TokenLogprobs
+from pascalvl.runtime.server.answers import Answers
+from pascalvl.runtime.server.errors import APIError
+from pascalvl.runtime.server.settings import Settings
+from pascalvl.runtime.server.stream import DONE, SILENCE, EventStream, written
+
+
+class Form(abc.ABC):
+    """What a completion looks like as JSON.
+
+    Args:
+        model: its name, as it is told.
+        settings: of the request.
+        choices: in all.
+    """
+
+    kind: str
+    """``object`` of a whole one."""
+    kind_of_chunk: str
+    prefix: str
+    """Of ids."""
+
+    def __init__(self, model: str, settings: Settings, choices: int) -> None:
+        self._settings, self._count = settings, choices
+        self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    @abc.abstractmethod
+    def choice(self, text: str, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """Of a whole answer."""
+
+    @abc.abstractmethod
+    def first(self) -> dict[str, Any] | None:
+        """Of a stream's first chunk of each answer; None: there is none but the others."""
+
+    @abc.abstractmethod
+    def delta(self, index: int, text: str, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """Of a stream's chunk."""
+
+    async def send(self, answers: Answers, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answers, as the request has it; raises `APIError` as long as nothing was sent."""
+        if self._settings.stream:
+            await self._stream(answers, EventStream(send))
+        else:
+            content = await self._whole(answers)
+            await Response(written(content), media_type="application/json")(scope, receive, send)
+
+    async def _whole(self, answers: Answers) -> dict[str, Any]:
+        texts: list[list[str]] = [[] for _ in range(self._count)]
+        logprobs: list[list[TokenLogprobs]] = [[] for _ in range(self._count)]
+        reasons: list[str | None] = [None] * self._count
+        async for piece in answers.pieces():
+            if piece is not None:
+                texts[piece.index].append(piece.text)
+                logprobs[piece.index] += piece.logprobs
+                reasons[piece.index] = piece.finish_reason
+        choices = [
+            {"index": index, **self.choice("".join(texts[index]), logprobs[index]), "finish_reason": reasons[index]}
+            for index in range(self._count)
+        ]
+        return {**self._head, "object": self.kind, "choices": choices, "usage": answers.usage}
+
+    async def _stream(self, answers: Answers, stream: EventStream) -> None:
+        await stream.begin()
+        if first := self.first():
+            for index in range(self._count):
+                await stream.put(self._chunk(index, first, None))
+        try:
+            async for piece in answers.pieces():
+                if piece is None:
+                    await stream.put_bytes(SILENCE)
+                    continue
+                delta = self.delta(piece.index, piece.text, piece.logprobs)
+                if piece.text or piece.logprobs:
+                    await stream.put(self._chunk(piece.index, delta, None))
+                if piece.finish_reason:
+                    last = self.delta(piece.index, "", [])
+                    await stream.put(self._chunk(piece.index, last, piece.finish_reason))
+            if self._settings.include_usage:
+                await stream.put({**self._head, "object": self.kind_of_chunk, "choices": [], "usage": answers.usage})
+            await stream.put_bytes(DONE)
+        except APIError as error:
+            await stream.put_error(error)
+        await stream.end()
+
+    def _chunk(self, index: int, choice: Mapping[str, Any], finish_reason: str | None) -> dict[str, Any]:
+        usage = {"usage": None} if self._settings.include_usage else {}
+        choices = [{"index": index, **choice, "finish_reason": finish_reason}]
+        return {**self._head, "object": self.kind_of_chunk, "choices": choices, **usage}
