@@ -21,7 +21,7 @@ TOP = (
     *(".clang-format", "CHANGELOG.md", "CONTRIBUTING.md", "Dockerfile", "LICENSE", "MANIFEST.in", "Makefile"),
     *("README.md", "pyproject.toml"),
 )
-SUFFIXES = (".py", ".cu", ".cuh", ".cpp", ".h")
+SUFFIXES = (".py", ".cu", ".cuh", ".cpp", ".h", ".html")
 TYPED = "py.typed"
 PACKAGING = "plugins/packaging/"
 LIBRARIES = {f"pascalvl/plugins/native/libpascalvl{name}.so" for name in ("", "_plugin8", "_plugin10")}

@@ -3,6 +3,7 @@
 import json
 import re
 
+import llguidance
 import pytest
 import tokenizers
 
@@ -100,7 +101,6 @@ def tokenizer(request, nano_checkpoint, tmp_path_factory):
 @pytest.fixture(scope="module")
 def accepts(tokenizer):
     """Whether an answer is one that a grammar allows."""
-    llguidance = pytest.importorskip("llguidance")
     own = tokenizers.Tokenizer.from_file(str(tokenizer))
     eos = own.token_to_id("<|im_end|>")
     allowed = llguidance.LLTokenizer(own.to_str(), eos_token=eos)
