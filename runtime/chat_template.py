@@ -60,7 +60,7 @@ class ChatTemplate:
             messages: as `pascalvl.runtime.messages.normalised` returns them.
             tools: JSON schemas of functions that may be called.
             variables: what else the template may ask for, by name.
-            literal: hides control tokens in what users and tools say; None: the text has them.
+            literal: hides control tokens in what users and tools say, and in tools; None: the text has them.
 
         Raises:
             UserError: messages, tools or variables that the template refuses, or that are of another form.
@@ -76,7 +76,8 @@ class ChatTemplate:
             seen = _plain({"documents": None, "add_generation_prompt": True, **given, "tools": tools})
             seen["messages"] = _plain(without_sources(messages))
             if literal is not None:
-                seen["messages"] = literal.hide(seen["messages"], json.dumps([self._source, seen]))
+                everything = json.dumps([self._source, seen])
+                seen["messages"], seen["tools"] = literal.hide(seen["messages"], seen["tools"], everything)
             return _worker.ask(self._source, seen)
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"the chat template refuses the messages: {error}.") from error

@@ -12,8 +12,8 @@ from pascalvl.runtime.messages import PART_TYPES, ROLES
 from pascalvl.runtime.tokenizer import Tokenizer
 
 LITERAL_ROLES = ("user", "tool")
-"""Whose messages are text alone. A system prompt is its operator's and an answer the model's: in these, and in what a
-caller gives templates besides messages, control tokens are what they say."""
+"""Whose messages are text alone, as tools' descriptions are. A system prompt is its operator's and an answer the
+model's: in these, and in further variables of templates, control tokens are what they say."""
 _NAMES = frozenset((*ROLES, *PART_TYPES))
 """What the format of messages itself says in them."""
 _PRIVATE_USE = range(0xE000, 0xF900)
@@ -33,8 +33,10 @@ class LiteralText:
         self._stand_ins: dict[str, str] = {}
         self._unused: Iterator[str] = iter(())
 
-    def hide(self, messages: list[dict[str, Any]], everything: str) -> list[dict[str, Any]]:
-        """Messages, of JSON types, for a template; ``everything`` is what stands in it and them, as ASCII JSON."""
+    def hide(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, everything: str
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+        """Messages and tools, of JSON types, for a template; ``everything`` is what stands in all, as ASCII JSON."""
         everything = everything.lower()
         taken = {character for token in self._tokenizer.added_tokens for character in token}
         self._unused = (
@@ -42,7 +44,8 @@ class LiteralText:
             for character in map(chr, _PRIVATE_USE)
             if _escape(character) not in everything and character not in taken
         )
-        return [self._hidden(message) if message["role"] in LITERAL_ROLES else message for message in messages]
+        hidden = [self._hidden(message) if message["role"] in LITERAL_ROLES else message for message in messages]
+        return hidden, self._hidden(tools)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids ``[n]`` of a prompt that was rendered from what `hide` returned."""
