@@ -27,13 +27,14 @@ from pascalvl.runtime.server.chat import chat_sequences, messages_of
 from pascalvl.runtime.server.completions import completion_sequences, text_tokens
 from pascalvl.runtime.server.errors import APIError
 from pascalvl.runtime.server.form import Form
+from pascalvl.runtime.server.page import page
 from pascalvl.runtime.server.schema import TOKENIZE, checked, parsed, refuse
 from pascalvl.runtime.server.service import Service, request_errors
 from pascalvl.runtime.server.stream import written
 
 log = logging.getLogger(__name__)
 
-_OPEN_PATHS = frozenset(("/health",))
+_OPEN_PATHS = frozenset(("/", "/health"))
 """That no key is needed for."""
 
 Answer = Callable[[Service, Any, Ticket, Scope, Receive, Send], Coroutine[Any, Any, None]]
@@ -58,6 +59,7 @@ def create_app(service: Service) -> Starlette:
     )
     app = Starlette(
         routes=[
+            Route("/", _page(), methods=["GET"]),
             Route("/v1/chat/completions", _Posted(service, _completion(chat_sequences)), methods=["POST"]),
             Route("/v1/completions", _Posted(service, _completion(completion_sequences)), methods=["POST"]),
             Route("/tokenize", _Posted(service, _tokenize), methods=["POST"]),
@@ -265,6 +267,15 @@ def _described(name: str, service: Service, started: int) -> dict[str, Any]:
         "owned_by": "pascalvl",
         "max_model_len": service.model.context_length,
     }
+
+
+def _page() -> Endpoint:
+    body, headers = page()
+
+    async def shown(_: Request) -> Response:
+        return Response(body, headers=headers)
+
+    return shown
 
 
 def _health(service: Service) -> Endpoint:
