@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pascalvl.runtime.generation import FinishReason
-from pascalvl.runtime.server.reasoning import ReasoningParser
+from pascalvl.runtime.reasoning import ReasoningParser
 from pascalvl.runtime.server.tool_calls import CallText, ToolCallParser
 
 

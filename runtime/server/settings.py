@@ -75,7 +75,9 @@ class Settings:
         is_long = length >= model.context_length
         try:
             return [
-                model.sequence_of(prompt, self._sampling(number), self.max_tokens, self.stop, self.logprobs, cache_salt=salt)
+                model.sequence_of(
+                    prompt, self._sampling(number), self.max_tokens, self.stop, self.logprobs, cache_salt=salt
+                )
                 for number in range(self.choices)
             ]
         except UserError as error:

@@ -11,8 +11,8 @@ from typing import Any
 
 from pascalvl.plugins.errors import UserError, shown
 from pascalvl.runtime.messages import Message
-from pascalvl.runtime.server.reasoning import CLOSE as END_OF_THINKING
-from pascalvl.runtime.server.reasoning import tag_id
+from pascalvl.runtime.reasoning import CLOSE as END_OF_THINKING
+from pascalvl.runtime.reasoning import tag_id
 from pascalvl.runtime.server.tool_calls import CLOSE, OPEN
 from pascalvl.runtime.tokenizer import Tokenizer
 

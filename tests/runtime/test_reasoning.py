@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pascalvl.plugins.errors import UserError
-from pascalvl.runtime.server.reasoning import END_OF_BUDGET, ReasoningBudget, ReasoningParser, opens_thinking
+from pascalvl.runtime.reasoning import END_OF_BUDGET, ReasoningBudget, ReasoningParser, opens_thinking
 from pascalvl.runtime.tokenizer import Tokenizer
 
 
