@@ -161,6 +161,7 @@ class AsyncModel:
             waiting = {answer for _, answer in self._asked} | self._at_work
             self._asked.clear()
             self._at_work.clear()
+        news: list[tuple[AsyncGeneration, News, Exception | None]]
         news = [(answer, News("", len(answer.generation.token_ids), True), error) for answer in waiting]
         with contextlib.suppress(RuntimeError):  # a loop that has ended waits for nothing
             self._loop.call_soon_threadsafe(_hand_out, news)

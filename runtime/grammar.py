@@ -9,13 +9,14 @@ import json
 import re
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pascalvl.plugins.errors import UserError, library_reason, panics, shown
 from pascalvl.runtime.json_schema import SchemaCheck, loads
+from pascalvl.runtime.sampling import one_token
 from pascalvl.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Grammar:
         Spaces are where `json.dumps` has them, properties in the schema's order. A keyword that would not be enforced
         is refused, and so is a schema that is too large.
         """
-        return cls(_Kind.JSON_SCHEMA, _compact(SchemaCheck().checked(schema)))
+        return cls(_Kind.JSON_SCHEMA, schema_text(SchemaCheck().checked(schema)))
 
     @classmethod
     def json_object(cls) -> Grammar:
@@ -90,6 +91,11 @@ class Grammar:
         bounded, and ``temperature``.
         """
         return cls(_Kind.LARK, _checked_lark(_checked_text(text, "grammar", _MOST_CHARACTERS)))
+
+    @classmethod
+    def own(cls, text: str) -> Grammar:
+        """A grammar of llguidance's dialect that this program has made, of schemas by `schema_text`: all is taken."""
+        return cls(_Kind.LARK, text)
 
     @property
     def _llguidance(self) -> str:
@@ -116,8 +122,8 @@ def _checked_text(text: object, what: str, most: int) -> str:
     return text
 
 
-def _compact(schema: dict[str, Any]) -> str:
-    """A schema for llguidance, with what it is told beside."""
+def schema_text(schema: Mapping[str, Any]) -> str:
+    """A schema that `SchemaCheck` has let pass, for llguidance, with what that is told beside."""
     return json.dumps({**schema, "x-guidance": _SEPARATORS})
 
 
@@ -136,7 +142,7 @@ def _checked_lark(text: str) -> str:
             while at < len(text) and text[at].isspace():
                 at += 1
             schema, at = loads(text, at)
-            checked.append(f" {_compact(schemas.checked(schema))}")
+            checked.append(f" {schema_text(schemas.checked(schema))}")
     for what, length, most in (
         ("grammar has", own, _MOST_LARK_CHARACTERS),
         ("grammar's regular expressions have", regexes, _MOST_REGEX_CHARACTERS),
@@ -171,10 +177,7 @@ class Matcher:
         """Which tokens may come next, as `pascalvl.engines.choice.Choice` has it."""
         if not self.forced:
             return self._mask
-        mask = np.zeros_like(self._allowed)
-        word, bit = divmod(self.forced[0], 32)
-        mask[word] = np.uint32(1 << bit)
-        return mask
+        return one_token(self.forced[0], len(self._allowed))
 
     def accept(self, token: int) -> None:
         """Take the next token, one that the mask allows; raises `UserError` as the class does."""

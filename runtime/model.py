@@ -25,7 +25,8 @@ from pascalvl.runtime.grammar import Grammar, GrammarCompiler
 from pascalvl.runtime.messages import Message
 from pascalvl.runtime.page_files import PageFiles
 from pascalvl.runtime.prompt import PromptBuilder
-from pascalvl.runtime.sampling import Sampler, SamplingParams
+from pascalvl.runtime.reasoning import ReasoningMatcher, opens_thinking
+from pascalvl.runtime.sampling import Sampler, SamplingParams, TokenMatcher
 from pascalvl.runtime.scheduler import Limits, Scheduler
 from pascalvl.runtime.sequence import TokenSequence, token_identities
 from pascalvl.runtime.steps import Steps
@@ -58,6 +59,8 @@ class Request:
     grammar: Grammar | None = None
     cache_salt: int = 0
     """Requests of different salts use nothing of what is kept of each other; see `runtime.sequence.cache_salt`."""
+    reasoning_budget: int | None = None
+    """Tokens that a Thinking model may think, after which it has to answer; None: any number."""
 
 
 class VisionLanguageModel:
@@ -334,6 +337,7 @@ class VisionLanguageModel:
             request.logprobs,
             request.grammar,
             request.cache_salt,
+            request.reasoning_budget,
         )
 
     def sequence_of(
@@ -345,6 +349,7 @@ class VisionLanguageModel:
         logprobs: int | None = None,
         grammar: Grammar | None = None,
         cache_salt: int = 0,
+        reasoning_budget: int | None = None,
     ) -> TokenSequence:
         """What the scheduler takes of a prompt; for errors see `generate`."""
         matcher = StopMatcher(stop)
@@ -354,7 +359,7 @@ class VisionLanguageModel:
         if logprobs is not None and not (type(logprobs) is int and 0 <= logprobs <= _MOST_LOGPROBS):
             raise UserError(f"logprobs is out of range: expected 0 to {_MOST_LOGPROBS}, found {shown(logprobs)}.")
         room = self.room(prompt)
-        matching = None if grammar is None else self._grammars.matcher(grammar)
+        matching = self._matcher(prompt, grammar, reasoning_budget)
         sampling = sampling or self.generation_config.sampling
         return TokenSequence(
             prompt,
@@ -368,6 +373,14 @@ class VisionLanguageModel:
             logprobs,
             cache_salt,
         )
+
+    def _matcher(self, prompt: Prompt, grammar: Grammar | None, reasoning_budget: int | None) -> TokenMatcher | None:
+        """What says which tokens of an answer may come next; None: all may."""
+        matcher = None if grammar is None else self._grammars.matcher(grammar)
+        thinks = opens_thinking(prompt.token_ids, self.tokenizer)
+        if reasoning_budget is None and not (matcher and thinks):
+            return matcher
+        return ReasoningMatcher(thinks, self.tokenizer, self.config.text.vocab_size, reasoning_budget, matcher)
 
     def _pieces(self, sequence: TokenSequence) -> Generator[str, None, None]:
         """Run all that is at work until a sequence's text has come."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
 
 from pascalvl.plugins.errors import UserError, shown
+from pascalvl.runtime.sampling import TokenMatcher, one_token
 from pascalvl.runtime.tokenizer import Tokenizer
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -15,7 +17,9 @@ END_OF_BUDGET = (
     f"{CLOSE}\n\n"
 )
 """What Qwen3's authors end thinking with (Qwen3 Technical Report, arXiv:2505.09388, section 4.3)."""
-_NO_THINKING = f"\n{CLOSE}\n\n"
+_BREAKS = "\n\n"
+"""What follows the tag, as templates have it."""
+_NO_THINKING = f"\n{CLOSE}{_BREAKS}"
 """After the tag and a line break, as Qwen3's templates have it."""
 _LONGEST_OPENING = 8
 """Tokens of the tag and white space after it."""
@@ -137,6 +141,65 @@ class ReasoningBudget:
         elif self._is_open:
             self._count += 1
         self._is_at_start = self._is_at_start and not self._tokenizer.decode([token]).strip()
+
+
+class ReasoningMatcher:
+    """Lets an answer think first, within its budget; what a grammar says counts from the end of that on.
+
+    Args:
+        is_open: see `opens_thinking`.
+        tokenizer: the model's.
+        vocab_size: length of its logits.
+        budget: tokens of thinking; None: any number.
+        grammar: of what follows it; None: anything may.
+
+    Raises:
+        UserError: as `ReasoningBudget`.
+    """
+
+    def __init__(
+        self, is_open: bool, tokenizer: Tokenizer, vocab_size: int, budget: int | None, grammar: TokenMatcher | None
+    ) -> None:
+        self._thinks, self._close_id, self._grammar = is_open, tag_id(CLOSE, tokenizer), grammar
+        self._words = (vocab_size + 31) // 32
+        self._breaks: list[int] = tokenizer.encode(_BREAKS).tolist() if grammar else []
+        self._budget = None if budget is None else ReasoningBudget(budget, is_open, tokenizer)
+        self._forced: deque[int] = deque(self._budget.forced() if self._budget else ())
+
+    @property
+    def _is_in_grammar(self) -> bool:
+        return self._grammar is not None and not self._thinks and not self._forced
+
+    @property
+    def forced(self) -> Sequence[int]:
+        """Tokens that have to follow, whatever the logits are."""
+        return self._grammar.forced if self._grammar and self._is_in_grammar else self._forced
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing may follow."""
+        return self._grammar is not None and self._is_in_grammar and self._grammar.is_complete
+
+    def mask(self) -> np.ndarray | None:
+        """Which tokens may come next, as `pascalvl.engines.choice.Choice` has it; None: all."""
+        if self._grammar and self._is_in_grammar:
+            return self._grammar.mask()
+        return one_token(self._forced[0], self._words) if self._forced else None
+
+    def accept(self, token: int) -> None:
+        """Take the next token, one that the mask allows; raises `UserError` as the grammar does."""
+        if self._grammar and self._is_in_grammar:
+            self._grammar.accept(token)
+            return
+        is_forced = bool(self._forced)
+        if is_forced:
+            self._forced.popleft()
+        if self._thinks and token == self._close_id:
+            self._thinks = False
+            if not is_forced:
+                self._forced.extend(self._breaks)
+        if self._budget:
+            self._forced.extend(self._budget.forced(token))
 
 
 def tag_id(tag: str, tokenizer: Tokenizer) -> int | None:

@@ -6,15 +6,12 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import Protocol, cast
 
 import numpy as np
 
 from pascalvl.engines.choice import NO_TOKEN, Choice, LogitState, adjusted, choose, distribution
 from pascalvl.plugins.errors import UserError, shown
-
-if TYPE_CHECKING:
-    from pascalvl.runtime.grammar import Matcher
 
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 1e-6, 1e6
 """Of logits: far from what changes an answer any more, and from where float32 overflows."""
@@ -105,6 +102,32 @@ class SamplingParams:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
+class TokenMatcher(Protocol):
+    """Says which tokens of one answer may come next."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing may follow."""
+
+    @property
+    def forced(self) -> Sequence[int]:
+        """Tokens that have to follow, whatever the logits are."""
+
+    def mask(self) -> np.ndarray | None:
+        """Which tokens may come next, as `pascalvl.engines.choice.Choice` has it; None: all."""
+
+    def accept(self, token: int) -> None:
+        """Take the next token, one that the mask allows; raises `UserError` where there is no way on."""
+
+
+def one_token(token: int, words: int) -> np.ndarray:
+    """A mask of so many words that allows one token."""
+    mask = np.zeros(words, np.uint32)
+    word, bit = divmod(token, 32)
+    mask[word] = np.uint32(1 << bit)
+    return mask
+
+
 def check_finite(highest: float) -> None:
     """Raise `UserError` if the highest logit (NaN if there is one) says that logits are not finite."""
     if not math.isfinite(highest):
@@ -134,7 +157,7 @@ class Sampler:
     """
 
     def __init__(
-        self, params: SamplingParams, token_ids: np.ndarray, vocab_size: int, matcher: Matcher | None = None
+        self, params: SamplingParams, token_ids: np.ndarray, vocab_size: int, matcher: TokenMatcher | None = None
     ) -> None:
         self.params = params
         self._matcher = matcher

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 from pascalvl.runtime.generation import FinishReason, TokenLogprobs
 from pascalvl.runtime.sequence import TokenSequence
@@ -16,7 +17,8 @@ _LONGEST_SILENCE = 15.0
 """Seconds, after which whoever waits is told that there is nothing new: proxies close what is silent."""
 
 
-class Piece(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Piece:
     """What is new of one answer."""
 
     index: int

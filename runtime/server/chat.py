@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pascalvl.plugins.errors import shown
-from pascalvl.runtime.generation import TokenLogprobs
+from pascalvl.runtime.generation import FinishReason, TokenLogprobs
+from pascalvl.runtime.reasoning import opens_thinking
 from pascalvl.runtime.sequence import TokenSequence
 from pascalvl.runtime.server import logprobs as in_form
 from pascalvl.runtime.server.admission import Ticket
+from pascalvl.runtime.server.answer import AnswerParser, Delta, whole_message
+from pascalvl.runtime.server.answer_grammar import answer_grammar
 from pascalvl.runtime.server.form import Form
 from pascalvl.runtime.server.media import Source
 from pascalvl.runtime.server.schema import (
@@ -23,8 +26,9 @@ from pascalvl.runtime.server.schema import (
     checked,
     refuse,
 )
-from pascalvl.runtime.server.service import Service
+from pascalvl.runtime.server.service import Service, request_errors
 from pascalvl.runtime.server.settings import Settings
+from pascalvl.runtime.server.tools import Tools, with_calls_for_template
 from pascalvl.runtime.tokenizer import Tokenizer
 
 _PARTS = {"text": TEXT_PART, "image_url": PICTURE_PART, "video_url": VIDEO_PART}
@@ -35,20 +39,35 @@ class ChatForm(Form):
 
     kind, kind_of_chunk, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def __init__(self, model: str, settings: Settings, choices: int, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, model: str, settings: Settings, choices: int, tokenizer: Tokenizer, parser: Callable[[], AnswerParser]
+    ) -> None:
         super().__init__(model, settings, choices)
         self._tokenizer = tokenizer
+        self._parsers = [parser() for _ in range(choices)]
 
-    def choice(self, text: str, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"message": message, "logprobs": self._logprobs(logprobs)}
+    def choice(self, index: int, text: str, logprobs: Sequence[TokenLogprobs], reason: str) -> dict[str, Any]:
+        parser = self._parsers[index]
+        message = {**whole_message([*parser.push(text), *parser.finish()]), "refusal": None}
+        ended = parser.finish_reason(FinishReason(reason))
+        return {"message": message, "logprobs": self._logprobs(logprobs), "finish_reason": ended}
 
     def first(self) -> dict[str, Any]:
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
 
-    def delta(self, index: int, text: str, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        delta = {"content": text} if text or logprobs else {}
-        return {"delta": delta, "logprobs": self._logprobs(logprobs) if delta else None}
+    def deltas(self, index: int, text: str, logprobs: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
+        deltas = self._parsers[index].push(text)
+        if logprobs and not deltas:  # of tokens whose text is held back, or none
+            deltas = [Delta()]
+        chunks = [{"delta": delta.fields(), "logprobs": None} for delta in deltas]
+        if logprobs:
+            chunks[0]["logprobs"] = self._logprobs(logprobs)
+        return chunks
+
+    def last(self, index: int, reason: str) -> list[dict[str, Any]]:
+        parser = self._parsers[index]
+        held = [{"delta": delta.fields(), "logprobs": None} for delta in parser.finish()]
+        return [*held, {"delta": {}, "logprobs": None, "finish_reason": parser.finish_reason(FinishReason(reason))}]
 
     def _logprobs(self, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
         return None if self._settings.logprobs is None else in_form.of_chat(logprobs, self._tokenizer)
@@ -61,12 +80,20 @@ async def chat_sequences(
     fields = checked(body, CHAT, needed=("messages",))
     service.check_model(fields.get("model"))
     settings = Settings.of(fields, service.model, _logprobs(fields))
+    with request_errors():
+        tools = Tools.parse(*(fields.get(name) for name in ("tools", "tool_choice", "parallel_tool_calls")))
     messages, sources = messages_of(fields["messages"])
     ticket.take(places=settings.choices - 1)
-    prompt = await service.prompt(messages, sources, ticket)
-    sequences = await service.run(settings.sequences, service.model, prompt, salt)
+    prompt = await service.prompt(messages, sources, ticket, tools=tools.for_template)
+    tokenizer = service.model.tokenizer
+
+    def made() -> list[TokenSequence]:
+        return settings.sequences(service.model, prompt, salt, answer_grammar(fields, tools, tokenizer))
+
+    sequences = await service.run(made)
+    thinks, calls = opens_thinking(prompt.token_ids, tokenizer), tools.for_template is not None
     name = fields.get("model", service.name)
-    return ChatForm(name, settings, len(sequences), service.model.tokenizer), sequences
+    return ChatForm(name, settings, len(sequences), tokenizer, lambda: AnswerParser(thinks, calls)), sequences
 
 
 def _logprobs(fields: Mapping[str, Any]) -> int | None:
@@ -86,18 +113,23 @@ def messages_of(given: Sequence[Any]) -> tuple[list[dict[str, Any]], list[tuple[
     messages, sources = [], []
     for number, message in enumerate(given):
         where = f"messages[{number}]"
-        fields = checked(message, MESSAGE, where, needed=("role", "content"))
+        calls = isinstance(message, dict) and bool(message.get("tool_calls"))
+        fields = checked(message, MESSAGE, where, needed=("role",) if calls else ("role", "content"))
         role = "system" if fields["role"] == "developer" else fields["role"]
-        content: Any = fields["content"]
-        if isinstance(content, list):
+        for name, owner in (("tool_calls", "assistant"), ("reasoning_content", "assistant"), ("tool_call_id", "tool")):
+            if name in fields and role != owner:
+                refuse(f"{where}.{name}", f"is for messages of the role {owner}: leave it out")
+        if isinstance(fields.get("content"), list):
             content = []
             for place, part in enumerate(fields["content"]):
                 made, source = _part(part, f"{where}.content[{place}]")
                 content.append(made)
                 if source:
                     sources.append((made, source))
-        messages.append({"role": role, "content": content})
-    return messages, sources
+            fields["content"] = content
+        messages.append({**fields, "role": role})
+    with request_errors("messages"):
+        return with_calls_for_template(messages), sources
 
 
 def _part(part: Any, where: str) -> tuple[dict[str, Any], Source | None]:

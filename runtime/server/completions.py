@@ -11,10 +11,12 @@ from pascalvl.runtime.model import VisionLanguageModel
 from pascalvl.runtime.sequence import TokenSequence
 from pascalvl.runtime.server import logprobs as in_form
 from pascalvl.runtime.server.admission import Ticket
+from pascalvl.runtime.server.answer_grammar import answer_grammar
 from pascalvl.runtime.server.form import Form
 from pascalvl.runtime.server.schema import COMPLETION, checked, refuse
 from pascalvl.runtime.server.service import Service, request_errors
 from pascalvl.runtime.server.settings import Settings
+from pascalvl.runtime.server.tools import Tools
 from pascalvl.runtime.tokenizer import Tokenizer
 
 
@@ -30,16 +32,19 @@ class CompletionForm(Form):
         self._lengths = [0] * choices
         """Characters of each that were sent."""
 
-    def choice(self, text: str, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        return {"text": text, "logprobs": self._logprobs(logprobs, 0)}
+    def choice(self, index: int, text: str, logprobs: Sequence[TokenLogprobs], reason: str) -> dict[str, Any]:
+        return {"text": text, "logprobs": self._logprobs(logprobs, 0), "finish_reason": reason}
 
     def first(self) -> None:
         return None
 
-    def delta(self, index: int, text: str, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    def deltas(self, index: int, text: str, logprobs: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
         offset = self._lengths[index]
         self._lengths[index] += len(text)
-        return {"text": text, "logprobs": self._logprobs(logprobs, offset) if logprobs else None}
+        return [{"text": text, "logprobs": self._logprobs(logprobs, offset) if logprobs else None}]
+
+    def last(self, index: int, reason: str) -> list[dict[str, Any]]:
+        return [{"text": "", "logprobs": None, "finish_reason": reason}]
 
     def _logprobs(self, logprobs: Sequence[TokenLogprobs], offset: int) -> dict[str, Any] | None:
         return None if self._settings.logprobs is None else in_form.of_completion(logprobs, self._tokenizer, offset)
@@ -55,13 +60,14 @@ async def completion_sequences(
     if fields.get("best_of", settings.choices) != settings.choices:
         refuse("best_of", "is not supported: leave it out, or give the number that n is")
     prompts = _prompts(fields["prompt"])
+    grammar = answer_grammar(fields, Tools(), service.model.tokenizer)
     ticket.take(places=len(prompts) * settings.choices - 1)
 
     def made() -> list[TokenSequence]:
         return [
             sequence
             for prompt in prompts
-            for sequence in settings.sequences(service.model, _prompt(prompt, service.model), salt)
+            for sequence in settings.sequences(service.model, _prompt(prompt, service.model), salt, grammar)
         ]
 
     sequences = await service.run(made)

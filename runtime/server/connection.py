@@ -68,6 +68,8 @@ def connection_class(config: ServerConfig) -> type[H11Protocol]:
     return Connection
 
 
-def _stopped(timer: asyncio.TimerHandle | None) -> None:
+def _stopped(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """What is there in the place of a timer that is stopped: none."""
     if timer is not None:
         timer.cancel()
+    return None

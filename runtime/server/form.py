@@ -38,16 +38,20 @@ class Form(abc.ABC):
         self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
     @abc.abstractmethod
-    def choice(self, text: str, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """Of a whole answer."""
+    def choice(self, index: int, text: str, logprobs: Sequence[TokenLogprobs], reason: str) -> dict[str, Any]:
+        """Of a whole answer, which ended for a reason."""
 
     @abc.abstractmethod
     def first(self) -> dict[str, Any] | None:
         """Of a stream's first chunk of each answer; None: there is none but the others."""
 
     @abc.abstractmethod
-    def delta(self, index: int, text: str, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """Of a stream's chunk."""
+    def deltas(self, index: int, text: str, logprobs: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
+        """Of a stream's chunks for what is new of an answer."""
+
+    @abc.abstractmethod
+    def last(self, index: int, reason: str) -> list[dict[str, Any]]:
+        """Of a stream's last chunks of an answer, the last with a ``finish_reason``."""
 
     async def send(self, answers: Answers, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answers, as the request has it; raises `APIError` as long as nothing was sent."""
@@ -60,14 +64,14 @@ class Form(abc.ABC):
     async def _whole(self, answers: Answers) -> dict[str, Any]:
         texts: list[list[str]] = [[] for _ in range(self._count)]
         logprobs: list[list[TokenLogprobs]] = [[] for _ in range(self._count)]
-        reasons: list[str | None] = [None] * self._count
+        reasons = [""] * self._count
         async for piece in answers.pieces():
             if piece is not None:
                 texts[piece.index].append(piece.text)
                 logprobs[piece.index] += piece.logprobs
-                reasons[piece.index] = piece.finish_reason
+                reasons[piece.index] = piece.finish_reason or ""
         choices = [
-            {"index": index, **self.choice("".join(texts[index]), logprobs[index]), "finish_reason": reasons[index]}
+            {"index": index, **self.choice(index, "".join(texts[index]), logprobs[index], reasons[index])}
             for index in range(self._count)
         ]
         return {**self._head, "object": self.kind, "choices": choices, "usage": answers.usage}
@@ -76,18 +80,17 @@ class Form(abc.ABC):
         await stream.begin()
         if first := self.first():
             for index in range(self._count):
-                await stream.put(self._chunk(index, first, None))
+                await stream.put(self._chunk(index, first))
         try:
             async for piece in answers.pieces():
                 if piece is None:
                     await stream.put_bytes(SILENCE)
                     continue
-                delta = self.delta(piece.index, piece.text, piece.logprobs)
-                if piece.text or piece.logprobs:
-                    await stream.put(self._chunk(piece.index, delta, None))
+                chunks = self.deltas(piece.index, piece.text, piece.logprobs) if piece.text or piece.logprobs else []
                 if piece.finish_reason:
-                    last = self.delta(piece.index, "", [])
-                    await stream.put(self._chunk(piece.index, last, piece.finish_reason))
+                    chunks += self.last(piece.index, piece.finish_reason)
+                for chunk in chunks:
+                    await stream.put(self._chunk(piece.index, chunk))
             if self._settings.include_usage:
                 await stream.put({**self._head, "object": self.kind_of_chunk, "choices": [], "usage": answers.usage})
             await stream.put_bytes(DONE)
@@ -95,7 +98,7 @@ class Form(abc.ABC):
             await stream.put_error(error)
         await stream.end()
 
-    def _chunk(self, index: int, choice: Mapping[str, Any], finish_reason: str | None) -> dict[str, Any]:
+    def _chunk(self, index: int, choice: Mapping[str, Any]) -> dict[str, Any]:
         usage = {"usage": None} if self._settings.include_usage else {}
-        choices = [{"index": index, **choice, "finish_reason": finish_reason}]
+        choices = [{"index": index, "finish_reason": None, **choice}]
         return {**self._head, "object": self.kind_of_chunk, "choices": choices, **usage}

@@ -56,6 +56,7 @@ def whole(least: int, most: int | None = None) -> Kind:
 TEXT = Kind(lambda value: isinstance(value, str), "a text")
 FLAG = Kind(lambda value: type(value) is bool, "true or false")
 NUMBER = Kind(lambda value: type(value) in (int, float), "a number")
+ANYTHING = Kind(lambda value: True, "anything")
 OBJECT = Kind(lambda value: isinstance(value, dict), "an object")
 LIST = Kind(lambda value: isinstance(value, list) and bool(value), "a list of at least one element")
 
@@ -85,6 +86,21 @@ SAMPLING: dict[str, Kind] = {
     "service_tier": only("auto", "default"),
 }
 """What both kinds of completions take."""
+GUIDED: dict[str, Kind] = {
+    "guided_json": Kind(lambda value: isinstance(value, dict | str), "a JSON schema"),
+    "guided_regex": TEXT,
+    "guided_grammar": TEXT,
+    "guided_choice": Kind(
+        lambda value: isinstance(value, list) and bool(value) and all(isinstance(v, str) and v for v in value),
+        "a list of texts",
+    ),
+}
+"""What an answer must be, of which a request may have one."""
+RESPONSE_FORMAT: dict[str, Kind] = {
+    "type": Kind(lambda value: value in ("text", "json_object", "json_schema"), "text, json_object or json_schema"),
+    "json_schema": OBJECT,
+}
+JSON_SCHEMA: dict[str, Kind] = {"name": TEXT, "description": TEXT, "schema": OBJECT, "strict": FLAG}
 CHAT: dict[str, Kind] = {
     **SAMPLING,
     "messages": LIST,
@@ -92,12 +108,19 @@ CHAT: dict[str, Kind] = {
     "logprobs": FLAG,
     "top_logprobs": whole(0, 20),
     "modalities": only(["text"]),
-    "parallel_tool_calls": FLAG,
+    "response_format": OBJECT,
+    **GUIDED,
+    # What each must be like, `pascalvl.runtime.server.tools` says.
+    "tools": ANYTHING,
+    "tool_choice": ANYTHING,
+    "parallel_tool_calls": ANYTHING,
+    "reasoning_budget": whole(0),
 }
 COMPLETION: dict[str, Kind] = {
     **SAMPLING,
     "prompt": Kind(lambda value: isinstance(value, str | list) and bool(value), "a text, texts, or token ids"),
     "logprobs": whole(0, 20),
+    **GUIDED,
     "echo": only(False),
     "best_of": whole(1, 128),
 }
@@ -105,9 +128,16 @@ TOKENIZE: dict[str, Kind] = {"model": TEXT, "prompt": TEXT, "messages": LIST}
 STREAM_OPTIONS: dict[str, Kind] = {"include_usage": FLAG, "include_obfuscation": only(False)}
 MESSAGE: dict[str, Kind] = {
     "role": Kind(
-        lambda value: value in ("system", "developer", "user", "assistant"), "system, developer, user or assistant"
+        lambda value: value in ("system", "developer", "user", "assistant", "tool"),
+        "system, developer, user, assistant or tool",
     ),
     "content": Kind(lambda value: isinstance(value, str | list), "a text or a list of parts"),
+    "reasoning_content": TEXT,
+    "tool_calls": LIST,
+    "tool_call_id": TEXT,
+    "name": TEXT,
+    # What answers of this server have in them, which clients send back.
+    "refusal": only(None),
 }
 TEXT_PART: dict[str, Kind] = {"type": TEXT, "text": TEXT}
 PICTURE_PART: dict[str, Kind] = {"type": TEXT, "image_url": Kind(lambda v: isinstance(v, dict | str), "an object")}
@@ -118,25 +148,13 @@ PICTURE: dict[str, Kind] = {
 VIDEO_PART: dict[str, Kind] = {"type": TEXT, "video_url": Kind(lambda v: isinstance(v, dict | str), "an object")}
 VIDEO: dict[str, Kind] = {"url": TEXT}
 
-NOT_YET = frozenset(
-    (
-        "response_format",
-        "tools",
-        "tool_choice",
-        "functions",
-        "function_call",
-        "guided_json",
-        "guided_regex",
-        "guided_choice",
-        "guided_grammar",
-        "structured_outputs",
-        "reasoning_effort",
-        "tool_calls",
-        "tool_call_id",
-        "reasoning_content",
-    )
-)
-"""Fields that this server will take: each that does leaves this set, and enters a table above."""
+_REPLACED = {
+    "functions": "give tools",
+    "function_call": "give tool_choice",
+    "reasoning_effort": "give reasoning_budget, a number of tokens, or leave it out",
+    "structured_outputs": "give response_format",
+}
+"""What takes the place of fields that other servers know."""
 
 
 def checked(body: Any, fields: Mapping[str, Kind], where: str = "", needed: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -159,8 +177,8 @@ def checked(body: Any, fields: Mapping[str, Kind], where: str = "", needed: tupl
     for name, value in body.items():
         if name in fields or value is None:
             continue
-        if name in NOT_YET:
-            refuse(f"{prefix}{name}", "is not supported yet: leave it out", "unsupported_parameter")
+        if name in _REPLACED:
+            refuse(f"{prefix}{name}", f"is not supported: {_REPLACED[name]}", "unsupported_parameter")
         refuse(f"{prefix}{shown(name)[1:-1]}", "is not a field that is known here: leave it out", "unknown_parameter")
     given = {name: value for name, value in body.items() if value is not None}
     for name in needed:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.prompt import Prompt
+from pascalvl.runtime.grammar import Grammar
 from pascalvl.runtime.model import VisionLanguageModel
-from pascalvl.runtime.prompt import Prompt
 from pascalvl.runtime.sampling import SamplingParams
 from pascalvl.runtime.sequence import TokenSequence
 from pascalvl.runtime.server.errors import APIError
@@ -39,6 +40,7 @@ class Settings:
     stream: bool
     include_usage: bool
     """At the end of a stream."""
+    reasoning_budget: int | None
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], model: VisionLanguageModel, logprobs: int | None) -> Settings:
@@ -66,17 +68,27 @@ class Settings:
             logprobs,
             stream,
             options.get("include_usage", False),
+            fields.get("reasoning_budget"),
         )
 
-    def sequences(self, model: VisionLanguageModel, prompt: Prompt, salt: int) -> list[TokenSequence]:
-        """What the scheduler takes, a sequence a choice; raises `APIError` for a prompt that is too long, or a token to
-        be biased that there is none of."""
+    def sequences(
+        self, model: VisionLanguageModel, prompt: Prompt, salt: int, grammar: Grammar | None = None
+    ) -> list[TokenSequence]:
+        """What the scheduler takes, a sequence a choice; raises `APIError` for a prompt that is too long, a grammar
+        that cannot be used, or a token to be biased that there is none of."""
         length = len(prompt.token_ids)
         is_long = length >= model.context_length
         try:
             return [
                 model.sequence_of(
-                    prompt, self._sampling(number), self.max_tokens, self.stop, self.logprobs, cache_salt=salt
+                    prompt,
+                    self._sampling(number),
+                    self.max_tokens,
+                    self.stop,
+                    self.logprobs,
+                    grammar,
+                    salt,
+                    self.reasoning_budget,
                 )
                 for number in range(self.choices)
             ]

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from pascalvl.plugins.errors import UserError, shown
+from pascalvl.runtime.grammar import Grammar, schema_text
+from pascalvl.runtime.json_schema import SchemaCheck
 from pascalvl.runtime.messages import Message
-from pascalvl.runtime.reasoning import CLOSE as END_OF_THINKING
 from pascalvl.runtime.reasoning import tag_id
 from pascalvl.runtime.server.tool_calls import CLOSE, OPEN
 from pascalvl.runtime.tokenizer import Tokenizer
@@ -20,8 +21,6 @@ _MOST_TOOLS = 128
 """As OpenAI has it."""
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _FIELDS = ("name", "description", "parameters", "strict")
-_AS_TEMPLATES_WRITE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON as models saw it in training, for llguidance."""
 _ANYTHING = r"/(.|\n)*/"
 
 
@@ -79,15 +78,17 @@ class Tools:
         shown_fields = [{k: v for k, v in function.items() if k != "strict"} for function in self.functions]
         return [{"type": "function", "function": function} for function in shown_fields]
 
-    def grammar(self, tokenizer: Tokenizer, thinks: bool) -> str | None:
-        """Grammar of the answer, in llguidance's variant of Lark; None: any answer will do.
+    def grammar(self, tokenizer: Tokenizer) -> Grammar | None:
+        """What the answer must be, after thinking; None: any answer will do.
 
         Calls that are required follow the schemas of their parameters. Where they are not, it is a tool that is
         ``strict`` that takes a grammar, or that there may be no more than one call.
 
         Args:
             tokenizer: tells which tags are tokens of their own, which llguidance does not take for text.
-            thinks: the prompt opened the model's thinking, see `opens_thinking`; a call comes after it.
+
+        Raises:
+            UserError: a schema that an answer cannot be held to.
         """
         may = self.choice is ToolChoice.AUTO
         if self.for_template is None or (may and self.in_parallel and not any(f.get("strict") for f in self.functions)):
@@ -97,25 +98,20 @@ class Tools:
         more = f"({line} {tag} call)*" if self.in_parallel and self.choice is not ToolChoice.FUNCTION else ""
         rules = [f"call: {line} ({' | '.join(f'call_{i}' for i in range(len(called)))}) {line} {end}"]
         if may:
-            rules += [f"answer: TEXT | before call {more}", _without("TEXT", OPEN), _up_to("before", OPEN, tokenizer)]
+            rules += [f"start: TEXT | before call {more}", _without("TEXT", OPEN), _up_to("before", OPEN, tokenizer)]
         else:
-            rules.append(f"answer: {tag} call {more}")
-        if thinks:
-            breaks = "" if may else f"{line} {line}"
-            rules += [f"start: thinking {breaks} answer", _up_to("thinking", END_OF_THINKING, tokenizer)]
-        else:
-            rules.append("start: answer")
+            rules.append(f"start: {tag} call {more}")
+        schemas = SchemaCheck()
         for i, function in enumerate(called):
             head = f'{{"name": {json.dumps(function["name"])}, "arguments": '
             schema: dict[str, Any] = {"type": "object"}
             if not may or function.get("strict"):
                 schema = {"properties": {}, **function.get("parameters", {}), **schema}
-            schema["x-guidance"] = _AS_TEMPLATES_WRITE
             rules += [
                 f"call_{i}: {_quoted(head)} arguments_{i} {_quoted('}')}",
-                f"arguments_{i}: %json {json.dumps(schema)}",
+                f"arguments_{i}: %json {schema_text(schemas.checked(schema))}",
             ]
-        return "\n".join(rules)
+        return Grammar.own("\n".join(rules))
 
 
 def _quoted(text: str) -> str:
