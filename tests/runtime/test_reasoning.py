@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pascalvl.plugins.errors import UserError
-from pascalvl.runtime.reasoning import END_OF_BUDGET, ReasoningBudget, ReasoningParser, opens_thinking
+from pascalvl.runtime.grammar import Grammar, GrammarCompiler
+from pascalvl.runtime.reasoning import (
+    END_OF_BUDGET,
+    ReasoningBudget,
+    ReasoningMatcher,
+    ReasoningParser,
+    opens_thinking,
+)
 from pascalvl.runtime.tokenizer import Tokenizer
 
 
@@ -129,3 +136,61 @@ def test_a_tokenizer_without_tags(nano_checkpoint, tmp_path):
     assert not opens_thinking(tokenizer.encode("<think>"), tokenizer)
     with pytest.raises(UserError, match="the model does not think"):
         ReasoningBudget(5, False, tokenizer)
+
+
+# With a grammar -------------------------------------------------------------------------------------------------------
+
+
+def followed(matcher, tokens, tokenizer, most=200):
+    """What an answer is whose free tokens are these, one after the other; forced ones come in between."""
+    written, free = [], iter(tokens)
+    while len(written) < most and not matcher.is_complete:
+        token = matcher.forced[0] if matcher.forced else next(free, None)
+        if token is None:
+            break
+        mask = matcher.mask()
+        assert mask is None or mask[token // 32] >> (token % 32) & 1
+        if matcher.forced:
+            assert np.unpackbits(mask.view(np.uint8)).sum() == 1
+        matcher.accept(token)
+        written.append(token)
+    return tokenizer.decode(written)
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer):
+    return GrammarCompiler(tokenizer, 2048, [tokenizer.find_added("<|im_end|>")[0][2]])
+
+
+def test_a_grammar_begins_behind_thinking(tokenizer, compiler):
+    thinking = tokenizer.encode("Well.\n</think>").tolist()
+    matcher = ReasoningMatcher(True, tokenizer, 2048, None, compiler.matcher(Grammar.regex("yes|no")))
+    assert matcher.mask() is None
+    assert followed(matcher, [*thinking, *tokenizer.encode("yes")], tokenizer) == "Well.\n</think>\n\nyes"
+    assert matcher.is_complete
+
+
+def test_a_budget_and_a_grammar(tokenizer, compiler):
+    """The budget's end is forced, and then the grammar counts."""
+    thinking = tokenizer.encode("Well, let me see.").tolist()
+    for budget, own in ((3, thinking[:3]), (0, [])):
+        matcher = ReasoningMatcher(True, tokenizer, 2048, budget, compiler.matcher(Grammar.regex("yes|no")))
+        answer = tokenizer.encode("no").tolist()
+        ending = END_OF_BUDGET if budget else "\n</think>\n\n"
+        assert followed(matcher, [*own, *answer], tokenizer) == tokenizer.decode(own) + ending + "no"
+        assert matcher.is_complete
+
+
+def test_a_budget_alone(tokenizer):
+    """Afterwards anything may come; an answer that opens its thinking itself has the same budget."""
+    own = tokenizer.encode("Well, let me see.").tolist()
+    matcher = ReasoningMatcher(True, tokenizer, 2048, 2, None)
+    assert followed(matcher, [*own[:2], *own], tokenizer) == tokenizer.decode(
+        own[:2]
+    ) + END_OF_BUDGET + tokenizer.decode(own)
+    assert matcher.mask() is None
+    assert not matcher.is_complete
+    opening = tokenizer.encode("<think>").tolist()
+    matcher = ReasoningMatcher(False, tokenizer, 2048, 2, None)
+    expected = "<think>" + tokenizer.decode(own[:2]) + END_OF_BUDGET + tokenizer.decode(own)
+    assert followed(matcher, [*opening, *own[:2], *own], tokenizer) == expected
