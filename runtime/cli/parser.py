@@ -31,7 +31,7 @@ from pascalvl.runtime.cli.look import inspect
 from pascalvl.runtime.cli.serve import KEY_VARIABLE, serve
 from pascalvl.runtime.cli.sources import path_or_name
 from pascalvl.runtime.cli.talk import CHAT_COMMANDS, chat, run
-from pascalvl.runtime.cli.timing import bench_kernels, bench_many, bench_model
+from pascalvl.runtime.cli.timing import bench_kernels, bench_many, bench_model, bench_server
 
 _WEIGHTS = "w4, w8, f16 or f32[,group=INPUTS][,lm_head=FORMAT][,vision=FORMAT][,layer.FIRST-LAST=FORMAT]"
 _OF_THE_HUB = "ORG/NAME[@REVISION] of the Hugging Face hub"
@@ -221,6 +221,17 @@ def command_parser() -> argparse.ArgumentParser:
         ("picture", "SIDE", "side of a square picture, in pixels; 0: none (1024)"),
     ):
         sub.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS, metavar=form, help=meaning)
+    _add_json(sub)
+    sub = command("server", bench_server, "", "time answers of a server, as its clients see them", measured)
+    meaning = f"where its API is, such as http://127.0.0.1:8000/v1; a key it asks for is taken from {KEY_VARIABLE}"
+    sub.add_argument("url", type=unicode_text, metavar="URL", help=meaning)
+    for name, meaning in (
+        ("clients", "that ask at once (8)"),
+        ("requests", "of each client, one after the other (2)"),
+        ("words", "of each prompt (500)"),
+        ("tokens", "of each answer at most (256)"),
+    ):
+        sub.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS, metavar="N", help=meaning)
     _add_json(sub)
     for what in ("attention", "linear"):
         sub = command(what, bench_kernels, "export,dev", f"check and time the kernels of {what} on a GPU", measured)

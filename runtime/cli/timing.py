@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,6 +53,27 @@ def bench_many(args: argparse.Namespace) -> int:
     with progress_bars() as progress:
         task = progress.add_task("measuring", total=None)
         result = bench.measure(model, options, lambda what: progress.update(task, description=what))
+    if args.json:
+        write_json(args.json, dataclasses.asdict(result))
+    if args.json != STANDARD_OUTPUT:
+        print_tables(*bench.tables(result))
+    return 0
+
+
+def bench_server(args: argparse.Namespace) -> int:
+    """Run `pascalvl bench server`; returns the exit code."""
+    import dataclasses
+
+    from pascalvl.runtime import bench_server as bench
+    from pascalvl.runtime.cli.serve import KEY_VARIABLE
+
+    check_json(args.json)
+    given = {name: value for name, value in vars(args).items() if name in bench.ServerOptions.__dataclass_fields__}
+    options = bench.ServerOptions(**given)
+    with progress_bars() as progress:
+        task = progress.add_task("asking", total=options.clients * options.requests)
+        key = next(iter(os.environ.get(KEY_VARIABLE, "").split()), "")
+        result = bench.measure(args.url, options, key, lambda: progress.advance(task))
     if args.json:
         write_json(args.json, dataclasses.asdict(result))
     if args.json != STANDARD_OUTPUT:
