@@ -12,8 +12,11 @@ W       ?= $(if $(filter tensorrt cuda,$(BACKEND)),auto,$(if $(filter auto,$(BAC
 CALIBRATE ?=
 IMAGE   ?= tests/nano/pictures/sample.png
 PROMPT  ?= Describe the picture.
-# Further options of `pascalvl run` and `chat`, for example --max-pixels 1000000.
+# Further options of `pascalvl run`, `chat` and `serve`, for example --max-pixels 1000000.
 OPTIONS ?=
+# Where `make serve` listens.
+HOST    ?= 127.0.0.1
+PORT    ?= 8000
 # What `make eval` measures: kv or weights.
 EVAL    ?= kv
 # Further options of `pascalvl build`, for example --max-pixels 500000 (of TensorRT's engines).
@@ -56,7 +59,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check $(QUIET)
 RUN    := $(BIN)/pascalvl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo export engine run chat validate inspect eval kernels plugin wheel test lint clean FORCE
+.PHONY: help setup demo export engine run serve chat validate inspect eval kernels plugin wheel test lint clean FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -72,6 +75,9 @@ engine: $(ENGINE)/manifest.json ## model bundle to engine bundle for BACKEND and
 
 run: engine ## ask PROMPT about IMAGE
 	@$(RUN) run $(ENGINE) --image "$$IMAGE" --prompt "$$PROMPT" $(OPTIONS)
+
+serve: engine ## answer over HTTP, as OpenAI's interface has it, at HOST and PORT
+	@$(RUN) serve $(ENGINE) --host $(HOST) --port $(PORT) --sequences 4 $(OPTIONS)
 
 chat: engine ## talk to the model
 	@$(RUN) chat $(ENGINE) $(OPTIONS)
@@ -115,7 +121,7 @@ clean: ## remove what was built, and the environment
 $(VENV)/installed: pyproject.toml
 	@set -x && $(PYTHON) -m venv $(VENV) >&2
 	@set -x && $(PIP) install $(PIP_ARGS) torch==$(TORCH) >&2
-	@set -x && $(PIP) install $(PIP_ARGS) -e '.[engines,export,video]' >&2
+	@set -x && $(PIP) install $(PIP_ARGS) -e '.[engines,export,serve,video]' >&2
 	@mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/pascalvl
 	@touch $@
 

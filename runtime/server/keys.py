@@ -54,7 +54,7 @@ class Keys:
         own may be made to lead here (DNS rebinding), so that it reads the answers, too.
         """
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self._config.is_local and not self._config.api_keys and not _is_local_name(host):
+        if host and self._config.is_local and not self._config.api_keys and not _is_local_name(host):
             raise APIError(
                 403,
                 "the request is for another host's name, and this server is for this machine alone: ask for "

@@ -25,7 +25,7 @@ from pascalvl.runtime.server.errors import APIError
 from pascalvl.runtime.server.fetch import Fetcher
 from pascalvl.runtime.video import Video, load_video
 
-_FORMATS = "PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF"
+_FORMATS = "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"
 """Of Pillow: not all that it reads, of which some run other programs."""
 _MOST_ASPECT_RATIO = 200
 _LOW_DETAIL_PIXELS = 512 * 512

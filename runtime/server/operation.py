@@ -23,6 +23,8 @@ _BACKLOG = 512
 def bound_socket(host: str, port: int) -> socket.socket:
     """A socket that nobody can connect to yet; raises `UserError` where the address cannot be had."""
     try:
+        if not 0 <= port < 1 << 16:  # of a larger one, the system takes a part
+            raise OverflowError("ports are from 0 to 65535")
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
         try:
