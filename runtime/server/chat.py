@@ -26,7 +26,7 @@ from pascalvl.runtime.server.schema import (
     checked,
     refuse,
 )
-from pascalvl.runtime.server.service import Service, request_errors
+from pascalvl.runtime.server.service import Service, field_errors
 from pascalvl.runtime.server.settings import Settings
 from pascalvl.runtime.server.tools import Tools, with_calls_for_template
 from pascalvl.runtime.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ async def chat_sequences(
     fields = checked(body, CHAT, needed=("messages",))
     service.check_model(fields.get("model"))
     settings = Settings.of(fields, service.model, _logprobs(fields))
-    with request_errors():
+    with field_errors():
         tools = Tools.parse(*(fields.get(name) for name in ("tools", "tool_choice", "parallel_tool_calls")))
     messages, sources = messages_of(fields["messages"])
     ticket.take(places=settings.choices - 1)
@@ -128,7 +128,7 @@ def messages_of(given: Sequence[Any]) -> tuple[list[dict[str, Any]], list[tuple[
                     sources.append((made, source))
             fields["content"] = content
         messages.append({**fields, "role": role})
-    with request_errors("messages"):
+    with field_errors():
         return with_calls_for_template(messages), sources
 
 

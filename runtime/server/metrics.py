@@ -78,6 +78,7 @@ class _Now:
             ("kv_pages", len(pool), "Pages of the KV cache."),
             ("kv_pages_used", len(pool) - pool.free, "Pages of answers at work, and of what is kept for later ones."),
             ("kv_pages_kept", len(scheduler.tree), "Pages that are kept for later prompts."),
+            ("kv_host_bytes", scheduler.tree.host_bytes, "Pages that wait on the host, without room in the pool."),
             ("picture_cache_entries", len(features), "Pictures whose features are kept."),
             ("picture_cache_bytes", features.nbytes, "Of these features."),
             ("tasks", len(asyncio.all_tasks()), "Tasks of the event loop."),

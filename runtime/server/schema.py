@@ -135,7 +135,6 @@ MESSAGE: dict[str, Kind] = {
     "reasoning_content": TEXT,
     "tool_calls": LIST,
     "tool_call_id": TEXT,
-    "name": TEXT,
     # What answers of this server have in them, which clients send back.
     "refusal": only(None),
 }

@@ -177,6 +177,15 @@ class _Workers:
 
 
 @contextlib.contextmanager
+def field_errors() -> Iterator[None]:
+    """Inside, errors that begin with the field that they are about are a client's."""
+    try:
+        yield
+    except UserError as error:
+        raise APIError(400, str(error), str(error).partition(":")[0], "invalid_value") from None
+
+
+@contextlib.contextmanager
 def request_errors(param: str | None = None) -> Iterator[None]:
     """Inside, what users can put right is a client's error."""
     try:

@@ -361,7 +361,8 @@ def test_what_cannot_be_served(nano_engine_bundle, tmp_path, capsys):
             (["--allow-media-domain", "http://a.test"], "expected a host's name"),
             (["--control-tokens-in-text"], "not for servers"),
         ):
-            assert main(["serve", str(nano_engine_bundle), *options]) == 2, options
+            given = [] if "--port" in options else ["--port", "0"]
+            assert main(["serve", str(nano_engine_bundle), *given, *options]) == 2, options
             error = capsys.readouterr().err
             assert sentence in error
             assert error.count("\n") == 1

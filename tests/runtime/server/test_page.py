@@ -15,11 +15,9 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from pascalvl.runtime import Request, SamplingParams, VisionLanguageModel
-from pascalvl.runtime.async_model import AsyncModel
-from pascalvl.runtime.server.answer import AnswerParser
 from pascalvl.runtime.server.page import page
 from tests.browser import CHROMIUM, Browser
+from tests.runtime.server import served
 
 PICTURES = Path(__file__).parents[2] / "nano" / "pictures"
 SAMPLE = json.loads((PICTURES / "pictures.json").read_text())[0]
@@ -45,39 +43,6 @@ def event(data):
 
 def chunk(delta, reason=None):
     return event({"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]})
-
-
-def nano_app(bundle):
-    """What the page needs of a server, over the nano model."""
-
-    async def complete(request):
-        asked = await request.json()
-        sampling = SamplingParams(temperature=asked.get("temperature", 0), seed=asked.get("seed"))
-        answer = await app.state.model.submit(Request(asked["messages"], sampling, asked.get("max_tokens")))
-
-        async def stream():
-            parser = AnswerParser()
-            yield chunk({"role": "assistant"})
-            async for piece in answer:
-                for delta in parser.push(piece):
-                    yield chunk(delta.fields())
-            for delta in parser.finish():
-                yield chunk(delta.fields())
-            generation = answer.generation
-            yield chunk({}, parser.finish_reason(generation.finish_reason))
-            usage = {"prompt_tokens": generation.prompt_tokens, "completion_tokens": len(generation.token_ids)}
-            usage["prompt_tokens_details"] = {"cached_tokens": generation.reused_tokens}
-            yield event({"choices": [], "usage": usage}) + "data: [DONE]\n\n"
-
-        return StreamingResponse(stream(), media_type="text/event-stream")
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app):
-        async with AsyncModel(VisionLanguageModel.open(bundle, context_length=2048, sequences=2)) as app.state.model:
-            yield
-
-    app = Starlette(routes=routes(complete), lifespan=lifespan)
-    return app
 
 
 def routes(complete):
@@ -112,8 +77,8 @@ def browser(tmp_path):
 
 @pytest.fixture(scope="module")
 def nano(nano_engine_bundle):
-    with serving(nano_app(nano_engine_bundle)) as address:
-        yield address
+    with served.serving(nano_engine_bundle, "--api-key", "secret") as server:
+        yield server.url.removesuffix("v1")
 
 
 @pytest.fixture
@@ -160,6 +125,13 @@ def test_a_picture_is_dropped_and_asked_about(browser, nano):
     """A real picture, a real answer, its figures; then a follow-up that finds the picture in the cache."""
     browser("Emulation.setDeviceMetricsOverride", width=800, height=680, deviceScaleFactor=1, mobile=False)
     browser.open(nano)
+    problem = browser.wait("document.getElementById('problem').textContent")
+    assert "API key" in problem
+    browser.problems.clear()
+    browser.click("#open-settings")
+    browser.value("document.getElementById('key').focus()")
+    browser.write("secret")
+    browser.click("#settings button")
     browser.wait(f"document.getElementById('model-name').textContent === '{NAME}'")
     browser.drop("main", PICTURES / SAMPLE["file"])
     browser.wait("document.querySelectorAll('#attached img').length === 1")
