@@ -178,6 +178,7 @@ def command_parser() -> argparse.ArgumentParser:
     sub = command("serve", serve, "serve", "answer over HTTP, as OpenAI's interface has it")
     _add_model(sub)
     _add_server(sub)
+    _add_cache(sub)
 
     sub = command("validate", validate, "engines,export", "compare the engines with the PyTorch model")
     _add_engine(sub)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pascalvl.plugins.errors import UserError, shown
-from pascalvl.runtime.cli.common import notice, open_model
+from pascalvl.runtime.cli.common import check_cache, model_with_cache, notice
 from pascalvl.runtime.cli.sources import HubName, engine_bundle
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def serve(args: argparse.Namespace) -> int:
 
     if args.control_tokens_in_text:
         raise UserError("--control-tokens-in-text is not for servers, to which anyone writes: leave it out.")
+    check_cache(args)
     keys, media = _keys(args), _media(args)
     with bound_socket(args.host, args.port) as bound:
         config = ServerConfig(
@@ -45,11 +46,11 @@ def serve(args: argparse.Namespace) -> int:
             notice(f"pascalvl: anyone who reaches {address_of(bound)} can ask: give --api-key-file, or {KEY_VARIABLE}.")
         source = args.bundle
         args.bundle = engine_bundle(args)
-        model = open_model(args, sequences=args.sequences)
-        name = source.repo if isinstance(source, HubName) else model.manifest.source["name"]
-        service = Service(model, config.named(tuple(args.served_model_name) or (name,)))
-        address = address_of(bound)
-        return serve_until_signal(service, bound, lambda: print(f"{service.name} at {address}/v1", flush=True))
+        with model_with_cache(args, args.sequences) as model:
+            name = source.repo if isinstance(source, HubName) else model.manifest.source["name"]
+            service = Service(model, config.named(tuple(args.served_model_name) or (name,)))
+            address = address_of(bound)
+            return serve_until_signal(service, bound, lambda: print(f"{service.name} at {address}/v1", flush=True))
 
 
 def _keys(args: argparse.Namespace) -> tuple[str, ...]:

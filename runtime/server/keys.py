@@ -22,6 +22,8 @@ class Keys:
         self._config = config
         self._secret = secrets.token_bytes(32)
         self._digests = [self._digest(key) for key in config.api_keys]
+        # The same when the server is started again, for files of the cache, which tell a key to nobody.
+        self._salts = [cache_salt(_slowly_hashed(key)) for key in config.api_keys]
 
     def _digest(self, key: str) -> bytes:
         return hashlib.blake2b(key.encode("latin-1", "replace"), key=self._secret).digest()
@@ -37,15 +39,17 @@ class Keys:
             return 0
         given = headers.get("authorization", "")
         key = given[len(_BEARER) :].strip() if given[: len(_BEARER)].lower() == _BEARER else ""
-        digest, found = self._digest(key), False
-        for known in self._digests:
-            found |= hmac.compare_digest(digest, known)
+        digest, found, salt = self._digest(key), False, 0
+        for known, own in zip(self._digests, self._salts, strict=True):
+            is_same = hmac.compare_digest(digest, known)
+            found |= is_same
+            salt |= is_same * own
         if not found:
             what = "is not known here" if key else "is missing"
             raise APIError(
                 401, f"the API key {what}: expected a header 'Authorization: Bearer KEY'.", code="invalid_api_key"
             )
-        return 0 if self._config.shared_prefixes else cache_salt(digest)
+        return 0 if self._config.shared_prefixes else salt
 
     def check_browser(self, headers: Mapping[str, str]) -> None:
         """Raise `APIError` 403 for what a browser was led to ask by another server's page.
@@ -70,6 +74,10 @@ class Keys:
                 None,
                 "origin_not_allowed",
             )
+
+
+def _slowly_hashed(key: str) -> bytes:
+    return hashlib.scrypt(key.encode("latin-1", "replace"), salt=b"pascalvl", n=1 << 14, r=8, p=1)
 
 
 def _is_local_name(host: str) -> bool:

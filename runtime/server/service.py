@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from pascalvl.plugins.errors import UserError, shown
 from pascalvl.runtime.async_model import AsyncGeneration, AsyncModel
+from pascalvl.runtime.grammar import Grammar
 from pascalvl.runtime.model import VisionLanguageModel
 from pascalvl.runtime.prompt import Prompt
 from pascalvl.runtime.scheduler import Limits
@@ -54,6 +55,7 @@ class Service:
         ):
             self._preparing = _Workers(preparing, _PREPARING)
             self._fetching = _Workers(fetching, _FETCHING)
+            preparing.submit(self.model.check_grammar, Grammar.json_object())  # the first takes longer than the others
             async with self.engine:
                 yield
 

@@ -417,3 +417,18 @@ def test_a_client_of_http_1_0(slow):
     connection._http_vsn, connection._http_vsn_str = 10, "HTTP/1.0"
     post(connection, {**STREAM, "max_tokens": 3})
     assert connection.getresponse().read().endswith(b"data: [DONE]\n\n")
+
+
+def test_prefixes_outlive_the_server(nano_engine_bundle, tmp_path):
+    """Behind a picture, and for the key alone that asked about it."""
+    options = "--cache", tmp_path / "cache", "--api-key", "one", "--api-key", "two"
+    content = [picture_part(data_url(scene(3, 200, 133))), text_part("Describe the picture.")]
+    with serving(nano_engine_bundle, *options) as server:
+        assert server.chat(content, bearer("one"))[0] == 200
+        assert server.end() == 0
+    other = [content[0], text_part("How many squares?")]
+    with serving(nano_engine_bundle, *options) as server:
+        usages = [server.chat(other, bearer(name))[1]["usage"] for name in ("two", "one")]
+    cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+    assert cached[0] == 0
+    assert cached[1] > 30
