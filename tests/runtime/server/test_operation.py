@@ -431,4 +431,4 @@ def test_prefixes_outlive_the_server(nano_engine_bundle, tmp_path):
         usages = [server.chat(other, bearer(name))[1]["usage"] for name in ("two", "one")]
     cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
     assert cached[0] == 0
-    assert cached[1] > 30
+    assert cached[1] > 20
