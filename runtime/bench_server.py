@@ -53,12 +53,10 @@ class ServerResult:
     """Of all answers."""
     tokens_per_second: float
     """Of all of them, from the first request to the last token, prompts included."""
-    writing_per_second: float
-    """While all clients were being answered: from the last first token to the first last one, of the first requests."""
     first_token_ms: tuple[float, float]
     """Median and 99th percentile."""
     gap_ms: tuple[float, float]
-    """Between two events of a stream."""
+    """Between two events of a stream: of text that a token completes, which random ones rarely do."""
 
 
 @dataclasses.dataclass
@@ -121,21 +119,9 @@ def measure(
         options,
         tokens,
         tokens / (end - min(answer.begun for answer in every)),
-        _rate([of_client[0] for of_client in answers]),
         (float(np.median(first)), float(np.quantile(first, 0.99))),
         (float(np.median(gaps)), float(np.quantile(gaps, 0.99))) if len(gaps) else (0.0, 0.0),
     )
-
-
-def _rate(answers: Sequence[_Answer]) -> float:
-    """Tokens a second while all of them are written; an event has as many as another one."""
-    begin, end = max(answer.events[0] for answer in answers), min(answer.events[-1] for answer in answers)
-    if end <= begin:
-        return 0.0
-    written = sum(
-        answer.tokens * sum(begin < at <= end for at in answer.events) / len(answer.events) for answer in answers
-    )
-    return written / (end - begin)
 
 
 class _Server:
@@ -220,19 +206,17 @@ def tables(result: ServerResult) -> Sequence[Table]:
         "answers",
         "tokens",
         "tok/s of all",
-        "tok/s while all are written",
         "first token, ms",
         "p99",
         "between tokens, ms",
         "p99",
     ):
         table.add_column(heading, justify="right")
-    figures = (result.tokens_per_second, result.writing_per_second)
     times = (*result.first_token_ms, *result.gap_ms)
     table.add_row(
         f"{options.clients * options.requests}",
         f"{result.tokens:,}",
-        *(f"{figure:,.0f}" for figure in figures),
+        f"{result.tokens_per_second:,.0f}",
         *(f"{ms:,.1f}" for ms in times),
     )
     return [table]
