@@ -79,7 +79,7 @@ class PrefixTree:
     Args:
         pool: of the session.
         session: which has the pages; may be set to another one that has them as they were.
-        host_bytes: of pages on the host; what is `keep`-t does not count.
+        host_bytes: of pages on the host; those that are to be kept for good may take more.
         files: where those go for which there is no room on the host; None: they are forgotten.
     """
 
