@@ -38,7 +38,7 @@ OTHERS = {
     "engines/validation": {"numpy", "polygraphy", "torch", "transformers"},
     "runtime": {"PIL", "av", "jinja2", "numpy", "rich", "tokenizers"},
     "runtime/grammar": {"llguidance", "numpy"},
-    "runtime/server": {"PIL", "h11", "numpy", "prometheus_client", "starlette", "uvicorn"},
+    "runtime/server": {"PIL", "h11", "prometheus_client", "starlette", "uvicorn"},
     "runtime/cli": {"PIL", "matplotlib", "numpy", "rich", "shtab", "torch"},
 }
 """Libraries, by the folder or file, of which the longest name counts."""
