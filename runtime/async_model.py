@@ -98,9 +98,9 @@ class AsyncModel:
                 while self._wait():
                     with idle.busy():
                         self._work()
-        except Exception as error:  # whatever it is: those who wait are told
+        except BaseException as error:  # whatever it is, a library's panic, too: those who wait are told
             log.error("the engine stopped", exc_info=True)
-            self.error = error
+            self.error = error if isinstance(error, Exception) else RuntimeError(repr(error))
         finally:
             self.close()
             try:
@@ -125,7 +125,12 @@ class AsyncModel:
             self._fail(error)
             return
         while self._take():
-            self.model.scheduler.step()
+            try:
+                self.model.scheduler.step()
+            except MemoryError as error:
+                log.warning("there is not enough memory for a step: the answer that began last is ended")
+                if not self.model.scheduler.end_latest(error):
+                    raise
             self._deliver()
 
     def _take(self) -> bool:

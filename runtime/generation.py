@@ -121,7 +121,10 @@ class TokenLogprobs:
         """Of logits ``[vocab_size]``."""
         logprobs = logits.astype(np.float64) - logits.max()
         logprobs -= np.log(np.exp(logprobs).sum())
-        likeliest = np.argsort(-logprobs, kind="stable")[:top].tolist()
+        top = min(top, len(logprobs))
+        least = np.partition(logprobs, -top)[-top] if top else np.inf
+        among = np.flatnonzero(logprobs >= least)
+        likeliest = among[np.argsort(-logprobs[among], kind="stable")][:top].tolist()
         return cls(token_id, float(logprobs[token_id]), tuple((token, float(logprobs[token])) for token in likeliest))
 
 

@@ -32,7 +32,7 @@ _SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separa
 _LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 300_000,
     "step_lexer_fuel": 100_000,
-    "max_items_in_row": 5_000,
+    "max_items_in_row": 500,
     "max_lexer_states": 50_000,
     "max_grammar_size": 50_000,
     "verbose_errors": False,
@@ -237,7 +237,11 @@ class GrammarCompiler:
             self._kept.move_to_end(grammar)
             while len(self._kept) > _MOST_KEPT:
                 self._kept.popitem(last=False)
-        return Matcher(compiled.deep_copy(), self._allowed, functools.partial(self._kept.pop, grammar, None))
+        return Matcher(compiled.deep_copy(), self._allowed, functools.partial(self._forget, grammar))
+
+    def _forget(self, grammar: Grammar) -> None:
+        with self._lock:
+            self._kept.pop(grammar, None)
 
     def _compiled(self, grammar: Grammar) -> LLMatcher:
         tokenizer, limits = self._tokenizer

@@ -12,8 +12,9 @@ from pascalvl.runtime.messages import PART_TYPES, ROLES
 from pascalvl.runtime.tokenizer import Tokenizer
 
 LITERAL_ROLES = ("user", "tool")
-"""Whose messages are text alone, as tools' descriptions are. A system prompt is its operator's and an answer the
-model's: in these, and in further variables of templates, control tokens are what they say."""
+"""Whose messages are text alone, as tools' descriptions are. A system prompt is its operator's: in it, and in further
+variables of templates, control tokens are what they say. So are those of an answer that are not special, as <think>;
+the special ones are in no answer but as text, which somebody may have asked for."""
 _NAMES = frozenset((*ROLES, *PART_TYPES))
 """What the format of messages itself says in them."""
 _PRIVATE_USE = range(0xE000, 0xF900)
@@ -44,8 +45,10 @@ class LiteralText:
             for character in map(chr, _PRIVATE_USE)
             if _escape(character) not in everything and character not in taken
         )
-        hidden = [self._hidden(message) if message["role"] in LITERAL_ROLES else message for message in messages]
-        return hidden, self._hidden(tools)
+        every = self._tokenizer.added_tokens
+        tokens_of = dict.fromkeys(LITERAL_ROLES, every) | {"assistant": self._tokenizer.special_tokens}
+        hidden = [self._hidden(message, tokens_of.get(message["role"], ())) for message in messages]
+        return hidden, self._hidden(tools, every)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids ``[n]`` of a prompt that was rendered from what `hide` returned."""
@@ -58,19 +61,24 @@ class LiteralText:
             done = end
         return np.array([*ids, *self._tokenizer.encode_without_added(self._restored(text[done:]))], np.int64)
 
-    def _hidden(self, value: Any) -> Any:
+    def _hidden(self, value: Any, tokens: tuple[str, ...]) -> Any:
+        if not tokens:
+            return value
         if isinstance(value, str):
-            return value if value in _NAMES else self._hidden_text(value)
+            return value if value in _NAMES else self._hidden_text(value, tokens)
         if isinstance(value, list):
-            return [self._hidden(item) for item in value]
+            return [self._hidden(item, tokens) for item in value]
         if isinstance(value, dict):  # with the names of fields as they are
-            return {key if key.isidentifier() else self._hidden_text(key): self._hidden(value[key]) for key in value}
+            return {
+                key if key.isidentifier() else self._hidden_text(key, tokens): self._hidden(value[key], tokens)
+                for key in value
+            }
         return value
 
-    def _hidden_text(self, text: str) -> str:
-        while starts := self._tokenizer.starts_of_added(text):  # again, for one that begins within another
+    def _hidden_text(self, text: str, tokens: tuple[str, ...]) -> str:
+        while starts := self._tokenizer.starts_of(tokens, text):  # again, for one that begins within another
             text = self._exchange(text, starts)
-        written, tokens = text.rstrip(), self._tokenizer.added_tokens
+        written = text.rstrip()
         tail = range(max(0, len(written) - max(map(len, tokens), default=0)), len(written))
         return self._exchange(text, [i for i in tail if any(token.startswith(written[i:]) for token in tokens)])
 

@@ -98,7 +98,9 @@ class VisionLanguageModel:
         most = [engine.max_prefill, window.length if window else None]
         self.prefill_chunk = min([prefill_chunk, *(limit for limit in most if limit is not None)])
         max_pixels = engine.max_pixels if max_pixels is None else max_pixels
-        self._prompts = PromptBuilder(engine.directory, self.config, max_pixels, control_tokens_in_text)
+        self._prompts = PromptBuilder(
+            engine.directory, self.config, max_pixels, control_tokens_in_text, self.context_length
+        )
         vocab_size, end_tokens = self.config.text.vocab_size, self.generation_config.eos_token_ids
         self._grammars = GrammarCompiler(self._prompts.tokenizer, vocab_size, end_tokens)
         self.steps = Steps(engine)
@@ -231,6 +233,10 @@ class VisionLanguageModel:
     def prompt_of_tokens(self, token_ids: Sequence[int] | np.ndarray) -> Prompt:
         """A prompt of these tokens and of no pictures; raises `UserError` for none, and for some out of range."""
         return self._prompts.of_tokens(token_ids)
+
+    def check_length(self, text: str) -> None:
+        """Raise `UserError` for a text that is longer than the context, however it is encoded."""
+        self._prompts.check_length(text)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -380,7 +386,8 @@ class VisionLanguageModel:
         thinks = opens_thinking(prompt.token_ids, self.tokenizer)
         if reasoning_budget is None and not (matcher and thinks):
             return matcher
-        return ReasoningMatcher(thinks, self.tokenizer, self.config.text.vocab_size, reasoning_budget, matcher)
+        vocab_size, end_tokens = self.config.text.vocab_size, self.generation_config.eos_token_ids
+        return ReasoningMatcher(thinks, self.tokenizer, vocab_size, end_tokens, reasoning_budget, matcher)
 
     def _pieces(self, sequence: TokenSequence) -> Generator[str, None, None]:
         """Run all that is at work until a sequence's text has come."""

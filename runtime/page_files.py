@@ -88,7 +88,8 @@ class PageFiles:
     def pages(self) -> list[StoredPage]:
         """What is there, each page behind the one before it; nothing is read of them but of what tokens they are.
 
-        What is damaged, or follows a page that is not there, is removed.
+        What is damaged is removed; what follows a page that is not there, as another process may be about to write,
+        is left out.
         """
         found, names = [], [path for path in self._files() if path.name.startswith(self._engine[:16])]
         for path in names:
@@ -100,8 +101,6 @@ class PageFiles:
         reached = children.pop(self.root, [])
         for page in reached:
             reached += children.pop(page.key, [])
-        for page in itertools.chain.from_iterable(children.values()):
-            self.remove(page.key)
         return reached
 
     def has(self, key: bytes) -> bool:

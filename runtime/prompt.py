@@ -30,11 +30,17 @@ class PromptBuilder:
     """
 
     def __init__(
-        self, directory: Path, config: ModelConfig, max_pixels: int | None = None, control_tokens_in_text: bool = False
+        self,
+        directory: Path,
+        config: ModelConfig,
+        max_pixels: int | None = None,
+        control_tokens_in_text: bool = False,
+        most_tokens: int | None = None,
     ) -> None:
         self.tokenizer = Tokenizer(directory / TOKENIZER)
         self._config = config
         self._control_tokens_in_text = control_tokens_in_text
+        self._most_tokens = most_tokens
         self._template = ChatTemplate(directory / CHAT_TEMPLATE)
         self._image_processor = ImageProcessor.from_file(directory / IMAGE_PROCESSOR, max_pixels)
         self._video_processor = VideoProcessor.from_file(directory / VIDEO_PROCESSOR, max_pixels)
@@ -73,7 +79,9 @@ class PromptBuilder:
             else self._video_processor(load_video(part["video"]))
             for part in visual_parts(messages)
         ]
-        token_ids = literal.encode(self._expand(text, visuals))
+        text = self._expand(text, visuals)
+        self.check_length(text)
+        token_ids = literal.encode(text)
         highest, vocab_size = int(token_ids.max(initial=-1)), self.vocab_size
         if not 0 <= highest < vocab_size:
             raise UserError(
@@ -86,6 +94,15 @@ class PromptBuilder:
     def vocab_size(self) -> int:
         """Tokens that the model has."""
         return self._config.text.vocab_size
+
+    def check_length(self, text: str) -> None:
+        """Raise `UserError` for a text that has more than the most tokens, however long these are, before it is
+        encoded, which would take long."""
+        if self._most_tokens is not None and len(text) > self._most_tokens * self.tokenizer.longest_token:
+            raise UserError(
+                f"the prompt has {len(text)} characters, more than the context's {self._most_tokens} tokens can be: "
+                "shorten it, or set a longer context."
+            )
 
     def of_tokens(self, token_ids: Sequence[int] | np.ndarray) -> Prompt:
         """A prompt of these tokens and of no pictures; raises `UserError` for none, and for some out of range."""

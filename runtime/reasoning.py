@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -150,6 +150,7 @@ class ReasoningMatcher:
         is_open: see `opens_thinking`.
         tokenizer: the model's.
         vocab_size: length of its logits.
+        end_tokens: tokens that end an answer; none does before what a grammar is of.
         budget: tokens of thinking; None: any number.
         grammar: of what follows it; None: anything may.
 
@@ -158,10 +159,19 @@ class ReasoningMatcher:
     """
 
     def __init__(
-        self, is_open: bool, tokenizer: Tokenizer, vocab_size: int, budget: int | None, grammar: TokenMatcher | None
+        self,
+        is_open: bool,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        end_tokens: Collection[int],
+        budget: int | None,
+        grammar: TokenMatcher | None,
     ) -> None:
         self._thinks, self._close_id, self._grammar = is_open, tag_id(CLOSE, tokenizer), grammar
         self._words = (vocab_size + 31) // 32
+        goes_on = np.ones(self._words * 32, bool)
+        goes_on[list(end_tokens)] = False
+        self._goes_on = np.packbits(goes_on, bitorder="little").view(np.uint32) if grammar else None
         self._breaks: list[int] = tokenizer.encode(_BREAKS).tolist() if grammar else []
         self._budget = None if budget is None else ReasoningBudget(budget, is_open, tokenizer)
         self._forced: deque[int] = deque(self._budget.forced() if self._budget else ())
@@ -184,7 +194,7 @@ class ReasoningMatcher:
         """Which tokens may come next, as `pascalvl.engines.choice.Choice` has it; None: all."""
         if self._grammar and self._is_in_grammar:
             return self._grammar.mask()
-        return one_token(self._forced[0], self._words) if self._forced else None
+        return one_token(self._forced[0], self._words) if self._forced else self._goes_on
 
     def accept(self, token: int) -> None:
         """Take the next token, one that the mask allows; raises `UserError` as the grammar does."""

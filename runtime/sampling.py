@@ -179,6 +179,7 @@ class Sampler:
             "min_p",
         )
         self._choice = Choice(**{name: getattr(params, name) for name in names})
+        self._choice = dataclasses.replace(self._choice, top_k=min(params.top_k, vocab_size))  # records have 32 bits
         if params.looks_back or params.logit_bias:
             self._choice = dataclasses.replace(self._choice, state=state)
         self._randoms = iter(()) if params.temperature == 0 else _random_numbers(params.seed)

@@ -14,7 +14,7 @@ import numpy as np
 
 from pascalvl.engines import Engine, Session
 from pascalvl.engines.engine import Features
-from pascalvl.plugins.errors import UserError
+from pascalvl.plugins.errors import UserError, panics
 from pascalvl.plugins.kv_format import PAGE_SLOTS, CacheConfig, pages_of
 from pascalvl.plugins.prompt import Visual
 from pascalvl.runtime.kv_cache import KVCache, common_length
@@ -143,6 +143,13 @@ class Scheduler:
             self._waiting.remove(sequence)
         elif sequence in self._running:
             self._retire(sequence)
+
+    def end_latest(self, error: Exception) -> bool:
+        """End the sequence that was admitted last, for an error; returns whether there was one."""
+        if not self._running:
+            return False
+        self._fail(self._running[-1], error)
+        return True
 
     def recover(self) -> None:
         """Go on after an interrupt, which may have come between any two lines here: no page is lost."""
@@ -292,11 +299,12 @@ class Scheduler:
     def _accept(self, sequences: Sequence[TokenSequence], chosen: Sequence[tuple[int, float]]) -> None:
         for row, (sequence, (token, highest)) in enumerate(zip(sequences, chosen, strict=True)):
             try:
-                sequence.accept(token, highest, functools.partial(self._logits_of, row))
-                # As a chunk of its own it holds up the others for a step, and saves itself as many.
-                if sequence.forced >= len(self._running):
-                    sequence.take_forced()
-            except UserError as error:
+                with panics():
+                    sequence.accept(token, highest, functools.partial(self._logits_of, row))
+                    # As a chunk of its own it holds up the others for a step, and saves itself as many.
+                    if sequence.forced >= len(self._running):
+                        sequence.take_forced()
+            except Exception as error:  # of its grammar or text, and nobody else's
                 sequence.error = error
             if sequence.is_finished:
                 self._retire(sequence)

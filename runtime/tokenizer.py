@@ -51,15 +51,21 @@ class Tokenizer:
         added = list(self._tokenizer.get_added_tokens_decoder().values())
         self.added_tokens = tuple(token.content for token in added)
         """Texts of the tokens that were added to the vocabulary, special or not."""
+        self.special_tokens = tuple(token.content for token in added if token.special)
+        self.longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
+        """Characters that a token stands for, at most."""
         self._without_added = tokenizers.Tokenizer(self._tokenizer.model)
         self._without_added.pre_tokenizer = self._tokenizer.pre_tokenizer
         self._without_added.normalizer = self._tokenizer.normalizer
         self._only_added = self._finder(added)
         # Their texts wherever they stand, as they are and in normal form.
-        self._texts_of_added = [
-            self._finder([AddedToken(text, normalized=normalized) for text in self.added_tokens])
-            for normalized in (False, True)
-        ]
+        self._texts_of = {
+            texts: [
+                self._finder([AddedToken(text, normalized=normalized) for text in texts])
+                for normalized in (False, True)
+            ]
+            for texts in (self.added_tokens, self.special_tokens)
+        }
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids ``[n]``; added tokens in the text are recognised, none besides.
@@ -84,21 +90,25 @@ class Tokenizer:
         ids = (cast(int, self._tokenizer.token_to_id(token)) for token in tokens)
         return [(*span, token_id) for span, token_id in zip(found.offsets, ids, strict=True)]
 
-    def starts_of_added(self, text: str) -> set[int]:
-        """Characters at which the texts of added tokens begin, even within words; of two that overlap, the first.
+    def starts_of(self, tokens: tuple[str, ...], text: str) -> set[int]:
+        """Characters at which the texts of `added_tokens` or `special_tokens` begin, even within words; of two that
+        overlap, the first.
 
         Raises:
             UserError: as `encode` does.
         """
-        return {start for finder in self._texts_of_added for start, _ in _encoded(finder, text).offsets}
+        return {start for finder in self._texts_of[tokens] for start, _ in _encoded(finder, text).offsets}
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, special ones left out."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token stands for in an answer, special ones included; characters may be in several tokens."""
-        token = self.token(token_id)
+        """What a token stands for in an answer, special ones included; characters may be in several tokens, and there
+        are none in those that only the model has."""
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
         if token in self.added_tokens:
             return token.encode()
         return b"".join(_BYTES.get(character) or character.encode() for character in token)

@@ -11,6 +11,7 @@ from typing import Any
 from pascalvl.runtime.generation import FinishReason, TokenLogprobs
 from pascalvl.runtime.sequence import TokenSequence
 from pascalvl.runtime.server.admission import Ticket
+from pascalvl.runtime.server.errors import APIError
 from pascalvl.runtime.server.service import Service
 
 _LONGEST_SILENCE = 15.0
@@ -94,6 +95,10 @@ class Answers:
             logprobs = logprobs[:-1]
         reason = generation.finish_reason if is_finished else None
         return Piece(index, text, logprobs, reason.value if isinstance(reason, FinishReason) else None)
+
+    def failure(self, error: Exception) -> APIError:
+        """What a client is told of an error, see `Service.failure`."""
+        return self._service.failure(error)
 
     @property
     def usage(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from pascalvl.runtime.server.completions import completion_sequences, text_token
 from pascalvl.runtime.server.errors import APIError
 from pascalvl.runtime.server.form import Form
 from pascalvl.runtime.server.page import page
-from pascalvl.runtime.server.schema import TOKENIZE, checked, parsed, refuse
+from pascalvl.runtime.server.schema import TOKENIZE, checked, refuse
 from pascalvl.runtime.server.service import Service, request_errors
 from pascalvl.runtime.server.stream import written
 
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 _OPEN_PATHS = frozenset(("/", "/health"))
 """That no key is needed for."""
+_BYTES_OF_A_VALUE = 100
+"""Of JSON, parsed."""
 
 Answer = Callable[[Service, Any, Ticket, Scope, Receive, Send], Coroutine[Any, Any, None]]
 Sequences = Callable[[Service, Any, Ticket, int], Awaitable[tuple[Form, Sequence[TokenSequence]]]]
@@ -162,7 +164,9 @@ class _Posted:
             except asyncio.TimeoutError:
                 most = service.config.body_seconds
                 raise APIError(408, f"the request's body has not come within {most:g} seconds.") from None
-            body = await service.run(parsed, content)
+            # Before it is parsed, which makes objects of so many values.
+            ticket.take(nbytes=_BYTES_OF_A_VALUE * (sum(map(content.count, (b",", b"[", b"{")))))
+            body = await service.parse(content)
             del content
             await _unless_gone(receive, self._answer(service, body, ticket, scope, receive, send))
 
@@ -229,7 +233,7 @@ async def _tokenize(service: Service, body: Any, ticket: Ticket, scope: Scope, r
         tokens = prompt.token_ids.tolist()
     else:
         with request_errors("prompt"):
-            tokens = await service.run(text_tokens, service.model.tokenizer, fields["prompt"])
+            tokens = await service.run(text_tokens, service.model, fields["prompt"])
     found = {"count": len(tokens), "max_model_len": service.model.context_length, "tokens": tokens}
     await json_response(found)(scope, receive, send)
 

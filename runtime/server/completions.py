@@ -60,10 +60,10 @@ async def completion_sequences(
     if fields.get("best_of", settings.choices) != settings.choices:
         refuse("best_of", "is not supported: leave it out, or give the number that n is")
     prompts = _prompts(fields["prompt"])
-    grammar = answer_grammar(fields, Tools(), service.model.tokenizer)
     ticket.take(places=len(prompts) * settings.choices - 1)
 
     def made() -> list[TokenSequence]:
+        grammar = answer_grammar(fields, Tools(), service.model.tokenizer)
         return [
             sequence
             for prompt in prompts
@@ -90,10 +90,12 @@ def _prompts(given: str | list[Any]) -> list[str | list[int]]:
 def _prompt(given: str | list[int], model: VisionLanguageModel) -> Any:
     """Of a text, in which nothing is a control token, or of tokens as they are."""
     with request_errors("prompt"):
-        tokens = text_tokens(model.tokenizer, given) if isinstance(given, str) else given
+        tokens = text_tokens(model, given) if isinstance(given, str) else given
         return model.prompt_of_tokens(tokens)
 
 
-def text_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a client's text: as in messages, what reads as a control token is none."""
-    return tokenizer.encode_without_added(text)
+def text_tokens(model: VisionLanguageModel, text: str) -> list[int]:
+    """Token ids of a client's text: as in messages, what reads as a control token is none; raises `UserError` for one
+    that is too long."""
+    model.check_length(text)
+    return model.tokenizer.encode_without_added(text)

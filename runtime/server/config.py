@@ -30,7 +30,7 @@ class MediaConfig:
     video_pixels: int = 8_000_000_000
     """Of all frames of a video together: a minute in 1080p at 60 a second."""
     fetch_seconds: float = 15.0
-    """For all of a URL, redirects and name resolution too."""
+    """For all of a URL, redirects too; only that names are resolved has times of its own."""
 
     @property
     def video_limits(self) -> VideoLimits:

@@ -75,7 +75,10 @@ class Fetcher:
                 raise APIError(422, f"{param} cannot be fetched ({why}): send it as a data: URL.", param) from None
             if isinstance(found, bytes):
                 return found
-            following = urljoin(url, found)
+            try:
+                following = urljoin(url, found)
+            except ValueError:
+                raise APIError(422, f"{param} leads to what is no URL: send it as a data: URL.", param) from None
             if url.lower().startswith("https:") and not following.lower().startswith("https:"):
                 raise APIError(400, f"{param} leads from https to another scheme: send it as a data: URL.", param)
             url = following

@@ -8,12 +8,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pascalvl.runtime.generation import TokenLogprobs
 from pascalvl.runtime.server.answers import Answers
-from pascalvl.runtime.server.errors import APIError
 from pascalvl.runtime.server.settings import Settings
 from pascalvl.runtime.server.stream import DONE, SILENCE, EventStream, written
 
@@ -94,8 +94,10 @@ class Form(abc.ABC):
             if self._settings.include_usage:
                 await stream.put({**self._head, "object": self.kind_of_chunk, "choices": [], "usage": answers.usage})
             await stream.put_bytes(DONE)
-        except APIError as error:
-            await stream.put_error(error)
+        except ClientDisconnect:
+            raise
+        except Exception as error:  # what was begun cannot be answered otherwise
+            await stream.put_error(answers.failure(error))
         await stream.end()
 
     def _chunk(self, index: int, choice: Mapping[str, Any]) -> dict[str, Any]:

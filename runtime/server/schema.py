@@ -11,6 +11,7 @@ from pascalvl.runtime.server.errors import APIError
 
 _MOST_METADATA = 16
 _MOST_STOPS = 16
+_MOST_BIASED = 1024
 _MOST_STOP_CHARACTERS = 1000
 
 
@@ -41,9 +42,13 @@ def _is_stop(value: Any) -> bool:
 
 
 def _is_bias(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        key.isascii() and key.isdecimal() and len(key) < 10 and type(bias) in (int, float)
-        for key, bias in value.items()
+    return (
+        isinstance(value, dict)
+        and len(value) <= _MOST_BIASED
+        and all(
+            key.isascii() and key.isdecimal() and len(key) < 10 and type(bias) in (int, float)
+            for key, bias in value.items()
+        )
     )
 
 
@@ -77,7 +82,7 @@ SAMPLING: dict[str, Kind] = {
     "presence_penalty": NUMBER,
     "frequency_penalty": NUMBER,
     "repetition_penalty": NUMBER,
-    "logit_bias": Kind(_is_bias, "an object of numbers by token id"),
+    "logit_bias": Kind(_is_bias, f"an object of at most {_MOST_BIASED} numbers by token id"),
     # Who asks, and for what: nothing here depends on it.
     "user": TEXT,
     "safety_identifier": TEXT,
@@ -133,7 +138,7 @@ MESSAGE: dict[str, Kind] = {
     ),
     "content": Kind(lambda value: isinstance(value, str | list), "a text or a list of parts"),
     "reasoning_content": TEXT,
-    "tool_calls": LIST,
+    "tool_calls": Kind(lambda value: isinstance(value, list), "a list"),
     "tool_call_id": TEXT,
     # What answers of this server have in them, which clients send back.
     "refusal": only(None),

@@ -21,6 +21,7 @@ from pascalvl.runtime.server.errors import APIError, engine_stopped, shutting_do
 from pascalvl.runtime.server.keys import Keys
 from pascalvl.runtime.server.media import Media, Source
 from pascalvl.runtime.server.metrics import Metrics
+from pascalvl.runtime.server.schema import parsed
 
 _PREPARING, _FETCHING = 2, 8
 """Threads in which prompts are made, and pictures are fetched."""
@@ -52,7 +53,9 @@ class Service:
         with (
             ThreadPoolExecutor(_PREPARING, "pascalvl prompts") as preparing,
             ThreadPoolExecutor(_FETCHING, "pascalvl fetch") as fetching,
+            ThreadPoolExecutor(1, "pascalvl JSON") as parsing,
         ):
+            self._parsing = _Workers(parsing, 1)
             self._preparing = _Workers(preparing, _PREPARING)
             self._fetching = _Workers(fetching, _FETCHING)
             preparing.submit(self.model.check_grammar, Grammar.json_object())  # the first takes longer than the others
@@ -121,6 +124,10 @@ class Service:
         content = await workers.run(self.media.read, source)
         ticket.take(nbytes=len(content))
         return content
+
+    async def parse(self, content: bytes) -> Any:
+        """The JSON of a request, in a thread that nothing else takes long in; raises `APIError` for what is none."""
+        return await self._parsing.run(parsed, content)
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in a thread of those in which prompts are made."""

@@ -18,7 +18,7 @@ from pascalvl.runtime.server.tool_calls import CLOSE, OPEN
 from pascalvl.runtime.tokenizer import Tokenizer
 
 _MOST_TOOLS = 128
-"""As OpenAI has it."""
+"""As OpenAI has it; of calls in a message, too."""
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _FIELDS = ("name", "description", "parameters", "strict")
 _ANYTHING = r"/(.|\n)*/"
@@ -219,8 +219,8 @@ def with_calls_for_template(messages: Sequence[Message]) -> list[Message]:
         ids, results = [], {}
         if isinstance(message, dict) and message.get("role") == "assistant" and message.get("tool_calls") is not None:
             calls = message["tool_calls"]
-            if not isinstance(calls, list):
-                raise UserError(f"{where}.tool_calls: expected a list, found {shown(calls)}.")
+            if not isinstance(calls, list) or len(calls) > _MOST_TOOLS:
+                raise UserError(f"{where}.tool_calls: expected a list of at most {_MOST_TOOLS}, found {shown(calls)}.")
             message = {
                 **message,
                 "tool_calls": [_call(call, f"{where}.tool_calls[{j}]") for j, call in enumerate(calls)],

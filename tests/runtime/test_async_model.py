@@ -94,3 +94,53 @@ def test_an_engine_that_fails_tells_those_who_wait(nano_engine_bundle, monkeypat
 def _without_end(model):
 
     return dataclasses.replace(model.generation_config, eos_token_ids=frozenset())
+
+
+def test_a_step_without_memory_ends_the_latest_answer(nano_engine_bundle):
+    """And the others go on."""
+    model = open_model(nano_engine_bundle, sequences=2)
+    step, steps = model.scheduler.step, 0
+
+    def fails_once():
+        nonlocal steps
+        steps += 1
+        if steps == 8:
+            raise MemoryError
+        step()
+
+    model.scheduler.step = fails_once
+
+    async def ask(asking, text):
+        answer = await asking.submit(Request([user(text)], GREEDY, 12))
+        return [piece async for piece in answer]
+
+    async def both():
+        async with AsyncModel(model) as asking:
+            return await asyncio.gather(ask(asking, "Hello!"), ask(asking, "Bye!"), return_exceptions=True)
+
+    first, second = asyncio.run(both())
+    assert sorted([isinstance(first, MemoryError), isinstance(second, MemoryError)]) == [False, True]
+    assert model.scheduler.is_idle
+
+
+def test_a_librarys_panic_is_told(nano_engine_bundle):
+    """Which is no `Exception`."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panic():
+        raise PanicException("of this test")
+
+    model = open_model(nano_engine_bundle)
+    model.scheduler.step = panic
+
+    async def ask():
+        async with AsyncModel(model) as asking:
+            answer = await asking.submit(Request([user("Hello!")], GREEDY, 12))
+            with pytest.raises(RuntimeError, match="of this test"):
+                async for _ in answer:
+                    pass
+            return asking.error
+
+    assert "PanicException" in str(asyncio.run(ask()))

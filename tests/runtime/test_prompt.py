@@ -298,7 +298,7 @@ def test_max_pixels_limits_pictures_and_videos(nano_checkpoint, config, builder)
     [
         ([], "at least one message"),
         ([{"role": "user", "content": [{"type": "audio", "audio": "x"}]}], "found {'type': 'audio'"),
-        ([user("x"), {"role": "assistant", "content": "<|image_pad|>"}], "no such picture or video is given"),
+        ([{"role": "system", "content": "<|image_pad|>"}, user("x")], "no such picture or video is given"),
         ([user({"type": "image", "image": None})], "expected a picture as a path"),
         ([user({"type": "video", "video": 3})], "expected a video as a path"),
         ([user("\ud83d")], "expected text in Unicode"),

@@ -157,6 +157,9 @@ def followed(matcher, tokens, tokenizer, most=200):
     return tokenizer.decode(written)
 
 
+END = 1
+
+
 @pytest.fixture(scope="module")
 def compiler(tokenizer):
     return GrammarCompiler(tokenizer, 2048, [tokenizer.find_added("<|im_end|>")[0][2]])
@@ -164,8 +167,8 @@ def compiler(tokenizer):
 
 def test_a_grammar_begins_behind_thinking(tokenizer, compiler):
     thinking = tokenizer.encode("Well.\n</think>").tolist()
-    matcher = ReasoningMatcher(True, tokenizer, 2048, None, compiler.matcher(Grammar.regex("yes|no")))
-    assert matcher.mask() is None
+    matcher = ReasoningMatcher(True, tokenizer, 2048, [END], None, compiler.matcher(Grammar.regex("yes|no")))
+    assert not np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")[END]
     assert followed(matcher, [*thinking, *tokenizer.encode("yes")], tokenizer) == "Well.\n</think>\n\nyes"
     assert matcher.is_complete
 
@@ -174,7 +177,7 @@ def test_a_budget_and_a_grammar(tokenizer, compiler):
     """The budget's end is forced, and then the grammar counts."""
     thinking = tokenizer.encode("Well, let me see.").tolist()
     for budget, own in ((3, thinking[:3]), (0, [])):
-        matcher = ReasoningMatcher(True, tokenizer, 2048, budget, compiler.matcher(Grammar.regex("yes|no")))
+        matcher = ReasoningMatcher(True, tokenizer, 2048, [END], budget, compiler.matcher(Grammar.regex("yes|no")))
         answer = tokenizer.encode("no").tolist()
         ending = END_OF_BUDGET if budget else "\n</think>\n\n"
         assert followed(matcher, [*own, *answer], tokenizer) == tokenizer.decode(own) + ending + "no"
@@ -184,13 +187,13 @@ def test_a_budget_and_a_grammar(tokenizer, compiler):
 def test_a_budget_alone(tokenizer):
     """Afterwards anything may come; an answer that opens its thinking itself has the same budget."""
     own = tokenizer.encode("Well, let me see.").tolist()
-    matcher = ReasoningMatcher(True, tokenizer, 2048, 2, None)
+    matcher = ReasoningMatcher(True, tokenizer, 2048, [END], 2, None)
     assert followed(matcher, [*own[:2], *own], tokenizer) == tokenizer.decode(
         own[:2]
     ) + END_OF_BUDGET + tokenizer.decode(own)
     assert matcher.mask() is None
     assert not matcher.is_complete
     opening = tokenizer.encode("<think>").tolist()
-    matcher = ReasoningMatcher(False, tokenizer, 2048, 2, None)
+    matcher = ReasoningMatcher(False, tokenizer, 2048, [END], 2, None)
     expected = "<think>" + tokenizer.decode(own[:2]) + END_OF_BUDGET + tokenizer.decode(own)
     assert followed(matcher, [*opening, *own[:2], *own], tokenizer) == expected

@@ -219,3 +219,9 @@ def test_logits_that_are_not_finite(bad):
 def test_out_of_range(name, value):
     with pytest.raises(UserError, match=f"^{name} is out of range: expected .*, found {re.escape(repr(value))}"):
         SamplingParams(**{name: value})
+
+
+def test_any_top_k_fits_a_record():
+    """Of 32 bits; more than there are tokens is all of them."""
+    for top_k in (VOCAB + 1, 1 << 31, 1 << 80):
+        assert Sampler(SamplingParams(temperature=1, top_k=top_k), NOTHING, VOCAB).next().top_k == VOCAB

@@ -4,6 +4,7 @@ import contextlib
 import json
 import socket
 import threading
+import time
 
 import openai
 import pytest
@@ -186,6 +187,20 @@ def test_oversize_bodies(served):
         )
         response = connection.getresponse()
         assert refused((response.status, json.loads(response.read())), 413)
+
+
+def test_long_texts_are_refused_at_once(served):
+    """Before they are made tokens, which would hold up everybody."""
+    text = "word " * 180_000
+    for path, body in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+        ("/v1/completions", {"prompt": text}),
+        ("/tokenize", {"prompt": text}),
+    ):
+        begun = time.monotonic()
+        error = refused(served.ask(path, body))
+        assert "characters, more than the context's" in error["message"]
+        assert time.monotonic() - begun < 5
 
 
 def test_wrong_pictures_stop_nobody(served):

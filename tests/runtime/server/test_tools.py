@@ -238,7 +238,10 @@ def test_results_are_in_the_order_of_calls():
         ([called("a", "a")], "messages[0].tool_calls: expected an id for each, found 'a' twice."),
         ([called("a", arguments={})], 'messages[0].tool_calls[0]: expected {"id": ..., "type": "function"'),
         ([called(3)], "messages[0].tool_calls[0]: expected"),
-        ([{"role": "assistant", "tool_calls": {}}], "messages[0].tool_calls: expected a list, found {}."),
+        (
+            [{"role": "assistant", "tool_calls": {}}],
+            "messages[0].tool_calls: expected a list of at most 128, found {}.",
+        ),
         ([{"role": "assistant", "tool_calls": ["f"]}], "messages[0].tool_calls[0]: expected"),
     ],
 )
