@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -24,9 +20,8 @@ from pascalvl.runtime.server.admission import Ticket
 from pascalvl.runtime.server.answers import Answers
 from pascalvl.runtime.server.chat import chat_sequences, messages_of
 from pascalvl.runtime.server.completions import completion_sequences, text_tokens
-from pascalvl.runtime.server.errors import APIError
 from pascalvl.runtime.server.form import Form
-from pascalvl.runtime.server.guard import Guard, http_error, json_response, read_body, unless_gone
+from pascalvl.runtime.server.guard import guards, http_error, json_body, json_response, unless_gone
 from pascalvl.runtime.server.page import page
 from pascalvl.runtime.server.schema import TOKENIZE, checked, refuse
 from pascalvl.runtime.server.service import Service, request_errors
@@ -46,14 +41,6 @@ def create_app(service: Service) -> Starlette:
         async with service.running():
             yield
 
-    guard = Middleware(Guard, service=service)
-    cors = Middleware(
-        CORSMiddleware,
-        allow_origins=service.config.allowed_origins,
-        allow_methods=["GET", "POST"],
-        allow_headers=["*"],
-        expose_headers=["Retry-After"],
-    )
     app = Starlette(
         routes=[
             Route("/", _page(), methods=["GET"]),
@@ -65,7 +52,7 @@ def create_app(service: Service) -> Starlette:
             Route("/health", _health(service), methods=["GET"]),
             Route("/metrics", _metrics(service), methods=["GET"]),
         ],
-        middleware=[cors, guard] if service.config.allowed_origins else [guard],
+        middleware=guards(service),
         exception_handlers={HTTPException: http_error},
         lifespan=lifespan,
     )
@@ -85,21 +72,13 @@ class _Posted:
         self._service, self._answer = service, answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        service, headers = self._service, Headers(scope=scope)
-        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise APIError(415, "expected JSON, told by a header 'Content-Type: application/json'.")
+        service = self._service
         if service.engine.error is not None:
             raise service.failure(service.engine.error)
         with Ticket(service.admission) as ticket:
-            try:
-                content = await asyncio.wait_for(
-                    read_body(headers, receive, ticket, service.config.body_bytes), service.config.body_seconds
-                )
-            except asyncio.TimeoutError:
-                most = service.config.body_seconds
-                raise APIError(408, f"the request's body has not come within {most:g} seconds.") from None
+            content = await json_body(scope, receive, ticket, service.config)
             # Before it is parsed, which makes objects of so many values.
-            ticket.take(nbytes=_BYTES_OF_A_VALUE * (sum(map(content.count, (b",", b"[", b"{")))))
+            ticket.take(nbytes=_BYTES_OF_A_VALUE * sum(map(content.count, (b",", b"[", b"{"))))
             body = await service.parse(content)
             del content
             await unless_gone(receive, self._answer(service, body, ticket, scope, receive, send))

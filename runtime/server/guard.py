@@ -6,18 +6,21 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pascalvl.runtime.server.admission import Ticket
+from pascalvl.runtime.server.config import ServerConfig
 from pascalvl.runtime.server.errors import APIError
-from pascalvl.runtime.server.service import Service
+from pascalvl.runtime.server.keys import Keys
 from pascalvl.runtime.server.stream import written
 
 log = logging.getLogger(__name__)
@@ -45,11 +48,38 @@ async def http_error(_: Request, error: Exception) -> Response:
     return response
 
 
-class Guard:
+class Guarded(Protocol):
+    """What requests are for."""
+
+    config: ServerConfig
+    keys: Keys
+
+    def failure(self, error: Exception) -> APIError:
+        """What a client is told of an error."""
+
+    def count_request(self, path: str, status: int, seconds: float) -> None:
+        """Of one that has ended."""
+
+
+def guards(guarded: Guarded) -> list[Middleware]:
+    """The middleware that every request passes."""
+    origins = guarded.config.allowed_origins
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["Retry-After"],
+    )
+    guard = Middleware(_Guard, guarded=guarded)
+    return [cors, guard] if origins else [guard]
+
+
+class _Guard:
     """Lets in who may ask, answers errors in their form, and counts."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app, self._service = app, service
+    def __init__(self, app: ASGIApp, guarded: Guarded) -> None:
+        self._app, self._guarded = app, guarded
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,14 +96,14 @@ class Guard:
 
         try:
             headers = Headers(scope=scope)
-            self._service.keys.check_browser(headers)
+            self._guarded.keys.check_browser(headers)
             if scope["path"] not in _OPEN_PATHS:
-                scope.setdefault("state", {})["salt"] = self._service.keys.salt(headers)
+                scope.setdefault("state", {})["salt"] = self._guarded.keys.salt(headers)
             await self._app(scope, receive, watched)
         except ClientDisconnect:
             status = status or 499
         except Exception as error:
-            failure = error if isinstance(error, APIError) else self._service.failure(error)
+            failure = error if isinstance(error, APIError) else self._guarded.failure(error)
             if failure.status == 500:
                 log.error("%s: an error", scope["path"], exc_info=error)
             if status is None:
@@ -83,12 +113,22 @@ class Guard:
         finally:
             route = scope.get("route")
             path = route.path if isinstance(route, Route) else "other"
-            self._service.metrics.requests.labels(path, str(status or 499)).inc()
-            self._service.metrics.duration.observe(time.perf_counter() - start)
+            self._guarded.count_request(path, status or 499, time.perf_counter() - start)
 
 
-async def read_body(headers: Headers, receive: Receive, ticket: Ticket, most: int) -> bytes:
-    """A request's, within bounds that are checked before it is here."""
+async def json_body(scope: Scope, receive: Receive, ticket: Ticket, config: ServerConfig) -> bytes:
+    """A request's, which is JSON by what it says; raises `APIError` for others, and one that is too large or slow."""
+    headers = Headers(scope=scope)
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise APIError(415, "expected JSON, told by a header 'Content-Type: application/json'.")
+    try:
+        return await asyncio.wait_for(_body(headers, receive, ticket, config.body_bytes), config.body_seconds)
+    except asyncio.TimeoutError:
+        raise APIError(408, f"the request's body has not come within {config.body_seconds:g} seconds.") from None
+
+
+async def _body(headers: Headers, receive: Receive, ticket: Ticket, most: int) -> bytes:
+    """Within bounds that are checked before it is here."""
     too_large = APIError(413, f"the request's body is too large: expected at most {most} bytes.", code="body_too_large")
     stated = headers.get("content-length", "0")
     if not stated.isdecimal() or int(stated) > most:

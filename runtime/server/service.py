@@ -154,13 +154,22 @@ class Service:
             return APIError(500, "there is not enough memory for the request: send less at once.", code="out_of_memory")
         return APIError(500, "the server has failed, as its log tells.", code="internal_error")
 
+    def count_request(self, path: str, status: int, seconds: float) -> None:
+        """For the metrics: a request that has ended."""
+        self.metrics.requests.labels(path, str(status)).inc()
+        self.metrics.duration.observe(seconds)
+
+    def close(self) -> None:
+        """End all answers, which tells those who wait."""
+        self.engine.close()
+
     async def drain(self) -> None:
         """Let nobody in any more, and wait until all answers have ended, or are ended."""
         self.admission.is_closed = True
         try:
             await asyncio.wait_for(self.admission.emptied(), self.config.drain_seconds)
         except asyncio.TimeoutError:
-            self.engine.close()  # which tells those who wait
+            self.close()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.admission.emptied(), 5)
 
