@@ -32,6 +32,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuInit": (ctypes.c_uint,),
     "cuDriverGetVersion": (_OUT,),
     "cuDeviceGet": (_OUT, ctypes.c_int),
+    "cuDeviceGetCount": (_OUT,),
     "cuDeviceGetName": (_OUT, ctypes.c_int, ctypes.c_int),
     "cuDeviceGetAttribute": (_OUT, ctypes.c_int, ctypes.c_int),
     "cuDevicePrimaryCtxRetain": (_OUT, ctypes.c_int),

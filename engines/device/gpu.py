@@ -7,6 +7,7 @@ import dataclasses
 import shlex
 
 from pascalvl.engines.device import driver
+from pascalvl.plugins.errors import UserError
 
 PASCAL = (6, 1)
 """The compute capability that the kernels are for, and the lowest that they run on."""
@@ -43,6 +44,14 @@ class Gpu:
     def sm(self) -> str:
         """For example ``sm_61``."""
         return "sm_{}{}".format(*self.capability)
+
+
+def count_gpus() -> int:
+    """How many GPUs this process may use; none without a driver. It takes no memory of them."""
+    try:
+        return driver.load().get("cuDeviceGetCount", ctypes.c_int)
+    except UserError:
+        return 0
 
 
 def find_gpu() -> Gpu:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import logging
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not given:
             parser.print_help()
             return 0
-        args = parser.parse_args(given)
+        args = parser.parse_args(given, argparse.Namespace(given=given))
         logging.basicConfig(format="%(name)s: %(message)s")
         root.setLevel(logging.DEBUG if args.verbose else logging.ERROR if args.quiet else logging.WARNING)
         if not args.verbose:

@@ -388,6 +388,8 @@ def _add_server(parser: _Parser) -> None:
     group.add_argument("--queue", type=int, default=64, metavar="N", help="answers that wait at most (64)")
     meaning = "whole contexts that the KV cache has room for; of shorter ones up to 8 run at once (1)"
     group.add_argument("--sequences", type=int, default=1, metavar="N", help=meaning)
+    meaning = "processes that answer, each with a GPU, or a share of the cores, and all of this, of its own (1)"
+    group.add_argument("--replicas", type=int, default=1, metavar="N", help=meaning)
     meaning = "give the GPU back when nothing was asked for so long, such as 90s, 10m or 2h, until something is"
     group.add_argument("--unload-after", type=duration, metavar="TIME", help=meaning)
     meaning = "how long answers may go on when the server is to end (60s)"

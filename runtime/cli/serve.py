@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +14,7 @@ from pascalvl.runtime.cli.common import check_cache, model_with_cache, notice
 from pascalvl.runtime.cli.sources import HubName, engine_bundle
 
 if TYPE_CHECKING:
-    from pascalvl.runtime.server.config import MediaConfig
+    from pascalvl.runtime.server.config import MediaConfig, ServerConfig
 
 KEY_VARIABLE = "PASCALVL_API_KEY"
 _MEGABYTE = 1 << 20
@@ -20,37 +22,84 @@ _MEGABYTE = 1 << 20
 
 def serve(args: argparse.Namespace) -> int:
     """Run `pascalvl serve`; returns the exit code."""
-    from pascalvl.runtime.server.config import ServerConfig
-    from pascalvl.runtime.server.operation import address_of, bound_socket, is_local
-    from pascalvl.runtime.server.operation import serve as serve_until_signal
-    from pascalvl.runtime.server.service import Service
+    from pascalvl.runtime.server.operation import address_of, bound_socket, is_local, unix_socket
+    from pascalvl.runtime.server.replicas import Assignment
 
+    assignment = Assignment.taken()
     if args.control_tokens_in_text:
         raise UserError("--control-tokens-in-text is not for servers, to which anyone writes: leave it out.")
     check_cache(args)
-    keys, media = _keys(args), _media(args)
+    if assignment:
+        if not assignment.is_first:
+            logging.getLogger().setLevel(logging.ERROR)
+            args.refresh = False
+        with unix_socket(assignment.socket) as bound:
+            return _serve_model(args, _config(args, is_local=False), bound)
     with bound_socket(args.host, args.port) as bound:
-        config = ServerConfig(
-            model_names=(),
-            api_keys=keys,
-            queue=args.queue,
-            unload_after=args.unload_after,
-            shared_prefixes=args.shared_prefixes,
-            allowed_origins=tuple(args.allow_origin),
-            is_local=is_local(bound),
-            media=media,
-            body_bytes=args.max_body * _MEGABYTE,
-            drain_seconds=args.drain,
-        )
-        if not config.is_local and not keys:
+        config = _config(args, is_local(bound))
+        if not config.is_local and not config.api_keys:
             notice(f"pascalvl: anyone who reaches {address_of(bound)} can ask: give --api-key-file, or {KEY_VARIABLE}.")
-        source = args.bundle
-        args.bundle = engine_bundle(args)
-        with model_with_cache(args, args.sequences) as model:
-            name = source.repo if isinstance(source, HubName) else model.manifest.source["name"]
-            service = Service(model, config.named(tuple(args.served_model_name) or (name,)))
-            address = address_of(bound)
-            return serve_until_signal(service, bound, lambda: print(f"{service.name} at {address}/v1", flush=True))
+        return (_serve_model if args.replicas == 1 else _serve_replicas)(args, config, bound)
+
+
+def _serve_model(args: argparse.Namespace, config: ServerConfig, bound: socket.socket) -> int:
+    from pascalvl.runtime.server.operation import address_of
+    from pascalvl.runtime.server.operation import serve as serve_until_signal
+    from pascalvl.runtime.server.service import Service
+
+    source = args.bundle
+    args.bundle = engine_bundle(args)
+    with model_with_cache(args, args.sequences) as model:
+        name = source.repo if isinstance(source, HubName) else model.manifest.source["name"]
+        service = Service(model, config.named(tuple(args.served_model_name) or (name,)))
+        address = address_of(bound)
+        return serve_until_signal(service, bound, lambda: print(f"{service.name} at {address}/v1", flush=True))
+
+
+def _serve_replicas(args: argparse.Namespace, config: ServerConfig, bound: socket.socket) -> int:
+    from pascalvl.runtime.server.operation import address_of, operate
+    from pascalvl.runtime.server.replicas import Replicas, visible_cards
+    from pascalvl.runtime.server.router import Router
+
+    cards = visible_cards()
+    replicas = Replicas(args.given, args.replicas, cards if cards and _may_use_cards(args) else [])
+    router, address = Router(replicas, config), address_of(bound)
+
+    def listening() -> None:
+        print(f"{replicas.all[0].model_name} at {address}/v1", flush=True)
+
+    return operate(router.app, router, bound, listening, replicas.running())
+
+
+def _may_use_cards(args: argparse.Namespace) -> bool:
+    """Whether the backend that a bundle is for, or is made for, may run on a GPU."""
+    from pascalvl.plugins.bundle import MANIFEST, Manifest
+
+    backend, source = args.backend, args.bundle
+    if isinstance(source, Path) and (source / MANIFEST).exists():
+        backend = Manifest.read(source, "engine", "model").backend.get("name", backend)
+    if backend == "onnxruntime":
+        import onnxruntime
+
+        return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return backend != "reference"
+
+
+def _config(args: argparse.Namespace, is_local: bool) -> ServerConfig:
+    from pascalvl.runtime.server.config import ServerConfig
+
+    return ServerConfig(
+        model_names=(),
+        api_keys=_keys(args),
+        queue=args.queue,
+        unload_after=args.unload_after,
+        shared_prefixes=args.shared_prefixes,
+        allowed_origins=tuple(args.allow_origin),
+        is_local=is_local,
+        media=_media(args),
+        body_bytes=args.max_body * _MEGABYTE,
+        drain_seconds=args.drain,
+    )
 
 
 def _keys(args: argparse.Namespace) -> tuple[str, ...]:

@@ -1,0 +1,84 @@
+"""One request to a replica, over its Unix socket (HTTP/1.1, by h11)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from types import TracebackType
+
+import h11
+
+_CHUNK = 1 << 16
+_HEADER_BYTES = 1 << 16
+
+
+class UpstreamLost(Exception):
+    """A replica cannot be reached, or ended, or said what is no HTTP, before its response was whole."""
+
+
+class Upstream:
+    """A connection for one request; an asynchronous context manager, at whose end the replica knows that nobody waits.
+
+    Args:
+        socket: path that the replica listens at.
+    """
+
+    def __init__(self, socket: str) -> None:
+        self._socket = socket
+        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEADER_BYTES)
+
+    async def __aenter__(self) -> Upstream:
+        try:
+            self._reader, self._writer = await asyncio.open_unix_connection(self._socket)
+        except OSError as error:
+            raise UpstreamLost from error
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self._writer.transport.abort()
+
+    async def ask(
+        self, method: str, target: bytes, headers: Iterable[tuple[bytes, bytes]], body: bytes
+    ) -> h11.Response:
+        """Send a request; returns the head of its response. Raises `UpstreamLost`."""
+        request = h11.Request(
+            method=method,
+            target=target,
+            headers=[*headers, (b"content-length", str(len(body)).encode()), (b"connection", b"close")],
+        )
+        try:
+            self._writer.write(self._http.send(request) or b"")
+            if body:
+                self._writer.write(self._http.send(h11.Data(data=body)) or b"")
+            self._writer.write(self._http.send(h11.EndOfMessage()) or b"")
+            await self._writer.drain()
+        except OSError:
+            pass  # what it answered before that is there still
+        while not isinstance(event := await self._event(), h11.Response):
+            if not isinstance(event, h11.InformationalResponse):
+                raise UpstreamLost
+        return event
+
+    async def content(self) -> AsyncIterator[bytes]:
+        """What follows a response's head, as it comes. Raises `UpstreamLost`."""
+        while not isinstance(event := await self._event(), h11.EndOfMessage):
+            if not isinstance(event, h11.Data):
+                raise UpstreamLost
+            yield bytes(event.data)
+
+    async def whole(self) -> bytes:
+        """All that follows a response's head. Raises `UpstreamLost`."""
+        return b"".join([part async for part in self.content()])
+
+    async def get(self, path: str) -> bytes:
+        """What is at a path that is open to all, whatever its status. Raises `UpstreamLost`."""
+        await self.ask("GET", path.encode(), [(b"host", b"localhost")], b"")
+        return await self.whole()
+
+    async def _event(self) -> object:
+        try:
+            while (event := self._http.next_event()) is h11.NEED_DATA:
+                self._http.receive_data(await self._reader.read(_CHUNK))
+        except (OSError, h11.RemoteProtocolError) as error:
+            raise UpstreamLost from error
+        return event
