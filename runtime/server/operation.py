@@ -179,6 +179,8 @@ async def _operate(
                 if server.started:
                     listening()
                 await serving
+                if server.force_exit:
+                    await server.lifespan.shutdown()  # which uvicorn then leaves out
         except EndedEarly as error:
             return _SIGNALLED + came[-1] if came else error.code
         finally:

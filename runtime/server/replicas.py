@@ -100,7 +100,7 @@ class Replica:
         self.restarts = 0
         self.model_name = ""
         self.exit_code: int | None = None
-        """Of the process that ended last."""
+        """Of the process that ended last; None: there is one at work, or none could be begun."""
         self.changed = asyncio.Event()
         """Is set when it begins to answer, or ends."""
         self._arguments, self._environment, self._cores = arguments, environment, cores
@@ -135,14 +135,20 @@ class Replica:
         """From a process's beginning to its end."""
         assignment = Assignment(self.number, self.socket, os.getpid(), is_first)
         told = {VARIABLE: json.dumps(dataclasses.asdict(assignment))}
-        self.state = State.STARTING
-        self._process = process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", _COMMAND, *self._arguments),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, **self._environment, **told},
-            start_new_session=True,  # Ctrl-C is for the parent, which lets answers end
-        )
+        self.state, self.exit_code = State.STARTING, None
+        try:
+            self._process = process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-c", _COMMAND, *self._arguments),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                env={**os.environ, **self._environment, **told},
+                start_new_session=True,  # Ctrl-C is for the parent, which lets answers end
+            )
+        except OSError as error:
+            log.error("replica %d cannot be begun: %s", self.number, error.strerror)
+            self.state = State.FAILED
+            self.changed.set()
+            return
         try:
             if self._is_ending:
                 process.kill()
@@ -267,8 +273,10 @@ class Replicas:
 
     @staticmethod
     def _code_of(code: int | None) -> int:
-        if code is None or code < 0:
-            raise UserError(f"the first replica was ended by signal {-(code or 0)} before it answered: see dmesg.")
+        if code is None:
+            raise UserError("no process can be begun for the first replica: end what else takes memory.")
+        if code < 0:
+            raise UserError(f"the first replica was ended by signal {-code} before it answered: see dmesg.")
         return code
 
     def _replica(self, number: int, folder: str) -> Replica:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -283,7 +284,10 @@ def test_sigterm_drains_all(served):
 
 
 def test_none_is_left_when_the_parent_is_killed(nano_engine_bundle):
-    with serving(nano_engine_bundle, "--replicas", 2) as served:
+    with (
+        tempfile.TemporaryDirectory() as sockets,  # which stay, with nobody behind them
+        serving(nano_engine_bundle, "--replicas", 2, environment={"TMPDIR": sockets}) as served,
+    ):
         wait_for(lambda: len(children(served.process.pid)) == 2, "there are not two")
         pids = children(served.process.pid)
         served.process.kill()
