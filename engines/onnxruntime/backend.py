@@ -132,6 +132,11 @@ class OnnxRuntimeEngine(Engine):
             )
 
 
+def uses_gpu() -> bool:
+    """Whether the ONNX Runtime that is installed may run on one."""
+    return _PROVIDERS[0] in ort.get_available_providers()
+
+
 def build(model_bundle: Path, directory: Path, manifest: Manifest, cache: CacheConfig) -> dict[str, str]:
     """Write the graphs for ``cache`` into ``directory``, load them once, and return the manifest's description."""
     import onnx

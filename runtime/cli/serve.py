@@ -79,9 +79,9 @@ def _may_use_cards(args: argparse.Namespace) -> bool:
     if isinstance(source, Path) and (source / MANIFEST).exists():
         backend = Manifest.read(source, "engine", "model").backend.get("name", backend)
     if backend == "onnxruntime":
-        import onnxruntime
+        from pascalvl.engines.onnxruntime.backend import uses_gpu
 
-        return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        return uses_gpu()
     return backend != "reference"
 
 
