@@ -192,10 +192,13 @@ class Replica:
 
     async def _health(self) -> str:
         """What it says of itself; empty: nothing."""
-        try:
+
+        async def asked() -> bytes:
             async with Upstream(self.socket) as upstream:
-                response = await asyncio.wait_for(upstream.get("/health"), _CHECK_SECONDS)
-            return str(json.loads(response)["status"])
+                return await upstream.get("/health")
+
+        try:  # with the connection, which one that hangs may not take, either
+            return str(json.loads(await asyncio.wait_for(asked(), _CHECK_SECONDS))["status"])
         except (UpstreamLost, asyncio.TimeoutError, ValueError, KeyError):
             return ""
 
