@@ -383,9 +383,9 @@ def test_interrupts(nano_engine_bundle, folder, tmp_path, number, code, word):
     )
 
 
-def test_on_a_terminal(nano_engine_bundle, folder, tmp_path):
+def test_on_a_terminal(endless_bundle, folder, tmp_path):
     output = tmp_path / "answers.jsonl"
-    command = arguments(nano_engine_bundle, folder, output, "--at-once", "1")
+    command = arguments(endless_bundle, folder, output, "--at-once", "1", "--max-new-tokens", "100")
     with Terminal(*command) as terminal:
         assert terminal.expect(r"answering .* 2/12 +[\d.]+ tokens/s +\d:\d\d:\d\d"), terminal.output
         terminal.press(CTRL_C)

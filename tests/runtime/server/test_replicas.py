@@ -303,7 +303,7 @@ def test_each_has_a_card_and_one_that_hangs_is_begun_again(nano_engine_bundle, m
         async with both.running():
             while len(both.ready) < 2:
                 await asyncio.sleep(0.05)
-            pids = children(os.getpid())[-2:]
+            pids = [replica._process.pid for replica in both.all]
             variables = [Path(f"/proc/{pid}/environ").read_text().split("\0") for pid in pids]
             assert "CUDA_VISIBLE_DEVICES=3" in variables[0]
             assert "CUDA_VISIBLE_DEVICES=GPU-5" in variables[1]
