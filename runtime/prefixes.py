@@ -61,8 +61,8 @@ class Match:
     unless `PrefixTree.claim` gives it."""
     pages: list[int]
     """Those of the full ones that are in the pool."""
-    elsewhere: list[PageNode]
-    """Those behind them, and the last, that are not."""
+    elsewhere: list[tuple[int, PageNode]]
+    """Those behind them, and the last, that are not; each with the tokens that the sequence has up to its end."""
 
     @property
     def tokens(self) -> int:
@@ -124,7 +124,9 @@ class PrefixTree:
         found = [*path, best] if best else path
         self._touch(found)
         pages = [each.page for each in path if each.page is not None]
-        return Match(path, best, longest, pages, [each for each in found if each.page is None])
+        tokens = len(path) * PAGE_SLOTS + longest
+        ends = ((min((number + 1) * PAGE_SLOTS, tokens), each) for number, each in enumerate(found))
+        return Match(path, best, longest, pages, [(end, each) for end, each in ends if each.page is None])
 
     def claim(self, page: int, tokens: int, cut: bool = False) -> bool:
         """Hand over a page, if nobody else uses it and nothing is kept behind it: its sequence goes on there after so

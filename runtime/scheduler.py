@@ -353,10 +353,7 @@ class Scheduler:
             return False
         last, tokens = self._last_page(match)
         self._give(sequence, match.pages if last is None else [*match.pages, last], tokens)
-        ends = range((len(match.pages) + 1) * PAGE_SLOTS, match.tokens + PAGE_SLOTS, PAGE_SLOTS)
-        self._elsewhere[sequence] = deque(
-            (min(end, match.tokens), node) for end, node in zip(ends, match.elsewhere, strict=False)
-        )
+        self._elsewhere[sequence] = deque(match.elsewhere)
         return True
 
     def _last_page(self, match: Match) -> tuple[int | None, int]:
@@ -425,12 +422,12 @@ class Scheduler:
             return False
         match, cache = self.tree.match(wanted), _cache(sequence)
         if match.tokens > cache.length and cache.keeps(sequence.pinned[: match.tokens]):
-            tokens = 0
-            for node, page in zip(match.elsewhere, cache.pages, strict=False):
+            tokens = cache.length
+            for (end, node), page in zip(match.elsewhere, cache.pages, strict=False):
                 if not self.tree.restore(node, page, is_shared=False):
                     break
-                tokens = min(tokens + PAGE_SLOTS, match.tokens)
-            cache.begin(wanted[: max(tokens, cache.length)], sequence.pinned[: max(tokens, cache.length)])
+                tokens = max(tokens, end)
+            cache.begin(wanted[:tokens], sequence.pinned[:tokens])
         return True
 
     def _copy_to_host(self, cache: KVCache, tokens: int, is_kept: bool = False) -> None:
