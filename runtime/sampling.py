@@ -178,10 +178,9 @@ class Sampler:
             "top_p",
             "min_p",
         )
-        self._choice = Choice(**{name: getattr(params, name) for name in names})
-        self._choice = dataclasses.replace(self._choice, top_k=min(params.top_k, vocab_size))  # records have 32 bits
-        if params.looks_back or params.logit_bias:
-            self._choice = dataclasses.replace(self._choice, state=state)
+        settings = {name: getattr(params, name) for name in names}
+        settings["top_k"] = min(params.top_k, vocab_size)  # records have 32 bits
+        self._choice = Choice(**settings, state=state if params.looks_back or params.logit_bias else None)
         self._randoms = iter(()) if params.temperature == 0 else _random_numbers(params.seed)
 
     def next(self) -> Choice:
