@@ -73,15 +73,14 @@ class PromptBuilder:
         literal = LiteralText(self.tokenizer)
         hidden = None if self._control_tokens_in_text else literal
         text = self._template.render(messages, tools, template_variables, hidden)
+        self.check_length(text)
         visuals = [
             self._image_processor(load_image(part["image"]))
             if part["type"] == "image"
             else self._video_processor(load_video(part["video"]))
             for part in visual_parts(messages)
         ]
-        text = self._expand(text, visuals)
-        self.check_length(text)
-        token_ids = literal.encode(text)
+        token_ids = literal.encode(self._expand(text, visuals))
         highest, vocab_size = int(token_ids.max(initial=-1)), self.vocab_size
         if not 0 <= highest < vocab_size:
             raise UserError(
@@ -98,9 +97,11 @@ class PromptBuilder:
     def check_length(self, text: str) -> None:
         """Raise `UserError` for a text that has more than the most tokens, however long these are, before it is
         encoded, which would take long."""
-        if self._most_tokens is not None and len(text) > self._most_tokens * self.tokenizer.longest_token:
+        most = self._most_tokens
+        # Only of a text that is long is it looked at how long tokens are, among all of them.
+        if most is not None and len(text) > most and len(text) > most * self.tokenizer.longest_token:
             raise UserError(
-                f"the prompt has {len(text)} characters, more than the context's {self._most_tokens} tokens can be: "
+                f"the prompt has {len(text)} characters, more than the context's {most} tokens can be: "
                 "shorten it, or set a longer context."
             )
 

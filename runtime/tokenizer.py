@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -52,8 +53,6 @@ class Tokenizer:
         self.added_tokens = tuple(token.content for token in added)
         """Texts of the tokens that were added to the vocabulary, special or not."""
         self.special_tokens = tuple(token.content for token in added if token.special)
-        self.longest_token = max(map(len, self._tokenizer.get_vocab()), default=1)
-        """Characters that a token stands for, at most."""
         self._without_added = tokenizers.Tokenizer(self._tokenizer.model)
         self._without_added.pre_tokenizer = self._tokenizer.pre_tokenizer
         self._without_added.normalizer = self._tokenizer.normalizer
@@ -66,6 +65,11 @@ class Tokenizer:
             ]
             for texts in (self.added_tokens, self.special_tokens)
         }
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Characters that a token stands for, at most."""
+        return max(map(len, self._tokenizer.get_vocab()), default=1)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids ``[n]``; added tokens in the text are recognised, none besides.
