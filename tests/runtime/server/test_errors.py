@@ -261,22 +261,26 @@ def test_a_full_queue_asks_to_come_again(nano_engine_bundle):
         served.wait_until("pascalvl_places_taken", 0)
 
 
-def test_an_engine_that_dies(nano_engine_bundle):
-    """All are told, in the middle of a stream too, and /health says so."""
-    change = (
+def failing_after(steps):
+    """The change of an engine that stops after so many steps."""
+    return (
         ENDLESS
-        + """
+        + f"""
 steps, step = 0, model.scheduler.step
 def fail():
     global steps
     steps += 1
-    if steps > 20:
+    if steps > {steps}:
         raise RuntimeError("of this test")
     step()
 model.scheduler.step = fail
 """
     )
-    with configured(nano_engine_bundle, "", change) as served:
+
+
+def test_an_engine_that_dies(nano_engine_bundle):
+    """All are told, in the middle of a stream too, and /health says so."""
+    with configured(nano_engine_bundle, "", failing_after(20)) as served:
         assert served.ask("/health")[:2] == (200, {"status": "ok"})
         client = served.client()
         stream = client.chat.completions.create(model="nano", messages=MESSAGES, max_tokens=500, stream=True)
@@ -289,20 +293,7 @@ model.scheduler.step = fail
 
 
 def test_an_error_in_a_stream_is_an_event_of_its_own(nano_engine_bundle):
-    change = (
-        ENDLESS
-        + """
-steps, step = 0, model.scheduler.step
-def fail():
-    global steps
-    steps += 1
-    if steps > 5:
-        raise RuntimeError("of this test")
-    step()
-model.scheduler.step = fail
-"""
-    )
-    with configured(nano_engine_bundle, "", change) as served:
+    with configured(nano_engine_bundle, "", failing_after(5)) as served:
         body = {"messages": MESSAGES, "stream": True, "max_tokens": 500}
         status, text, _ = served.ask("/v1/chat/completions", body)
         assert status == 200

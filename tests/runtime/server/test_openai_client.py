@@ -9,21 +9,10 @@ import pytest
 
 from pascalvl.runtime import SamplingParams, VisionLanguageModel
 from tests.engines.torch_reference import scene, user
-from tests.runtime.server.served import data_url, picture_part, serving, text_part
+from tests.runtime.server.served import data_url, picture_part, text_part
 from tests.runtime.test_many import alone, requests
 
 QUESTION = [{"role": "user", "content": "What is the code of lamp 3? The code of lamp 3 is 21."}]
-
-
-@pytest.fixture(scope="module")
-def served(nano_engine_bundle):
-    with serving(nano_engine_bundle, "--sequences", 4) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(served):
-    return served.client()
 
 
 @pytest.fixture(scope="module")

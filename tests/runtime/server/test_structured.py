@@ -7,8 +7,6 @@ import jsonschema
 import openai
 import pytest
 
-from tests.runtime.server.served import serving
-
 ASKED = [{"role": "user", "content": "What is the code of lamp 3?"}]
 SCHEMA = {
     "type": "object",
@@ -33,17 +31,6 @@ TOOL = {
         },
     },
 }
-
-
-@pytest.fixture(scope="module")
-def served(nano_engine_bundle):
-    with serving(nano_engine_bundle, "--sequences", 4) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(served):
-    return served.client()
 
 
 def response_format(schema):
