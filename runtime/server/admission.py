@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from pascalvl.runtime.server.errors import APIError, shutting_down
 
 _MOST_RETRY_SECONDS = 30
+_SECONDS_TO_BE_TOLD = 5
+"""That answers which were ended are waited for."""
 _WEIGHT = 0.2
 """Of the latest answer in the mean of what answers take."""
 
@@ -63,8 +67,17 @@ class Admission:
         """Seconds in which about half of those that are here have ended."""
         return min(_MOST_RETRY_SECONDS, 1 + int(self._mean_seconds * self.taken / self._at_once / 2))
 
-    async def emptied(self) -> None:
-        """Until nobody is here any more."""
+    async def drain(self, seconds: float, end: Callable[[], None]) -> None:
+        """Let nobody in any more, and wait until nobody is here; call ``end`` for those that are after so long."""
+        self.is_closed = True
+        try:
+            await asyncio.wait_for(self._emptied(), seconds)
+        except asyncio.TimeoutError:
+            end()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._emptied(), _SECONDS_TO_BE_TOLD)
+
+    async def _emptied(self) -> None:
         while self.taken:
             await asyncio.sleep(0.05)
 

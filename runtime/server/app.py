@@ -26,9 +26,6 @@ from pascalvl.runtime.server.page import page
 from pascalvl.runtime.server.schema import TOKENIZE, checked, refuse
 from pascalvl.runtime.server.service import Service, request_errors
 
-_BYTES_OF_A_VALUE = 100
-"""Of JSON, parsed."""
-
 Answer = Callable[[Service, Any, Ticket, Scope, Receive, Send], Coroutine[Any, Any, None]]
 Sequences = Callable[[Service, Any, Ticket, int], Awaitable[tuple[Form, Sequence[TokenSequence]]]]
 
@@ -77,9 +74,7 @@ class _Posted:
             raise service.failure(service.engine.error)
         with Ticket(service.admission) as ticket:
             content = await json_body(scope, receive, ticket, service.config)
-            # Before it is parsed, which makes objects of so many values.
-            ticket.take(nbytes=_BYTES_OF_A_VALUE * sum(map(content.count, (b",", b"[", b"{"))))
-            body = await service.parse(content)
+            body = await service.parse(content, ticket)
             del content
             await unless_gone(receive, self._answer(service, body, ticket, scope, receive, send))
 

@@ -132,13 +132,7 @@ class Router:
 
     async def drain(self) -> None:
         """Let nobody in any more, and wait until all answers have ended, or are ended; and all replicas."""
-        self.admission.is_closed = True
-        try:
-            await asyncio.wait_for(self.admission.emptied(), self.config.drain_seconds)
-        except asyncio.TimeoutError:
-            self.close()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self.admission.emptied(), 5)
+        await self.admission.drain(self.config.drain_seconds, self.close)
         await self.replicas.end()
 
     def close(self) -> None:

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
 from pascalvl.plugins.errors import UserError, shown
+from pascalvl.plugins.prompt import Prompt
 from pascalvl.runtime.async_model import AsyncGeneration, AsyncModel
 from pascalvl.runtime.grammar import Grammar
 from pascalvl.runtime.model import VisionLanguageModel
-from pascalvl.runtime.prompt import Prompt
 from pascalvl.runtime.scheduler import Limits
 from pascalvl.runtime.sequence import TokenSequence
 from pascalvl.runtime.server.admission import Admission, Ticket
@@ -25,6 +25,8 @@ from pascalvl.runtime.server.schema import parsed
 
 _PREPARING, _FETCHING = 2, 8
 """Threads in which prompts are made, and pictures are fetched."""
+_BYTES_OF_A_VALUE = 100
+"""Of JSON, parsed."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -125,9 +127,15 @@ class Service:
         ticket.take(nbytes=len(content))
         return content
 
-    async def parse(self, content: bytes) -> Any:
-        """The JSON of a request, in a thread that nothing else takes long in; raises `APIError` for what is none."""
-        return await self._parsing.run(parsed, content)
+    async def parse(self, content: bytes, ticket: Ticket) -> Any:
+        """The JSON of a request, in a thread that nothing else takes long in; raises `APIError` for what is none, and
+        for values that take more memory than there is."""
+
+        def made() -> Any:
+            ticket.take(nbytes=_BYTES_OF_A_VALUE * sum(map(content.count, (b",", b"[", b"{"))))
+            return parsed(content)
+
+        return await self._parsing.run(made)
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in a thread of those in which prompts are made."""
@@ -165,13 +173,7 @@ class Service:
 
     async def drain(self) -> None:
         """Let nobody in any more, and wait until all answers have ended, or are ended."""
-        self.admission.is_closed = True
-        try:
-            await asyncio.wait_for(self.admission.emptied(), self.config.drain_seconds)
-        except asyncio.TimeoutError:
-            self.close()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self.admission.emptied(), 5)
+        await self.admission.drain(self.config.drain_seconds, self.close)
 
 
 class _Workers:
