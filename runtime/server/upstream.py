@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Iterable
 from types import TracebackType
 
@@ -19,23 +20,38 @@ class UpstreamLost(Exception):
 class Upstream:
     """A connection for one request; an asynchronous context manager, at whose end the replica knows that nobody waits.
 
+    It is a bare socket: what a replica answers before it has read a request, and closes, is there to be read, though
+    the rest of the request cannot be written. A stream of asyncio's would end with that error.
+
     Args:
-        socket: path that the replica listens at.
+        path: of the socket that the replica listens at.
     """
 
-    def __init__(self, socket: str) -> None:
-        self._socket = socket
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._sending: asyncio.Future[None] | None = None
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEADER_BYTES)
 
     async def __aenter__(self) -> Upstream:
+        self._loop = asyncio.get_running_loop()
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.setblocking(False)
         try:
-            self._reader, self._writer = await asyncio.open_unix_connection(self._socket)
-        except OSError as error:
-            raise UpstreamLost from error
+            await self._loop.sock_connect(self._socket, self._path)
+        except BaseException as error:
+            self._socket.close()
+            if isinstance(error, OSError):
+                raise UpstreamLost from error
+            raise
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self._writer.transport.abort()
+        if self._sending is not None:
+            self._sending.cancel()
+            await asyncio.wait([self._sending])
+            if not self._sending.cancelled():
+                self._sending.exception()  # nobody else asks for it
+        self._socket.close()
 
     async def ask(
         self, method: str, target: bytes, headers: Iterable[tuple[bytes, bytes]], body: bytes
@@ -46,14 +62,8 @@ class Upstream:
             target=target,
             headers=[*headers, (b"content-length", str(len(body)).encode()), (b"connection", b"close")],
         )
-        try:
-            self._writer.write(self._http.send(request) or b"")
-            if body:
-                self._writer.write(self._http.send(h11.Data(data=body)) or b"")
-            self._writer.write(self._http.send(h11.EndOfMessage()) or b"")
-            await self._writer.drain()
-        except OSError:
-            pass  # what it answered before that is there still
+        parts = [self._http.send(event) or b"" for event in (request, h11.Data(data=body), h11.EndOfMessage())]
+        self._sending = asyncio.ensure_future(self._loop.sock_sendall(self._socket, b"".join(parts)))
         while not isinstance(event := await self._event(), h11.Response):
             if not isinstance(event, h11.InformationalResponse):
                 raise UpstreamLost
@@ -78,7 +88,7 @@ class Upstream:
     async def _event(self) -> object:
         try:
             while (event := self._http.next_event()) is h11.NEED_DATA:
-                self._http.receive_data(await self._reader.read(_CHUNK))
+                self._http.receive_data(await self._loop.sock_recv(self._socket, _CHUNK))
         except (OSError, h11.RemoteProtocolError) as error:
             raise UpstreamLost from error
         return event

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -18,6 +19,7 @@ from pascalvl.runtime.cli import main
 from pascalvl.runtime.server import replicas as replicas_module
 from pascalvl.runtime.server.replicas import Replica, Replicas, visible_cards
 from pascalvl.runtime.server.router import beginning, chosen, in_order
+from pascalvl.runtime.server.upstream import Upstream
 from tests.engines.torch_reference import scene
 from tests.runtime.server.served import data_url, picture_part, serving, text_part
 
@@ -182,6 +184,31 @@ def test_what_replicas_say_is_passed_on(served):
     assert (status, page[:15]) == (200, "<!DOCTYPE html>")
     assert len(headers.get_all("Content-Length")) == len(headers.get_all("Date")) == 1
     assert metric(served, "pascalvl_replica_ready") == {"0": 1, "1": 1}
+
+
+@pytest.mark.parametrize("body", [b"{}", bytes(4 << 20)])
+def test_an_answer_that_comes_before_the_request_was_read(body, tmp_path):
+    """And then the connection is closed: it is an answer still."""
+    refused = b"HTTP/1.1 405 Method Not Allowed\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno"
+
+    def answer(listening):
+        connection, _ = listening.accept()
+        connection.recv(1)  # the rest stays unread
+        connection.sendall(refused)
+        connection.close()
+
+    async def ask():
+        async with Upstream(str(tmp_path / "socket")) as upstream:
+            response = await upstream.ask("POST", b"/v1/models", [(b"host", b"localhost")], body)
+            return response.status_code, await upstream.whole()
+
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+        listening.listen()
+        thread = threading.Thread(target=answer, args=[listening])
+        thread.start()
+        assert asyncio.run(asyncio.wait_for(ask(), 20)) == (405, b"no")
+        thread.join()
 
 
 def test_a_client_that_goes_away_ends_its_answer(served):
